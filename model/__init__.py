@@ -1,0 +1,1 @@
+"""The Llama model, its dimensions and its checkpoints."""
