@@ -1,0 +1,258 @@
+"""SentencePiece, tiktoken and Hugging Face tokenizer.json behind one interface.
+
+The kind is read from the content, and the bytes that were opened are the bytes an exported file carries.
+"""
+
+import base64
+import binascii
+import codecs
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+import tiktoken
+import tokenizers
+
+from model.errors import InputError
+
+SENTENCEPIECE, TIKTOKEN, HUGGING_FACE = "sentencepiece", "tiktoken", "tokenizer.json"
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Llama 3 splits text before merging (meta-llama/llama-models, models/llama3/tokenizer.py)."""
+
+_LLAMA3_NAMED_SPECIALS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+)
+LLAMA3_SPECIALS = (
+    *_LLAMA3_NAMED_SPECIALS,
+    *(f"<|reserved_special_token_{i}|>" for i in range(2, 2 + 256 - len(_LLAMA3_NAMED_SPECIALS))),
+)
+"""The 256 special tokens that follow Llama 3's ranks, in the order of their ids."""
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back.
+
+    Attributes:
+        kind: one of the kinds named in this module.
+        data: the file's bytes; `from_bytes(data)` gives an equal tokenizer.
+        vocab_size: ids run from 0 to vocab_size - 1.
+        bos_id: the id that starts a text, or None.
+        stop_ids: the ids that end one; may be empty.
+    """
+
+    kind: str
+    data: bytes
+    vocab_size: int
+    bos_id: int | None
+    stop_ids: tuple[int, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: no BOS is added, and the text of a special token is only text."""
+        ...
+
+    def piece(self, token: int, first: bool) -> bytes:
+        """The bytes one id stands for, as part of a text; empty for control tokens.
+
+        `first` says that no text stands before it: SentencePiece's dummy space falls away there.
+        """
+        ...
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """The text of ids, with invalid UTF-8 as U+FFFD."""
+    decoder = StreamDecoder(tokenizer)
+    return "".join([*(decoder.add(token) for token in ids), decoder.finish()])
+
+
+class StreamDecoder:
+    """Turns ids into text one at a time, never giving out half a UTF-8 character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._first = True
+
+    def add(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is still open."""
+        piece = self._tokenizer.piece(token, self._first)
+        self._first = self._first and self._is_control(token)
+        return self._utf8.decode(piece)
+
+    def finish(self) -> str:
+        """What is left: U+FFFD if a character was never completed."""
+        return self._utf8.decode(b"", final=True)
+
+    def _is_control(self, token: int) -> bool:
+        return not self._tokenizer.piece(token, first=False)
+
+
+class SentencePieceTokenizer:
+    """SentencePiece's own model file, as of Llama 1 and 2 (google/sentencepiece)."""
+
+    kind = SENTENCEPIECE
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        self.vocab_size = self._model.vocab_size()
+        bos, eos = self._model.bos_id(), self._model.eos_id()
+        self.bos_id = bos if bos >= 0 else None
+        self.stop_ids = (eos,) if eos >= 0 else ()
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)  # type: ignore[no-any-return]
+
+    def piece(self, token: int, first: bool) -> bytes:
+        if self._model.is_control(token):
+            return b""
+        if self._model.is_byte(token):
+            return bytes([int(self._model.id_to_piece(token)[3:-1], 16)])  # "<0x0A>"
+        if self._model.is_unknown(token):
+            return " \N{DOUBLE QUESTION MARK} ".encode()  # what SentencePiece itself writes for <unk>
+        text = self._model.id_to_piece(token).replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
+        return text.removeprefix(" ").encode() if first else text.encode()
+
+
+class TiktokenTokenizer:
+    """Llama 3's ranks file: one `base64 rank` a line, with the 256 special tokens after them."""
+
+    kind = TIKTOKEN
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        ranks = _tiktoken_ranks(data)
+        specials = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIALS)}
+        self._encoding = tiktoken.Encoding(
+            "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=specials
+        )
+        self._special_ids = frozenset(specials.values())
+        self.vocab_size = len(ranks) + len(specials)
+        self.bos_id = specials["<|begin_of_text|>"]
+        self.stop_ids = (specials["<|end_of_text|>"], specials["<|eom_id|>"], specials["<|eot_id|>"])
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def piece(self, token: int, first: bool) -> bytes:
+        return b"" if token in self._special_ids else self._encoding.decode_single_token_bytes(token)
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json, by the tokenizers library. BOS and stop ids are not in it: the checkpoint's config has them."""
+
+    kind = HUGGING_FACE
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self._model = tokenizers.Tokenizer.from_buffer(data)
+        self._model.no_padding()
+        self._model.no_truncation()
+        self._model.encode_special_tokens = True  # their text in a prompt is plain text
+        self.vocab_size = self._model.get_vocab_size(with_added_tokens=True)
+        self.bos_id: int | None = None
+        self.stop_ids: tuple[int, ...] = ()
+        self._special_ids = frozenset(i for i, t in self._model.get_added_tokens_decoder().items() if t.special)
+        self._byte_level = {char: byte for byte, char in _byte_level_alphabet().items()} if _is_byte_level(data) else {}
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
+
+    def piece(self, token: int, first: bool) -> bytes:
+        text = self._model.id_to_token(token)
+        if text is None or token in self._special_ids:
+            return b""
+        if self._byte_level:
+            return b"".join(
+                bytes([self._byte_level[char]]) if char in self._byte_level else char.encode() for char in text
+            )
+        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            return bytes([int(text[3:-1], 16)])
+        text = text.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
+        return text.removeprefix(" ").encode() if first else text.encode()
+
+
+def _tiktoken_ranks(data: bytes) -> dict[bytes, int]:
+    ranks = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise InputError(f"line {number} of the tiktoken file is no `base64 rank`; copy the file again") from error
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise InputError(f"the tiktoken file's {len(ranks)} ranks have gaps or repeats; copy the file again")
+    return ranks
+
+
+def _is_byte_level(data: bytes) -> bool:
+    """Whether the decoder is GPT-2's ByteLevel, alone or in a sequence."""
+    decoder = json.loads(data).get("decoder") or {}
+    return any(step.get("type") == "ByteLevel" for step in (decoder, *decoder.get("decoders", ())))
+
+
+def _byte_level_alphabet() -> dict[int, str]:
+    """GPT-2's printable character for every byte (openai/gpt-2, src/encoder.py, bytes_to_unicode)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+_KINDS = {SENTENCEPIECE: SentencePieceTokenizer, TIKTOKEN: TiktokenTokenizer, HUGGING_FACE: HuggingFaceTokenizer}
+
+
+def _kind_of(data: bytes) -> str:
+    """JSON object, `base64 rank` lines, or SentencePiece's protobuf, whose first field has the tag 0x0A."""
+    if data.lstrip()[:1] == b"{":
+        return HUGGING_FACE
+    first_line = data[:512].split(b"\n")[0].split()
+    if len(first_line) == 2 and first_line[1].isdigit():
+        return TIKTOKEN
+    if data[:1] == b"\n":
+        return SENTENCEPIECE
+    raise InputError("its content is neither SentencePiece, tiktoken ranks nor a tokenizer.json")
+
+
+def from_bytes(data: bytes, kind: str | None = None) -> Tokenizer:
+    """Opens a tokenizer from its file's bytes; the kind is found from the content unless given.
+
+    Raises:
+        InputError: the bytes are no tokenizer of a known kind, or damaged.
+    """
+    kind = kind or _kind_of(data)
+    try:
+        return _KINDS[kind](data)
+    except InputError:
+        raise
+    except Exception as error:  # the libraries raise bare Exception and RuntimeError for damaged files
+        raise InputError(f"damaged {kind} tokenizer ({str(error).splitlines()[0]}); copy the file again") from error
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """Opens a tokenizer file of any known kind.
+
+    Raises:
+        InputError: the file does not exist or is no tokenizer.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"tokenizer {path} does not exist; give a SentencePiece, tiktoken or tokenizer.json file")
+    try:
+        return from_bytes(path.read_bytes())
+    except InputError as error:
+        raise InputError(f"tokenizer {path}: {error}") from error
