@@ -1,0 +1,242 @@
+"""The contract between export and the runtimes: what a file carries, under which names, in which format version.
+
+Everything is data inside the program, one constant method per line of FIELDS, so that any ExecuTorch runtime can read
+it. Behind the program stands a trailer of 32 bytes, which tells a whole file of ours from a truncated, damaged or
+newer one before anything else is believed.
+"""
+
+import dataclasses
+import json
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import xxhash
+from torch import Tensor
+
+from model.config import ModelConfig, RopeScaling
+from model.errors import InputError
+
+FORMAT_VERSION = 1
+
+FIELDS: dict[str, tuple[str, str]] = {
+    "get_max_seq_len": ("int", "capacity of the KV cache in positions (T): prompt and answer together"),
+    "get_max_context_len": ("int", "the same number, under the name ExecuTorch's own runners ask for"),
+    "get_vocab_size": ("int", "width of the logits (V)"),
+    "get_n_layers": ("int", "number of blocks"),
+    "get_batch_size": ("int", "sequences the methods take at once (B)"),
+    "get_bos_id": ("int", "id that starts a text; -1 where there is none"),
+    "get_eos_ids": ("int list", "ids that end a text; may be empty"),
+    "use_kv_cache": ("bool", "true: the methods take and extend a KV cache"),
+    "get_config": ("JSON", "model.config.ModelConfig: every dimension of the model"),
+    "get_methods": ("JSON", "list of MethodSpec: each method's inputs and outputs by name, shape and dtype"),
+    "get_requirements": ("JSON", "backends and operators that the runtime must have, and ExecuTorch's version"),
+    "get_provenance": ("JSON", "what made the file: versions, options, and the checkpoint's and tokenizer's digests"),
+    "get_rope_cos": ("float32 [T, Dh/2]", "cosine of every position's rotary angles"),
+    "get_rope_sin": ("float32 [T, Dh/2]", "their sine"),
+    "get_rope_inverse_frequencies": ("float32 [Dh/2]", "what the two tables were made from"),
+    "get_tokenizer_kind": ("string", "sentencepiece, tiktoken, tokenizer.json or none"),
+    "get_tokenizer": ("uint8 [bytes]", "the tokenizer file's own bytes; one zero byte where there is none"),
+}
+"""Constant method -> its type and meaning: all that a file carries beside graph and weights."""
+
+NO_TOKENIZER = "none"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a method.
+
+    Attributes:
+        name: its role: tokens, cos, sin, mask, select, logits; k_cache.3, v_cache.3, k_rows.3, v_rows.3 for layer 3.
+        shape: sizes; "L" stands for the method's length where that is not fixed.
+        dtype: float32 or int64.
+    """
+
+    name: str
+    shape: tuple[int | Literal["L"], ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """One method of the program: a range of layers for a range of lengths.
+
+    A runtime fills inputs by name, so a file may leave out or add inputs without changing the format: a mask per kind of
+    attention, position ids in place of a mask, hidden states between shards.
+
+    Attributes:
+        name: the ExecuTorch method.
+        min_length, max_length: the L it takes; equal where the graph is static.
+        rows: the R rows of logits it returns.
+        start_layer, end_layer: the blocks it runs, end excluded.
+        inputs, outputs: in the order of the method's arguments and results.
+    """
+
+    name: str
+    min_length: int
+    max_length: int
+    rows: int
+    start_layer: int
+    end_layer: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a runtime must offer before it may load the program."""
+
+    executorch: str
+    backends: tuple[str, ...]
+    operators: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """All that a file carries beside graph and weights. Tensors as in FIELDS; None where there is no BOS, no tokenizer."""
+
+    config: ModelConfig
+    max_seq_len: int
+    batch_size: int
+    bos_id: int | None
+    stop_ids: tuple[int, ...]
+    methods: tuple[MethodSpec, ...]
+    requirements: Requirements
+    provenance: dict[str, Any]
+    rope_cos: Tensor
+    rope_sin: Tensor
+    rope_inverse_frequencies: Tensor
+    tokenizer_kind: str = NO_TOKENIZER
+    tokenizer: bytes = b""
+
+
+def to_constants(metadata: Metadata) -> dict[str, Any]:
+    """The constant methods that carry `metadata`: exactly the names in FIELDS."""
+    return {
+        "get_max_seq_len": metadata.max_seq_len,
+        "get_max_context_len": metadata.max_seq_len,
+        "get_vocab_size": metadata.config.vocab_size,
+        "get_n_layers": metadata.config.n_layers,
+        "get_batch_size": metadata.batch_size,
+        "get_bos_id": -1 if metadata.bos_id is None else metadata.bos_id,
+        "get_eos_ids": list(metadata.stop_ids),
+        "use_kv_cache": True,
+        "get_config": _json(metadata.config),
+        "get_methods": _json(metadata.methods),
+        "get_requirements": _json(metadata.requirements),
+        "get_provenance": _json(metadata.provenance),
+        "get_rope_cos": metadata.rope_cos,
+        "get_rope_sin": metadata.rope_sin,
+        "get_rope_inverse_frequencies": metadata.rope_inverse_frequencies,
+        "get_tokenizer_kind": metadata.tokenizer_kind,
+        "get_tokenizer": torch.frombuffer(bytearray(metadata.tokenizer or b"\0"), dtype=torch.uint8),
+    }
+
+
+def from_constants(call: Callable[[str], Sequence[Any]]) -> Metadata:
+    """Reads the metadata back; `call` runs a constant method and returns its values.
+
+    Raises:
+        InputError: a value has the wrong form.
+    """
+    try:
+        config = json.loads(call("get_config")[0])
+        scaling = config.pop("rope_scaling")
+        (kind,), (tokenizer,) = call("get_tokenizer_kind"), call("get_tokenizer")
+        bos_id = call("get_bos_id")[0]
+        return Metadata(
+            config=ModelConfig(**config, rope_scaling=RopeScaling(**scaling) if scaling else None),
+            max_seq_len=call("get_max_seq_len")[0],
+            batch_size=call("get_batch_size")[0],
+            bos_id=None if bos_id < 0 else bos_id,
+            stop_ids=tuple(call("get_eos_ids")),
+            methods=tuple(_method_spec(spec) for spec in json.loads(call("get_methods")[0])),
+            requirements=Requirements(**_tuples(json.loads(call("get_requirements")[0]))),
+            provenance=json.loads(call("get_provenance")[0]),
+            rope_cos=call("get_rope_cos")[0].clone(),
+            rope_sin=call("get_rope_sin")[0].clone(),
+            rope_inverse_frequencies=call("get_rope_inverse_frequencies")[0].clone(),
+            tokenizer_kind=kind,
+            tokenizer=b"" if kind == NO_TOKENIZER else tokenizer.numpy().tobytes(),
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"the file's metadata cannot be read ({error}); export it again") from error
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=dataclasses.asdict, sort_keys=True)
+
+
+def _tuples(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+
+
+def _method_spec(spec: dict[str, Any]) -> MethodSpec:
+    tensors = {key: tuple(TensorSpec(**_tuples(tensor)) for tensor in spec.pop(key)) for key in ("inputs", "outputs")}
+    return MethodSpec(**spec, **tensors)
+
+
+# --- the trailer -----------------------------------------------------------------------------------------------------
+
+_TRAILER = struct.Struct("<8sIIQQ")
+_MAGIC = b"llamapte"
+
+
+class Trailer:
+    """The 32 bytes that follow the program, little-endian: magic "llamapte", format version (uint32), zero (uint32),
+    length of the program in bytes (uint64), XXH3-64 of the program (uint64)."""
+
+    def __init__(self) -> None:
+        self._checksum = xxhash.xxh3_64()
+        self._length = 0
+
+    def add(self, piece: bytes) -> None:
+        """Takes the next piece of the program."""
+        self._checksum.update(piece)
+        self._length += len(piece)
+
+    def pack(self) -> bytes:
+        """The trailer of what was added."""
+        return _TRAILER.pack(_MAGIC, FORMAT_VERSION, 0, self._length, self._checksum.intdigest())
+
+
+def check_file(path: Path, *, checksum: bool = True) -> None:
+    """Refuses what is not a whole file of ours in a format this version reads.
+
+    Args:
+        checksum: also read the file through and compare its checksum (about 0.1 s per GB in the page cache).
+
+    Raises:
+        InputError: names the file, what is wrong and what to do.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; export one with `python -m export.llama --output {path}`")
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        is_program = stream.read(8)[4:] == b"ET12"
+        stream.seek(max(size - _TRAILER.size, 0))
+        tail = stream.read()
+        magic, version, _, length, digest = _TRAILER.unpack(tail) if len(tail) == _TRAILER.size else (b"", 0, 0, 0, 0)
+        if magic != _MAGIC:
+            if is_program:
+                raise InputError(f"{path} is truncated or was not made by llama-pte; copy it again or export it anew")
+            raise InputError(f"{path} is no .pte file; export one with `python -m export.llama`")
+        if version > FORMAT_VERSION:
+            raise InputError(
+                f"{path} has format version {version}, newer than this version's {FORMAT_VERSION}; "
+                "update llama-pte or export the file again"
+            )
+        if length != size - _TRAILER.size:
+            raise InputError(f"{path} is damaged: {size - _TRAILER.size} bytes of {length} are there; copy it again")
+        if checksum:
+            stream.seek(0)
+            found, left = xxhash.xxh3_64(), length
+            while left and (piece := stream.read(min(left, 1 << 22))):
+                found.update(piece)
+                left -= len(piece)
+            if found.intdigest() != digest:
+                raise InputError(f"{path} is damaged: its checksum does not match; copy it again or export it anew")
