@@ -1,0 +1,83 @@
+"""emit: lowered programs and their metadata become one file, which appears whole or not at all."""
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
+from executorch.exir.passes import MemoryPlanningPass
+
+from export.lower import Lowered
+from export.metadata import Metadata, Trailer, to_constants
+
+
+def emit(lowered: Lowered, metadata: Metadata, path: Path) -> None:
+    """Writes program, metadata and trailer to `path`.
+
+    Inputs and outputs of the methods are not memory-planned: the runtime points them at buffers of its own.
+    """
+    edge = lowered.edge
+    programs = {name: edge.exported_program(name) for name in edge.methods}
+    planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
+    program = EdgeProgramManager(programs, to_constants(metadata), edge.compile_config).to_executorch(
+        ExecutorchBackendConfig(memory_planning_pass=planning)
+    )
+    with path.open("wb") as stream:
+        checked = _Checked(stream)
+        program.write_to_file(checked)  # type: ignore[arg-type]
+        stream.write(checked.trailer.pack())
+
+
+class _Checked:
+    """A stream that works out the trailer while it is written to."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.trailer = Trailer()
+
+    def write(self, piece: bytes) -> int:
+        self.trailer.add(piece)
+        return self._stream.write(piece)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary file beside `path`, which takes its place when the block ends well and vanishes otherwise.
+
+    What a killed process left behind is removed by the next one: a temporary file whose lock is free has no owner.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix, suffix = f".{path.name}.", ".partial"
+    for leftover in path.parent.glob(f"{prefix}*{suffix}"):
+        with leftover.open("rb") as stream:
+            if _locked(stream):
+                leftover.unlink()
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, suffix=suffix, delete=False) as owner:
+        temporary = Path(owner.name)
+        _locked(owner)
+        try:
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _locked(stream: BinaryIO) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
