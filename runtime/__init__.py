@@ -1,0 +1,1 @@
+"""Runs an exported .pte from Python."""

@@ -1,0 +1,184 @@
+"""The command that runs a .pte, and generate(): a text one typed step at a time.
+
+    python -m runtime.generate tiny.pte --prompt "Once upon a time"
+    python -m runtime.generate tiny.pte --prompt "The dog" --temperature 0.8 --top-p 0.9 --seed 7 --max-new-tokens 100
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from model.errors import InputError, run_command
+from preproc.tokenizer import StreamDecoder, Tokenizer
+from runtime.program import Program
+from runtime.sampler import Rng, SamplingOptions, sample
+from runtime.session import Session
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token.
+
+    Attributes:
+        token: its id.
+        text: the text it completes; empty while a UTF-8 character is open, and for a stop token.
+        finish_reason: "stop" after a stop token, "length" when max_new_tokens or the context is used up, else None.
+    """
+
+    token: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to choose tokens and when to end.
+
+    Attributes:
+        sampling: see `SamplingOptions`.
+        max_new_tokens: None for as many as the context holds.
+        stop_ids: ids that end the text.
+    """
+
+    sampling: SamplingOptions = SamplingOptions()
+    max_new_tokens: int | None = None
+    stop_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise InputError(f"--max-new-tokens {self.max_new_tokens} is impossible; give 1 or more")
+
+
+def generate(
+    session: Session, prompt: Sequence[int], options: GenerationOptions, rng: Rng, tokenizer: Tokenizer | None = None
+) -> Iterator[Step]:
+    """Appends the prompt and yields what follows it.
+
+    Of P prompt tokens in a context of T, T - P + 1 tokens can follow: the last needs no place of its own.
+
+    Raises:
+        InputError: the prompt is empty or does not fit; see `Session.prefill`.
+    """
+    decoder = StreamDecoder(tokenizer) if tokenizer else None
+    logits = session.prefill(prompt)
+    count = 0
+    while True:
+        token = sample(logits, options.sampling, rng)
+        count += 1
+        stop = token in options.stop_ids
+        end = stop or count == options.max_new_tokens or session.position == session.capacity
+        text = decoder.add(token) if decoder and not stop else ""
+        if end:
+            yield Step(token, text + (decoder.finish() if decoder else ""), "stop" if stop else "length")
+            return
+        yield Step(token, text)
+        logits = session.decode(token)
+
+
+def prompt_ids(program: Program, text: str) -> list[int]:
+    """The ids of a prompt, BOS first where the model has one.
+
+    Raises:
+        InputError: the file carries no tokenizer.
+    """
+    if program.tokenizer is None:
+        raise InputError("the file carries no tokenizer; give --prompt-ids, or export again with --tokenizer")
+    bos_id = program.metadata.bos_id
+    return ([] if bos_id is None else [bos_id]) + program.tokenizer.encode(text)
+
+
+@dataclass
+class Statistics:
+    """What a run took. Seconds unless named otherwise."""
+
+    load: float = 0.0
+    prompt_tokens: int = 0
+    first_token: float = 0.0
+    new_tokens: int = 0
+    decode: float = 0.0
+
+    def __str__(self) -> str:
+        decoded = self.new_tokens - 1
+        decode = f"{decoded / self.decode:.1f} tok/s" if decoded > 0 else "none"
+        return (
+            f"load {self.load:.2f} s; prefill {self.prompt_tokens} tokens, {self.prompt_tokens / self.first_token:.1f} "
+            f"tok/s; first token {self.load + self.first_token:.2f} s after start of load; decode {decoded} tokens, "
+            f"{decode}; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
+        )
+
+
+def _timed(steps: Iterator[Step], statistics: Statistics) -> Iterator[Step]:
+    start = first = time.perf_counter()
+    for step in steps:
+        now = time.perf_counter()
+        if not statistics.new_tokens:
+            first, statistics.first_token = now, now - start
+        statistics.new_tokens += 1
+        statistics.decode = now - first
+        yield step
+
+
+def _print_text(steps: Iterator[Step]) -> None:
+    for step in steps:
+        print(step.text, end="", flush=True)
+    if sys.stdout.isatty():
+        print()
+
+
+def _print_json(steps: Iterator[Step]) -> None:
+    for step in steps:
+        print(json.dumps(asdict(step), ensure_ascii=False), flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: text to stdout, statistics to stderr; exit code 0, or 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    generation = GenerationOptions(
+        SamplingOptions(options.temperature, options.top_k, options.top_p), options.max_new_tokens
+    )
+    start = time.perf_counter()
+    program = Program(options.file, threads=options.threads, check=not options.no_check)
+    statistics = Statistics(load=time.perf_counter() - start)
+    prompt = options.prompt_ids if options.prompt_ids is not None else prompt_ids(program, options.prompt)
+    statistics.prompt_tokens = len(prompt)
+    generation = GenerationOptions(generation.sampling, generation.max_new_tokens, program.metadata.stop_ids)
+    steps = generate(Session(program), prompt, generation, Rng(options.seed), program.tokenizer)
+    {"text": _print_text, "json": _print_json}[options.format](_timed(steps, statistics))
+    print(statistics, file=sys.stderr)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m runtime.generate",
+        description="Runs an exported .pte.",
+        epilog=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("file", type=Path, help="the .pte")
+    add("--prompt", default="", metavar="TEXT", help="text to continue (default: none, only BOS)")
+    add("--prompt-ids", type=_ids, metavar="IDS", help="token ids in place of a text: 1,15043,3186")
+    add("--max-new-tokens", type=int, metavar="N", help="default: as many as the context holds")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: %(default)s)")
+    add("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (default: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens up to probability P")
+    add("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
+    add("--threads", type=int, metavar="N", help="default: one per core")
+    add("--format", choices=("text", "json"), default="text", help="json: one object per token")
+    add("--no-check", action="store_true", help="skip the checksum, which reads the file through once")
+    return parser
+
+
+def _ids(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,90 @@
+"""Program: an opened .pte, checked before it is believed; immutable, and shared by any number of sessions."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from executorch.extension.pybindings import portable_lib
+from torch import Tensor
+
+from export.metadata import Metadata, MethodSpec, Requirements, check_file, from_constants
+from model.errors import InputError, listed
+from preproc.tokenizer import Tokenizer, from_bytes
+
+
+class Program:
+    """A .pte of ours and its methods.
+
+    Attributes:
+        metadata: all that the file carries beside graph and weights.
+        tokenizer: the tokenizer inside the file, or None.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int | None = None, check: bool = True) -> None:
+        """Opens the file: checks it, reads its metadata, and loads its methods.
+
+        Args:
+            threads: how many threads ExecuTorch uses, in the whole process; None leaves its choice, one per core.
+            check: compare the checksum, which reads the file through once.
+
+        Raises:
+            InputError: not a whole file of ours, or this runtime lacks what it needs.
+        """
+        path = Path(path)
+        check_file(path, checksum=check)
+        if threads is not None:
+            _set_threads(threads)
+        self._program = portable_lib._load_program(str(path))
+        self.metadata: Metadata = from_constants(self._constant)
+        _check_requirements(path, self.metadata.requirements)
+        self.tokenizer: Tokenizer | None = None
+        if self.metadata.tokenizer:
+            self.tokenizer = from_bytes(self.metadata.tokenizer, self.metadata.tokenizer_kind)
+        self._methods = {spec.name: self._program.load_method(spec.name) for spec in self.metadata.methods}
+
+    def _constant(self, name: str) -> list[Any]:
+        try:
+            return self._program.load_method(name).call([])  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            raise InputError(f"the file carries no {name}; export it again") from error
+
+    def step(self, method: MethodSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Runs one method once.
+
+        Args:
+            inputs: contiguous tensors by the names of `method.inputs`, read in place.
+
+        Returns:
+            outputs by the names of `method.outputs`, valid only until the next step of this program.
+        """
+        outputs = self._methods[method.name].call([inputs[spec.name] for spec in method.inputs], clone_outputs=False)
+        return {spec.name: tensor for spec, tensor in zip(method.outputs, outputs, strict=True)}
+
+
+def read_metadata(path: str | Path) -> Metadata:
+    """Reads what a file carries without loading its methods.
+
+    Raises:
+        InputError: not a whole file of ours.
+    """
+    check_file(Path(path))
+    program = portable_lib._load_program(str(path))
+    return from_constants(lambda name: program.load_method(name).call([]))
+
+
+def _set_threads(threads: int) -> None:
+    if threads < 1:
+        raise InputError(f"--threads {threads} is impossible; give 1 or more")
+    portable_lib._unsafe_reset_threadpool(threads)
+
+
+def _check_requirements(path: Path, needed: Requirements) -> None:
+    backends = set(needed.backends) - set(portable_lib._get_registered_backend_names())
+    operators = {name for name in needed.operators if not name.startswith("executorch_prim::")}
+    operators -= set(portable_lib._get_operator_names())
+    if missing := backends | operators:
+        raise InputError(
+            f"{path} needs {listed(missing)}, which ExecuTorch {version('executorch')} here lacks; "
+            f"it was made with ExecuTorch {needed.executorch}: install that, or export the file again"
+        )

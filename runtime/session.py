@@ -1,0 +1,99 @@
+"""Session: one text in the making: its position, its caches, and the two ways to extend it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from export.metadata import Metadata, MethodSpec
+from model.errors import InputError
+from preproc import mask, rope
+from runtime.kv_cache import KVCache
+
+
+class Steps(Protocol):
+    """What a session needs of a program: `runtime.program.Program`, or an eager model in its place."""
+
+    metadata: Metadata
+
+    def step(self, method: MethodSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Runs one method once; see `runtime.program.Program.step`."""
+        ...
+
+
+class Session:
+    """A mutable position in a text, over an immutable program. Sessions of one program are independent."""
+
+    def __init__(self, program: Steps) -> None:
+        self._program = program
+        self._methods = sorted(program.metadata.methods, key=lambda method: method.max_length)
+        self._tables = (program.metadata.rope_cos, program.metadata.rope_sin)
+        self.cache = KVCache(self._methods[0])
+
+    @property
+    def position(self) -> int:
+        """How many tokens the caches hold."""
+        return self.cache.position
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens the caches can hold."""
+        return self.cache.capacity
+
+    def reset(self) -> None:
+        """Starts a new text."""
+        self.cache.rewind(0)
+
+    def prefill(self, tokens: Sequence[int]) -> Tensor:
+        """Appends a prompt, chunk by chunk, and returns the logits after its last token, [V] float32.
+
+        Raises:
+            InputError: the prompt is empty, does not fit behind the present position, or holds an id that is none.
+        """
+        if not tokens:
+            raise InputError("the prompt is empty; give at least one token")
+        vocab_size = self._program.metadata.config.vocab_size
+        if unknown := [token for token in tokens if not 0 <= token < vocab_size]:
+            raise InputError(f"token {unknown[0]} is not in the vocabulary; ids run from 0 to {vocab_size - 1}")
+        if len(tokens) > self.capacity - self.position:
+            raise InputError(
+                f"the prompt has {len(tokens)} tokens, but only {self.capacity - self.position} of {self.capacity} "
+                "positions are free; shorten it or export with a larger --max-seq-len"
+            )
+        start = 0
+        while start < len(tokens):
+            method = self._method_for(len(tokens) - start)
+            chunk = tokens[start : start + method.max_length]
+            logits = self._step(method, chunk)
+            start += len(chunk)
+        return logits
+
+    def decode(self, token: int) -> Tensor:
+        """Appends one token and returns the logits after it, [V] float32."""
+        return self.prefill((token,))
+
+    def _method_for(self, length: int) -> MethodSpec:
+        """The shortest method that takes `length` tokens at once, otherwise the longest."""
+        return next((method for method in self._methods if method.max_length >= length), self._methods[-1])
+
+    def _step(self, method: MethodSpec, tokens: Sequence[int]) -> Tensor:
+        """Runs up to max_length tokens, padded to the method's length; the padding is neither committed nor selected."""
+        valid, length = len(tokens), max(len(tokens), method.min_length)
+        position = self.cache.plan(valid)
+        padded = torch.zeros((1, length), dtype=torch.int64)
+        padded[0, :valid] = torch.tensor(tokens)
+        select = torch.zeros((1, length))
+        select[0, valid - 1] = 1
+        cos, sin = rope.slices(self._tables, position, length)
+        inputs = {
+            "tokens": padded,
+            "cos": cos,
+            "sin": sin,
+            "mask": mask.causal(position, length, self.capacity).unsqueeze(0),
+            "select": select,
+            **self.cache.buffers,
+        }
+        outputs = self._program.step(method, inputs)
+        self.cache.commit(outputs, valid)
+        return outputs["logits"][0].clone()
