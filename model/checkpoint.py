@@ -21,7 +21,6 @@ from model.config import ModelConfig, RopeScaling
 from model.errors import InputError, listed
 from model.model import Llama
 
-
 BUILT_IN = Path(__file__).parent / "tiny"
 """The model that comes with the project."""
 
@@ -74,15 +73,16 @@ class Checkpoint:
         return state.hexdigest()
 
     def build(self) -> Llama:
-        """The eager float32 model. float32 weights that need no reordering stay mapped."""
+        """The eager float32 model. float32 weights that need no reordering stay mapped.
+
+        A tied head is a parameter of its own over the embedding's memory: a graph can then hand it to a backend.
+        """
         with torch.device("meta"):
             model = Llama(self.config)
         state = {name: tensor.float() for name, tensor in self.weights.items()}
         if self.config.tied:
             state["output.weight"] = state["tok_embeddings.weight"]
         model.load_state_dict(state, assign=True)
-        if self.config.tied:
-            model.output.weight = model.tok_embeddings.weight
         return model.eval().requires_grad_(False)
 
 
@@ -259,7 +259,9 @@ def _open_hugging_face(path: Path) -> Checkpoint:
     if missing := wanted.keys() - sources.keys():
         raise InputError(f"{path} lacks the weights {listed(missing)}; download the checkpoint again")
     if unknown := sources.keys() - wanted.keys() - spare:
-        raise InputError(f"{path} holds weights that no plain Llama has: {listed(unknown)}; its family is not supported")
+        raise InputError(
+            f"{path} holds weights that no plain Llama has: {listed(unknown)}; its family is not supported"
+        )
     for source, name in wanted.items():
         if sources[source].shape != shapes[name]:
             raise InputError(
