@@ -6,13 +6,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
 from executorch.exir.passes import MemoryPlanningPass
 
 from export.lower import Lowered
 from export.metadata import Metadata, Trailer, to_constants
+from model.errors import InputError
 
 
 def emit(lowered: Lowered, metadata: Metadata, path: Path) -> None:
@@ -28,7 +29,7 @@ def emit(lowered: Lowered, metadata: Metadata, path: Path) -> None:
     )
     with path.open("wb") as stream:
         checked = _Checked(stream)
-        program.write_to_file(checked)  # type: ignore[arg-type]
+        program.write_to_file(checked)
         stream.write(checked.trailer.pack())
 
 
@@ -49,16 +50,14 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary file beside `path`, which takes its place when the block ends well and vanishes otherwise.
 
     What a killed process left behind is removed by the next one: a temporary file whose lock is free has no owner.
+
+    Raises:
+        InputError: nothing can be written there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    prefix, suffix = f".{path.name}.", ".partial"
-    for leftover in path.parent.glob(f"{prefix}*{suffix}"):
-        with leftover.open("rb") as stream:
-            if _locked(stream):
-                leftover.unlink()
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, suffix=suffix, delete=False) as owner:
+    if path.is_dir():
+        raise InputError(f"--output {path} is a folder; give the name of a file")
+    with _temporary_beside(path) as owner:
         temporary = Path(owner.name)
-        _locked(owner)
         try:
             yield temporary
             temporary.chmod(0o666 & ~_umask())
@@ -69,7 +68,22 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _locked(stream: BinaryIO) -> bool:
+def _temporary_beside(path: Path) -> "tempfile._TemporaryFileWrapper[bytes]":
+    prefix, suffix = f".{path.name}.", ".partial"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f"{prefix}*{suffix}"):
+            with leftover.open("rb") as stream:
+                if _locked(stream):
+                    leftover.unlink()
+        owner = tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, suffix=suffix, delete=False)  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"--output {path} cannot be written ({error.strerror}); give a place that can") from error
+    _locked(owner)
+    return owner
+
+
+def _locked(stream: IO[bytes]) -> bool:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

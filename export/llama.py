@@ -1,8 +1,8 @@
 """The export command: a Llama checkpoint becomes one self-contained .pte.
 
-    python -m export.llama --max-seq-len 512
-    python -m export.llama --checkpoint path/to/Llama-3.2-1B --max-seq-len 2048 --output llama.pte
-    python -m export.llama --checkpoint stories260K.bin --tokenizer tok512.model
+python -m export.llama --max-seq-len 512
+python -m export.llama --checkpoint path/to/Llama-3.2-1B --max-seq-len 2048 --output llama.pte
+python -m export.llama --checkpoint stories260K.bin --tokenizer tok512.model
 """
 
 import argparse
@@ -19,10 +19,10 @@ from typing import Any
 from rich.console import Console
 
 from export.emit import emit, replacing
-from export.lower import BACKENDS, lower
+from export.lower import BACKENDS, Lowered, lower
 from export.metadata import FORMAT_VERSION, NO_TOKENIZER, Metadata
-from export.trace import trace
-from export.verify import LIMITS, Report, verify
+from export.trace import Traced, trace
+from export.verify import LIMITS, verify
 from model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
 from model.errors import InputError, run_command
 from preproc import rope
@@ -112,9 +112,11 @@ def export_llama(options: ExportOptions, progress: Progress | None = None) -> Pa
         checkpoint = open_checkpoint(options.checkpoint)
         tokenizer = _tokenizer(checkpoint, options)
         max_seq_len, chunk = _limits(checkpoint, options)
-        provenance = _provenance(checkpoint, tokenizer, options, max_seq_len, chunk)
+        provenance = _provenance(checkpoint, tokenizer, options, (max_seq_len, chunk))
         config = checkpoint.config
-        result.append(f"{checkpoint.layout}, {config.n_layers} layers, dim {config.dim}, vocabulary {config.vocab_size}")
+        result.append(
+            f"{checkpoint.layout}, {config.n_layers} layers, dim {config.dim}, vocabulary {config.vocab_size}"
+        )
     if max_seq_len > config.context:
         progress.note(f"warning: --max-seq-len {max_seq_len} is beyond the {config.context} the model was trained for")
 
@@ -123,49 +125,53 @@ def export_llama(options: ExportOptions, progress: Progress | None = None) -> Pa
         progress.note(f"{output} is already this export; --force makes it again")
         return output
 
-    with progress.stage("trace") as result:
-        model = checkpoint.build()
-        traced = trace(model, max_seq_len, chunk)
-        result.extend(f"{method.name} takes {_tokens(method.max_length)}" for method in traced.methods)
-    with progress.stage("lower") as result:
-        lowered = lower(traced, options.backend)
-        result.append(f"{options.backend}; kernels outside it: {', '.join(lowered.requirements.operators)}")
     with replacing(output) as temporary:
+        with progress.stage("trace") as result:
+            model = checkpoint.build()
+            traced = trace(model, max_seq_len, chunk)
+            result.extend(f"{method.name} takes {_tokens(method.max_length)}" for method in traced.methods)
+        with progress.stage("lower") as result:
+            lowered = lower(traced, options.backend)
+            result.append(f"{options.backend}; kernels outside it: {', '.join(lowered.requirements.operators)}")
         with progress.stage("emit") as result:
-            cos, sin = rope.tables(config, max_seq_len)
-            metadata = Metadata(
-                config=config,
-                max_seq_len=max_seq_len,
-                batch_size=1,
-                bos_id=_first(checkpoint.bos_id, tokenizer and tokenizer.bos_id),
-                stop_ids=checkpoint.stop_ids or (tokenizer.stop_ids if tokenizer else ()),
-                methods=traced.methods,
-                requirements=lowered.requirements,
-                provenance=provenance,
-                rope_cos=cos,
-                rope_sin=sin,
-                rope_inverse_frequencies=rope.inverse_frequencies(config),
-                tokenizer_kind=tokenizer.kind if tokenizer else NO_TOKENIZER,
-                tokenizer=tokenizer.data if tokenizer else b"",
-            )
-            emit(lowered, metadata, temporary)
+            emit(lowered, _metadata(checkpoint, tokenizer, traced, lowered, provenance), temporary)
             result.append(f"{temporary.stat().st_size / 1e6:.1f} MB")
         with progress.stage("verify") as result:
             report = verify(Program(temporary), model)
             result.append(str(report))
-        _require(report, output)
+        if not report.passed:
+            raise VerificationError(f"the program differs from the checkpoint: {report}; {output} was not written")
     return output
 
 
-def _require(report: Report, output: Path) -> None:
-    if not report.passed:
-        raise VerificationError(f"the exported program differs from the checkpoint: {report}; {output} was not written")
+def _metadata(
+    checkpoint: Checkpoint, tokenizer: Tokenizer | None, traced: Traced, lowered: Lowered, provenance: dict[str, Any]
+) -> Metadata:
+    config, max_seq_len = checkpoint.config, provenance["options"]["max_seq_len"]
+    cos, sin = rope.tables(config, max_seq_len)
+    return Metadata(
+        config=config,
+        max_seq_len=max_seq_len,
+        batch_size=1,
+        bos_id=checkpoint.bos_id if checkpoint.bos_id is not None or tokenizer is None else tokenizer.bos_id,
+        stop_ids=checkpoint.stop_ids or (tokenizer.stop_ids if tokenizer else ()),
+        methods=traced.methods,
+        requirements=lowered.requirements,
+        provenance=provenance,
+        rope_cos=cos,
+        rope_sin=sin,
+        rope_inverse_frequencies=rope.inverse_frequencies(config),
+        tokenizer_kind=tokenizer.kind if tokenizer else NO_TOKENIZER,
+        tokenizer=tokenizer.data if tokenizer else b"",
+    )
 
 
 def _tokenizer(checkpoint: Checkpoint, options: ExportOptions) -> Tokenizer | None:
     path = options.tokenizer or checkpoint.tokenizer
     if path is None:
-        raise InputError(f"{options.checkpoint} comes with no tokenizer; give --tokenizer FILE, or `none` to go without")
+        raise InputError(
+            f"{options.checkpoint} comes with no tokenizer; give --tokenizer FILE, or `none` to go without"
+        )
     if str(path) == NO_TOKENIZER:
         return None
     tokenizer = open_tokenizer(path)
@@ -186,9 +192,10 @@ def _limits(checkpoint: Checkpoint, options: ExportOptions) -> tuple[int, int]:
 
 
 def _provenance(
-    checkpoint: Checkpoint, tokenizer: Tokenizer | None, options: ExportOptions, max_seq_len: int, chunk: int
+    checkpoint: Checkpoint, tokenizer: Tokenizer | None, options: ExportOptions, limits: tuple[int, int]
 ) -> dict[str, Any]:
     """All that decides what is written: files made from equal provenance are equal."""
+    max_seq_len, chunk = limits
     return {
         "format_version": FORMAT_VERSION,
         "checkpoint": {"layout": checkpoint.layout, "xxh3_128": checkpoint.digest()},
@@ -218,10 +225,6 @@ def _is_already(output: Path, provenance: dict[str, Any]) -> bool:
         return output.is_file() and read_metadata(output).provenance == provenance
     except InputError:
         return False
-
-
-def _first(*values: int | None) -> int | None:
-    return next((value for value in values if value is not None), None)
 
 
 def _tokens(count: int) -> str:
