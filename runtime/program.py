@@ -1,11 +1,15 @@
 """Program: an opened .pte, checked before it is believed; immutable, and shared by any number of sessions."""
 
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from executorch.extension.pybindings import portable_lib
+import torch  # noqa: F401  ExecuTorch's bindings need its libraries loaded
+from executorch.extension.pybindings import _C  # the bindings alone: portable_lib imports all of exir, 140 MB and 2 s
 from torch import Tensor
 
 from export.metadata import Metadata, MethodSpec, Requirements, check_file, from_constants
@@ -33,9 +37,8 @@ class Program:
         """
         path = Path(path)
         check_file(path, checksum=check)
-        if threads is not None:
-            _set_threads(threads)
-        self._program = portable_lib._load_program(str(path))
+        _start_threads(threads)
+        self._program = _C._load_program(str(path))
         self.metadata: Metadata = from_constants(self._constant)
         _check_requirements(path, self.metadata.requirements)
         self.tokenizer: Tokenizer | None = None
@@ -45,7 +48,7 @@ class Program:
 
     def _constant(self, name: str) -> list[Any]:
         try:
-            return self._program.load_method(name).call([])  # type: ignore[no-any-return]
+            return self._program.load_method(name).call([])
         except RuntimeError as error:
             raise InputError(f"the file carries no {name}; export it again") from error
 
@@ -69,20 +72,37 @@ def read_metadata(path: str | Path) -> Metadata:
         InputError: not a whole file of ours.
     """
     check_file(Path(path))
-    program = portable_lib._load_program(str(path))
+    program = _C._load_program(str(path))
     return from_constants(lambda name: program.load_method(name).call([]))
 
 
-def _set_threads(threads: int) -> None:
-    if threads < 1:
+def _start_threads(threads: int | None) -> None:
+    """Starts ExecuTorch's thread pool, which at its start logs what it finds missing on machines that are not ARM."""
+    if threads is not None and threads < 1:
         raise InputError(f"--threads {threads} is impossible; give 1 or more")
-    portable_lib._unsafe_reset_threadpool(threads)
+    with _stderr_closed():
+        if threads in (None, _C._threadpool_get_thread_count()):
+            return
+        _C._unsafe_reset_threadpool(threads)
+
+
+@contextmanager
+def _stderr_closed() -> Iterator[None]:
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _check_requirements(path: Path, needed: Requirements) -> None:
-    backends = set(needed.backends) - set(portable_lib._get_registered_backend_names())
+    backends = set(needed.backends) - set(_C._get_registered_backend_names())
     operators = {name for name in needed.operators if not name.startswith("executorch_prim::")}
-    operators -= set(portable_lib._get_operator_names())
+    operators -= set(_C._get_operator_names())
     if missing := backends | operators:
         raise InputError(
             f"{path} needs {listed(missing)}, which ExecuTorch {version('executorch')} here lacks; "
