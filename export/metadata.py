@@ -65,8 +65,8 @@ class TensorSpec:
 class MethodSpec:
     """One method of the program: a range of layers for a range of lengths.
 
-    A runtime fills inputs by name, so a file may leave out or add inputs without changing the format: a mask per kind of
-    attention, position ids in place of a mask, hidden states between shards.
+    A runtime fills inputs by name, so a file may leave out or add inputs without changing the format: a mask per kind
+    of attention, position ids in place of a mask, hidden states between shards.
 
     Attributes:
         name: the ExecuTorch method.
@@ -97,7 +97,7 @@ class Requirements:
 
 @dataclass(frozen=True)
 class Metadata:
-    """All that a file carries beside graph and weights. Tensors as in FIELDS; None where there is no BOS, no tokenizer."""
+    """All that a file carries beside graph and weights, tensors as in FIELDS; bos_id is None where there is no BOS."""
 
     config: ModelConfig
     max_seq_len: int
@@ -176,8 +176,8 @@ def _tuples(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _method_spec(spec: dict[str, Any]) -> MethodSpec:
-    tensors = {key: tuple(TensorSpec(**_tuples(tensor)) for tensor in spec.pop(key)) for key in ("inputs", "outputs")}
-    return MethodSpec(**spec, **tensors)
+    tensors = {key: tuple(TensorSpec(**_tuples(tensor)) for tensor in spec[key]) for key in ("inputs", "outputs")}
+    return MethodSpec(**(spec | tensors))
 
 
 # --- the trailer -----------------------------------------------------------------------------------------------------
@@ -188,7 +188,8 @@ _MAGIC = b"llamapte"
 
 class Trailer:
     """The 32 bytes that follow the program, little-endian: magic "llamapte", format version (uint32), zero (uint32),
-    length of the program in bytes (uint64), XXH3-64 of the program (uint64)."""
+    length of the program in bytes (uint64), XXH3-64 of the program (uint64).
+    """
 
     def __init__(self) -> None:
         self._checksum = xxhash.xxh3_64()

@@ -126,7 +126,9 @@ def _prompts(program: Program) -> list[list[int]]:
     """Texts where there is a tokenizer, and random ids of lengths around the chunk's and, if short, the context's."""
     metadata = program.metadata
     chunk, capacity = max(method.max_length for method in metadata.methods), metadata.max_seq_len
-    lengths = {1, chunk - 1, chunk, chunk + 1, 2 * chunk + 3} | ({capacity - 8, capacity} if capacity <= 1024 else set())
+    lengths = {1, chunk - 1, chunk, chunk + 1, 2 * chunk + 3} | (
+        {capacity - 8, capacity} if capacity <= 1024 else set()
+    )
     generator = torch.Generator().manual_seed(0)
     prompts = [
         torch.randint(metadata.config.vocab_size, (length,), generator=generator).tolist()

@@ -7,7 +7,7 @@ import base64
 import binascii
 import codecs
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -112,11 +112,11 @@ class SentencePieceTokenizer:
         self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         self.vocab_size = self._model.vocab_size()
         bos, eos = self._model.bos_id(), self._model.eos_id()
-        self.bos_id = bos if bos >= 0 else None
-        self.stop_ids = (eos,) if eos >= 0 else ()
+        self.bos_id: int | None = bos if bos >= 0 else None
+        self.stop_ids: tuple[int, ...] = (eos,) if eos >= 0 else ()
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode(text)  # type: ignore[no-any-return]
+        return self._model.encode(text)
 
     def piece(self, token: int, first: bool) -> bytes:
         if self._model.is_control(token):
@@ -143,8 +143,8 @@ class TiktokenTokenizer:
         )
         self._special_ids = frozenset(specials.values())
         self.vocab_size = len(ranks) + len(specials)
-        self.bos_id = specials["<|begin_of_text|>"]
-        self.stop_ids = (specials["<|end_of_text|>"], specials["<|eom_id|>"], specials["<|eot_id|>"])
+        self.bos_id: int | None = specials["<|begin_of_text|>"]
+        self.stop_ids: tuple[int, ...] = (specials["<|end_of_text|>"], specials["<|eom_id|>"], specials["<|eot_id|>"])
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
@@ -171,7 +171,7 @@ class HuggingFaceTokenizer:
         self._byte_level = {char: byte for byte, char in _byte_level_alphabet().items()} if _is_byte_level(data) else {}
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
+        return self._model.encode(text, add_special_tokens=False).ids
 
     def piece(self, token: int, first: bool) -> bytes:
         text = self._model.id_to_token(token)
@@ -213,7 +213,11 @@ def _byte_level_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
-_KINDS = {SENTENCEPIECE: SentencePieceTokenizer, TIKTOKEN: TiktokenTokenizer, HUGGING_FACE: HuggingFaceTokenizer}
+_KINDS: dict[str, Callable[[bytes], Tokenizer]] = {
+    SENTENCEPIECE: SentencePieceTokenizer,
+    TIKTOKEN: TiktokenTokenizer,
+    HUGGING_FACE: HuggingFaceTokenizer,
+}
 
 
 def _kind_of(data: bytes) -> str:

@@ -1,7 +1,7 @@
 """The command that runs a .pte, and generate(): a text one typed step at a time.
 
-    python -m runtime.generate tiny.pte --prompt "Once upon a time"
-    python -m runtime.generate tiny.pte --prompt "The dog" --temperature 0.8 --top-p 0.9 --seed 7 --max-new-tokens 100
+python -m runtime.generate tiny.pte --prompt "Once upon a time"
+python -m runtime.generate tiny.pte --prompt "The dog" --temperature 0.8 --top-p 0.9 --seed 7 --max-new-tokens 100
 """
 
 import argparse
@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +46,7 @@ class GenerationOptions:
         stop_ids: ids that end the text.
     """
 
-    sampling: SamplingOptions = SamplingOptions()
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
     max_new_tokens: int | None = None
     stop_ids: tuple[int, ...] = ()
 
@@ -139,15 +139,14 @@ def _print_json(steps: Iterator[Step]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command: text to stdout, statistics to stderr; exit code 0, or 2 for bad input."""
     options = _parser().parse_args(arguments)
-    generation = GenerationOptions(
-        SamplingOptions(options.temperature, options.top_k, options.top_p), options.max_new_tokens
-    )
+    sampling = SamplingOptions(options.temperature, options.top_k, options.top_p)
+    generation = GenerationOptions(sampling, options.max_new_tokens)
     start = time.perf_counter()
     program = Program(options.file, threads=options.threads, check=not options.no_check)
     statistics = Statistics(load=time.perf_counter() - start)
     prompt = options.prompt_ids if options.prompt_ids is not None else prompt_ids(program, options.prompt)
     statistics.prompt_tokens = len(prompt)
-    generation = GenerationOptions(generation.sampling, generation.max_new_tokens, program.metadata.stop_ids)
+    generation = replace(generation, stop_ids=program.metadata.stop_ids)
     steps = generate(Session(program), prompt, generation, Rng(options.seed), program.tokenizer)
     {"text": _print_text, "json": _print_json}[options.format](_timed(steps, statistics))
     print(statistics, file=sys.stderr)

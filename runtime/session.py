@@ -78,7 +78,7 @@ class Session:
         return next((method for method in self._methods if method.max_length >= length), self._methods[-1])
 
     def _step(self, method: MethodSpec, tokens: Sequence[int]) -> Tensor:
-        """Runs up to max_length tokens, padded to the method's length; the padding is neither committed nor selected."""
+        """Runs up to max_length tokens; what pads them to the method's length is neither committed nor selected."""
         valid, length = len(tokens), max(len(tokens), method.min_length)
         position = self.cache.plan(valid)
         padded = torch.zeros((1, length), dtype=torch.int64)
