@@ -1,0 +1,64 @@
+"""Writes checkpoints in the layouts that model.checkpoint reads."""
+
+import struct
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.checkpoint import HUGGING_FACE_NAMES, renamed
+from model.model import Llama
+from preproc import rope
+
+
+def interleaved(weight: Tensor, n_heads: int) -> Tensor:
+    """Undoes `model.checkpoint.half_split`, written the long way: row 2i is pair i's first, row 2i + 1 its second."""
+    rows = weight.shape[0]
+    width = rows // n_heads
+    order = [h * width + i + half * width // 2 for h in range(n_heads) for i in range(width // 2) for half in (0, 1)]
+    return weight[order]
+
+
+def write_llama2c(model: Llama, path: Path, version: int) -> Path:
+    """llama2.c's export.py: version 0 is the legacy layout."""
+    config = model.config
+    state = model.state_dict()
+    for name in state:
+        if name.endswith("wq.weight"):
+            state[name] = interleaved(state[name], config.n_heads)
+        elif name.endswith("wk.weight"):
+            state[name] = interleaved(state[name], config.n_kv_heads)
+
+    def per_layer(name: str) -> list[Tensor]:
+        return [state[f"layers.{i}.{name}.weight"] for i in range(config.n_layers)]
+
+    attention = [t for name in ("wq", "wk", "wv", "wo") for t in per_layer(f"attention.{name}")]
+    feed_forward = [t for name in ("w1", "w2", "w3") for t in per_layer(f"feed_forward.{name}")]
+    norms, embedding = (per_layer("attention_norm"), per_layer("ffn_norm")), state["tok_embeddings.weight"]
+    head = [] if config.tied else [state["output.weight"]]
+    dims = [config.dim, config.hidden_dim, config.n_layers, config.n_heads, config.n_kv_heads]
+    if version == 0:
+        vocab = config.vocab_size if config.tied else -config.vocab_size
+        header = struct.pack("<7i", *dims, vocab, config.context)
+        tables = list(rope.tables(config, config.context))
+        tensors = [embedding, *norms[0], *attention, *norms[1], *feed_forward, state["norm.weight"], *tables, *head]
+    else:
+        header = struct.pack("<Ii7iB", 0x616B3432, 1, *dims, config.vocab_size, config.context, config.tied)
+        header = header.ljust(256, b"\0")
+        tensors = [*norms[0], *norms[1], state["norm.weight"], embedding, *attention, *feed_forward, *head]
+    path.write_bytes(header + b"".join(t.contiguous().numpy().tobytes() for t in tensors))
+    return path
+
+
+def hugging_face_state(model: Llama) -> dict[str, Tensor]:
+    """The model's weights under Hugging Face's names."""
+    state = {renamed(name, HUGGING_FACE_NAMES): t.contiguous() for name, t in model.state_dict().items()}
+    if model.config.tied:
+        del state["lm_head.weight"]
+    return state
+
+
+def save_safetensors(state: dict[str, Tensor], path: Path) -> None:
+    """Writes copies: safetensors refuses tensors that share storage."""
+    save_file({name: torch.clone(t) for name, t in state.items()}, path)

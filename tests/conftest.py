@@ -1,0 +1,104 @@
+"""Test models, each built and exported once per run; exports are kept in build/models and reused while identical."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.llama import ExportOptions, export_llama
+from model.checkpoint import BUILT_IN
+from model.config import ModelConfig
+from model.model import Llama
+from runtime.program import Program
+from tests.checkpoints import write_llama2c
+
+MODELS = Path(__file__).parent.parent / "build" / "models"
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+TOY = ModelConfig(
+    dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=2048, context=48, tied=True
+)
+"""Small enough to lower in seconds; its vocabulary is the built-in tokenizer's."""
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real weights, tokenizers and text. A clone outside the project's own machines has none."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared/data, which is not part of the repository")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def stories260k(shared: Path) -> ExportOptions:
+    """How to export a real model of 260,000 parameters."""
+    folder = shared / "stories260K"
+    return ExportOptions(checkpoint=folder / "stories260K.bin", tokenizer=folder / "tok512.model", max_seq_len=512)
+
+
+@pytest.fixture(scope="session")
+def stories_pte(stories260k: ExportOptions) -> Path:
+    """stories260K with XNNPACK and the default chunk."""
+    return export_llama(replace(stories260k, output=MODELS / "stories260K.pte"))
+
+
+@pytest.fixture(scope="session")
+def tiny_pte() -> Path:
+    """The built-in model as the README exports it."""
+    return export_llama(ExportOptions(max_seq_len=512, output=MODELS / "tiny.pte"))
+
+
+@pytest.fixture(scope="session")
+def toy_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint of TOY, in llama2.c's layout."""
+    return write_llama2c(toy_model(), tmp_path_factory.mktemp("toy") / "toy.bin", version=1)
+
+
+@pytest.fixture(scope="session")
+def toy_options(toy_bin: Path) -> ExportOptions:
+    """How to export TOY, with a chunk that neither divides nor is divided by the context."""
+    return ExportOptions(checkpoint=toy_bin, tokenizer=BUILT_IN / "tokenizer.model", prefill_chunk=7)
+
+
+@pytest.fixture(scope="session")
+def toy_pte(toy_options: ExportOptions) -> Path:
+    """TOY, exported."""
+    return export_llama(replace(toy_options, output=MODELS / "toy.pte"))
+
+
+@pytest.fixture(scope="session")
+def toy_program(toy_pte: Path) -> Program:
+    """TOY, opened: a program is immutable, so one serves all tests."""
+    return Program(toy_pte)
+
+
+def toy_model() -> Llama:
+    """TOY with random weights, large enough that logits differ by more than rounding."""
+    return random_model(TOY)
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> Llama:
+    """A model whose logits are of order 1."""
+    torch.manual_seed(seed)
+    model = Llama(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.uniform_(0.5, 1.5)
+        else:
+            parameter.normal_(0, 0.3)
+    return model
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """In CI every skip is a failure: what CI has is known."""
+    if os.environ.get("CI") and terminalreporter.stats.get("skipped"):
+        terminalreporter.write_line("error: tests were skipped, and CI runs them all", red=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """See pytest_terminal_summary."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") and reporter and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

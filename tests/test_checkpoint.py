@@ -1,0 +1,226 @@
+import json
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model.checkpoint import BUILT_IN, HUGGING_FACE_NAMES, Checkpoint, half_split, open_checkpoint, renamed
+from model.errors import InputError
+from tests.checkpoints import hugging_face_state, interleaved, save_safetensors, write_llama2c
+from tests.conftest import TOY, random_model
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": TOY.dim,
+    "num_hidden_layers": TOY.n_layers,
+    "num_attention_heads": TOY.n_heads,
+    "num_key_value_heads": TOY.n_kv_heads,
+    "head_dim": TOY.head_dim,
+    "intermediate_size": TOY.hidden_dim,
+    "vocab_size": TOY.vocab_size,
+    "max_position_embeddings": TOY.context,
+    "rms_norm_eps": TOY.norm_eps,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """TOY as a Hugging Face folder."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save_safetensors(hugging_face_state(random_model(TOY)), tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def same_weights(checkpoint: Checkpoint, expected: dict[str, Tensor]) -> None:
+    built = checkpoint.build().state_dict()
+    assert built.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(built[name], tensor), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("version", [0, 1])
+def test_llama2c_files_open_as_what_was_written(tmp_path: Path, version: int, tied: bool) -> None:
+    model = random_model(replace(TOY, tied=tied, context=40 if version else TOY.context))
+    checkpoint = open_checkpoint(write_llama2c(model, tmp_path / "model.bin", version))
+    assert checkpoint.config == model.config
+    assert (checkpoint.bos_id, checkpoint.stop_ids) == (1, (1, 2))
+    same_weights(checkpoint, model.state_dict())
+
+
+def test_the_real_checkpoints_two_layouts_hold_the_same_weights(shared: Path) -> None:
+    legacy, version_1 = (open_checkpoint(shared / "stories260K" / f"stories260K{v}.bin") for v in ("", "_v1"))
+    assert legacy.config == version_1.config
+    assert (legacy.config.dim, legacy.config.n_layers, legacy.config.vocab_size) == (64, 5, 512)
+    same_weights(legacy, version_1.build().state_dict())
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_half_split_undoes_interleaving(heads: int) -> None:
+    weight = torch.randn(heads * 8, 5)
+    assert torch.equal(half_split(interleaved(weight, heads), heads), weight)
+
+
+def test_names_translate_both_ways() -> None:
+    back = {theirs: ours for ours, theirs in HUGGING_FACE_NAMES.items()}
+    name = "layers.11.attention.wq.weight"
+    assert renamed(name, HUGGING_FACE_NAMES) == "model.layers.11.self_attn.q_proj.weight"
+    assert renamed(renamed(name, HUGGING_FACE_NAMES), back) == name
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_a_hugging_face_folder_opens_whole_or_split(folder: Path, files: int) -> None:
+    state = load_file(folder / "model.safetensors")
+    if files > 1:
+        (folder / "model.safetensors").unlink()
+        parts = {name: f"model-{i % files}.safetensors" for i, name in enumerate(state)}
+        for part in set(parts.values()):
+            save_safetensors({n: t for n, t in state.items() if parts[n] == part}, folder / part)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config == TOY
+    assert (checkpoint.bos_id, checkpoint.stop_ids) == (1, (2,))
+    same_weights(checkpoint, random_model(TOY).state_dict())
+
+
+def test_half_precision_weights_become_float32(folder: Path) -> None:
+    state = {n: t.bfloat16() for n, t in load_file(folder / "model.safetensors").items()}
+    save_safetensors(state, folder / "model.safetensors")
+    expected = {n: t.bfloat16().float() for n, t in random_model(TOY).state_dict().items()}
+    same_weights(open_checkpoint(folder), expected)
+
+
+def test_generation_config_wins_and_may_name_several_stop_ids(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 7, "eos_token_id": [8, 9]}))
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.bos_id, checkpoint.stop_ids) == (7, (8, 9))
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3"}},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}},
+    ],
+)
+def test_both_spellings_of_rope_scaling_are_read(folder: Path, spelling: dict[str, dict[str, object]]) -> None:
+    factors = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    for value in spelling.values():
+        if isinstance(value, dict):
+            value.update(factors)
+    (folder / "config.json").write_text(json.dumps(CONFIG | spelling))
+    config = open_checkpoint(folder).config
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling is not None
+    assert (config.rope_scaling.factor, config.rope_scaling.original_context) == (8.0, 64)
+
+
+def test_the_digest_follows_content_not_place(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("copy") / "elsewhere")
+    assert open_checkpoint(copy).digest() == open_checkpoint(folder).digest()
+    state = load_file(copy / "model.safetensors")
+    state["model.norm.weight"][3] += 1
+    save_safetensors(state, copy / "model.safetensors")
+    assert open_checkpoint(copy).digest() != open_checkpoint(folder).digest()
+
+
+def edit_config(**changes: object) -> Callable[[Path], None]:
+    return lambda folder: (folder / "config.json").write_text(json.dumps(CONFIG | changes)) and None  # type: ignore[func-returns-value]
+
+
+def edit_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_safetensors(state, folder / "model.safetensors")
+
+    return edit
+
+
+def truncate(name: str, size: int) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size]) and None  # type: ignore[func-returns-value]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (edit_weights(lambda s: s.pop("model.norm.weight")), "lacks the weights model.norm.weight"),
+        (edit_weights(lambda s: s.update(extra=torch.ones(1))), "no plain Llama has: extra"),
+        (edit_weights(lambda s: s.update({"model.norm.weight": torch.ones(3)})), r"model.norm.weight .*\[3\].*\[32\]"),
+        (truncate("model.safetensors", 5000), "truncated or no safetensors file"),
+        (truncate("config.json", 20), "config.json is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "holds a list where an object belongs"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor its index"),
+        (edit_config(architectures=["MambaForCausalLM"]), "names the architecture .*Mamba"),
+        (edit_config(hidden_act="gelu"), "sets hidden_act to 'gelu'"),
+        (edit_config(attention_bias=True), "sets attention_bias to True"),
+        (edit_config(rope_scaling={"rope_type": "yarn"}), "rope scaling 'yarn'"),
+        (edit_config(num_attention_heads=0), "holds a dimension that is no number|n_heads is 0"),
+        (edit_config(hidden_size="wide"), "dim is 'wide'|no number"),
+        (edit_config(vocab_size=-5), "vocab_size is -5"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_sentence(
+    folder: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(folder)
+    with pytest.raises(InputError, match=message) as caught:
+        open_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "hidden_size"}))
+    with pytest.raises(InputError, match="lacks the key 'hidden_size'"):
+        open_checkpoint(folder)
+
+
+def test_a_part_that_the_index_names_must_be_there(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-7.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=re.escape("lacks model-7.safetensors, which its index names")):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_llama2c_file_of_another_length_is_refused_with_both(tmp_path: Path, version: int) -> None:
+    path = write_llama2c(random_model(TOY), tmp_path / "model.bin", version)
+    whole = path.read_bytes()
+    for content, problem in ((whole[:-100], "truncated"), (whole + b"1234", "too long")):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"is {problem}: {len(content)} bytes .* need {len(whole)}"):
+            open_checkpoint(path)
+
+
+def test_other_llama2c_versions_and_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(struct.pack("<Ii", 0x616B3432, 2).ljust(300, b"\0"))
+    with pytest.raises(InputError, match="version 2"):
+        open_checkpoint(path)
+    path.write_bytes(struct.pack("<Ii", 0x616B3432, 1))
+    with pytest.raises(InputError, match="truncated"):
+        open_checkpoint(path)
+    for content in (b"", b"hello", b"\xff" * 1000):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="is no known checkpoint; known are: Hugging Face folder"):
+            open_checkpoint(path)
+    with pytest.raises(InputError, match="does not exist"):
+        open_checkpoint(tmp_path / "absent")
+
+
+def test_the_built_in_model_opens() -> None:
+    checkpoint = open_checkpoint(BUILT_IN)
+    assert checkpoint.config.context == 512
+    assert checkpoint.config.tied
+    assert checkpoint.tokenizer == BUILT_IN / "tokenizer.model"

@@ -1,0 +1,64 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from export.emit import replacing
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_whole_with_ordinary_permissions(tmp_path: Path) -> None:
+    with replacing(tmp_path / "new" / "a.pte") as temporary:
+        temporary.write_bytes(b"new")
+        assert names(tmp_path / "new") == [temporary.name]
+    assert names(tmp_path / "new") == ["a.pte"]
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    assert (tmp_path / "new" / "a.pte").stat().st_mode == ordinary.stat().st_mode
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_failure_leaves_the_earlier_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+    (tmp_path / "a.pte").write_bytes(b"old")
+
+    def fail() -> None:
+        with replacing(tmp_path / "a.pte") as temporary:
+            temporary.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert names(tmp_path) == ["a.pte"]
+    assert (tmp_path / "a.pte").read_bytes() == b"old"
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    script = f"""
+        import sys, time
+        from pathlib import Path
+        from export.emit import replacing
+        with replacing(Path({str(tmp_path / "a.pte")!r})) as temporary:
+            temporary.write_bytes(b"half")
+            print(temporary.name, flush=True)
+            time.sleep(60)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    theirs = process.stdout.readline().strip()
+    with replacing(tmp_path / "a.pte") as temporary:
+        assert names(tmp_path) == sorted([theirs, temporary.name])
+        temporary.write_bytes(b"new")
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert names(tmp_path) == sorted([theirs, "a.pte"])
+    with replacing(tmp_path / "a.pte") as temporary:
+        temporary.write_bytes(b"newer")
+    assert names(tmp_path) == ["a.pte"]
+    assert (tmp_path / "a.pte").read_bytes() == b"newer"

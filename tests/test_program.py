@@ -1,0 +1,49 @@
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.emit import emit
+from export.lower import lower
+from export.metadata import Requirements
+from export.trace import trace
+from model.errors import InputError
+from runtime.program import Program, read_metadata
+from tests.conftest import toy_model
+
+
+def test_a_step_takes_and_gives_tensors_by_name(toy_program: Program) -> None:
+    method = toy_program.metadata.methods[0]
+    inputs = {spec.name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in method.inputs}
+    outputs = toy_program.step(method, dict(reversed(inputs.items())))
+    assert {name: tuple(tensor.shape) for name, tensor in outputs.items()} == {
+        spec.name: spec.shape for spec in method.outputs
+    }
+
+
+@pytest.mark.parametrize("size", [0, 40, 5000, -1])
+def test_a_truncated_file_is_refused(toy_pte: Path, tmp_path: Path, size: int) -> None:
+    (tmp_path / "cut.pte").write_bytes(toy_pte.read_bytes()[:size])
+    with pytest.raises(InputError, match=r"cut\.pte is (truncated|no \.pte file)"):
+        Program(tmp_path / "cut.pte")
+
+
+def test_a_file_that_needs_what_this_runtime_lacks_is_refused_by_name(toy_pte: Path, tmp_path: Path) -> None:
+    metadata = replace(
+        read_metadata(toy_pte),
+        requirements=Requirements("9.9.9", ("AbacusBackend",), ("aten::embedding.out", "toy::add.out")),
+    )
+    emit(lower(trace(toy_model(), 48, 1), "portable"), metadata, tmp_path / "other.pte")
+    with pytest.raises(InputError, match=r"needs AbacusBackend, toy::add\.out, which .* made with ExecuTorch 9\.9\.9"):
+        Program(tmp_path / "other.pte")
+
+
+def test_a_run_says_nothing_but_its_text_and_its_statistics(toy_pte: Path) -> None:
+    """No probing of the processor, no warnings of libraries, in a fresh process."""
+    call = [sys.executable, "-m", "runtime.generate", str(toy_pte), "--max-new-tokens", "2", "--threads", "1"]
+    done = subprocess.run(call, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("load ")

@@ -1,0 +1,95 @@
+import copy
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from export import verify as command
+from export.verify import LIMITS, compare, verify
+from model.checkpoint import open_checkpoint
+from model.errors import InputError
+from model.model import Llama
+from runtime.program import Program
+from tests.conftest import TOY, random_model, toy_model
+
+
+@pytest.fixture(scope="module", params=["toy", pytest.param("stories260K", marks=pytest.mark.slow)])
+def made(request: pytest.FixtureRequest) -> tuple[Program, Llama]:
+    """A file and the model it was made from."""
+    if request.param == "toy":
+        return request.getfixturevalue("toy_program"), toy_model()
+    checkpoint = request.getfixturevalue("stories260k").checkpoint
+    return Program(request.getfixturevalue("stories_pte")), open_checkpoint(checkpoint).build()
+
+
+def changed(model: Llama) -> Llama:
+    """A copy whose weights may be written to; the checkpoint's are mapped."""
+    model = copy.deepcopy(model)
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    if model.config.tied:
+        model.output.weight = model.tok_embeddings.weight
+    return model.requires_grad_(False)
+
+
+def test_a_faithful_file_passes(made: tuple[Program, Llama]) -> None:
+    report = verify(*made)
+    assert report.passed
+    assert report.greedy_agreement == 1
+    assert report.positions > 100
+
+
+def test_any_tensor_scaled_by_a_hundredth_is_noticed(made: tuple[Program, Llama]) -> None:
+    program, model = made
+    names = sorted(name for name, _ in model.named_parameters())
+    for name in random.Random(0).sample(names, 10):
+        other = changed(model)
+        other.get_parameter(name).mul_(1.01)
+        report = verify(program, other)
+        assert not report.passed, name
+        assert report.max_abs > 10 * report.limits.max_abs, name
+
+
+def test_two_swapped_layers_are_noticed(made: tuple[Program, Llama]) -> None:
+    program, model = made
+    other = changed(model)
+    other.layers[0], other.layers[1] = other.layers[1], other.layers[0]
+    assert not verify(program, other).passed
+
+
+def test_a_model_of_other_dimensions_is_refused(toy_program: Program) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(InputError, match="made from another model"):
+        verify(toy_program, random_model(replace(TOY, rope_theta=5000.0)))
+
+
+def test_differences_are_measured_as_defined() -> None:
+    expected = torch.tensor([[0.0, 1.0, 2.0], [3.0, 1.0, 0.0]])
+    found = expected + torch.tensor([[0.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+    report = compare(found, expected, LIMITS["fp32"])
+    p, q = torch.softmax(expected[1].double(), 0), torch.softmax(found[1].double(), 0)
+    assert report.max_abs == 4
+    assert math.isclose(report.mse, 16 / 6)
+    assert math.isclose(report.kl, float((p * (p / q).log()).sum()))
+    assert report.greedy_agreement == 0.5
+    assert not report.passed
+
+
+def test_a_nan_fails() -> None:
+    logits = torch.tensor([[0.0, 1.0]])
+    assert not compare(logits * math.nan, logits, LIMITS["fp32"]).passed
+    assert compare(logits, logits, LIMITS["fp32"]).passed
+
+
+def test_the_command_exits_with_0_or_1(toy_pte: Path, toy_bin: Path, tmp_path: Path,
+                                       capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    from tests.checkpoints import write_llama2c
+
+    assert command.main([str(toy_pte), "--checkpoint", str(toy_bin)]) == 0
+    assert "passed" in capsys.readouterr().out
+    other = changed(toy_model())
+    other.layers[0].feed_forward.w2.weight.mul_(1.01)
+    assert command.main([str(toy_pte), "--checkpoint", str(write_llama2c(other, tmp_path / "b.bin", 1))]) == 1
+    assert "FAILED" in capsys.readouterr().out
