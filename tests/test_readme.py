@@ -1,0 +1,48 @@
+"""The README says what is so."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from export.metadata import FIELDS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_table_of_what_a_file_carries_is_the_contracts() -> None:
+    rows = re.findall(r"^\| `(get_\w+|use_\w+)` \| (.+?) \| (.+?) \|$", README, re.MULTILINE)
+    assert {name: (kind, meaning) for name, kind, meaning in rows} == FIELDS
+
+
+def test_every_make_target_named_is_there() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"`?make ([\w-]+)", README)
+    assert named
+    assert set(named) - {"the"} <= set(targets)
+
+
+def test_every_module_is_in_its_folders_row() -> None:
+    for stage in ("trace", "lower", "emit", "verify", "metadata", "llama"):
+        assert (ROOT / "export" / f"{stage}.py").is_file()
+        assert re.search(rf"^\| `export/` .*`{stage}`", README, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_every_python_command_and_example_runs_as_written(tmp_path: Path) -> None:
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("python ")]
+    assert len(commands) >= 5
+    calls = [[sys.executable, *shlex.split(line)[1:]] for line in commands]
+    calls += [[sys.executable, "-c", block] for block in blocks("python")]
+    for call in calls:
+        done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, (call, done.stderr)
+        assert done.stdout.strip()
