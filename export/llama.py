@@ -215,7 +215,7 @@ def _source_digest() -> str:
     """Of our own code: a file made by other code is another export, whatever its version number says."""
     digest = hashlib.sha256()
     for package in ("model", "preproc", "export"):
-        for file in sorted((Path(__file__).parent.parent / package).glob("*.py")):
+        for file in sorted((Path(__file__).parent.parent / package).rglob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()
 

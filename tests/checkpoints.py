@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.checkpoint import HUGGING_FACE_NAMES, renamed
+from model.layouts.common import renamed
+from model.layouts.hugging_face import HUGGING_FACE_NAMES
 from model.model import Llama
 from preproc import rope
 
 
 def interleaved(weight: Tensor, n_heads: int) -> Tensor:
-    """Undoes `model.checkpoint.half_split`, written the long way: row 2i is pair i's first, row 2i + 1 its second."""
+    """Undoes `model.layouts.common.half_split`, the long way: row 2i is pair i's first, 2i + 1 its second."""
     rows = weight.shape[0]
     width = rows // n_heads
     order = [h * width + i + half * width // 2 for h in range(n_heads) for i in range(width // 2) for half in (0, 1)]

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.checkpoint import BUILT_IN, HUGGING_FACE_NAMES, Checkpoint, half_split, open_checkpoint, renamed
+from model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
 from model.errors import InputError
+from model.layouts.common import half_split, renamed
+from model.layouts.hugging_face import HUGGING_FACE_NAMES
 from tests.checkpoints import hugging_face_state, interleaved, save_safetensors, write_llama2c
 from tests.conftest import TOY, random_model
 
