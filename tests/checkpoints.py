@@ -1,5 +1,6 @@
 """Writes checkpoints in the layouts that model.checkpoint reads."""
 
+import json
 import struct
 from pathlib import Path
 
@@ -63,3 +64,33 @@ def hugging_face_state(model: Llama) -> dict[str, Tensor]:
 def save_safetensors(state: dict[str, Tensor], path: Path) -> None:
     """Writes copies: safetensors refuses tensors that share storage."""
     save_file({name: torch.clone(t) for name, t in state.items()}, path)
+
+
+def write_meta(model: Llama, folder: Path, ranks: int, vocabulary_parallel: bool = True) -> Path:
+    """Meta's folder of `ranks` tensor-parallel files; the embedding is split by rows (Llama 3) or columns (2)."""
+    config = model.config
+    split = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
+    split["tok_embeddings"] = 0 if vocabulary_parallel else 1
+    shards: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+    for name, tensor in model.state_dict().items():
+        kind = name.split(".")[-2]
+        if kind in ("wq", "wk"):
+            tensor = interleaved(tensor, config.n_heads if kind == "wq" else config.n_kv_heads)
+        parts = tensor.chunk(ranks, split[kind]) if kind in split else [tensor] * ranks
+        for shard, part in zip(shards, parts, strict=True):
+            shard[name] = part.clone()
+    folder.mkdir(exist_ok=True)
+    for rank, shard in enumerate(shards):
+        torch.save(shard | {"rope.freqs": torch.ones(config.head_dim // 2)}, folder / f"consolidated.{rank:02d}.pth")
+    params = {
+        "dim": config.dim,
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "n_kv_heads": config.n_kv_heads,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "vocab_size": -1,
+        "multiple_of": 256,
+    }
+    (folder / "params.json").write_text(json.dumps(params))
+    return folder

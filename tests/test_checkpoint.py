@@ -15,7 +15,7 @@ from model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
 from model.errors import InputError
 from model.layouts.common import half_split, renamed
 from model.layouts.hugging_face import HUGGING_FACE_NAMES
-from tests.checkpoints import hugging_face_state, interleaved, save_safetensors, write_llama2c
+from tests.checkpoints import hugging_face_state, interleaved, save_safetensors, write_llama2c, write_meta
 from tests.conftest import TOY, random_model
 
 CONFIG = {
@@ -137,6 +137,86 @@ def test_the_digest_follows_content_not_place(folder: Path, tmp_path_factory: py
     assert open_checkpoint(copy).digest() != open_checkpoint(folder).digest()
 
 
+META = replace(TOY, tied=False, context=4096)
+
+
+@pytest.mark.parametrize("vocabulary_parallel", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_meta_folder_opens_whole_or_split_over_ranks(tmp_path: Path, ranks: int, vocabulary_parallel: bool) -> None:
+    model = random_model(META)
+    checkpoint = open_checkpoint(write_meta(model, tmp_path, ranks, vocabulary_parallel))
+    assert checkpoint.config == META
+    same_weights(checkpoint, model.state_dict())
+
+
+def test_four_meta_ranks_hold_the_unsplit_weights(tmp_path: Path) -> None:
+    model = random_model(replace(META, n_heads=8, n_kv_heads=4, head_dim=4))
+    same_weights(open_checkpoint(write_meta(model, tmp_path, 4)), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("params", "context", "factor"),
+    [
+        ({}, 4096, None),
+        ({"rope_theta": 500000.0}, 8192, None),
+        ({"rope_theta": 1000000.0}, 16384, None),
+        ({"rope_theta": 500000.0, "use_scaled_rope": True}, 131072, 32.0),
+        ({"rope_theta": 500000.0, "use_scaled_rope": True, "rope_scaling_factor": 8}, 131072, 8.0),
+    ],
+)
+def test_a_meta_models_context_and_scaling_follow_from_its_rotary_settings(
+    tmp_path: Path, params: dict[str, object], context: int, factor: float | None
+) -> None:
+    write_meta(random_model(META), tmp_path, 1)
+    settings = json.loads((tmp_path / "params.json").read_text())
+    (tmp_path / "params.json").write_text(json.dumps(settings | params))
+    config = open_checkpoint(tmp_path).config
+    assert config.context == context
+    assert (config.rope_scaling and config.rope_scaling.factor) == factor
+
+
+def test_damaged_meta_folders_are_refused(tmp_path: Path) -> None:
+    write_meta(random_model(META), tmp_path, 2)
+    second = tmp_path / "consolidated.01.pth"
+    whole = second.read_bytes()
+    second.write_bytes(whole[:3000])
+    with pytest.raises(InputError, match=r"consolidated\.01\.pth is truncated"):
+        open_checkpoint(tmp_path)
+    second.rename(tmp_path / "consolidated.02.pth")
+    with pytest.raises(InputError, match=r"lacks consolidated\.01\.pth"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "consolidated.02.pth").unlink()
+    with pytest.raises(InputError, match=re.escape("is [16, 32] where its configuration asks for [32, 32]")):
+        open_checkpoint(tmp_path)
+
+
+class Malicious:
+    """Unpickled, it would run a command."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        import os
+
+        return os.system, ("touch executed",)
+
+
+def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_meta(random_model(META), tmp_path, 1)
+    torch.save({"norm.weight": Malicious()}, tmp_path / "consolidated.00.pth")
+    with pytest.raises(InputError, match="could run code") as caught:
+        open_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_hugging_face_folder_may_be_pickled(folder: Path, zipped: bool) -> None:
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    same_weights(open_checkpoint(folder), random_model(TOY).state_dict())
+
+
 def edit_config(**changes: object) -> Callable[[Path], None]:
     return lambda folder: (folder / "config.json").write_text(json.dumps(CONFIG | changes)) and None  # type: ignore[func-returns-value]
 
@@ -163,7 +243,10 @@ def truncate(name: str, size: int) -> Callable[[Path], None]:
         (truncate("model.safetensors", 5000), "truncated or no safetensors file"),
         (truncate("config.json", 20), "config.json is not JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "holds a list where an object belongs"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor its index"),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "neither model.safetensors, pytorch_model.bin nor",
+        ),
         (edit_config(architectures=["MambaForCausalLM"]), "names the architecture .*Mamba"),
         (edit_config(hidden_act="gelu"), "sets hidden_act to 'gelu'"),
         (edit_config(attention_bias=True), "sets attention_bias to True"),

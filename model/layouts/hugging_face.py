@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json, and weights in one or more .safetensors files."""
+"""A Hugging Face folder: config.json, and weights in one or more .safetensors or pytorch_model.bin files."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -11,6 +11,7 @@ from torch import Tensor
 from model.config import ModelConfig, RopeScaling
 from model.errors import InputError, listed
 from model.layouts.common import Checkpoint, LazyWeights, Source, match, read_json
+from model.layouts.pickled import load_tensors
 
 HUGGING_FACE_NAMES = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -40,8 +41,8 @@ def open_folder(path: Path) -> Checkpoint:
     """Opens the folder; generation_config.json's ids win over config.json's, as in transformers."""
     settings = read_json(path / "config.json")
     config = _config(settings, path / "config.json")
-    files = _safetensors_files(path)
-    sources = _index_safetensors(files)
+    files = _weight_files(path)
+    sources = _sources(files)
     spare = {name for name in sources if name.endswith(_ROTARY_BUFFER)}
     if config.tied:
         spare.add(HUGGING_FACE_NAMES["output.weight"])  # Hugging Face ties over it, whatever it holds
@@ -107,35 +108,48 @@ def _rope(settings: dict[str, Any], path: Path) -> tuple[float, RopeScaling | No
     )
 
 
-def _safetensors_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        if not (path / "model.safetensors").is_file():
-            raise InputError(f"{path} holds neither model.safetensors nor its index; download the checkpoint again")
-        return [path / "model.safetensors"]
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    if absent := [name for name in names if not (path / name).is_file()]:
-        raise InputError(f"{path} lacks {listed(absent)}, which its index names; download the checkpoint again")
-    return [path / name for name in names]
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files, or the pickled ones where there are none: a single file, or those that an index names."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = path / f"{single}.index.json"
+        if index.is_file():
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            if absent := [name for name in names if not (path / name).is_file()]:
+                raise InputError(f"{path} lacks {listed(absent)}, which its index names; download the checkpoint again")
+            return [path / name for name in names]
+        if (path / single).is_file():
+            return [path / single]
+    raise InputError(f"{path} holds neither model.safetensors, pytorch_model.bin nor an index; download it again")
 
 
-def _index_safetensors(files: Iterable[Path]) -> dict[str, Source]:
+def _sources(files: Iterable[Path]) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     found_in: dict[str, Path] = {}
     for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                    if name in sources:
-                        raise InputError(f"{name} stands in both {found_in[name].name} and {file.name}; remove one")
-                    found_in[name] = file
-                    shape = tuple(tensors.get_slice(name).get_shape())
-                    sources[name] = Source(shape, partial(_read_safetensors, file, name))
-        except SafetensorError as error:
-            raise InputError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
+        for name, source in (_index_pickled(file) if file.suffix == ".bin" else _index_safetensors(file)).items():
+            if name in sources:
+                raise InputError(f"{name} stands in both {found_in[name].name} and {file.name}; remove one")
+            sources[name], found_in[name] = source, file
     return sources
+
+
+def _index_pickled(file: Path) -> dict[str, Source]:
+    return {name: Source(tuple(t.shape), partial(_same, t)) for name, t in load_tensors(file).items()}
+
+
+def _index_safetensors(file: Path) -> dict[str, Source]:
+    try:
+        with safe_open(file, "pt") as tensors:
+            shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
+    return {name: Source(shape, partial(_read_safetensors, file, name)) for name, shape in shapes.items()}
 
 
 def _read_safetensors(file: Path, name: str) -> Tensor:
     with safe_open(file, "pt") as tensors:
         return tensors.get_tensor(name)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

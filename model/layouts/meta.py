@@ -1,0 +1,118 @@
+"""Meta's own folder: params.json, and consolidated.NN.pth, one file per tensor-parallel rank."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig, RopeScaling
+from model.errors import InputError, listed
+from model.layouts.common import Checkpoint, LazyWeights, Source, expected_shapes, half_split, match, read_json
+from model.layouts.pickled import load_tensors
+
+_SPARE = {"rope.freqs"}  # Llama 1 and 2 carry it; it follows from params.json
+
+
+def is_folder(path: Path) -> bool:
+    """Whether the path is a folder with params.json and a first consolidated file."""
+    return (path / "params.json").is_file() and (path / "consolidated.00.pth").is_file()
+
+
+def open_folder(path: Path) -> Checkpoint:
+    """Opens the folder. Its rotary pairs are interleaved; wq and wk are reordered as they are read."""
+    files = _shard_files(path)
+    shards = [load_tensors(file) for file in files]
+    if uneven := {name for shard in shards for name in shard.keys() ^ shards[0].keys()}:
+        raise InputError(f"{path}: {listed(uneven)} are not in every consolidated file; download the checkpoint again")
+    settings = read_json(path / "params.json")
+    config = _config(settings, shards, path / "params.json")
+    shapes = expected_shapes(config)
+    sources = {
+        name: _joined(name, [shard[name] for shard in shards], shapes.get(name)) for name in shards[0].keys() - _SPARE
+    }
+    weights = match(path, config, sources, {_starred(name): _starred(name) for name in shapes}, set())
+    readers = {name: partial(_read, source, _rotated_heads(name, config)) for name, source in weights.items()}
+    tokenizer = path / "tokenizer.model"
+    return Checkpoint(
+        config,
+        LazyWeights(readers),
+        (path / "params.json", *files),
+        "Meta folder",
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+    )
+
+
+def _shard_files(path: Path) -> list[Path]:
+    files = sorted(path.glob("consolidated.*.pth"))
+    wanted = [path / f"consolidated.{i:02d}.pth" for i in range(len(files))]
+    if absent := [file.name for file in wanted if file not in files]:
+        raise InputError(f"{path} lacks {listed(absent)}; download the checkpoint again")
+    return files
+
+
+def _config(settings: dict[str, Any], shards: list[dict[str, Tensor]], path: Path) -> ModelConfig:
+    """Dimensions from params.json; what Llama 2's leaves open (vocabulary, feed-forward) from the tensors."""
+    try:
+        dim, heads = settings["dim"], settings["n_heads"]
+        theta = float(settings.get("rope_theta", 10000.0))
+        return ModelConfig(
+            dim=dim,
+            n_layers=settings["n_layers"],
+            n_heads=heads,
+            n_kv_heads=settings.get("n_kv_heads") or heads,
+            head_dim=dim // heads,
+            hidden_dim=sum(shard["layers.0.feed_forward.w1.weight"].shape[0] for shard in shards),
+            vocab_size=sum(shard["output.weight"].shape[0] for shard in shards),
+            context=_context(settings, theta),
+            norm_eps=settings["norm_eps"],
+            rope_theta=theta,
+            rope_scaling=_scaling(settings, dim) if settings.get("use_scaled_rope") else None,
+        )
+    except KeyError as error:
+        raise InputError(f"{path.parent} lacks {error}; download the checkpoint again") from error
+    except (TypeError, ZeroDivisionError) as error:
+        raise InputError(f"{path} holds a dimension that is no number ({error}); download it again") from error
+
+
+def _context(settings: dict[str, Any], theta: float) -> int:
+    """What the models were trained for; params.json does not say, but they differ in the base of their rotary angles:
+    Llama 3.1 and later are scaled, Llama 3 has 500,000, Code Llama 1,000,000, and Llama 2 the original's 10,000.
+    """
+    if settings.get("use_scaled_rope"):
+        return 131072
+    return {500000.0: 8192, 1000000.0: 16384}.get(theta, 4096)
+
+
+def _scaling(settings: dict[str, Any], dim: int) -> RopeScaling:
+    """Llama 3.1 stretches by 8; Llama 3.2's small models, narrower than any 3.1, by 32."""
+    factor = settings.get("rope_scaling_factor") or (32.0 if dim < 4096 else 8.0)
+    return RopeScaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+
+
+def _joined(name: str, parts: list[Tensor], shape: tuple[int, ...] | None) -> Source:
+    """One tensor over all ranks: split along the dimension in which the parts fall short of `shape`.
+
+    Column-parallel matrices are split by rows, row-parallel ones by columns, Llama 2's embedding by columns and Llama
+    3's by rows; norms are whole on every rank.
+    """
+    first = tuple(parts[0].shape)
+    if len(parts) == 1 or shape is None or first == shape:
+        return Source(first, lambda: parts[0])
+    split = next((dim for dim, (have, want) in enumerate(zip(first, shape, strict=False)) if have != want), 0)
+    joined = (*first[:split], sum(part.shape[split] for part in parts), *first[split + 1 :])
+    return Source(joined, lambda: torch.cat(parts, dim=split))
+
+
+def _starred(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _rotated_heads(name: str, config: ModelConfig) -> int:
+    """Heads whose rows are rotary pairs: 0 for every weight but wq and wk."""
+    return {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2], 0)
+
+
+def _read(source: Source, heads: int) -> Tensor:
+    return half_split(source.read(), heads) if heads else source.read()
