@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", type=Path, default=BUILT_IN, metavar="PATH",
-                        help="Hugging Face folder, Meta folder or llama2.c .bin (default: the built-in model)")  # fmt: skip
+                        help="Hugging Face or Meta folder, GGUF, or llama2.c .bin (default: the built-in model)")  # fmt: skip
     parser.add_argument("--tokenizer", type=Path, metavar="FILE",
                         help="SentencePiece, tiktoken or tokenizer.json; `none` for no tokenizer (default: the "
                         "checkpoint's own)")  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import InputError
-from model.layouts import hugging_face, llama2c, meta
+from model.layouts import gguf, hugging_face, llama2c, meta
 from model.layouts.common import Checkpoint as Checkpoint
 
 BUILT_IN = Path(__file__).parent / "tiny"
@@ -28,6 +28,7 @@ class Layout:
 LAYOUTS = (
     Layout("Hugging Face folder (config.json)", hugging_face.is_folder, hugging_face.open_folder),
     Layout("Meta folder (params.json and consolidated.NN.pth)", meta.is_folder, meta.open_folder),
+    Layout("GGUF", gguf.is_gguf, gguf.open_gguf),
     Layout("llama2.c .bin, version 1", llama2c.is_version_1, llama2c.open_version_1),
     Layout("llama2.c .bin, legacy", llama2c.is_legacy, llama2c.open_legacy),
 )

@@ -15,10 +15,10 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
-    return _scale(frequencies, config.rope_scaling) if config.rope_scaling else frequencies
+    return scaled(frequencies, config.rope_scaling) if config.rope_scaling else frequencies
 
 
-def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+def scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Llama 3.1's scaling (meta-llama/llama-models, models/llama3/model.py, apply_scaling).
 
     Wavelengths under original_context / high_freq_factor are kept, those over original_context / low_freq_factor are

@@ -4,11 +4,13 @@ import json
 import struct
 from pathlib import Path
 
+import gguf
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from model.layouts.common import renamed
+from model.layouts.gguf import GGUF_NAMES
 from model.layouts.hugging_face import HUGGING_FACE_NAMES
 from model.model import Llama
 from preproc import rope
@@ -94,3 +96,38 @@ def write_meta(model: Llama, folder: Path, ranks: int, vocabulary_parallel: bool
     }
     (folder / "params.json").write_text(json.dumps(params))
     return folder
+
+
+def write_gguf(model: Llama, path: Path, kind: str, rope_factors: Tensor | None = None) -> Path:
+    """A GGUF file; `kind` is the storage of its matrices: F32, F16, BF16, Q8_0 or Q4_0."""
+    config, storage = model.config, gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.context)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    for name, tensor in model.state_dict().items():
+        layer_kind = name.split(".")[-2]
+        if layer_kind in ("wq", "wk"):
+            tensor = interleaved(tensor, config.n_heads if layer_kind == "wq" else config.n_kv_heads)
+        if name == "output.weight" and config.tied:
+            continue
+        values, target = tensor.contiguous().numpy(), renamed(name, GGUF_NAMES)
+        if tensor.dim() == 1:
+            writer.add_tensor(target, values)
+        else:
+            writer.add_tensor(target, gguf.quants.quantize(values, storage), raw_dtype=storage)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

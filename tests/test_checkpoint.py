@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
+from model.config import RopeScaling
 from model.errors import InputError
 from model.layouts.common import half_split, renamed
 from model.layouts.hugging_face import HUGGING_FACE_NAMES
-from tests.checkpoints import hugging_face_state, interleaved, save_safetensors, write_llama2c, write_meta
+from preproc import rope
+from tests.checkpoints import hugging_face_state, interleaved, save_safetensors, write_gguf, write_llama2c, write_meta
 from tests.conftest import TOY, random_model
 
 CONFIG = {
@@ -135,6 +137,51 @@ def test_the_digest_follows_content_not_place(folder: Path, tmp_path_factory: py
     state["model.norm.weight"][3] += 1
     save_safetensors(state, copy / "model.safetensors")
     assert open_checkpoint(copy).digest() != open_checkpoint(folder).digest()
+
+
+WIDE = replace(TOY, dim=64, head_dim=16, hidden_dim=96)
+"""Every width a multiple of 32, the block of GGUF's quantised formats."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "worst"), [("F32", 0.0), ("F16", 1e-3), ("BF16", 4e-3), ("Q8_0", 0.01), ("Q4_0", 0.2)]
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_gguf_files_open_as_what_was_written_up_to_their_storage(
+    tmp_path: Path, kind: str, worst: float, tied: bool
+) -> None:
+    model = random_model(replace(WIDE, tied=tied))
+    checkpoint = open_checkpoint(write_gguf(model, tmp_path / "model.gguf", kind))
+    assert checkpoint.config == replace(model.config, norm_eps=checkpoint.config.norm_eps)
+    assert checkpoint.config.norm_eps == pytest.approx(model.config.norm_eps)
+    assert (checkpoint.bos_id, checkpoint.stop_ids) == (1, (2,))
+    built = checkpoint.build().state_dict()
+    for name, expected in model.state_dict().items():
+        assert (built[name] - expected).abs().max() <= worst * expected.abs().max(), name
+
+
+def test_a_gguf_files_rotary_divisors_are_read_as_llama_31s_scaling(tmp_path: Path) -> None:
+    scaling = RopeScaling(32.0, 1.0, 4.0, 8192)
+    config = replace(WIDE, rope_theta=500000.0)
+    plain = rope.inverse_frequencies(config)
+    factors = plain / rope.inverse_frequencies(replace(config, rope_scaling=scaling))
+    path = write_gguf(random_model(config), tmp_path / "model.gguf", "F32", factors)
+    assert open_checkpoint(path).config.rope_scaling == scaling
+    path = write_gguf(random_model(config), tmp_path / "other.gguf", "F32", factors * torch.linspace(1, 2, 8))
+    with pytest.raises(InputError, match=r"in a way that is not Llama 3\.1's"):
+        open_checkpoint(path)
+
+
+def test_a_cut_gguf_file_and_another_architecture_are_refused(tmp_path: Path) -> None:
+    path = write_gguf(random_model(WIDE), tmp_path / "model.gguf", "F16")
+    whole = path.read_bytes()
+    for size in (4, 20, 300, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError, match="is truncated or no GGUF file"):
+            open_checkpoint(path)
+    path.write_bytes(whole.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba"))
+    with pytest.raises(InputError, match="architecture 'mamba'"):
+        open_checkpoint(path)
 
 
 META = replace(TOY, tied=False, context=4096)

@@ -1,0 +1,127 @@
+"""GGUF files of the `llama` architecture, by the gguf package; quantised tensors are dequantised as they are read."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader, ReaderTensor
+from gguf.quants import dequantize
+from torch import Tensor
+
+from model.config import ModelConfig, RopeScaling
+from model.errors import InputError
+from model.layouts.common import Checkpoint, LazyWeights, Source, half_split, match
+
+GGUF_NAMES = {
+    "tok_embeddings.weight": "token_embd.weight",
+    "layers.*.attention_norm.weight": "blk.*.attn_norm.weight",
+    "layers.*.attention.wq.weight": "blk.*.attn_q.weight",
+    "layers.*.attention.wk.weight": "blk.*.attn_k.weight",
+    "layers.*.attention.wv.weight": "blk.*.attn_v.weight",
+    "layers.*.attention.wo.weight": "blk.*.attn_output.weight",
+    "layers.*.ffn_norm.weight": "blk.*.ffn_norm.weight",
+    "layers.*.feed_forward.w1.weight": "blk.*.ffn_gate.weight",
+    "layers.*.feed_forward.w2.weight": "blk.*.ffn_down.weight",
+    "layers.*.feed_forward.w3.weight": "blk.*.ffn_up.weight",
+    "norm.weight": "output_norm.weight",
+    "output.weight": "output.weight",
+}
+"""Our name -> GGUF's, a star standing for the layer's number."""
+
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file starts with GGUF's magic number."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Opens the file. Its rotary pairs are interleaved; wq and wk are reordered as they are read."""
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is truncated or no GGUF file ({error}); download it again") from error
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    fields = {
+        name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.t")
+    }
+    config = _config(path, fields, tensors)
+    sources = {name: Source(_shape(tensor), partial(_read, tensor)) for name, tensor in tensors.items()}
+    weights = match(path, config, sources, GGUF_NAMES, {_ROPE_FACTORS})
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}
+    readers = {
+        name: partial(_read_half_split, source, heads[kind]) if (kind := name.split(".")[-2]) in heads else source.read
+        for name, source in weights.items()
+    }
+    stop = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    return Checkpoint(
+        config,
+        LazyWeights(readers),
+        (path,),
+        "GGUF",
+        bos_id=fields.get("tokenizer.ggml.bos_token_id"),
+        stop_ids=tuple(token for token in stop if token is not None),
+    )
+
+
+def _config(path: Path, fields: dict[str, Any], tensors: dict[str, ReaderTensor]) -> ModelConfig:
+    if (architecture := fields.get("general.architecture")) != "llama":
+        raise InputError(f"{path} is of the architecture {architecture!r}; only 'llama' can be exported so far")
+    if (scaling := fields.get("llama.rope.scaling.type", "none")) != "none":
+        raise InputError(f"{path} asks for rope scaling {scaling!r}; only Llama 3.1's can be exported so far")
+    try:
+        dim, heads = fields["llama.embedding_length"], fields["llama.attention.head_count"]
+        theta = float(fields.get("llama.rope.freq_base", 10000.0))
+        return ModelConfig(
+            dim=dim,
+            n_layers=fields["llama.block_count"],
+            n_heads=heads,
+            n_kv_heads=fields.get("llama.attention.head_count_kv", heads),
+            head_dim=fields.get("llama.attention.key_length", dim // heads),
+            hidden_dim=fields["llama.feed_forward_length"],
+            vocab_size=_shape(tensors["token_embd.weight"])[0],
+            context=fields["llama.context_length"],
+            norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
+            rope_theta=theta,
+            rope_scaling=_scaling(path, tensors[_ROPE_FACTORS], theta) if _ROPE_FACTORS in tensors else None,
+            tied="output.weight" not in tensors,
+        )
+    except KeyError as error:
+        raise InputError(f"{path} lacks {error}; convert the checkpoint again") from error
+
+
+def _scaling(path: Path, tensor: ReaderTensor, theta: float) -> RopeScaling:
+    """Llama 3.1's scaling, which GGUF stores as the divisor of each frequency: [Dh/2], 1 up to the factor.
+
+    Raises:
+        InputError: the divisors are not those of Llama 3.1's formula.
+    """
+    from preproc.rope import scaled
+
+    divisors = _read(tensor)
+    scaling = RopeScaling(float(divisors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+    pairs = len(divisors)
+    frequencies = theta ** -(torch.arange(pairs, dtype=torch.float32) / pairs)
+    if not torch.allclose(frequencies / scaled(frequencies, scaling), divisors, rtol=1e-3):
+        raise InputError(f"{path} scales its rotary frequencies in a way that is not Llama 3.1's; give another file")
+    return scaling
+
+
+def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
+    """GGUF counts dimensions from the innermost."""
+    return tuple(int(size) for size in reversed(tensor.shape))
+
+
+def _read(tensor: ReaderTensor) -> Tensor:
+    values = dequantize(tensor.data, tensor.tensor_type)
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(_shape(tensor))
+
+
+def _read_half_split(source: Source, heads: int) -> Tensor:
+    return half_split(source.read(), heads)
