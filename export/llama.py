@@ -233,33 +233,36 @@ def _tokens(count: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: exit code 0 when the file is there and verified, 1 when verification failed, 2 for bad input."""
+    options = ExportOptions(**vars(_parser().parse_args(arguments)))
+    try:
+        print(export_llama(options, ConsoleProgress()))
+    except VerificationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m export.llama",
         description="Exports a Llama checkpoint as one self-contained .pte, and verifies it.",
         epilog=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", type=Path, default=BUILT_IN, metavar="PATH",
-                        help="Hugging Face or Meta folder, GGUF, or llama2.c .bin (default: the built-in model)")  # fmt: skip
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE",
-                        help="SentencePiece, tiktoken or tokenizer.json; `none` for no tokenizer (default: the "
-                        "checkpoint's own)")  # fmt: skip
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: the checkpoint's name with .pte")
-    parser.add_argument("--max-seq-len", type=int, metavar="N",
-                        help="positions of prompt and answer together; the KV cache is allocated for all of them "
-                        f"(default: the model's context, at most {DEFAULT_CONTEXT})")  # fmt: skip
-    parser.add_argument("--prefill-chunk", type=int, metavar="N", help="prompt tokens taken at once (default: 64)")
-    parser.add_argument("--backend", default="xnnpack", help=f"{' or '.join(BACKENDS)} (default: %(default)s)")
-    parser.add_argument("--dtype", default="fp32", help=f"{' or '.join(LIMITS)} (default: %(default)s)")
-    parser.add_argument("--force", action="store_true", help="export again even if the output is up to date")
-    progress = ConsoleProgress()
-    try:
-        output = export_llama(ExportOptions(**vars(parser.parse_args(arguments))), progress)
-    except VerificationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(output)
-    return 0
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=BUILT_IN, metavar="PATH",
+        help="Hugging Face or Meta folder, GGUF, or llama2.c .bin (default: the built-in model)")  # fmt: skip
+    add("--tokenizer", type=Path, metavar="FILE",
+        help="SentencePiece, tiktoken or tokenizer.json; `none` for no tokenizer (default: the checkpoint's own)")  # fmt: skip
+    add("--output", type=Path, metavar="FILE", help="default: the checkpoint's name with .pte, in this folder")
+    add("--max-seq-len", type=int, metavar="N",
+        help="positions of prompt and answer together; the KV cache is allocated for all of them "
+        f"(default: the model's context, at most {DEFAULT_CONTEXT})")  # fmt: skip
+    add("--prefill-chunk", type=int, metavar="N", help="prompt tokens taken at once (default: 64)")
+    add("--backend", default="xnnpack", help=f"{' or '.join(BACKENDS)} (default: %(default)s)")
+    add("--dtype", default="fp32", help=f"{' or '.join(LIMITS)} (default: %(default)s)")
+    add("--force", action="store_true", help="export again even if the output is up to date")
+    return parser
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor
 from model.config import ModelConfig, RopeScaling
 from model.errors import InputError
 from model.layouts.common import Checkpoint, LazyWeights, Source, half_split, match
+from preproc.rope import scaled
 
 GGUF_NAMES = {
     "tok_embeddings.weight": "token_embd.weight",
@@ -31,6 +32,7 @@ GGUF_NAMES = {
 """Our name -> GGUF's, a star standing for the layer's number."""
 
 _ROPE_FACTORS = "rope_freqs.weight"
+_VOCABULARY = (".tokens", ".scores", ".token_type", ".merges")  # long lists that nothing here needs
 
 
 def is_gguf(path: Path) -> bool:
@@ -48,9 +50,7 @@ def open_gguf(path: Path) -> Checkpoint:
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is truncated or no GGUF file ({error}); download it again") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    fields = {
-        name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.t")
-    }
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.endswith(_VOCABULARY)}
     config = _config(path, fields, tensors)
     sources = {name: Source(_shape(tensor), partial(_read, tensor)) for name, tensor in tensors.items()}
     weights = match(path, config, sources, GGUF_NAMES, {_ROPE_FACTORS})
@@ -102,8 +102,6 @@ def _scaling(path: Path, tensor: ReaderTensor, theta: float) -> RopeScaling:
     Raises:
         InputError: the divisors are not those of Llama 3.1's formula.
     """
-    from preproc.rope import scaled
-
     divisors = _read(tensor)
     scaling = RopeScaling(float(divisors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
     pairs = len(divisors)
