@@ -250,14 +250,27 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, default=BUILT_IN, metavar="PATH",
-        help="Hugging Face or Meta folder, GGUF, or llama2.c .bin (default: the built-in model)")  # fmt: skip
-    add("--tokenizer", type=Path, metavar="FILE",
-        help="SentencePiece, tiktoken or tokenizer.json; `none` for no tokenizer (default: the checkpoint's own)")  # fmt: skip
+    add(
+        "--checkpoint",
+        type=Path,
+        default=BUILT_IN,
+        metavar="PATH",
+        help="Hugging Face or Meta folder, GGUF, or llama2.c .bin (default: the built-in model)",
+    )
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="SentencePiece, tiktoken or tokenizer.json; `none` for no tokenizer (default: the checkpoint's own)",
+    )
     add("--output", type=Path, metavar="FILE", help="default: the checkpoint's name with .pte, in this folder")
-    add("--max-seq-len", type=int, metavar="N",
+    add(
+        "--max-seq-len",
+        type=int,
+        metavar="N",
         help="positions of prompt and answer together; the KV cache is allocated for all of them "
-        f"(default: the model's context, at most {DEFAULT_CONTEXT})")  # fmt: skip
+        f"(default: the model's context, at most {DEFAULT_CONTEXT})",
+    )
     add("--prefill-chunk", type=int, metavar="N", help="prompt tokens taken at once (default: 64)")
     add("--backend", default="xnnpack", help=f"{' or '.join(BACKENDS)} (default: %(default)s)")
     add("--dtype", default="fp32", help=f"{' or '.join(LIMITS)} (default: %(default)s)")
