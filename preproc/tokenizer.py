@@ -7,6 +7,7 @@ import base64
 import binascii
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
@@ -62,8 +63,8 @@ class Tokenizer(Protocol):
     bos_id: int | None
     stop_ids: tuple[int, ...]
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text: no BOS is added, and the text of a special token is only text."""
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        """Ids of a text, which no BOS is added to; the text of a special token is only text unless `parse_special`."""
         ...
 
     def piece(self, token: int, first: bool) -> bytes:
@@ -114,9 +115,17 @@ class SentencePieceTokenizer:
         bos, eos = self._model.bos_id(), self._model.eos_id()
         self.bos_id: int | None = bos if bos >= 0 else None
         self.stop_ids: tuple[int, ...] = (eos,) if eos >= 0 else ()
+        control = (i for i in range(self.vocab_size) if self._model.is_control(i))
+        self._control_ids = {self._model.id_to_piece(i): i for i in control}
+        longest_first = sorted(self._control_ids, key=len, reverse=True)
+        self._control_text = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
-    def encode(self, text: str) -> list[int]:
-        return self._model.encode(text)
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        if not parse_special or not self._control_ids:
+            return self._model.encode(text)
+        parts = (part for part in self._control_text.split(text) if part)
+        ids = ([self._control_ids[part]] if part in self._control_ids else self._model.encode(part) for part in parts)
+        return [token for part in ids for token in part]
 
     def piece(self, token: int, first: bool) -> bytes:
         if self._model.is_control(token):
@@ -146,8 +155,12 @@ class TiktokenTokenizer:
         self.bos_id: int | None = specials["<|begin_of_text|>"]
         self.stop_ids: tuple[int, ...] = (specials["<|end_of_text|>"], specials["<|eom_id|>"], specials["<|eot_id|>"])
 
-    def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        return (
+            self._encoding.encode(text, allowed_special="all")
+            if parse_special
+            else self._encoding.encode_ordinary(text)
+        )
 
     def piece(self, token: int, first: bool) -> bytes:
         return b"" if token in self._special_ids else self._encoding.decode_single_token_bytes(token)
@@ -163,14 +176,14 @@ class HuggingFaceTokenizer:
         self._model = tokenizers.Tokenizer.from_buffer(data)
         self._model.no_padding()
         self._model.no_truncation()
-        self._model.encode_special_tokens = True  # their text in a prompt is plain text
         self.vocab_size = self._model.get_vocab_size(with_added_tokens=True)
         self.bos_id: int | None = None
         self.stop_ids: tuple[int, ...] = ()
         self._special_ids = frozenset(i for i, t in self._model.get_added_tokens_decoder().items() if t.special)
         self._byte_level = {char: byte for byte, char in _byte_level_alphabet().items()} if _is_byte_level(data) else {}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        self._model.encode_special_tokens = not parse_special  # its name for "as plain text"
         return self._model.encode(text, add_special_tokens=False).ids
 
     def piece(self, token: int, first: bool) -> bytes:

@@ -81,8 +81,8 @@ def generate(
         logits = session.decode(token)
 
 
-def prompt_ids(program: Program, text: str) -> list[int]:
-    """The ids of a prompt, BOS first where the model has one.
+def prompt_ids(program: Program, text: str, parse_special: bool = False) -> list[int]:
+    """The ids of a prompt, BOS first where the model has one; see `Tokenizer.encode` for parse_special.
 
     Raises:
         InputError: the file carries no tokenizer.
@@ -90,7 +90,7 @@ def prompt_ids(program: Program, text: str) -> list[int]:
     if program.tokenizer is None:
         raise InputError("the file carries no tokenizer; give --prompt-ids, or export again with --tokenizer")
     bos_id = program.metadata.bos_id
-    return ([] if bos_id is None else [bos_id]) + program.tokenizer.encode(text)
+    return ([] if bos_id is None else [bos_id]) + program.tokenizer.encode(text, parse_special)
 
 
 @dataclass
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     program = Program(options.file, threads=options.threads, check=not options.no_check)
     statistics = Statistics(load=time.perf_counter() - start)
-    prompt = options.prompt_ids if options.prompt_ids is not None else prompt_ids(program, options.prompt)
+    prompt = options.prompt_ids or prompt_ids(program, options.prompt, options.parse_special)
     statistics.prompt_tokens = len(prompt)
     generation = replace(generation, stop_ids=program.metadata.stop_ids)
     steps = generate(Session(program), prompt, generation, Rng(options.seed), program.tokenizer)
@@ -163,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("file", type=Path, help="the .pte")
     add("--prompt", default="", metavar="TEXT", help="text to continue (default: none, only BOS)")
+    add("--parse-special", action="store_true", help="let the prompt's text name special tokens, such as </s>")
     add("--prompt-ids", type=_ids, metavar="IDS", help="token ids in place of a text: 1,15043,3186")
     add("--max-new-tokens", type=int, metavar="N", help="default: as many as the context holds")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: %(default)s)")

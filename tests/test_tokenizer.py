@@ -115,6 +115,29 @@ def test_llama3_has_its_256_special_tokens_behind_the_ranks(shared: Path) -> Non
     assert tokenizer.encode("<|eot_id|>") != [128009], "the text of a special token is only text"
 
 
+SPECIAL_TEXTS = st.lists(st.one_of(TEXTS, st.sampled_from(["<s>", "</s>", "<|eot_id|>", "<|endoftext|>"]))).map("".join)
+
+
+@given(SPECIAL_TEXTS)
+def test_special_text_is_parsed_where_it_is_asked_for(text: str) -> None:
+    ours = HuggingFaceTokenizer(BYTE_LEVEL.to_str().encode())
+    BYTE_LEVEL.encode_special_tokens = False
+    assert ours.encode(text, parse_special=True) == BYTE_LEVEL.encode(text, add_special_tokens=False).ids
+    ids = TINY.encode(text, parse_special=True)
+    assert ids.count(2) == text.count("</s>")
+    assert 2 not in TINY.encode(text)
+
+
+def test_tiktoken_parses_special_text_where_it_is_asked_for(shared: Path) -> None:
+    tokenizer = open_tokenizer(shared / "tokenizers" / "llama3_tokenizer.model")
+    assert tokenizer.encode("Hello<|eot_id|>", parse_special=True) == [9906, 128009]
+
+
+def test_sentencepiece_encodes_what_stands_between_special_tokens_by_itself() -> None:
+    between = [*TINY.encode("Lily had"), 2, 1, *TINY.encode("a dog")]
+    assert TINY.encode("Lily had</s><s>a dog", parse_special=True) == between
+
+
 @given(TEXTS)
 def test_streamed_pieces_never_end_inside_a_character(text: str) -> None:
     decoder = StreamDecoder(TINY)
