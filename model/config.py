@@ -1,6 +1,7 @@
 """ModelConfig: every dimension of a model, once, validated."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 
@@ -14,11 +15,25 @@ class RopeScaling:
     original_context: int
 
     def __post_init__(self) -> None:
-        if self.factor < 1 or self.original_context < 1 or not 0 < self.low_freq_factor < self.high_freq_factor:
+        numbers_fit = 1 <= self.factor < math.inf and 0 < self.low_freq_factor < self.high_freq_factor < math.inf
+        if not numbers_fit or self.original_context < 1:
             raise ValueError(
                 f"rope scaling {dataclasses.asdict(self)} is impossible: it needs factor >= 1, original_context >= 1 "
                 "and 0 < low_freq_factor < high_freq_factor"
             )
+
+
+_LARGEST = {
+    "dim": 1 << 17,
+    "n_layers": 1 << 10,
+    "n_heads": 1 << 12,
+    "n_kv_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "hidden_dim": 1 << 20,
+    "vocab_size": 1 << 22,
+    "context": 1 << 26,
+}
+"""Far beyond any model; a larger number is damage, and would only be noticed when memory runs out."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +69,15 @@ class ModelConfig:
     tied: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "context"):
+        for name, most in _LARGEST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} is {value!r}: it must be a whole number from 1 to {most}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding needs pairs")
-        if not self.norm_eps > 0 or not self.rope_theta > 0:
-            raise ValueError(f"norm_eps {self.norm_eps} and rope_theta {self.rope_theta} must be positive")
-
-    @property
-    def group(self) -> int:
-        """Query heads per KV head (G)."""
-        return self.n_heads // self.n_kv_heads
+        if not 0 < self.norm_eps < math.inf or not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"norm_eps {self.norm_eps} and rope_theta {self.rope_theta} must be positive numbers")
+        if type(self.tied) is not bool:
+            raise ValueError(f"tied is {self.tied!r}: it must be true or false")

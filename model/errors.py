@@ -1,5 +1,6 @@
 """The one error that is the user's to mend, and how a command reports it."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -23,11 +24,18 @@ def listed(names: Iterable[str], most: int = 4) -> str:
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Runs a command's main and exits with its code, with 2 for bad input, or with 128 + n for signal n.
 
-    SIGTERM unwinds the stack like Ctrl-C, so that temporary files are removed.
+    SIGTERM and SIGHUP unwind the stack like Ctrl-C, so that temporary files are removed. A reader that has seen enough
+    and closed the pipe ends the command without a word.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -301,6 +301,13 @@ def truncate(name: str, size: int) -> Callable[[Path], None]:
         (edit_config(num_attention_heads=0), "holds a dimension that is no number|n_heads is 0"),
         (edit_config(hidden_size="wide"), "dim is 'wide'|no number"),
         (edit_config(vocab_size=-5), "vocab_size is -5"),
+        (edit_config(num_hidden_layers=10**9), "n_layers is 1000000000"),
+        (edit_config(rope_scaling="x"), "rotary scaling as 'x'"),
+        (edit_config(bos_token_id=2.0), "sets bos_token_id to 2.0; ids are whole numbers from 0 to 2047"),
+        (edit_config(eos_token_id=[2, 99999]), "sets eos_token_id to"),
+        (edit_weights(lambda s: s.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)})), "or as integers"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100000), "config.json is not JSON"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": []}'), "no weight_map"),
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_sentence(

@@ -91,10 +91,11 @@ def half_split(weight: Tensor, n_heads: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor on storage: its shape, and how to read it."""
+    """A tensor on storage: its shape, whether it holds floats of a plain format, and how to read it."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    plain: bool = True
 
 
 def renamed(name: str, table: Mapping[str, str]) -> str:
@@ -105,25 +106,32 @@ def renamed(name: str, table: Mapping[str, str]) -> str:
     return table[pattern].replace("*", layer)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's values are weights as they stand: not integers, nor floats that want a scale beside them."""
+    return tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 def match(
-    path: Path, config: ModelConfig, sources: Mapping[str, Source], table: Mapping[str, str], spare: set[str]
+    path: Path, config: ModelConfig, sources: Mapping[str, Source], table: Mapping[str, str] | None, spare: set[str]
 ) -> dict[str, Source]:
     """Finds every weight of the model among the sources: our name -> source.
 
     Args:
         path: the checkpoint, for messages.
-        table: our names -> the layout's, starred.
+        table: our names -> the layout's, starred; None where they are the same.
         spare: names that may be there and are not weights of the model.
 
     Raises:
         InputError: a weight is missing, unknown or misshapen; lists the names.
     """
     shapes = expected_shapes(config)
-    wanted = {renamed(name, table): name for name in shapes}
+    wanted = {renamed(name, table) if table else name: name for name in shapes}
     if missing := wanted.keys() - sources.keys():
         raise InputError(f"{path} lacks the weights {listed(missing)}; download the checkpoint again")
     if unknown := sources.keys() - wanted.keys() - spare:
         raise InputError(f"{path} holds weights that no plain Llama has: {listed(unknown)}; give another model")
+    if coded := [theirs for theirs in wanted if not sources[theirs].plain]:
+        raise InputError(f"{path} holds {listed(coded)} quantised or as integers; give the unquantised checkpoint")
     for theirs, ours in wanted.items():
         if sources[theirs].shape != shapes[ours]:
             raise InputError(
@@ -133,10 +141,41 @@ def match(
     return {ours: sources[theirs] for theirs, ours in wanted.items()}
 
 
+def half_split_readers(weights: Mapping[str, Source], config: ModelConfig) -> dict[str, Callable[[], Tensor]]:
+    """Readers of weights whose rotary pairs are stored interleaved: wq and wk are reordered as they are read."""
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}
+
+    def reader(source: Source, n_heads: int) -> Callable[[], Tensor]:
+        return lambda: half_split(source.read(), n_heads)
+
+    return {
+        name: reader(source, heads[kind]) if (kind := name.split(".")[-2]) in heads else source.read
+        for name, source in weights.items()
+    }
+
+
+def token_ids(value: Any, name: str, path: Path, vocab_size: int) -> tuple[int, ...]:
+    """The ids that a configuration gives under `name`: one, a list, or none.
+
+    Raises:
+        InputError: an id is no whole number within the vocabulary.
+    """
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise InputError(f"{path} sets {name} to {value!r}; ids are whole numbers from 0 to {vocab_size - 1}")
+    return tuple(ids)
+
+
 def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        InputError: it holds none.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); download the checkpoint again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__} where an object belongs; download it again")

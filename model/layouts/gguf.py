@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.config import ModelConfig, RopeScaling
 from model.errors import InputError
-from model.layouts.common import Checkpoint, LazyWeights, Source, half_split, match
+from model.layouts.common import Checkpoint, LazyWeights, Source, half_split_readers, match, token_ids
 from preproc.rope import scaled
 
 GGUF_NAMES = {
@@ -54,19 +54,17 @@ def open_gguf(path: Path) -> Checkpoint:
     config = _config(path, fields, tensors)
     sources = {name: Source(_shape(tensor), partial(_read, tensor)) for name, tensor in tensors.items()}
     weights = match(path, config, sources, GGUF_NAMES, {_ROPE_FACTORS})
-    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}
-    readers = {
-        name: partial(_read_half_split, source, heads[kind]) if (kind := name.split(".")[-2]) in heads else source.read
-        for name, source in weights.items()
-    }
-    stop = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    bos, eos, eot = (
+        token_ids(fields.get(key), key, path, config.vocab_size)
+        for key in (f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot"))
+    )
     return Checkpoint(
         config,
-        LazyWeights(readers),
+        LazyWeights(half_split_readers(weights, config)),
         (path,),
         "GGUF",
-        bos_id=fields.get("tokenizer.ggml.bos_token_id"),
-        stop_ids=tuple(token for token in stop if token is not None),
+        bos_id=bos[0] if bos else None,
+        stop_ids=eos + eot,
     )
 
 
@@ -94,6 +92,8 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, ReaderTensor]
         )
     except KeyError as error:
         raise InputError(f"{path} lacks {error}; convert the checkpoint again") from error
+    except (TypeError, ZeroDivisionError) as error:
+        raise InputError(f"{path} holds a dimension that is none ({error}); convert the checkpoint again") from error
 
 
 def _scaling(path: Path, tensor: ReaderTensor, theta: float) -> RopeScaling:
@@ -119,7 +119,3 @@ def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
 def _read(tensor: ReaderTensor) -> Tensor:
     values = dequantize(tensor.data, tensor.tensor_type)
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(_shape(tensor))
-
-
-def _read_half_split(source: Source, heads: int) -> Tensor:
-    return half_split(source.read(), heads)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.config import ModelConfig, RopeScaling
 from model.errors import InputError, listed
-from model.layouts.common import Checkpoint, LazyWeights, Source, match, read_json
+from model.layouts.common import Checkpoint, LazyWeights, Source, is_plain, match, read_json, token_ids
 from model.layouts.pickled import load_tensors
 
 HUGGING_FACE_NAMES = {
@@ -49,14 +49,14 @@ def open_folder(path: Path) -> Checkpoint:
     weights = match(path, config, sources, HUGGING_FACE_NAMES, spare)
     generation = path / "generation_config.json"
     ids = settings | (read_json(generation) if generation.is_file() else {})
-    stop = ids.get("eos_token_id")
+    bos, stop = (token_ids(ids.get(key), key, path, config.vocab_size) for key in ("bos_token_id", "eos_token_id"))
     return Checkpoint(
         config,
         LazyWeights({name: source.read for name, source in weights.items()}),
         (path / "config.json", *files),
         "Hugging Face folder",
-        bos_id=ids.get("bos_token_id"),
-        stop_ids=tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,),
+        bos_id=bos[0] if bos else None,
+        stop_ids=stop,
         tokenizer=next((p for p in (path / "tokenizer.json", path / "tokenizer.model") if p.is_file()), None),
     )
 
@@ -94,6 +94,8 @@ def _config(settings: dict[str, Any], path: Path) -> ModelConfig:
 def _rope(settings: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
     """Reads both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling`."""
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path} describes its rotary scaling as {rope!r}, which is no object; download it again")
     theta = float(rope.get("rope_theta", settings.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -113,13 +115,20 @@ def _weight_files(path: Path) -> list[Path]:
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = path / f"{single}.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            names = _indexed_names(index)
             if absent := [name for name in names if not (path / name).is_file()]:
                 raise InputError(f"{path} lacks {listed(absent)}, which its index names; download the checkpoint again")
             return [path / name for name in names]
         if (path / single).is_file():
             return [path / single]
     raise InputError(f"{path} holds neither model.safetensors, pytorch_model.bin nor an index; download it again")
+
+
+def _indexed_names(index: Path) -> list[str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index} holds no weight_map of file names; download the checkpoint again")
+    return sorted(set(weight_map.values()))
 
 
 def _sources(files: Iterable[Path]) -> dict[str, Source]:
@@ -134,16 +143,20 @@ def _sources(files: Iterable[Path]) -> dict[str, Source]:
 
 
 def _index_pickled(file: Path) -> dict[str, Source]:
-    return {name: Source(tuple(t.shape), partial(_same, t)) for name, t in load_tensors(file).items()}
+    return {name: Source(tuple(t.shape), partial(_same, t), is_plain(t)) for name, t in load_tensors(file).items()}
 
 
 def _index_safetensors(file: Path) -> dict[str, Source]:
+    sources = {}
     try:
         with safe_open(file, "pt") as tensors:
-            shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                view = tensors.get_slice(name)
+                plain = view.get_dtype() in ("F64", "F32", "F16", "BF16")
+                sources[name] = Source(tuple(view.get_shape()), partial(_read_safetensors, file, name), plain)
     except SafetensorError as error:
         raise InputError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
-    return {name: Source(shape, partial(_read_safetensors, file, name)) for name, shape in shapes.items()}
+    return sources
 
 
 def _read_safetensors(file: Path, name: str) -> Tensor:

@@ -1,7 +1,8 @@
 """llama2.c's .bin: a header and float32 tensors one after another, in two versions."""
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import InputError
-from model.layouts.common import Checkpoint, LazyWeights, expected_shapes, half_split
+from model.layouts.common import Checkpoint, LazyWeights, Source, expected_shapes, half_split_readers
 
 _VERSION_1_MAGIC = 0x616B3432  # "ak42"
 _VERSION_1_HEADER = 256
@@ -113,16 +114,11 @@ def _open(path: Path, config: ModelConfig, order: Iterable[str], header: int) ->
         problem = "truncated" if size < offset else "too long"
         raise InputError(f"{path} is {problem}: {size} bytes where its dimensions need {offset}; copy the file again")
 
-    def reader(name: str) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            mapped = np.memmap(path, np.float32, mode="c", offset=offsets[name], shape=shapes[name])
-            tensor = torch.from_numpy(mapped)
-            if name.endswith("wq.weight"):
-                return half_split(tensor, config.n_heads)
-            return half_split(tensor, config.n_kv_heads) if name.endswith("wk.weight") else tensor
-
-        return read
+    def read(name: str) -> Tensor:
+        mapped = np.memmap(path, np.float32, mode="c", offset=offsets[name], shape=shapes[name])
+        return torch.from_numpy(mapped)
 
     # llama2.c was trained with BOS between stories and stops there; its tokenizers have BOS 1 and EOS 2.
-    weights = LazyWeights({name: reader(name) for name in shapes})
+    sources = {name: Source(shape, partial(read, name)) for name, shape in shapes.items()}
+    weights = LazyWeights(half_split_readers(sources, config))
     return Checkpoint(config, weights, (path,), "llama2.c", bos_id=1, stop_ids=(1, 2))

@@ -1,6 +1,5 @@
 """Meta's own folder: params.json, and consolidated.NN.pth, one file per tensor-parallel rank."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,16 @@ from torch import Tensor
 
 from model.config import ModelConfig, RopeScaling
 from model.errors import InputError, listed
-from model.layouts.common import Checkpoint, LazyWeights, Source, expected_shapes, half_split, match, read_json
+from model.layouts.common import (
+    Checkpoint,
+    LazyWeights,
+    Source,
+    expected_shapes,
+    half_split_readers,
+    is_plain,
+    match,
+    read_json,
+)
 from model.layouts.pickled import load_tensors
 
 _SPARE = {"rope.freqs"}  # Llama 1 and 2 carry it; it follows from params.json
@@ -32,12 +40,11 @@ def open_folder(path: Path) -> Checkpoint:
     sources = {
         name: _joined(name, [shard[name] for shard in shards], shapes.get(name)) for name in shards[0].keys() - _SPARE
     }
-    weights = match(path, config, sources, {_starred(name): _starred(name) for name in shapes}, set())
-    readers = {name: partial(_read, source, _rotated_heads(name, config)) for name, source in weights.items()}
+    weights = match(path, config, sources, None, set())
     tokenizer = path / "tokenizer.model"
     return Checkpoint(
         config,
-        LazyWeights(readers),
+        LazyWeights(half_split_readers(weights, config)),
         (path / "params.json", *files),
         "Meta folder",
         tokenizer=tokenizer if tokenizer.is_file() else None,
@@ -72,7 +79,7 @@ def _config(settings: dict[str, Any], shards: list[dict[str, Tensor]], path: Pat
         )
     except KeyError as error:
         raise InputError(f"{path.parent} lacks {error}; download the checkpoint again") from error
-    except (TypeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ZeroDivisionError, IndexError) as error:
         raise InputError(f"{path} holds a dimension that is no number ({error}); download it again") from error
 
 
@@ -97,22 +104,10 @@ def _joined(name: str, parts: list[Tensor], shape: tuple[int, ...] | None) -> So
     Column-parallel matrices are split by rows, row-parallel ones by columns, Llama 2's embedding by columns and Llama
     3's by rows; norms are whole on every rank.
     """
-    first = tuple(parts[0].shape)
-    if len(parts) == 1 or shape is None or first == shape:
-        return Source(first, lambda: parts[0])
-    split = next((dim for dim, (have, want) in enumerate(zip(first, shape, strict=False)) if have != want), 0)
-    joined = (*first[:split], sum(part.shape[split] for part in parts), *first[split + 1 :])
-    return Source(joined, lambda: torch.cat(parts, dim=split))
-
-
-def _starred(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _rotated_heads(name: str, config: ModelConfig) -> int:
-    """Heads whose rows are rotary pairs: 0 for every weight but wq and wk."""
-    return {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2], 0)
-
-
-def _read(source: Source, heads: int) -> Tensor:
-    return half_split(source.read(), heads) if heads else source.read()
+    first, plain = tuple(parts[0].shape), all(map(is_plain, parts))
+    same_shape = all(part.shape == parts[0].shape for part in parts)
+    if len(parts) == 1 or shape is None or not same_shape or len(first) != len(shape) or first == shape:
+        return Source(first, lambda: parts[0], plain)
+    split = next(dim for dim, (have, want) in enumerate(zip(first, shape, strict=True)) if have != want)
+    joined = (*first[:split], first[split] * len(parts), *first[split + 1 :])
+    return Source(joined, lambda: torch.cat(parts, dim=split), plain)

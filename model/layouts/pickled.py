@@ -20,8 +20,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         state = _load(path)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} holds more than tensors and is refused, as loading it could run code") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # damage surfaces as almost anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} is truncated or no torch file ({reason}); download it again") from error
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__} where named tensors belong; give a state dict")
