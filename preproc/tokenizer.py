@@ -68,7 +68,8 @@ class Tokenizer(Protocol):
         ...
 
     def piece(self, token: int, first: bool) -> bytes:
-        """The bytes one id stands for, as part of a text; empty for control tokens.
+        """The bytes one id stands for, as part of a text; empty for control tokens and for ids of no piece, which
+        a model with a padded vocabulary can name.
 
         `first` says that no text stands before it: SentencePiece's dummy space falls away there.
         """
@@ -84,10 +85,13 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 class StreamDecoder:
     """Turns ids into text one at a time, never giving out half a UTF-8 character."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] = ()) -> None:
+        """Starts behind `prompt`, whose text is not given out; it may end inside a character."""
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._first = True
+        for token in prompt:
+            self.add(token)
 
     def add(self, token: int) -> str:
         """The text that `token` completes; empty while a character is still open."""
@@ -128,7 +132,7 @@ class SentencePieceTokenizer:
         return [token for part in ids for token in part]
 
     def piece(self, token: int, first: bool) -> bytes:
-        if self._model.is_control(token):
+        if not 0 <= token < self.vocab_size or self._model.is_control(token):
             return b""
         if self._model.is_byte(token):
             return bytes([int(self._model.id_to_piece(token)[3:-1], 16)])  # "<0x0A>"
@@ -163,7 +167,9 @@ class TiktokenTokenizer:
         )
 
     def piece(self, token: int, first: bool) -> bytes:
-        return b"" if token in self._special_ids else self._encoding.decode_single_token_bytes(token)
+        if not 0 <= token < self.vocab_size or token in self._special_ids:
+            return b""
+        return self._encoding.decode_single_token_bytes(token)
 
 
 class HuggingFaceTokenizer:
@@ -194,7 +200,7 @@ class HuggingFaceTokenizer:
             return b"".join(
                 bytes([self._byte_level[char]]) if char in self._byte_level else char.encode() for char in text
             )
-        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        if re.fullmatch("<0x[0-9A-F]{2}>", text):
             return bytes([int(text[3:-1], 16)])
         text = text.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
         return text.removeprefix(" ").encode() if first else text.encode()
@@ -257,7 +263,8 @@ def from_bytes(data: bytes, kind: str | None = None) -> Tokenizer:
     except InputError:
         raise
     except Exception as error:  # the libraries raise bare Exception and RuntimeError for damaged files
-        raise InputError(f"damaged {kind} tokenizer ({str(error).splitlines()[0]}); copy the file again") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"damaged {kind} tokenizer ({reason}); copy the file again") from error
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
@@ -268,7 +275,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"tokenizer {path} does not exist; give a SentencePiece, tiktoken or tokenizer.json file")
+        raise InputError(f"tokenizer {path} is no file; give a SentencePiece, tiktoken or tokenizer.json file")
     try:
         return from_bytes(path.read_bytes())
     except InputError as error:

@@ -5,12 +5,14 @@ python -m runtime.generate tiny.pte --prompt "The dog" --temperature 0.8 --top-p
 """
 
 import argparse
+import io
 import json
+import os
 import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -65,8 +67,8 @@ def generate(
     Raises:
         InputError: the prompt is empty or does not fit; see `Session.prefill`.
     """
-    decoder = StreamDecoder(tokenizer) if tokenizer else None
     logits = session.prefill(prompt)
+    decoder = StreamDecoder(tokenizer, prompt) if tokenizer else None
     count = 0
     while True:
         token = sample(logits, options.sampling, rng)
@@ -89,6 +91,7 @@ def prompt_ids(program: Program, text: str, parse_special: bool = False) -> list
     """
     if program.tokenizer is None:
         raise InputError("the file carries no tokenizer; give --prompt-ids, or export again with --tokenizer")
+    text = os.fsencode(text).decode("utf-8", "replace")  # a shell may pass any bytes
     bos_id = program.metadata.bos_id
     return ([] if bos_id is None else [bos_id]) + program.tokenizer.encode(text, parse_special)
 
@@ -97,8 +100,8 @@ def prompt_ids(program: Program, text: str, parse_special: bool = False) -> list
 class Statistics:
     """What a run took. Seconds unless named otherwise."""
 
-    load: float = 0.0
-    prompt_tokens: int = 0
+    load: float
+    prompt_tokens: int
     first_token: float = 0.0
     new_tokens: int = 0
     decode: float = 0.0
@@ -131,9 +134,16 @@ def _print_text(steps: Iterator[Step]) -> None:
         print()
 
 
-def _print_json(steps: Iterator[Step]) -> None:
-    for step in steps:
-        print(json.dumps(asdict(step), ensure_ascii=False), flush=True)
+def _print_json(prompt: list[int], steps: Iterator[Step], statistics: Statistics) -> None:
+    done = list(steps)
+    result = {
+        "prompt_ids": prompt,
+        "token_ids": [step.token for step in done],
+        "text": "".join(step.text for step in done),
+        "finish_reason": done[-1].finish_reason,
+        "timings": {"load": statistics.load, "prefill": statistics.first_token, "decode": statistics.decode},
+    }
+    print(json.dumps(result, ensure_ascii=False))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -141,14 +151,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     sampling = SamplingOptions(options.temperature, options.top_k, options.top_p)
     generation = GenerationOptions(sampling, options.max_new_tokens)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
     start = time.perf_counter()
     program = Program(options.file, threads=options.threads, check=not options.no_check)
-    statistics = Statistics(load=time.perf_counter() - start)
+    load = time.perf_counter() - start
     prompt = options.prompt_ids or prompt_ids(program, options.prompt, options.parse_special)
-    statistics.prompt_tokens = len(prompt)
+    statistics = Statistics(load, len(prompt))
     generation = replace(generation, stop_ids=program.metadata.stop_ids)
     steps = generate(Session(program), prompt, generation, Rng(options.seed), program.tokenizer)
-    {"text": _print_text, "json": _print_json}[options.format](_timed(steps, statistics))
+    if options.format == "json":
+        _print_json(prompt, _timed(steps, statistics), statistics)
+    else:
+        _print_text(_timed(steps, statistics))
     print(statistics, file=sys.stderr)
     return 0
 
@@ -162,22 +177,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("file", type=Path, help="the .pte")
-    add("--prompt", default="", metavar="TEXT", help="text to continue (default: none, only BOS)")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (default: none, only BOS)")
     add("--parse-special", action="store_true", help="let the prompt's text name special tokens, such as </s>")
-    add("--prompt-ids", type=_ids, metavar="IDS", help="token ids in place of a text: 1,15043,3186")
+    prompt.add_argument("--prompt-ids", type=_ids, metavar="IDS", help="token ids in place of a text: 1,15043,3186")
     add("--max-new-tokens", type=int, metavar="N", help="default: as many as the context holds")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: %(default)s)")
     add("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (default: all)")
     add("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens up to probability P")
     add("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
     add("--threads", type=int, metavar="N", help="default: one per core")
-    add("--format", choices=("text", "json"), default="text", help="json: one object per token")
+    add("--format", choices=("text", "json"), default="text", help="json: one object with ids, text and timings")
     add("--no-check", action="store_true", help="skip the checksum, which reads the file through once")
     return parser
 
 
 def _ids(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of ids; give whole numbers such as 1,15043") from None
 
 
 if __name__ == "__main__":

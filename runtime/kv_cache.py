@@ -13,7 +13,7 @@ class KVCache:
     """Every layer's keys and values for `capacity` positions, of which the first `position` are filled.
 
     A step is planned, run and committed: `plan` answers whether the new rows fit, the graph reads the buffers in place,
-    and `commit` writes the rows that it returned. Rows past `position` are never read: the mask hides them.
+    and `commit` writes the rows that it returned. Rows past `position` weigh nothing: the mask hides them.
 
     Attributes:
         buffers: the graph's inputs by name, k_cache.0 ... v_cache.n, each [B*K, T, Dh] float32.

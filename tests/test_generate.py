@@ -1,11 +1,14 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from model.checkpoint import BUILT_IN
 from model.errors import InputError
-from preproc.tokenizer import open_tokenizer
+from preproc.tokenizer import StreamDecoder, open_tokenizer
 from runtime import generate as command
 from runtime.generate import GenerationOptions, Step, generate
 from runtime.program import Program
@@ -48,21 +51,31 @@ def test_one_seed_gives_one_text_and_another_a_different_one(toy_program: Progra
     assert ids(toy_program, [1], options, seed=3) != ids(toy_program, [1], options, seed=4)
 
 
-def test_text_adds_up_to_the_decoded_ids(toy_program: Program) -> None:
-    from preproc.tokenizer import decode
+@pytest.mark.parametrize("prompt", ["", "Once upon", "The dog \N{SNOWMAN}"])
+def test_the_text_goes_on_where_the_prompt_ends(toy_program: Program, prompt: str) -> None:
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(BUILT_IN / "tokenizer.model"))
+    start = [1, *theirs.encode(prompt)]
+    steps = ids(toy_program, start, GenerationOptions(SamplingOptions(temperature=1.5), max_new_tokens=20))
+    assert prompt + "".join(step.text for step in steps) == theirs.decode(start + [step.token for step in steps])
 
-    steps = ids(toy_program, [1], GenerationOptions(SamplingOptions(temperature=1.5), max_new_tokens=40))
+
+def test_a_character_begun_in_the_prompt_is_given_out_when_it_is_complete() -> None:
     tokenizer = open_tokenizer(BUILT_IN / "tokenizer.model")
-    assert "".join(step.text for step in steps) == decode(tokenizer, [step.token for step in steps])
+    snowman = [next(t for t in range(300) if tokenizer.piece(t, False) == bytes([b])) for b in "☃".encode()]
+    decoder = StreamDecoder(tokenizer, snowman[:2])
+    assert decoder.add(snowman[2]) == "☃"
 
 
 def test_the_command_prints_text_or_json_and_its_statistics(toy_pte: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert command.main([str(toy_pte), "--prompt", "Once", "--max-new-tokens", "6"]) == 0
     text = capfd.readouterr()
     assert command.main([str(toy_pte), "--prompt", "Once", "--max-new-tokens", "6", "--format", "json"]) == 0
-    steps = [Step(**json.loads(line)) for line in capfd.readouterr().out.splitlines()]
-    assert "".join(step.text for step in steps) == text.out
-    assert len(steps) == 6
+    result = json.loads(capfd.readouterr().out)
+    assert result["text"] == text.out
+    assert result["prompt_ids"] == [1, *open_tokenizer(BUILT_IN / "tokenizer.model").encode("Once")]
+    assert len(result["token_ids"]) == 6
+    assert result["finish_reason"] == "length"
+    assert all(result["timings"][stage] > 0 for stage in ("load", "prefill", "decode"))
     for part in ("load", "prefill", "tok/s", "first token", "decode 5 tokens", "peak memory"):
         assert part in text.err
 
@@ -80,6 +93,23 @@ def test_the_command_prints_text_or_json_and_its_statistics(toy_pte: Path, capfd
 def test_the_command_refuses_impossible_flags(toy_pte: Path, flags: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         command.main([str(toy_pte), *flags])
+
+
+def test_a_missing_file_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
+    """In a fresh process, as every command ends."""
+    call = [sys.executable, "-m", "runtime.generate", str(tmp_path / "absent.pte")]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(toy_pte: Path) -> None:
+    call = f"{sys.executable} -m runtime.generate {toy_pte} --temperature 1 | head -c 3"
+    done = subprocess.run(call, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert len(done.stdout) == 3
+    assert "error" not in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_stories260k_prints_what_llama2c_prints(

@@ -159,6 +159,14 @@ def test_control_tokens_have_no_text_and_keep_the_first_space_away() -> None:
     assert decode(TINY, [TINY.bos_id, *ids]) == decode(TINY, ids) == "Once"
 
 
+def test_ids_of_no_piece_have_no_text(shared: Path) -> None:
+    """A model's vocabulary may be padded beyond its tokenizer's."""
+    llama3 = open_tokenizer(shared / "tokenizers" / "llama3_tokenizer.model")
+    for tokenizer in (TINY, llama3, HuggingFaceTokenizer(BYTE_LEVEL.to_str().encode())):
+        assert tokenizer.piece(tokenizer.vocab_size, first=False) == b""
+        assert decode(tokenizer, [tokenizer.vocab_size + 7]) == ""
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -178,7 +186,7 @@ def test_what_is_no_tokenizer_is_refused(content: bytes, message: str, tmp_path:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="absent does not exist"):
+    with pytest.raises(InputError, match="absent is no file"):
         open_tokenizer(tmp_path / "absent")
 
 
