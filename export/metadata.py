@@ -163,6 +163,8 @@ def from_constants(call: Callable[[str], Sequence[Any]]) -> Metadata:
             tokenizer_kind=kind,
             tokenizer=b"" if kind == NO_TOKENIZER else tokenizer.numpy().tobytes(),
         )
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise InputError(f"the file's metadata cannot be read ({error}); export it again") from error
 
@@ -215,14 +217,14 @@ def check_file(path: Path, *, checksum: bool = True) -> None:
         InputError: names the file, what is wrong and what to do.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist; export one with `python -m export.llama --output {path}`")
+        raise InputError(f"{path} is no file; export one with `python -m export.llama`")
     size = path.stat().st_size
     with path.open("rb") as stream:
         is_program = stream.read(8)[4:] == b"ET12"
         stream.seek(max(size - _TRAILER.size, 0))
         tail = stream.read()
         magic, version, _, length, digest = _TRAILER.unpack(tail) if len(tail) == _TRAILER.size else (b"", 0, 0, 0, 0)
-        if magic != _MAGIC:
+        if magic != _MAGIC or version == 0:
             if is_program:
                 raise InputError(f"{path} is truncated or was not made by llama-pte; copy it again or export it anew")
             raise InputError(f"{path} is no .pte file; export one with `python -m export.llama`")

@@ -1,7 +1,6 @@
 """Program: an opened .pte, checked before it is believed; immutable, and shared by any number of sessions."""
 
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -38,19 +37,12 @@ class Program:
         path = Path(path)
         check_file(path, checksum=check)
         _start_threads(threads)
-        self._program = _C._load_program(str(path))
-        self.metadata: Metadata = from_constants(self._constant)
+        self._program, self.metadata = _open(path)
         _check_requirements(path, self.metadata.requirements)
         self.tokenizer: Tokenizer | None = None
         if self.metadata.tokenizer:
             self.tokenizer = from_bytes(self.metadata.tokenizer, self.metadata.tokenizer_kind)
         self._methods = {spec.name: self._program.load_method(spec.name) for spec in self.metadata.methods}
-
-    def _constant(self, name: str) -> list[Any]:
-        try:
-            return self._program.load_method(name).call([])
-        except RuntimeError as error:
-            raise InputError(f"the file carries no {name}; export it again") from error
 
     def step(self, method: MethodSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Runs one method once.
@@ -72,8 +64,28 @@ def read_metadata(path: str | Path) -> Metadata:
         InputError: not a whole file of ours.
     """
     check_file(Path(path))
-    program = _C._load_program(str(path))
-    return from_constants(lambda name: program.load_method(name).call([]))
+    return _open(Path(path))[1]
+
+
+def _open(path: Path) -> tuple[Any, Metadata]:
+    """ExecuTorch's program and what it carries.
+
+    Raises:
+        InputError: ExecuTorch does not take it, or it lacks something that it should carry.
+    """
+    try:
+        program = _C._load_program(str(path))
+    except (RuntimeError, UnicodeEncodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"ExecuTorch cannot open {path} ({reason}); export it again") from error
+
+    def constant(name: str) -> list[Any]:
+        try:
+            return program.load_method(name).call([])
+        except RuntimeError as error:
+            raise InputError(f"{path} carries no {name}; export it again") from error
+
+    return program, from_constants(constant)
 
 
 def _start_threads(threads: int | None) -> None:
@@ -88,7 +100,6 @@ def _start_threads(threads: int | None) -> None:
 
 @contextmanager
 def _stderr_closed() -> Iterator[None]:
-    sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

@@ -137,7 +137,7 @@ def test_a_newer_version_a_foreign_file_and_an_absent_one_are_told_apart(tmp_pat
     path.write_bytes(b"hello")
     with pytest.raises(InputError, match=r"is no \.pte file"):
         check_file(path)
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="is no file"):
         check_file(tmp_path / "absent.pte")
 
 
