@@ -1,0 +1,143 @@
+"""inspect: what a file carries, and how much memory it will take, before it is run.
+
+python -m export.inspect tiny.pte
+python -m export.inspect tiny.pte --format json
+"""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from export.metadata import Metadata
+from model.config import ModelConfig
+from model.errors import run_command
+from runtime.program import read_metadata
+
+FLOAT = 4
+"""Bytes of a float32."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of memory of the process's own that running a file takes, beside the runtime itself.
+
+    The file itself is mapped: its pages can be dropped and read again, and are not counted.
+
+    Attributes:
+        weights: matrices as the backend packs them at load, once for each method. 0 where they are used as mapped.
+        caches: KV caches for all max_seq_len positions.
+        activations: an upper estimate of the intermediate results of the longest step.
+    """
+
+    weights: int
+    caches: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.caches + self.activations
+
+
+def plan(metadata: Metadata) -> MemoryPlan:
+    """Works the plan out from the file's dimensions."""
+    config = metadata.config
+    packed = len(metadata.methods) if "XnnpackBackend" in metadata.requirements.backends else 0
+    length = max(method.max_length for method in metadata.methods)
+    return MemoryPlan(
+        weights=packed * matrix_bytes(config),
+        caches=metadata.batch_size * cache_bytes(config, metadata.max_seq_len),
+        activations=metadata.batch_size * activation_bytes(config, length, metadata.max_seq_len),
+    )
+
+
+def cache_bytes(config: ModelConfig, positions: int) -> int:
+    """KV caches of one sequence: keys and values of every layer, float32."""
+    return 2 * config.n_layers * config.n_kv_heads * positions * config.head_dim * FLOAT
+
+
+def matrix_bytes(config: ModelConfig) -> int:
+    """The matrices that a step multiplies by: all of the layers', and the head."""
+    heads = 2 * config.n_heads + 2 * config.n_kv_heads
+    layer = config.dim * (heads * config.head_dim + 3 * config.hidden_dim)
+    return (config.n_layers * layer + config.vocab_size * config.dim) * FLOAT
+
+
+def activation_bytes(config: ModelConfig, length: int, positions: int) -> int:
+    """The larger of attention's and the feed-forward's working set for `length` tokens of one sequence, the packed copy
+    of one layer's caches that a product takes, the logits, and every layer's new cache rows.
+    """
+    columns = positions + length
+    attention = length * (3 * config.n_heads * columns + 4 * config.n_heads * config.head_dim + 2 * config.dim)
+    feed_forward = length * (3 * config.hidden_dim + 2 * config.dim)
+    packed_cache = 2 * config.n_kv_heads * positions * config.head_dim
+    rows = 2 * config.n_layers * config.n_kv_heads * length * config.head_dim
+    return (max(attention + packed_cache, feed_forward) + rows + config.vocab_size + length * columns) * FLOAT
+
+
+def describe(metadata: Metadata, size: int) -> dict[str, Any]:
+    """All that `inspect` prints, as JSON's types. `size` is the file's, in bytes."""
+    config, memory = metadata.config, plan(metadata)
+    lengths = sorted({metadata.max_seq_len, *(2**i for i in range(7, 18) if 2**i < metadata.max_seq_len)})
+    return {
+        "file_bytes": size,
+        "config": dataclasses.asdict(config),
+        "max_seq_len": metadata.max_seq_len,
+        "batch_size": metadata.batch_size,
+        "bos_id": metadata.bos_id,
+        "stop_ids": list(metadata.stop_ids),
+        "tokenizer": {"kind": metadata.tokenizer_kind, "bytes": len(metadata.tokenizer)},
+        "methods": [{"name": spec.name, "tokens": [spec.min_length, spec.max_length]} for spec in metadata.methods],
+        "requirements": dataclasses.asdict(metadata.requirements),
+        "provenance": metadata.provenance,
+        "memory": dataclasses.asdict(memory) | {"total": memory.total, "mapped": size},
+        "cache_bytes_by_context": {length: cache_bytes(config, length) for length in lengths},
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: exit code 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        "python -m export.inspect",
+        description="Prints what a .pte carries and the memory that running it takes.",
+        epilog="\n".join(line for line in (__doc__ or "").splitlines() if line.startswith("    python")),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, help="the .pte")
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+    options = parser.parse_args(arguments)
+    found = describe(read_metadata(options.file), options.file.stat().st_size)
+    print(json.dumps(found, indent=2) if options.format == "json" else _text(options.file, found))
+    return 0
+
+
+def _text(file: Path, found: dict[str, Any]) -> str:
+    config, memory = found["config"], found["memory"]
+    methods = ", ".join(f"{method['name']} ({method['tokens'][1]})" for method in found["methods"])
+    needs = ", ".join((*found["requirements"]["backends"], *found["requirements"]["operators"]))
+    made_by = ", ".join(f"{name} {number}" for name, number in found["provenance"]["versions"].items())
+    lines = [
+        f"{file}: {found['file_bytes'] / 1e6:.1f} MB",
+        f"model        {', '.join(f'{name} {value}' for name, value in config.items() if value is not None)}",
+        f"context      {found['max_seq_len']} positions, batch {found['batch_size']}",
+        f"tokens       BOS {found['bos_id']}, stop {found['stop_ids']}, tokenizer {found['tokenizer']['kind']}",
+        f"methods      {methods}",
+        f"needs        ExecuTorch {found['requirements']['executorch']}: {needs}",
+        f"made by      {made_by}",
+        f"checkpoint   {found['provenance']['checkpoint']}",
+        "",
+        "memory of the process's own, beside the runtime:",
+        *(f"  {name:12}{memory[name] / 1e6:10.1f} MB" for name in ("weights", "caches", "activations", "total")),
+        f"  {'mapped':12}{memory['mapped'] / 1e6:10.1f} MB  the file, which the system may drop and read again",
+        "",
+        "KV caches by context:",
+        *(f"  {length:>12}{size / 1e6:10.1f} MB" for length, size in found["cache_bytes_by_context"].items()),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)
