@@ -1,10 +1,11 @@
 """emit: lowered programs and their metadata become one file, which appears whole or not at all."""
 
 import fcntl
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -56,6 +57,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():
         raise InputError(f"--output {path} is a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise InputError(f"--output {path} is no ordinary file; give the name of one")
     with _temporary_beside(path) as owner:
         temporary = Path(owner.name)
         try:
@@ -64,22 +67,30 @@ def replacing(path: Path) -> Iterator[Path]:
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
             temporary.replace(path)
+        except OSError as error:
+            raise InputError(f"--output {path} cannot be written ({error.strerror}); make room there") from error
         finally:
             temporary.unlink(missing_ok=True)
 
 
 def _temporary_beside(path: Path) -> "tempfile._TemporaryFileWrapper[bytes]":
+    """A locked temporary file. The folder is locked meanwhile, so that no other export takes it for a leftover."""
     prefix, suffix = f".{path.name}.", ".partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f"{prefix}*{suffix}"):
-            with leftover.open("rb") as stream:
-                if _locked(stream):
-                    leftover.unlink()
-        owner = tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, suffix=suffix, delete=False)  # noqa: SIM115
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            for leftover in path.parent.glob(f"{glob.escape(prefix)}*{suffix}"):
+                with suppress(FileNotFoundError), leftover.open("rb") as stream:  # its owner may just have finished
+                    if _locked(stream):
+                        leftover.unlink()
+            owner = tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, suffix=suffix, delete=False)  # noqa: SIM115
+            _locked(owner)
+        finally:
+            os.close(folder)
     except OSError as error:
         raise InputError(f"--output {path} cannot be written ({error.strerror}); give a place that can") from error
-    _locked(owner)
     return owner
 
 

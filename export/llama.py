@@ -7,6 +7,7 @@ python -m export.llama --checkpoint stories260K.bin --tokenizer tok512.model
 
 import argparse
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from export.emit import emit, replacing
+from export.inspect import cache_bytes
 from export.lower import BACKENDS, Lowered, lower
 from export.metadata import FORMAT_VERSION, NO_TOKENIZER, Metadata
 from export.trace import Traced, trace
@@ -120,7 +122,9 @@ def export_llama(options: ExportOptions, progress: Progress | None = None) -> Pa
     if max_seq_len > config.context:
         progress.note(f"warning: --max-seq-len {max_seq_len} is beyond the {config.context} the model was trained for")
 
-    output = options.output or Path(f"{options.checkpoint.resolve().stem}.pte")
+    output = options.output or _default_output(options.checkpoint)
+    if output.resolve() in {file.resolve() for file in (*checkpoint.files, options.tokenizer or output.parent)}:
+        raise InputError(f"--output {output} is one of the files to read; give another name")
     if not options.force and _is_already(output, provenance):
         progress.note(f"{output} is already this export; --force makes it again")
         return output
@@ -132,7 +136,8 @@ def export_llama(options: ExportOptions, progress: Progress | None = None) -> Pa
             result.extend(f"{method.name} takes {_tokens(method.max_length)}" for method in traced.methods)
         with progress.stage("lower") as result:
             lowered = lower(traced, options.backend)
-            result.append(f"{options.backend}; kernels outside it: {', '.join(lowered.requirements.operators)}")
+            outside = ", ".join(lowered.requirements.operators)
+            result.append(f"{options.backend}, {lowered.delegates} delegates; kernels outside: {outside}")
         with progress.stage("emit") as result:
             emit(lowered, _metadata(checkpoint, tokenizer, traced, lowered, provenance), temporary)
             result.append(f"{temporary.stat().st_size / 1e6:.1f} MB")
@@ -153,8 +158,8 @@ def _metadata(
         config=config,
         max_seq_len=max_seq_len,
         batch_size=1,
-        bos_id=checkpoint.bos_id if checkpoint.bos_id is not None or tokenizer is None else tokenizer.bos_id,
-        stop_ids=checkpoint.stop_ids or (tokenizer.stop_ids if tokenizer else ()),
+        bos_id=provenance["bos_id"],
+        stop_ids=tuple(provenance["stop_ids"]),
         methods=traced.methods,
         requirements=lowered.requirements,
         provenance=provenance,
@@ -188,7 +193,19 @@ def _limits(checkpoint: Checkpoint, options: ExportOptions) -> tuple[int, int]:
     chunk = options.prefill_chunk or min(64, max_seq_len)
     if chunk > max_seq_len:
         raise InputError(f"--prefill-chunk {chunk} is larger than --max-seq-len {max_seq_len}; give at most that")
+    need, have = cache_bytes(checkpoint.config, max_seq_len), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise InputError(
+            f"--max-seq-len {max_seq_len} needs KV caches of {need / 1e9:.1f} GB, but this machine has "
+            f"{have / 1e9:.1f} GB; give less"
+        )
     return max_seq_len, chunk
+
+
+def _default_output(checkpoint: Path) -> Path:
+    """The checkpoint's name; a folder's may hold dots of its own, as in Llama-3.2-1B."""
+    path = Path(os.path.abspath(checkpoint))  # not resolved: a link's name says more than its target's
+    return Path(f"{path.name if path.is_dir() else path.stem}.pte")
 
 
 def _provenance(
@@ -199,6 +216,8 @@ def _provenance(
     return {
         "format_version": FORMAT_VERSION,
         "checkpoint": {"layout": checkpoint.layout, "xxh3_128": checkpoint.digest()},
+        "bos_id": checkpoint.bos_id if checkpoint.bos_id is not None or tokenizer is None else tokenizer.bos_id,
+        "stop_ids": list(checkpoint.stop_ids or (tokenizer.stop_ids if tokenizer else ())),
         "tokenizer": {"sha256": hashlib.sha256(tokenizer.data).hexdigest()} if tokenizer else None,
         "options": {
             "max_seq_len": max_seq_len,

@@ -14,32 +14,26 @@ from torch.export import ExportedProgram
 from export.metadata import Requirements
 from export.trace import Traced
 
-
-@dataclass(frozen=True)
-class Backend:
-    """How to lower for one backend; `partitioners` makes fresh ones, in the order they are to be tried."""
-
-    partitioners: Callable[[], list[Partitioner]]
-
-
-BACKENDS = {
-    "xnnpack": Backend(lambda: [XnnpackPartitioner()]),
-    "portable": Backend(list),
+BACKENDS: dict[str, Callable[[], list[Partitioner]]] = {
+    "xnnpack": lambda: [XnnpackPartitioner()],
+    "portable": list,
 }
-"""What `--backend` takes. Portable runs every operator by ExecuTorch's own kernels: slow, and everywhere."""
+"""What `--backend` takes -> a function that makes its partitioners, in the order they are to be tried. Portable runs
+every operator by ExecuTorch's own kernels: slow, and everywhere."""
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """Programs ready to be emitted, and what a runtime needs to run them."""
+    """Programs ready to be emitted, what a runtime needs to run them, and how many parts of them a backend runs."""
 
     edge: EdgeProgramManager
     requirements: Requirements
+    delegates: int
 
 
 def lower(traced: Traced, backend: str) -> Lowered:
     """Hands the graphs to the backend's partitioners; what none of them takes stays with ExecuTorch's kernels."""
-    partitioners = BACKENDS[backend].partitioners
+    partitioners = BACKENDS[backend]
     edge = to_edge_transform_and_lower(traced.programs, partitioner={name: partitioners() for name in traced.programs})
     programs = [edge.exported_program(name) for name in traced.programs]
     return Lowered(
@@ -49,6 +43,7 @@ def lower(traced: Traced, backend: str) -> Lowered:
             backends=tuple(sorted({module.backend_id for program in programs for module in delegates(program)})),
             operators=tuple(sorted({name for program in programs for name in operators(program)})),
         ),
+        delegates=sum(len(delegates(program)) for program in programs),
     )
 
 

@@ -92,7 +92,7 @@ def verify(program: Program, model: Llama) -> Report:
             tokens.append(int(rows[-1].argmax()))
             rows.append(session.decode(tokens[-1]))
         found.append(torch.stack(rows))
-        expected.append(reference(model, tokens)[-len(rows) :])
+        expected.append(reference(model, tokens, len(rows)))
     return compare(torch.cat(found), torch.cat(expected), LIMITS[metadata.provenance["options"]["dtype"]])
 
 
@@ -112,13 +112,14 @@ def compare(found: Tensor, expected: Tensor, limits: Limits) -> Report:
 
 
 @torch.no_grad()
-def reference(model: Llama, tokens: list[int]) -> Tensor:
-    """The eager model's logits at every position of one sequence, in one pass without caches: [L, V]."""
+def reference(model: Llama, tokens: list[int], rows: int | None = None) -> Tensor:
+    """The eager model's logits of one sequence, in one pass without caches: [L, V], or only the last `rows` of them."""
     config, length = model.config, len(tokens)
+    select = torch.eye(length)[-(rows or length) :]
     cos, sin = rope.slices(rope.tables(config, length), 0, length)
     empty = [torch.zeros(config.n_kv_heads, 0, config.head_dim)] * config.n_layers
     causal = mask.causal(0, length, capacity=0).unsqueeze(0)
-    logits, _, _ = model(torch.tensor([tokens]), cos, sin, causal, torch.eye(length), empty, empty)
+    logits, _, _ = model(torch.tensor([tokens]), cos, sin, causal, select, empty, empty)
     return logits
 
 
@@ -144,7 +145,12 @@ def _prompts(program: Program) -> list[list[int]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: exit code 0 when the file passes, 1 when it does not, 2 for bad input."""
-    parser = argparse.ArgumentParser("python -m export.verify", description="Checks a .pte against its checkpoint.")
+    parser = argparse.ArgumentParser(
+        "python -m export.verify",
+        description="Checks a .pte against its checkpoint.",
+        epilog="\n".join(line for line in (__doc__ or "").splitlines() if line.startswith("    python")),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("file", type=Path, help="the .pte")
     parser.add_argument("--checkpoint", type=Path, default=BUILT_IN, help="default: the built-in model")
     options = parser.parse_args(arguments)

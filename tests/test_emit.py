@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from export.emit import replacing
+from model.errors import InputError
 
 
 def names(folder: Path) -> list[str]:
@@ -37,6 +38,30 @@ def test_a_failure_leaves_the_earlier_file_and_nothing_else(tmp_path: Path, erro
         fail()
     assert names(tmp_path) == ["a.pte"]
     assert (tmp_path / "a.pte").read_bytes() == b"old"
+
+
+def test_a_folder_and_a_device_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, problem in ((tmp_path, "is a folder"), (tmp_path / "pipe", "is no ordinary file")):
+        with pytest.raises(InputError, match=problem), replacing(path):
+            pass
+    assert names(tmp_path) == ["pipe"]
+
+
+def test_many_at_once_never_disturb_each_other(tmp_path: Path) -> None:
+    script = f"""
+        import os
+        from pathlib import Path
+        from export.emit import replacing
+        for i in range(100):
+            with replacing(Path({str(tmp_path / "a[1].pte")!r})) as temporary:
+                temporary.write_bytes(bytes([os.getpid() % 256]) * 1000)
+    """
+    call = [sys.executable, "-c", textwrap.dedent(script)]
+    processes = [subprocess.Popen(call, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate()[1] for process in processes] == ["", "", ""]
+    assert names(tmp_path) == ["a[1].pte"]
+    assert len(set((tmp_path / "a[1].pte").read_bytes())) == 1
 
 
 def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """The command and the pipeline behind it, from a checkpoint to a file that runs."""
 
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -202,13 +204,18 @@ def exits_with(arguments: list[str], main: Callable[[list[str]], int]) -> int | 
         (["--checkpoint", "absent"], "checkpoint absent does not exist"),
         (["--checkpoint", "cut.bin", "--tokenizer", "none"], "cut.bin is truncated"),
         (["--checkpoint", "whole.bin"], "whole.bin comes with no tokenizer; give --tokenizer FILE"),
-        (["--checkpoint", "whole.bin", "--tokenizer", "absent"], "tokenizer absent does not exist"),
+        (["--checkpoint", "whole.bin", "--tokenizer", "absent"], "tokenizer absent is no file"),
         (["--checkpoint", "whole.bin", "--tokenizer", "whole.bin"], "tokenizer whole.bin: its content is neither"),
         (
             ["--output", "/proc/absent/a.pte"],
             "--output /proc/absent/a.pte cannot be written (No such file or directory)",
         ),
         (["--output", "folder"], "--output folder is a folder"),
+        (["--max-seq-len", "1000000000000"], "--max-seq-len 1000000000000 needs KV caches of"),
+        (
+            ["--checkpoint", "whole.bin", "--tokenizer", "none", "--output", "./whole.bin"],
+            "is one of the files to read",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2_and_leaves_nothing(
@@ -236,6 +243,22 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> No
         export_llama(ExportOptions(checkpoint=small, tokenizer=BUILT_IN / "tokenizer.model"))
 
 
+def test_an_export_is_named_after_its_checkpoint(toy_bin: Path, tmp_path: Path) -> None:
+    (tmp_path / "Llama-3.2-1B").mkdir()
+    (tmp_path / "latest").symlink_to(tmp_path / "Llama-3.2-1B")
+    names = {path: command._default_output(tmp_path / path).name for path in ("Llama-3.2-1B", "latest", "a.b.bin")}
+    assert names == {"Llama-3.2-1B": "Llama-3.2-1B.pte", "latest": "latest.pte", "a.b.bin": "a.b.pte"}
+
+
+def test_other_stop_ids_are_another_export(tmp_path: Path) -> None:
+    hugging_face_llama("mha, tied", tmp_path / "model")
+    options = ExportOptions(tmp_path / "model", Path("none"), tmp_path / "a.pte", 16, 1, "portable")
+    export_llama(options)
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    export_llama(options)
+    assert read_metadata(tmp_path / "a.pte").stop_ids == (3, 4)
+
+
 def test_help_explains_every_flag_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert exits_with(["--help"], command.main) == 0
     text = capsys.readouterr().out
@@ -259,7 +282,7 @@ KILLED = """
             if name == "verify" and self.at == "end": os.kill(os.getpid(), signal.SIGKILL)
 
     options = ExportOptions(checkpoint=Path(sys.argv[1]), tokenizer=Path("none"), output=Path(sys.argv[2]),
-                            backend=sys.argv[3], prefill_chunk=1)
+                            backend=sys.argv[3], prefill_chunk=1, force=True)
     for plan in sys.argv[4:]:
         child = os.fork()
         if child == 0:
@@ -296,13 +319,19 @@ def test_an_export_killed_at_twenty_moments_leaves_a_whole_file(
     toy_options: ExportOptions, toy_bin: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "toy.pte"
-    earlier = export_llama(
-        replace(toy_options, tokenizer=Path("none"), backend="portable", prefill_chunk=1, max_seq_len=9, output=output)
-    ).read_bytes()
-    for tenth_of_second in range(3, 43, 2):
-        killed(toy_bin, output, "portable", [str(tenth_of_second / 10)])
-        assert read_metadata(output).max_seq_len in (9, TOY.context)
-        if read_metadata(output).max_seq_len == 9:
-            assert output.read_bytes() == earlier
+    short = replace(toy_options, tokenizer=Path("none"), backend="portable", prefill_chunk=1, max_seq_len=9)
+    earlier = export_llama(replace(short, output=output)).read_bytes()
+    start = time.monotonic()
+    assert killed(toy_bin, tmp_path / "timed.pte", "portable", ["never", "never"])[-1] == "never 0"
+    seconds = (time.monotonic() - start) / 2  # the process's own start counts too: some moments come after the end
+    (tmp_path / "timed.pte").unlink()
+    generator, ends = random.Random(0), []
+    for _ in range(20):
+        ends += killed(toy_bin, output, "portable", [f"{generator.uniform(0, seconds):.3f}"])
+        if read_metadata(output).max_seq_len != 9:
+            assert len(greedy(output, [1], 3)) == 3
+            output.write_bytes(earlier)
+        assert output.read_bytes() == earlier
+    assert sum(end.endswith(" -9") for end in ends) >= 15
     assert killed(toy_bin, output, "portable", ["never"]) == ["never 0"]
     assert os.listdir(tmp_path) == ["toy.pte"]
