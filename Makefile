@@ -1,25 +1,44 @@
-# Everything is set up in .venv and build/; nothing is installed elsewhere.
+# Everything is set up in .venv and build/, but for system packages: those are installed where we are root on Debian,
+# and named where we are not.
 PYTHON ?= python3
+STORY ?= Once upon a time
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-STORY ?= Once upon a time
+CMAKE := $(CURDIR)/$(BIN)/cmake
+CPP := cpp_runner/src/* cpp_runner/include/*.h cpp_runner/include/*/*.h tests/cpp/*.c tests/cpp/*.cpp tests/cpp/*.h
+NATIVE := g++ libcli11-dev nlohmann-json3-dev libxxhash-dev libpcre2-dev libutf8proc-dev libgtest-dev
+CROSS := g++-aarch64-linux-gnu qemu-user-static libpcre2-dev:arm64 libutf8proc-dev:arm64
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint runner runner-aarch64 clean
 
 demo: .venv/.ready
 	$(BIN)/python -m export.llama --max-seq-len 512 --output build/tiny.pte
 	$(BIN)/python -m runtime.generate build/tiny.pte --prompt "$(STORY)" --max-new-tokens 150
+	@echo
+	$(MAKE) --no-print-directory runner
+	build/host/llama_runner build/tiny.pte --prompt "$(STORY)" --max-new-tokens 150
 
-test: lint
+test: lint runner
 	$(BIN)/python -m pytest
+	$(BIN)/ctest --test-dir build/host --output-on-failure
 
-test-slow: .venv/.ready-test
+test-slow: .venv/.ready-test runner runner-aarch64
 	$(BIN)/python -m pytest -m slow
 
 lint: .venv/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror --style=file:cpp_runner/.clang-format $(CPP)
+
+runner: .venv/.ready
+	$(call need,$(NATIVE))
+	cd cpp_runner && $(CMAKE) --preset host && $(CMAKE) --build --preset host -j2
+
+runner-aarch64: .venv/.ready
+	@dpkg --print-foreign-architectures | grep -qx arm64 || [ "$$(id -u)" != 0 ] || dpkg --add-architecture arm64
+	$(call need,$(CROSS))
+	cd cpp_runner && $(CMAKE) --preset aarch64-linux && $(CMAKE) --build --preset aarch64-linux -j2 --target deploy
 
 # torch comes first and by itself: on Linux the newest build drags in gigabytes of CUDA, and a pinned one need not.
 .venv/.ready: pyproject.toml
@@ -27,12 +46,21 @@ lint: .venv/.ready-test
 		{ echo "error: $(PYTHON) must be 3.10 or newer, with venv (Debian: apt-get install python3-venv)"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0
-	$(PIP) --editable .
+	$(PIP) --editable . 'cmake>=3.28,<5'
 	touch $@
 
 .venv/.ready-test: .venv/.ready
 	$(PIP) --editable '.[test]'
 	touch $@
+
+define need
+	@missing=$$(for name in $(1); do dpkg -s $$name > /dev/null 2>&1 || echo $$name; done); \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then \
+		echo "error: install these first (Debian: sudo apt-get install):" $$missing; exit 2; \
+	fi; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $$missing > /dev/null
+endef
 
 clean:
 	rm -rf .venv build

@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "llama_runner/metadata.h"
+#include "llama_runner/result.h"
+
+namespace llama_runner {
+
+/// One session's keys and values, allocated once; its bookkeeping is integers.
+///
+/// A step is planned, run and committed: `plan` answers whether the new rows fit, the graph reads the buffers in place,
+/// and `commit` writes the rows that it returned. Rows past `position` are never read: the mask hides them.
+class KVCache {
+  public:
+    /// One of the graph's inputs: k_cache.0 ... v_cache.n, [heads, T, row_bytes], 64-byte aligned, owned by the cache.
+    struct Buffer {
+        std::string name;
+        std::byte* data;
+        int64_t heads;
+        size_t row_bytes;
+    };
+
+    /// Allocates the buffers that `method` takes, all zero. Fails where they differ in length or memory is short.
+    static Result<KVCache> create(const MethodSpec& method);
+
+    std::span<const Buffer> buffers() const { return buffers_; }
+
+    /// T, in positions.
+    int64_t capacity() const { return capacity_; }
+
+    /// Positions filled so far.
+    int64_t position() const { return position_; }
+
+    /// Bytes held by the buffers.
+    size_t nbytes() const;
+
+    /// The position at which `length` new rows would start; fails if they do not fit.
+    Result<int64_t> plan(int64_t length) const;
+
+    /// Appends the first `length` of `rows_length` rows; what follows them is padding.
+    ///
+    /// `rows[i]` belongs to `buffers()[i]`: [heads, rows_length, row_bytes].
+    Result<void> commit(std::span<const void* const> rows, int64_t rows_length, int64_t length);
+
+    /// Forgets everything from `position` on; fails if it is outside [0, position()].
+    Result<void> rewind(int64_t position);
+
+  private:
+    struct Free {
+        void operator()(void* memory) const { std::free(memory); }
+    };
+
+    Result<void> add(const TensorSpec& spec);
+
+    std::vector<Buffer> buffers_;
+    std::vector<std::unique_ptr<void, Free>> memory_;
+    int64_t capacity_ = 0;
+    int64_t position_ = 0;
+};
+
+}  // namespace llama_runner

@@ -1,0 +1,102 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "llama_runner/result.h"
+
+/// The contract with export (export/metadata.py): what a file carries, under which names, in which format version.
+namespace llama_runner {
+
+inline constexpr uint32_t kFormatVersion = 1;
+
+/// Stands in a shape for the method's length.
+inline constexpr int64_t kLength = -1;
+
+enum class Dtype { kFloat32, kInt64 };
+
+/// Bytes of one element.
+size_t size_of(Dtype dtype);
+
+/// One input or output of a method.
+struct TensorSpec {
+    /// Its role: tokens, cos, sin, mask, select, logits; k_cache.3, v_cache.3, k_rows.3, v_rows.3 for layer 3.
+    std::string name;
+    /// Sizes; kLength where the length is not fixed.
+    std::vector<int64_t> shape;
+    Dtype dtype;
+
+    /// Elements at a length of `length`.
+    int64_t elements(int64_t length) const;
+};
+
+/// One method of the program: a range of layers for a range of lengths. Inputs are filled by name.
+struct MethodSpec {
+    std::string name;
+    /// The L it takes; equal where the graph is static.
+    int64_t min_length;
+    int64_t max_length;
+    std::vector<TensorSpec> inputs;
+    std::vector<TensorSpec> outputs;
+};
+
+/// What a runtime must offer before it may load the program.
+struct Requirements {
+    std::string executorch;
+    std::vector<std::string> backends;
+    std::vector<std::string> operators;
+};
+
+/// Rotary tables: [rows, width] float32 each, width = Dh/2.
+struct RopeTables {
+    int64_t width = 0;
+    std::vector<float> cos;
+    std::vector<float> sin;
+
+    int64_t rows() const { return static_cast<int64_t>(cos.size()) / width; }
+};
+
+/// All that a file carries beside graph and weights, as far as running it needs it.
+struct Metadata {
+    /// Capacity of the KV cache in positions (T): prompt and answer together.
+    int64_t max_seq_len;
+    int64_t vocab_size;
+    std::optional<int64_t> bos_id;
+    std::vector<int64_t> stop_ids;
+    std::vector<MethodSpec> methods;
+    Requirements requirements;
+    RopeTables rope;
+    /// sentencepiece, tiktoken, tokenizer.json or none.
+    std::string tokenizer_kind;
+    /// The tokenizer file's own bytes; empty where there is none.
+    std::string tokenizer;
+};
+
+/// A tensor that a constant method returns; `data` lives as long as the call that received it.
+struct ConstantTensor {
+    bool is_float32;
+    std::vector<int64_t> shape;
+    const void* data;
+    size_t nbytes;
+};
+
+/// One value that a constant method returns.
+using Constant = std::variant<int64_t, std::string, ConstantTensor>;
+
+/// Runs a constant method of the file and hands its values to the second argument before they go away.
+using Constants = std::function<Result<void>(const char* name, const std::function<void(std::vector<Constant>)>&)>;
+
+/// Reads the metadata. Fails where a value is missing, has the wrong form, or asks for what this runner cannot do.
+Result<Metadata> from_constants(const Constants& constants);
+
+/// Refuses what is not a whole file of ours in a format this version reads.
+///
+/// `checksum` also reads the file through and compares its checksum (about 0.1 s per GB in the page cache).
+Result<void> check_file(const std::string& path, bool checksum);
+
+}  // namespace llama_runner

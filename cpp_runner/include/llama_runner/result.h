@@ -1,0 +1,70 @@
+#pragma once
+
+#include <cassert>
+#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+
+namespace llama_runner {
+
+/// Why something failed: one sentence with the value received and what to do.
+struct Error {
+    std::string message;
+};
+
+/// A value, or the reason why there is none. Nothing in this library throws; what can fail returns one of these.
+template <typename T>
+class [[nodiscard]] Result {
+  public:
+    Result(T value) : state_(std::move(value)) {}
+    Result(Error error) : state_(std::move(error)) {}
+
+    explicit operator bool() const { return state_.index() == 0; }
+
+    /// The value; only where there is one.
+    T& operator*() & {
+        assert(*this);
+        return *std::get_if<0>(&state_);
+    }
+    const T& operator*() const& {
+        assert(*this);
+        return *std::get_if<0>(&state_);
+    }
+    T&& operator*() && {
+        assert(*this);
+        return std::move(*std::get_if<0>(&state_));
+    }
+    T* operator->() { return &**this; }
+    const T* operator->() const { return &**this; }
+
+    /// The reason; only where there is no value.
+    const Error& error() const {
+        assert(!*this);
+        return *std::get_if<1>(&state_);
+    }
+
+  private:
+    std::variant<T, Error> state_;
+};
+
+/// Success, or the reason for failure.
+template <>
+class [[nodiscard]] Result<void> {
+  public:
+    Result() = default;
+    Result(Error error) : error_(std::move(error)) {}
+
+    explicit operator bool() const { return !error_; }
+
+    /// The reason; only after a failure.
+    const Error& error() const {
+        assert(error_);
+        return *error_;
+    }
+
+  private:
+    std::optional<Error> error_;
+};
+
+}  // namespace llama_runner

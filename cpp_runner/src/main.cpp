@@ -1,0 +1,206 @@
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "llama_runner/generate.h"
+#include "llama_runner/program.h"
+#include "llama_runner/session.h"
+
+namespace {
+
+using namespace llama_runner;
+
+constexpr int kBadInput = 2;
+
+struct Arguments {
+    std::string file;
+    std::string prompt;
+    std::optional<std::vector<int64_t>> prompt_ids;
+    GenerationOptions generation;
+    std::string seed = "0";
+    Program::Options program;
+    bool json = false;
+    bool parse_special = false;
+};
+
+/// What a run took, in seconds.
+struct Statistics {
+    double load = 0;
+    size_t prompt_tokens = 0;
+    double first_token = 0;
+    int64_t new_tokens = 0;
+    double decode = 0;
+};
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+Error unusable(const std::string& flag, const std::string& value, const std::string& fix) {
+    return {"--" + flag + " " + value + " is impossible; " + fix};
+}
+
+/// A whole number from -2^63 to 2^64 - 1, modulo 2^64.
+Result<uint64_t> seed_of(const std::string& text) {
+    char* end = nullptr;
+    errno = 0;
+    const uint64_t seed = text.starts_with('-') ? static_cast<uint64_t>(std::strtoll(text.c_str(), &end, 10))
+                                                : std::strtoull(text.c_str(), &end, 10);
+    if (text.empty() || *end != '\0' || errno != 0)
+        return unusable("seed", text, "give a whole number of up to 64 bits");
+    return seed;
+}
+
+void print_text(const Step& step) {
+    std::fwrite(step.text.data(), 1, step.text.size(), stdout);
+    std::fflush(stdout);
+}
+
+/// All of a run, for --format json.
+struct Transcript {
+    std::vector<int64_t> prompt_ids;
+    std::vector<int64_t> token_ids;
+    std::string text;
+    std::string finish_reason;
+
+    void add(const Step& step) {
+        token_ids.push_back(step.token);
+        text += step.text;
+        if (const auto reason = name_of(step.finish_reason)) finish_reason = *reason;
+    }
+};
+
+void print_json(const Transcript& transcript, const Statistics& statistics) {
+    const nlohmann::ordered_json result = {
+        {"prompt_ids", transcript.prompt_ids},
+        {"token_ids", transcript.token_ids},
+        {"text", transcript.text},
+        {"finish_reason", transcript.finish_reason},
+        {"timings", {{"load", statistics.load}, {"prefill", statistics.first_token}, {"decode", statistics.decode}}}};
+    std::printf("%s\n", result.dump().c_str());
+}
+
+void print_statistics(const Statistics& statistics) {
+    rusage usage{};
+    getrusage(RUSAGE_SELF, &usage);
+    const auto decoded = statistics.new_tokens - 1;
+    char decode[32] = "none";
+    if (decoded > 0) {
+        std::snprintf(decode, sizeof decode, "%.1f tok/s", static_cast<double>(decoded) / statistics.decode);
+    }
+    std::fprintf(stderr,
+                 "load %.2f s; prefill %zu tokens, %.1f tok/s; first token %.2f s after start of load; "
+                 "decode %lld tokens, %s; peak memory %.0f MB\n",
+                 statistics.load, statistics.prompt_tokens,
+                 static_cast<double>(statistics.prompt_tokens) / statistics.first_token,
+                 statistics.load + statistics.first_token, static_cast<long long>(decoded), decode,
+                 static_cast<double>(usage.ru_maxrss) / 1024);
+}
+
+/// Runs to the end; steps go to the transcript where there is one, and are printed otherwise.
+Result<void> run_steps(Generator& generator, Transcript* transcript, Statistics& statistics) {
+    const double start = now();
+    double first = start;
+    for (;;) {
+        const auto step = generator.next();
+        if (!step) return step.error();
+        if (*step == nullptr) break;
+        const double finished = now();
+        if (statistics.new_tokens++ == 0) {
+            first = finished;
+            statistics.first_token = finished - start;
+        }
+        statistics.decode = finished - first;
+        if (transcript != nullptr) {
+            transcript->add(**step);
+        } else {
+            print_text(**step);
+        }
+    }
+    if (transcript == nullptr && isatty(STDOUT_FILENO) != 0) std::puts("");
+    return {};
+}
+
+Result<void> run(Arguments& arguments) {
+    if (auto checked = arguments.generation.check(); !checked) return checked;
+    const auto seed = seed_of(arguments.seed);
+    if (!seed) return seed.error();
+    Rng rng(*seed);
+
+    Statistics statistics;
+    const double start = now();
+    auto program = Program::open(arguments.file, arguments.program);
+    if (!program) return program.error();
+    statistics.load = now() - start;
+    auto prompt = arguments.prompt_ids ? Result<std::vector<int64_t>>(*arguments.prompt_ids)
+                                       : prompt_ids(**program, arguments.prompt, arguments.parse_special);
+    if (!prompt) return prompt.error();
+    statistics.prompt_tokens = prompt->size();
+    auto session = Session::create(**program);
+    if (!session) return session.error();
+    arguments.generation.stop_ids = (*program)->metadata().stop_ids;
+    auto generator = Generator::create(*session, *prompt, arguments.generation, rng, (*program)->tokenizer());
+    if (!generator) return generator.error();
+    Transcript transcript{.prompt_ids = *prompt, .token_ids = {}, .text = {}, .finish_reason = {}};
+    if (auto ran = run_steps(*generator, arguments.json ? &transcript : nullptr, statistics); !ran) return ran;
+    if (arguments.json) print_json(transcript, statistics);
+    print_statistics(statistics);
+    return {};
+}
+
+void add_flags(CLI::App& app, Arguments& arguments) {
+    app.add_option("file", arguments.file, "the .pte")->required()->type_name("");
+    app.add_option("--prompt", arguments.prompt, "text to continue (default: none, only BOS)")->type_name("TEXT");
+    app.add_option("--prompt-ids", arguments.prompt_ids, "token ids in place of a text: 1,15043,3186")
+        ->delimiter(',')
+        ->allow_extra_args(false)
+        ->type_name("IDS");
+    app.add_option("--max-new-tokens", arguments.generation.max_new_tokens, "default: as many as the context holds")
+        ->type_name("N");
+    auto& sampling = arguments.generation.sampling;
+    app.add_option("--temperature", sampling.temperature, "0 takes the likeliest token (default: 0)")->type_name("T");
+    app.add_option("--top-k", sampling.top_k, "only the K likeliest tokens (default: all)")->type_name("K");
+    app.add_option("--top-p", sampling.top_p, "only the likeliest tokens up to probability P")->type_name("P");
+    app.add_option("--seed", arguments.seed, "of the random numbers (default: 0)")->type_name("N");
+    app.add_option("--threads", arguments.program.threads, "default: one per core")->type_name("N");
+    app.add_option_function<std::string>(
+           "--format", [&](const std::string& format) { arguments.json = format == "json"; },
+           "text or json: one object with ids, text and timings (default: text)")
+        ->check(CLI::IsMember({"text", "json"}))
+        ->type_name("FORMAT");
+    app.add_flag_callback(
+        "--no-check", [&] { arguments.program.check = false; }, "skip the checksum, which reads the file through once");
+    app.add_flag("--parse-special", arguments.parse_special,
+                 "take the text of special tokens in the prompt for tokens");
+}
+
+}  // namespace
+
+/// The command: text to stdout, statistics to stderr; exit code 0, or 2 for bad input.
+int main(int count, char** values) {
+    CLI::App app("Runs an exported .pte.", "llama_runner");
+    app.footer(
+        "\nExamples:\n"
+        "  llama_runner tiny.pte --prompt \"Once upon a time\"\n"
+        "  llama_runner tiny.pte --prompt \"The dog\" --temperature 0.8 --top-p 0.9 --seed 7 --max-new-tokens 100");
+    Arguments arguments;
+    add_flags(app, arguments);
+    try {
+        app.parse(count, values);
+    } catch (const CLI::CallForHelp&) {
+        std::fputs(app.help().c_str(), stdout);
+        return 0;
+    } catch (const CLI::ParseError& error) {
+        std::fprintf(stderr, "error: %s; see llama_runner --help\n", error.what());
+        return kBadInput;
+    }
+    if (auto ran = run(arguments); !ran) {
+        std::fflush(stdout);
+        std::fprintf(stderr, "error: %s\n", ran.error().message.c_str());
+        return kBadInput;
+    }
+    return 0;
+}

@@ -1,0 +1,197 @@
+#include "llama_runner/metadata.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <nlohmann/json.hpp>
+
+namespace llama_runner {
+
+namespace {
+
+using nlohmann::json;
+
+constexpr int64_t kMostElements = int64_t{1} << 40;
+
+Error unreadable(const std::string& detail) {
+    return {"the file's metadata cannot be read (" + detail + "); export it again"};
+}
+
+/// Collects values and remembers the first thing that went wrong, so that reading stays one line per field.
+class Reader {
+  public:
+    explicit Reader(const Constants& constants) : constants_(constants) {}
+
+    const std::optional<Error>& error() const { return error_; }
+
+    void fail(const std::string& detail) {
+        if (!error_) error_ = unreadable(detail);
+    }
+
+    /// Calls `take` with the constant method's values.
+    void values(const char* name, const std::function<void(std::vector<Constant>)>& take) {
+        if (error_) return;
+        if (auto called = constants_(name, take); !called) error_ = called.error();
+    }
+
+    int64_t integer(const char* name, int64_t least) {
+        int64_t result = least;
+        single<int64_t>(name, [&](int64_t value) { result = value; });
+        if (result < least) fail(std::string(name) + " is " + std::to_string(result));
+        return result;
+    }
+
+    std::string text(const char* name) {
+        std::string result;
+        single<std::string>(name, [&](std::string value) { result = std::move(value); });
+        return result;
+    }
+
+    json parsed(const char* name) {
+        json result = json::parse(text(name), nullptr, false);
+        if (result.is_discarded()) fail(std::string(name) + " is no JSON");
+        return result;
+    }
+
+    template <typename T>
+    void single(const char* name, const std::function<void(T)>& take) {
+        values(name, [&](std::vector<Constant> found) {
+            T* value = found.size() == 1 ? std::get_if<T>(&found[0]) : nullptr;
+            value ? take(std::move(*value)) : fail(std::string(name) + " has another type");
+        });
+    }
+
+    std::vector<float> table(const char* name, int64_t& width) {
+        std::vector<float> result;
+        single<ConstantTensor>(name, [&](ConstantTensor tensor) {
+            if (!tensor.is_float32 || tensor.shape.size() != 2 || tensor.shape[1] < 1 || tensor.nbytes == 0) {
+                return fail(std::string(name) + " is no float32 table");
+            }
+            width = tensor.shape[1];
+            result.resize(tensor.nbytes / sizeof(float));
+            std::memcpy(result.data(), tensor.data, result.size() * sizeof(float));
+        });
+        return result;
+    }
+
+    // Members of JSON objects.
+
+    const json& member(const json& object, const char* key) {
+        static const json null;
+        if (auto found = object.find(key); object.is_object() && found != object.end()) return *found;
+        fail(std::string(key) + " is missing");
+        return null;
+    }
+
+    std::string text(const json& object, const char* key) {
+        const json& value = member(object, key);
+        if (!value.is_string()) fail(std::string(key) + " is no string");
+        return value.is_string() ? value.get<std::string>() : "";
+    }
+
+    int64_t integer(const json& object, const char* key) {
+        const json& value = member(object, key);
+        if (!value.is_number_integer()) fail(std::string(key) + " is no whole number");
+        return value.is_number_integer() ? value.get<int64_t>() : 0;
+    }
+
+    std::vector<std::string> texts(const json& object, const char* key) {
+        std::vector<std::string> result;
+        for (const json& item : member(object, key)) {
+            item.is_string() ? result.push_back(item.get<std::string>())
+                             : fail(std::string(key) + " is no list of strings");
+        }
+        return result;
+    }
+
+  private:
+    const Constants& constants_;
+    std::optional<Error> error_;
+};
+
+TensorSpec tensor_spec(Reader& reader, const json& object, int64_t max_length) {
+    TensorSpec spec{reader.text(object, "name"), {}, Dtype::kFloat32};
+    int64_t elements = max_length;
+    for (const json& size : reader.member(object, "shape")) {
+        const bool is_length = size == "L";
+        const int64_t value = is_length ? kLength : size.is_number_integer() ? size.get<int64_t>() : 0;
+        if (!is_length && (value < 1 || value > kMostElements / elements)) {
+            reader.fail("the shape of " + spec.name + " is impossible");
+            break;
+        }
+        elements *= is_length ? 1 : value;
+        spec.shape.push_back(value);
+    }
+    const std::string dtype = reader.text(object, "dtype");
+    if (dtype == "int64") {
+        spec.dtype = Dtype::kInt64;
+    } else if (dtype != "float32") {
+        reader.fail(spec.name + " is " + dtype + ", which this runner does not know: update it");
+    }
+    return spec;
+}
+
+MethodSpec method_spec(Reader& reader, const json& object) {
+    MethodSpec spec{reader.text(object, "name"),
+                    reader.integer(object, "min_length"),
+                    reader.integer(object, "max_length"),
+                    {},
+                    {}};
+    if (spec.min_length < 1 || spec.max_length < spec.min_length || spec.max_length > kMostElements) {
+        reader.fail("the lengths of method " + spec.name + " are impossible");
+        return spec;
+    }
+    for (const json& input : reader.member(object, "inputs")) {
+        spec.inputs.push_back(tensor_spec(reader, input, spec.max_length));
+    }
+    for (const json& output : reader.member(object, "outputs")) {
+        spec.outputs.push_back(tensor_spec(reader, output, spec.max_length));
+    }
+    return spec;
+}
+
+}  // namespace
+
+size_t size_of(Dtype dtype) { return dtype == Dtype::kInt64 ? sizeof(int64_t) : sizeof(float); }
+
+int64_t TensorSpec::elements(int64_t length) const {
+    int64_t count = 1;
+    for (int64_t size : shape) count *= size == kLength ? length : size;
+    return count;
+}
+
+Result<Metadata> from_constants(const Constants& constants) {
+    Reader reader(constants);
+    Metadata metadata{};
+    metadata.max_seq_len = reader.integer("get_max_seq_len", 1);
+    metadata.vocab_size = reader.integer("get_vocab_size", 1);
+    if (reader.integer("get_batch_size", 1) != 1) reader.fail("this runner takes one sequence at a time");
+    if (const int64_t id = reader.integer("get_bos_id", -1); id >= 0) metadata.bos_id = id;
+    reader.values("get_eos_ids", [&](std::vector<Constant> ids) {
+        for (const Constant& id : ids) {
+            const auto* value = std::get_if<int64_t>(&id);
+            value ? metadata.stop_ids.push_back(*value) : reader.fail("get_eos_ids has another type");
+        }
+    });
+    for (const json& method : reader.parsed("get_methods")) metadata.methods.push_back(method_spec(reader, method));
+    if (metadata.methods.empty()) reader.fail("get_methods is empty");
+    const json requirements = reader.parsed("get_requirements");
+    metadata.requirements = {reader.text(requirements, "executorch"), reader.texts(requirements, "backends"),
+                             reader.texts(requirements, "operators")};
+    int64_t width = 0;
+    metadata.rope.cos = reader.table("get_rope_cos", metadata.rope.width);
+    metadata.rope.sin = reader.table("get_rope_sin", width);
+    if (width != metadata.rope.width || metadata.rope.sin.size() != metadata.rope.cos.size()) {
+        reader.fail("the rotary tables differ in shape");
+    }
+    metadata.tokenizer_kind = reader.text("get_tokenizer_kind");
+    if (metadata.tokenizer_kind != "none") {
+        reader.single<ConstantTensor>("get_tokenizer", [&](ConstantTensor tensor) {
+            metadata.tokenizer.assign(static_cast<const char*>(tensor.data), tensor.nbytes);
+        });
+    }
+    if (reader.error()) return *reader.error();
+    return metadata;
+}
+
+}  // namespace llama_runner

@@ -1,0 +1,22 @@
+#pragma once
+
+#include <memory>
+#include <string_view>
+
+#include "llama_runner/tokenizer.h"
+
+namespace llama_runner {
+
+/// What SentencePiece writes for a space: U+2581.
+inline constexpr std::string_view kSpaceMark = "\xE2\x96\x81";
+
+/// SentencePiece's own model file, as of Llama 1 and 2 (google/sentencepiece).
+Result<std::unique_ptr<Tokenizer>> open_sentencepiece(std::string_view data);
+
+/// Llama 3's ranks file: one `base64 rank` a line, with the 256 special tokens after them.
+Result<std::unique_ptr<Tokenizer>> open_tiktoken(std::string_view data);
+
+/// A Hugging Face tokenizer.json with a BPE model.
+Result<std::unique_ptr<Tokenizer>> open_tokenizer_json(std::string_view data);
+
+}  // namespace llama_runner

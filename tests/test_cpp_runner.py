@@ -1,0 +1,162 @@
+"""The C++ runner's command: the same output, errors and exit codes as `python -m runtime.generate`, and its size."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from model.checkpoint import BUILT_IN
+from runtime.generate import main
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = Path(os.environ.get("LLAMA_RUNNER_BUILD", ROOT / "build" / "host"))
+AARCH64 = ROOT / "build" / "aarch64-linux"
+CMAKE = ROOT / ".venv" / "bin" / "cmake"
+CROSS_ROOT = Path("/usr/aarch64-linux-gnu")
+
+
+@pytest.fixture(scope="module")
+def runner() -> Path:
+    path = BUILD / "llama_runner"
+    if not path.exists():
+        pytest.fail(f"{path} does not exist; build it first (make runner)")
+    return path
+
+
+def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def test_prints_what_llama2_c_prints(runner: Path, stories_pte: Path, shared: Path) -> None:
+    done = _run(runner, stories_pte, "--max-new-tokens", "200")
+    assert done.stdout == (shared / "stories260K" / "greedy-200.txt").read_text()
+    assert done.stderr.startswith("load ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--prompt", "The dog", "--max-new-tokens", "30"],
+        ["--prompt", 'Caf\u00e9 \u65e5\u672c "x"\n', "--max-new-tokens", "20", "--format", "json"],
+        ["--temperature", "0.8", "--top-k", "50", "--top-p", "0.9", "--seed", "-1", "--max-new-tokens", "60"],
+        ["--prompt-ids", "1,20,30", "--temperature", "1.5", "--seed", "18446744073709551615", "--max-new-tokens", "40"],
+        ["--prompt", "<s>one</s>", "--parse-special", "--max-new-tokens", "20", "--threads", "1", "--no-check"],
+        ["--prompt", "word " * 90, "--max-new-tokens", "10"],
+    ],
+)
+def test_prints_what_python_prints(
+    flags: list[str], runner: Path, tiny_pte: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(tiny_pte), *flags])
+    done = _run(runner, tiny_pte, *flags)
+    assert done.returncode == 0, done.stderr
+    expected = capsys.readouterr().out
+    if "json" in flags:
+        ours, theirs = json.loads(done.stdout), json.loads(expected)
+        assert ours.pop("timings").keys() == theirs.pop("timings").keys()
+        assert ours == theirs
+    else:
+        assert done.stdout == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "-1"], "temperature -1.0 is impossible; give 0 or more"),
+        (["--top-p", "0"], "top-p 0.0 is impossible; give more than 0, up to 1"),
+        (["--top-k", "-2"], "top-k -2 is impossible; give 0 (all) or more"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0 is impossible; give 1 or more"),
+        (["--threads", "0"], "--threads 0 is impossible; give 1 or more"),
+        (["--seed", "x"], "--seed x is impossible"),
+        (["--prompt-ids", "1,99999"], "token 99999 is not in the vocabulary; ids run from 0 to 2047"),
+        (["--prompt", "word " * 600], "positions are free; shorten it or export with a larger --max-seq-len"),
+        (["--format", "xml"], "xml"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags: list[str], message: str, runner: Path, tiny_pte: Path) -> None:
+    done = _run(runner, tiny_pte, *flags)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", [0, 20, 100_000])
+def test_cut_files_are_refused(size: int, runner: Path, tiny_pte: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.pte"
+    path.write_bytes(tiny_pte.read_bytes()[:size])
+    done = _run(runner, path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"error: {path} is ")
+
+
+def test_help_has_examples(runner: Path) -> None:
+    done = _run(runner, "--help")
+    assert done.returncode == 0
+    assert 'llama_runner tiny.pte --prompt "Once upon a time"' in done.stdout
+
+
+def test_stripped_binary_is_small(runner: Path, tmp_path: Path) -> None:
+    stripped = tmp_path / "llama_runner"
+    subprocess.run(["strip", "-o", stripped, runner], check=True)
+    assert stripped.stat().st_size < 1_000_000
+
+
+def test_deploy_folder_runs_by_itself(runner: Path, tiny_pte: Path, tmp_path: Path) -> None:
+    subprocess.run([CMAKE, "--build", runner.parent, "--target", "deploy"], check=True, capture_output=True)
+    folder = tmp_path / "runner"
+    shutil.copytree(runner.parent / "deploy", folder)
+    libraries = _run("ldd", folder / "llama_runner").stdout
+    for name in ("libexecutorch.so", "libpcre2-8.so.0", "libutf8proc.so"):
+        assert any(name in line and str(folder) in line for line in libraries.splitlines()), libraries
+    done = _run(folder / "llama_runner", tiny_pte, "--max-new-tokens", "5")
+    assert done.returncode == 0, done.stderr
+
+
+def test_jni_sample_compiles(tmp_path: Path) -> None:
+    javac = shutil.which("javac")
+    if javac is None:
+        pytest.skip("needs a JDK's headers; install default-jdk-headless")
+    include = Path(javac).resolve().parent.parent / "include"
+    source = ROOT / "cpp_runner" / "samples" / "jni" / "llama_runner_jni.c"
+    flags = ["-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{include}", f"-I{include / 'linux'}"]
+    library = tmp_path / "libllama_runner_jni.so"
+    includes = f"-I{ROOT / 'cpp_runner' / 'include'}"
+    done = _run("cc", *flags, includes, source, "-o", library)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_aarch64_prints_what_llama2_c_prints(stories_pte: Path, shared: Path) -> None:
+    for tool in ("qemu-aarch64-static", "aarch64-linux-gnu-g++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}; make runner-aarch64 installs it")
+    for command in (["--preset", "aarch64-linux"], ["--build", str(AARCH64), "-j2", "--target", "deploy"]):
+        subprocess.run([CMAKE, *command], cwd=ROOT / "cpp_runner", check=True, capture_output=True)
+    # The cross compiler's own libraries, whatever arm64 packages the machine has besides.
+    qemu = ["qemu-aarch64-static", "-L", CROSS_ROOT, "-E", f"LD_LIBRARY_PATH={CROSS_ROOT / 'lib'}"]
+    done = _run(*qemu, AARCH64 / "deploy" / "llama_runner", stories_pte, "--max-new-tokens", "200")
+    assert done.stdout == (shared / "stories260K" / "greedy-200.txt").read_text(), done.stderr
+
+
+@pytest.mark.slow
+def test_fuzzing_finds_errors_and_no_crash(tiny_pte: Path) -> None:
+    build = ROOT / "build" / "sanitize"
+    for command in (["--preset", "sanitize"], ["--build", str(build), "-j2"]):
+        subprocess.run([CMAKE, *command], cwd=ROOT / "cpp_runner", check=True, capture_output=True)
+    tested = _run(CMAKE.with_name("ctest"), "--test-dir", build, "--output-on-failure")
+    assert tested.returncode == 0, tested.stdout
+    folder = ROOT / "tests" / "cpp"
+    inputs = [
+        BUILT_IN / "tokenizer.model",
+        folder / "fuzz_tokenizer.json",
+        folder / "fuzz_ranks.tiktoken",
+    ]
+    done = _run(build / "tests" / "fuzz", "60", tiny_pte, *inputs)
+    assert done.returncode == 0, done.stdout + done.stderr
