@@ -16,7 +16,7 @@ import sentencepiece
 import tiktoken
 import tokenizers
 
-from model.errors import InputError
+from model.errors import InputError, listed
 
 SENTENCEPIECE, TIKTOKEN, HUGGING_FACE = "sentencepiece", "tiktoken", "tokenizer.json"
 
@@ -186,7 +186,9 @@ class HuggingFaceTokenizer:
         self.bos_id: int | None = None
         self.stop_ids: tuple[int, ...] = ()
         self._special_ids = frozenset(i for i, t in self._model.get_added_tokens_decoder().items() if t.special)
-        self._byte_level = {char: byte for byte, char in _byte_level_alphabet().items()} if _is_byte_level(data) else {}
+        self._byte_level = (
+            {char: byte for byte, char in _byte_level_alphabet().items()} if "ByteLevel" in _decoders(data) else {}
+        )
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         self._model.encode_special_tokens = not parse_special  # its name for "as plain text"
@@ -219,10 +221,17 @@ def _tiktoken_ranks(data: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def _is_byte_level(data: bytes) -> bool:
-    """Whether the decoder is GPT-2's ByteLevel, alone or in a sequence."""
+def _decoders(data: bytes) -> set[str]:
+    """The kinds of a tokenizer.json's decoder and its parts.
+
+    Raises:
+        InputError: one of them changes text in a way that `HuggingFaceTokenizer.piece` does not know.
+    """
     decoder = json.loads(data).get("decoder") or {}
-    return any(step.get("type") == "ByteLevel" for step in (decoder, *decoder.get("decoders", ())))
+    kinds = {step.get("type") for step in (decoder, *decoder.get("decoders", ()))} - {None}
+    if unknown := kinds - {"Sequence", "ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+        raise InputError(f"its decoder {listed(unknown)} is not supported; give a byte-level or SentencePiece-like BPE")
+    return kinds
 
 
 def _byte_level_alphabet() -> dict[int, str]:

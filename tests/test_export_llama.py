@@ -69,6 +69,7 @@ def test_a_hugging_face_llama_gives_transformers_own_tokens_and_logits(variant: 
         )
     ids = expected.sequences[0, len(prompt) :].tolist()
     assert greedy(pte, prompt, 64) == ids
+    assert read_metadata(pte).requirements.operators == ("aten::embedding.out",), "all else is XNNPACK's"
     session = Session(Program(pte))
     rows = [session.prefill(prompt), *(session.decode(token) for token in ids[:-1])]
     torch.testing.assert_close(torch.stack(rows), torch.cat(expected.logits), atol=1e-4, rtol=0)
@@ -123,7 +124,7 @@ def test_the_built_in_model_exports_and_tells_a_story(tiny_pte: Path, capfd: pyt
 
 
 def test_a_second_identical_export_is_skipped_and_a_different_one_is_not(
-    toy_options: ExportOptions, tmp_path: Path
+    toy_options: ExportOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "toy.pte"
     first = replace(toy_options, output=output, backend="portable")
@@ -150,6 +151,11 @@ def test_a_second_identical_export_is_skipped_and_a_different_one_is_not(
     assert same_content.stages == ["open"]
     export_llama(replace(first, force=True))
     assert output.read_bytes() == content, "equal exports are equal byte for byte"
+
+    monkeypatch.setattr(command, "version", lambda name: "9.9.9")
+    other_versions = Recorder()
+    export_llama(first, other_versions)
+    assert other_versions.stages == list(STAGES)
 
 
 def test_a_wrong_weight_fails_the_export_and_keeps_the_earlier_file(

@@ -65,6 +65,9 @@ def byte_fallback() -> tokenizers.Tokenizer:
 
 BYTE_LEVEL, BYTE_FALLBACK = byte_level(), byte_fallback()
 TINY = open_tokenizer(BUILT_IN / "tokenizer.model")
+WORD_PIECE = json.dumps(
+    json.loads(BYTE_LEVEL.to_str()) | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}
+)
 
 
 @given(TEXTS)
@@ -173,6 +176,7 @@ def test_ids_of_no_piece_have_no_text(shared: Path) -> None:
         (b"", "neither SentencePiece"),
         (b"plain text, nothing else", "neither SentencePiece"),
         (b'{"model": 1}', "damaged tokenizer.json"),
+        (WORD_PIECE.encode(), "decoder WordPiece is not supported"),
         (b"\n\xff\xff\xff broken protobuf", "damaged sentencepiece"),
         (b"aGVsbG8= 0\nnot-base64!! x\n", "line 2 .* is no `base64 rank`"),
         (b"aGVsbG8= 0\nd29ybGQ= 7\n", "gaps or repeats"),
