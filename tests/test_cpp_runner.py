@@ -4,12 +4,20 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+from torchao.quantization.granularity import PerGroup
 
-from model.checkpoint import BUILT_IN
+from export.emit import emit
+from export.lower import lower
+from export.trace import trace
+from model.checkpoint import BUILT_IN, open_checkpoint
 from runtime.generate import main
+from runtime.program import read_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = Path(os.environ.get("LLAMA_RUNNER_BUILD", ROOT / "build" / "host"))
@@ -132,8 +140,9 @@ def test_jni_sample_compiles(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
-def test_aarch64_prints_what_llama2_c_prints(stories_pte: Path, shared: Path) -> None:
+@pytest.fixture(scope="module")
+def aarch64() -> list[str | Path]:
+    """How to run the command built for ARM."""
     for tool in ("qemu-aarch64-static", "aarch64-linux-gnu-g++"):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool}; make runner-aarch64 installs it")
@@ -141,8 +150,30 @@ def test_aarch64_prints_what_llama2_c_prints(stories_pte: Path, shared: Path) ->
         subprocess.run([CMAKE, *command], cwd=ROOT / "cpp_runner", check=True, capture_output=True)
     # The cross compiler's own libraries, whatever arm64 packages the machine has besides.
     qemu = ["qemu-aarch64-static", "-L", CROSS_ROOT, "-E", f"LD_LIBRARY_PATH={CROSS_ROOT / 'lib'}"]
-    done = _run(*qemu, AARCH64 / "deploy" / "llama_runner", stories_pte, "--max-new-tokens", "200")
+    return [*qemu, AARCH64 / "deploy" / "llama_runner"]
+
+
+@pytest.mark.slow
+def test_aarch64_prints_what_llama2_c_prints(aarch64: list[str | Path], stories_pte: Path, shared: Path) -> None:
+    done = _run(*aarch64, stories_pte, "--max-new-tokens", "200")
     assert done.stdout == (shared / "stories260K" / "greedy-200.txt").read_text(), done.stderr
+
+
+@pytest.mark.slow
+def test_aarch64_runs_four_bit_weights_as_this_machine_does(
+    aarch64: list[str | Path], runner: Path, tiny_pte: Path, tmp_path: Path
+) -> None:
+    """Weights of 4 bits in groups of 32 and activations of 8, which have kernels of their own on ARM."""
+    model = open_checkpoint(BUILT_IN).build()
+    quantize_(model, Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32)))
+    traced = trace(model, 512, 8)
+    lowered = lower(traced, "xnnpack")
+    metadata = replace(read_metadata(tiny_pte), methods=traced.methods, requirements=lowered.requirements)
+    emit(lowered, metadata, tmp_path / "quantised.pte")
+    flags = [tmp_path / "quantised.pte", "--prompt", "Once upon a time", "--max-new-tokens", "40"]
+    here, there = _run(runner, *flags), _run(*aarch64, *flags)
+    assert len(here.stdout.split()) > 20
+    assert there.stdout == here.stdout, there.stderr
 
 
 @pytest.mark.slow
