@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from export.llama import ExportOptions, export_llama
 from model.checkpoint import BUILT_IN
@@ -13,6 +14,9 @@ from model.config import ModelConfig
 from model.model import Llama
 from runtime.program import Program
 from tests.checkpoints import write_llama2c
+
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
 
 MODELS = Path(__file__).parent.parent / "build" / "models"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
