@@ -1,5 +1,6 @@
 """The command and the pipeline behind it, from a checkpoint to a file that runs."""
 
+import itertools
 import os
 import random
 import shutil
@@ -75,16 +76,13 @@ def test_a_hugging_face_llama_gives_transformers_own_tokens_and_logits(variant: 
     torch.testing.assert_close(torch.stack(rows), torch.cat(expected.logits), atol=1e-4, rtol=0)
 
 
-def prints_greedy_200(options: ExportOptions, shared: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    pte = export_llama(options)
-    capfd.readouterr()
-    generate.main([str(pte), "--max-new-tokens", "200"])
-    assert capfd.readouterr().out == (shared / "stories260K" / "greedy-200.txt").read_text()
+GREEDY_200_FAST = {("stories260K_v1.bin", "xnnpack", 1), ("stories260K.bin", "portable", 8)}
+GREEDY_200 = itertools.product(("stories260K.bin", "stories260K_v1.bin"), ("xnnpack", "portable"), (1, 8, 32))
 
 
 @pytest.mark.parametrize(
     ("checkpoint", "backend", "chunk"),
-    [("stories260K_v1.bin", "xnnpack", 1), ("stories260K.bin", "portable", 8)],
+    [pytest.param(*way, marks=() if way in GREEDY_200_FAST else pytest.mark.slow) for way in GREEDY_200],
 )
 def test_stories260k_prints_greedy_200(
     stories260k: ExportOptions,
@@ -96,24 +94,10 @@ def test_stories260k_prints_greedy_200(
 ) -> None:
     output = MODELS / f"{checkpoint}-{backend}-{chunk}.pte"
     options = replace(stories260k, checkpoint=stories260k.checkpoint.with_name(checkpoint), backend=backend)
-    prints_greedy_200(replace(options, prefill_chunk=chunk, output=output), shared, capfd)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("chunk", [1, 8, 32])
-@pytest.mark.parametrize("backend", ["xnnpack", "portable"])
-@pytest.mark.parametrize("checkpoint", ["stories260K.bin", "stories260K_v1.bin"])
-def test_stories260k_prints_greedy_200_whatever_way_it_goes(
-    stories260k: ExportOptions,
-    shared: Path,
-    capfd: pytest.CaptureFixture[str],
-    checkpoint: str,
-    backend: str,
-    chunk: int,
-) -> None:
-    output = MODELS / f"{checkpoint}-{backend}-{chunk}.pte"
-    options = replace(stories260k, checkpoint=stories260k.checkpoint.with_name(checkpoint), backend=backend)
-    prints_greedy_200(replace(options, prefill_chunk=chunk, output=output), shared, capfd)
+    pte = export_llama(replace(options, prefill_chunk=chunk, output=output))
+    capfd.readouterr()
+    generate.main([str(pte), "--max-new-tokens", "200"])
+    assert capfd.readouterr().out == (shared / "stories260K" / "greedy-200.txt").read_text()
 
 
 def test_the_built_in_model_exports_and_tells_a_story(tiny_pte: Path, capfd: pytest.CaptureFixture[str]) -> None:
