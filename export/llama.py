@@ -17,17 +17,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from export.emit import emit, replacing
 from export.inspect import cache_bytes
 from export.lower import BACKENDS, Lowered, lower
 from export.metadata import FORMAT_VERSION, NO_TOKENIZER, Metadata
-from export.trace import Traced, trace
+from export.trace import GraphOptions, Traced, trace
 from export.verify import LIMITS, verify
 from model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
 from model.errors import InputError, run_command
-from preproc import rope
+from preproc import mask, rope
 from preproc.tokenizer import Tokenizer, open_tokenizer
 from runtime.program import Program, read_metadata
 
@@ -132,7 +133,7 @@ def export_llama(options: ExportOptions, progress: Progress | None = None) -> Pa
     with replacing(output) as temporary:
         with progress.stage("trace") as result:
             model = checkpoint.build()
-            traced = trace(model, max_seq_len, chunk)
+            traced = trace(model, GraphOptions(max_seq_len, chunk))
             result.extend(f"{method.name} takes {_tokens(method.max_length)}" for method in traced.methods)
         with progress.stage("lower") as result:
             lowered = lower(traced, options.backend)
@@ -154,6 +155,7 @@ def _metadata(
 ) -> Metadata:
     config, max_seq_len = checkpoint.config, provenance["options"]["max_seq_len"]
     cos, sin = rope.tables(config, max_seq_len)
+    slopes = mask.alibi_slopes(config) if config.positions == "alibi" else torch.zeros(config.n_heads)
     return Metadata(
         config=config,
         max_seq_len=max_seq_len,
@@ -165,7 +167,8 @@ def _metadata(
         provenance=provenance,
         rope_cos=cos,
         rope_sin=sin,
-        rope_inverse_frequencies=rope.inverse_frequencies(config),
+        rope_inverse_frequencies=rope.inverse_frequencies(config, max_seq_len),
+        alibi_slopes=slopes,
         tokenizer_kind=tokenizer.kind if tokenizer else NO_TOKENIZER,
         tokenizer=tokenizer.data if tokenizer else b"",
     )

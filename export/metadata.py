@@ -17,8 +17,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from model.config import ModelConfig, RopeScaling
+from model.config import ModelConfig
 from model.errors import InputError
+from preproc.positions import Positions
 
 FORMAT_VERSION = 1
 
@@ -30,14 +31,16 @@ FIELDS: dict[str, tuple[str, str]] = {
     "get_batch_size": ("int", "sequences the methods take at once (B)"),
     "get_bos_id": ("int", "id that starts a text; -1 where there is none"),
     "get_eos_ids": ("int list", "ids that end a text; may be empty"),
-    "use_kv_cache": ("bool", "true: the methods take and extend a KV cache"),
+    "use_kv_cache": ("bool", "whether the methods take and extend a KV cache; otherwise each takes the whole text"),
     "get_config": ("JSON", "model.config.ModelConfig: every dimension of the model"),
     "get_methods": ("JSON", "list of MethodSpec: each method's inputs and outputs by name, shape and dtype"),
     "get_requirements": ("JSON", "backends and operators that the runtime must have, and ExecuTorch's version"),
     "get_provenance": ("JSON", "what made the file: versions, options, and the checkpoint's and tokenizer's digests"),
-    "get_rope_cos": ("float32 [T, Dh/2]", "cosine of every position's rotary angles"),
-    "get_rope_sin": ("float32 [T, Dh/2]", "their sine"),
-    "get_rope_inverse_frequencies": ("float32 [Dh/2]", "what the two tables were made from"),
+    "get_rope_cos": ("float32 [T, P]", "cosine of every position's rotary angles, for the P rotated pairs of a head"),
+    "get_rope_sin": ("float32 [T, P]", "their sine"),
+    "get_rope_inverse_frequencies": ("float32 [P]", "what the two tables were made from"),
+    "get_alibi_slopes": ("float32 [H]", "what each head's mask takes off for every position of distance; mostly 0"),
+    "get_sliding_window": ("int", "positions that a local block sees, itself included; 0 where all see everything"),
     "get_tokenizer_kind": ("string", "sentencepiece, tiktoken, tokenizer.json or none"),
     "get_tokenizer": ("uint8 [bytes]", "the tokenizer file's own bytes; one zero byte where there is none"),
 }
@@ -51,7 +54,8 @@ class TensorSpec:
     """One input or output of a method.
 
     Attributes:
-        name: its role: tokens, cos, sin, mask, select, logits; k_cache.3, v_cache.3, k_rows.3, v_rows.3 for layer 3.
+        name: its role: tokens, select, logits, hidden; what depends on the position, see `preproc.positions`; and
+            k_cache.3, v_cache.3, k_rows.3, v_rows.3 for layer 3.
         shape: sizes; "L" stands for the method's length where that is not fixed.
         dtype: float32 or int64.
     """
@@ -110,8 +114,20 @@ class Metadata:
     rope_cos: Tensor
     rope_sin: Tensor
     rope_inverse_frequencies: Tensor
+    alibi_slopes: Tensor
     tokenizer_kind: str = NO_TOKENIZER
     tokenizer: bytes = b""
+
+    @property
+    def use_kv_cache(self) -> bool:
+        """Whether the methods take and extend a KV cache."""
+        return any(spec.name.startswith("k_cache.") for spec in self.methods[0].inputs)
+
+    @property
+    def positions(self) -> Positions:
+        """What the inputs that depend on the position are made from."""
+        slopes = self.alibi_slopes if self.config.positions == "alibi" else torch.zeros(0)
+        return Positions(self.rope_cos, self.rope_sin, slopes, self.config.sliding_window, self.max_seq_len)
 
 
 def to_constants(metadata: Metadata) -> dict[str, Any]:
@@ -124,7 +140,7 @@ def to_constants(metadata: Metadata) -> dict[str, Any]:
         "get_batch_size": metadata.batch_size,
         "get_bos_id": -1 if metadata.bos_id is None else metadata.bos_id,
         "get_eos_ids": list(metadata.stop_ids),
-        "use_kv_cache": True,
+        "use_kv_cache": metadata.use_kv_cache,
         "get_config": _json(metadata.config),
         "get_methods": _json(metadata.methods),
         "get_requirements": _json(metadata.requirements),
@@ -132,6 +148,8 @@ def to_constants(metadata: Metadata) -> dict[str, Any]:
         "get_rope_cos": metadata.rope_cos,
         "get_rope_sin": metadata.rope_sin,
         "get_rope_inverse_frequencies": metadata.rope_inverse_frequencies,
+        "get_alibi_slopes": metadata.alibi_slopes,
+        "get_sliding_window": metadata.config.sliding_window or 0,
         "get_tokenizer_kind": metadata.tokenizer_kind,
         "get_tokenizer": torch.frombuffer(bytearray(metadata.tokenizer or b"\0"), dtype=torch.uint8),
     }
@@ -144,12 +162,10 @@ def from_constants(call: Callable[[str], Sequence[Any]]) -> Metadata:
         InputError: a value has the wrong form.
     """
     try:
-        config = json.loads(call("get_config")[0])
-        scaling = config.pop("rope_scaling")
         (kind,), (tokenizer,) = call("get_tokenizer_kind"), call("get_tokenizer")
         bos_id = call("get_bos_id")[0]
         return Metadata(
-            config=ModelConfig(**config, rope_scaling=RopeScaling(**scaling) if scaling else None),
+            config=ModelConfig.from_json(json.loads(call("get_config")[0])),
             max_seq_len=call("get_max_seq_len")[0],
             batch_size=call("get_batch_size")[0],
             bos_id=None if bos_id < 0 else bos_id,
@@ -160,6 +176,7 @@ def from_constants(call: Callable[[str], Sequence[Any]]) -> Metadata:
             rope_cos=call("get_rope_cos")[0].clone(),
             rope_sin=call("get_rope_sin")[0].clone(),
             rope_inverse_frequencies=call("get_rope_inverse_frequencies")[0].clone(),
+            alibi_slopes=call("get_alibi_slopes")[0].clone(),
             tokenizer_kind=kind,
             tokenizer=b"" if kind == NO_TOKENIZER else tokenizer.numpy().tobytes(),
         )

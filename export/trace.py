@@ -1,6 +1,6 @@
 """trace: the eager model becomes one torch.export graph per method, with its signature written down."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,24 @@ from torch.export import ExportedProgram
 from export.metadata import MethodSpec, TensorSpec
 from model.config import ModelConfig
 from model.model import Llama
+from preproc.positions import mask_name, names
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What the graphs take and give.
+
+    Attributes:
+        max_seq_len: positions of a text, and the capacity of the caches (T); local blocks' have the window's.
+        prefill_chunk: L of `prefill`; 1 for none.
+        kv_cache: whether the methods take and extend caches; otherwise each step takes the whole text.
+        hidden_states: whether they also return what the last block does, normalised.
+    """
+
+    max_seq_len: int
+    prefill_chunk: int
+    kv_cache: bool = True
+    hidden_states: bool = False
 
 
 @dataclass(frozen=True)
@@ -20,33 +38,54 @@ class Traced:
     methods: tuple[MethodSpec, ...]
 
 
-def trace(model: Llama, max_seq_len: int, prefill_chunk: int) -> Traced:
-    """Traces `decode` (one token) and, unless the chunk is one token, `prefill` (prefill_chunk tokens).
+def trace(model: Llama, options: GraphOptions) -> Traced:
+    """Traces `decode` (one token) and, unless the chunk is one token, `prefill` (prefill_chunk tokens); without caches
+    only `forward` (max_seq_len tokens).
 
-    Both return the logits of one row. Static shapes: see tests/bench/NOTES.md for what was tried.
-
-    Args:
-        max_seq_len: capacity of the caches (T).
-        prefill_chunk: L of `prefill`.
+    All return the logits of one row. Static shapes: see tests/bench/NOTES.md for what was tried.
     """
-    lengths = {"decode": 1} | ({"prefill": prefill_chunk} if prefill_chunk > 1 else {})
-    methods = tuple(signature(model.config, name, length, max_seq_len) for name, length in lengths.items())
-    graph = _ByName(model)
+    methods = signatures(model.config, options)
     with torch.no_grad():
         programs = {
-            spec.name: torch.export.export(graph, tuple(map(_example, spec.inputs)), strict=True) for spec in methods
+            spec.name: torch.export.export(_Flat(model, spec), tuple(map(_example, spec.inputs)), strict=True)
+            for spec in methods
         }
     return Traced(programs, methods)
 
 
-def signature(config: ModelConfig, name: str, length: int, capacity: int) -> MethodSpec:
-    """The whole model for `length` tokens against caches of `capacity` positions."""
-    half, heads = config.head_dim // 2, config.n_kv_heads
-    layers = range(config.n_layers)
+def signatures(config: ModelConfig, options: GraphOptions) -> tuple[MethodSpec, ...]:
+    """Of every method that `trace` makes."""
+    if not options.kv_cache:
+        return (signature(config, "forward", options.max_seq_len, options),)
+    lengths = {"decode": 1} | ({"prefill": options.prefill_chunk} if options.prefill_chunk > 1 else {})
+    return tuple(signature(config, name, length, options) for name, length in lengths.items())
 
-    def caches(role: str, positions: int) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(f"{role}.{i}", (heads, positions, config.head_dim), "float32") for i in layers)
 
+def signature(config: ModelConfig, name: str, length: int, options: GraphOptions) -> MethodSpec:
+    """The whole model for `length` tokens."""
+    capacities = [_capacity(config, layer, options) for layer in range(config.n_layers)]
+    heads, pairs = config.n_heads if config.positions == "alibi" else 1, config.rotated // 2
+    position_inputs = {
+        "positions": TensorSpec("positions", (1, length), "int64"),
+        "cos": TensorSpec("cos", (1, length, pairs), "float32"),
+        "sin": TensorSpec("sin", (1, length, pairs), "float32"),
+    }
+    for layer, capacity in enumerate(capacities):
+        mask = mask_name(config, layer)
+        position_inputs[mask] = TensorSpec(mask, (heads, length, capacity + length), "float32")
+
+    def rows(role: str, positions: Sequence[int]) -> list[TensorSpec]:
+        shapes = [(config.n_kv_heads, count, config.head_dim) for count in positions]
+        return [TensorSpec(f"{role}.{layer}", shape, "float32") for layer, shape in enumerate(shapes)]
+
+    inputs = [TensorSpec("tokens", (1, length), "int64"), *(position_inputs[role] for role in names(config))]
+    inputs += [TensorSpec("select", (1, length), "float32")]
+    outputs = [TensorSpec("logits", (1, config.vocab_size), "float32")]
+    if options.kv_cache:
+        inputs += [*rows("k_cache", capacities), *rows("v_cache", capacities)]
+        outputs += [*rows("k_rows", [length] * config.n_layers), *rows("v_rows", [length] * config.n_layers)]
+    if options.hidden_states:
+        outputs += [TensorSpec("hidden", (1, length, config.dim), "float32")]
     return MethodSpec(
         name=name,
         min_length=length,
@@ -54,36 +93,46 @@ def signature(config: ModelConfig, name: str, length: int, capacity: int) -> Met
         rows=1,
         start_layer=0,
         end_layer=config.n_layers,
-        inputs=(
-            TensorSpec("tokens", (1, length), "int64"),
-            TensorSpec("cos", (1, length, half), "float32"),
-            TensorSpec("sin", (1, length, half), "float32"),
-            TensorSpec("mask", (1, length, capacity + length), "float32"),
-            TensorSpec("select", (1, length), "float32"),
-            *caches("k_cache", capacity),
-            *caches("v_cache", capacity),
-        ),
-        outputs=(
-            TensorSpec("logits", (1, config.vocab_size), "float32"),
-            *caches("k_rows", length),
-            *caches("v_rows", length),
-        ),
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
     )
 
 
-class _ByName(nn.Module):
-    """Llama with the flat arguments and results of a `signature`."""
+def _capacity(config: ModelConfig, layer: int, options: GraphOptions) -> int:
+    """Of a block's cache: a local block's is a ring of the window's size."""
+    if not options.kv_cache:
+        return 0
+    window = config.sliding_window if config.is_local(layer) else None
+    return min(options.max_seq_len, window or options.max_seq_len)
 
-    def __init__(self, model: Llama) -> None:
+
+def step(model: Llama, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Runs the model on inputs by the names of a `signature`, and returns its outputs by theirs."""
+    config, layers = model.config, range(model.config.n_layers)
+    angles = (inputs["cos"], inputs["sin"]) if "cos" in inputs else None
+    masks = [inputs[mask_name(config, layer)] for layer in layers]
+    caches = [[inputs[f"{kind}_cache.{layer}"] for layer in layers] for kind in "kv" if f"{kind}_cache.0" in inputs]
+    found = model(inputs["tokens"], angles, masks, inputs["select"], *caches, positions=inputs.get("positions"))
+    return {
+        "logits": found.logits,
+        **{f"k_rows.{layer}": rows for layer, rows in enumerate(found.k_rows)},
+        **{f"v_rows.{layer}": rows for layer, rows in enumerate(found.v_rows)},
+        "hidden": found.hidden,
+    }
+
+
+class _Flat(nn.Module):
+    """The model with the flat arguments and results of a `signature`."""
+
+    def __init__(self, model: Llama, spec: MethodSpec) -> None:
         super().__init__()
         self.model = model
+        self.inputs = [tensor.name for tensor in spec.inputs]
+        self.outputs = [tensor.name for tensor in spec.outputs]
 
-    def forward(
-        self, tokens: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, select: Tensor, *caches: Tensor
-    ) -> Sequence[Tensor]:
-        layers = len(caches) // 2
-        logits, k, v = self.model(tokens, cos, sin, mask, select, caches[:layers], caches[layers:])
-        return logits, *k, *v
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        found = step(self.model, dict(zip(self.inputs, tensors, strict=True)))
+        return [found[name] for name in self.outputs]
 
 
 def _example(spec: TensorSpec) -> Tensor:

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from export.trace import step
 from model.checkpoint import BUILT_IN, open_checkpoint
 from model.errors import InputError, run_command
 from model.model import Llama
-from preproc import mask, rope
+from preproc.positions import Positions, names
 from runtime.program import Program
 from runtime.session import Session
 
@@ -114,13 +115,11 @@ def compare(found: Tensor, expected: Tensor, limits: Limits) -> Report:
 @torch.no_grad()
 def reference(model: Llama, tokens: list[int], rows: int | None = None) -> Tensor:
     """The eager model's logits of one sequence, in one pass without caches: [L, V], or only the last `rows` of them."""
-    config, length = model.config, len(tokens)
-    select = torch.eye(length)[-(rows or length) :]
-    cos, sin = rope.slices(rope.tables(config, length), 0, length)
-    empty = [torch.zeros(config.n_kv_heads, 0, config.head_dim)] * config.n_layers
-    causal = mask.causal(0, length, capacity=0).unsqueeze(0)
-    logits, _, _ = model(torch.tensor([tokens]), cos, sin, causal, select, empty, empty)
-    return logits
+    length = len(tokens)
+    positions = Positions.of(model.config, length)
+    inputs = {name: positions.make(name, 0, length, capacity=0) for name in names(model.config)}
+    inputs |= {"tokens": torch.tensor([tokens]), "select": torch.eye(length)[-(rows or length) :]}
+    return step(model, inputs)["logits"]
 
 
 def _prompts(program: Program) -> list[list[int]]:

@@ -1,26 +1,55 @@
-"""ModelConfig: every dimension of a model, once, validated."""
+"""ModelConfig: every dimension and every feature of a model, once, validated."""
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's frequency scaling (`rope_type: llama3`): long wavelengths are stretched by `factor`."""
+    """How rotary frequencies are stretched for contexts beyond the first; the formulas stand in `preproc.rope`.
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context: int
+    Attributes:
+        kind: llama3, linear, dynamic, yarn or longrope, as in Hugging Face's `rope_type`.
+        factor: how many times longer the context becomes.
+        original_context: positions the frequencies were first trained for.
+        low_freq_factor, high_freq_factor: llama3's borders between kept and stretched wavelengths.
+        beta_fast, beta_slow, truncate: yarn's borders, in turns within the original context, and whether the pairs at
+            which they lie are rounded outwards.
+        attention_factor: what cos and sin are multiplied by; None where the kind works it out.
+        short_factors, long_factors: longrope's divisor of each pair's frequency, up to the original context and beyond.
+    """
+
+    kind: str = "llama3"
+    factor: float = 1.0
+    original_context: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    KINDS = ("llama3", "linear", "dynamic", "yarn", "longrope")
 
     def __post_init__(self) -> None:
-        numbers_fit = 1 <= self.factor < math.inf and 0 < self.low_freq_factor < self.high_freq_factor < math.inf
-        if not numbers_fit or self.original_context < 1:
+        numbers = (self.factor, self.low_freq_factor, self.high_freq_factor, self.beta_fast, self.beta_slow)
+        if self.kind not in self.KINDS:
+            raise ValueError(f"rope scaling {self.kind!r} is unknown; known are {', '.join(self.KINDS)}")
+        in_order = self.low_freq_factor < self.high_freq_factor and self.beta_slow < self.beta_fast
+        positive = all(0 < number < math.inf for number in numbers) and self.factor >= 1 and self.original_context >= 1
+        if not in_order or not positive:
             raise ValueError(
-                f"rope scaling {dataclasses.asdict(self)} is impossible: it needs factor >= 1, original_context >= 1 "
-                "and 0 < low_freq_factor < high_freq_factor"
+                f"rope scaling {dataclasses.asdict(self)} is impossible: it needs factor >= 1, original_context >= 1, "
+                "0 < low_freq_factor < high_freq_factor and 0 < beta_slow < beta_fast"
             )
+        for factors in (self.short_factors, self.long_factors):
+            if (self.kind == "longrope") != bool(factors) or not all(0 < factor < math.inf for factor in factors):
+                raise ValueError(f"rope scaling of kind {self.kind} has the divisors {factors}: longrope needs them")
 
 
 _LARGEST = {
@@ -35,24 +64,50 @@ _LARGEST = {
 }
 """Far beyond any model; a larger number is damage, and would only be noticed when memory runs out."""
 
+_CHOICES = {
+    "norm": ("rms", "layer"),
+    "activation": ("silu", "gelu", "gelu_tanh", "relu"),
+    "positions": ("rope", "learned", "alibi"),
+}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Dimensions of one Llama checkpoint.
+    """Dimensions and features of one checkpoint. The defaults of the features are Llama's.
 
     Attributes:
         dim: width of the residual stream (D).
         n_layers: number of blocks.
         n_heads: query heads (H).
         n_kv_heads: key and value heads (K); divides n_heads.
-        head_dim: width of one head (Dh), even; not always dim / n_heads.
+        head_dim: width of one head (Dh); not always dim / n_heads.
         hidden_dim: width of the feed-forward (F).
         vocab_size: rows of the embedding (V).
         context: positions the checkpoint was trained for.
-        norm_eps: added to the mean square in RMSNorm.
+        norm_eps: added to the mean square in RMSNorm, to the variance in LayerNorm.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: Llama 3.1's scaling, or None.
+        rope_scaling: how they are stretched, or None.
         tied: whether embedding and output head are one matrix.
+
+        norm: rms (RMSNorm) or layer (LayerNorm).
+        norm_bias: whether norms add a bias.
+        qk_norm: whether each head's queries and keys are normalised before they are rotated (Qwen 3).
+        post_norms: whether attention's and feed-forward's results are normalised as well (Gemma 2).
+        parallel: whether attention and feed-forward read the same normalised input (GPT-J).
+        activation: silu, gelu, gelu_tanh or relu.
+        gated: whether the feed-forward is gated: w2(act(w1 x) * w3 x), otherwise w2(act(w1 x)).
+        n_experts, n_chosen_experts: feed-forwards per block, and how many of them a token takes; 0 for one alone.
+        qkv_bias, out_bias, ffn_bias, head_bias: which linear layers add a bias.
+        positions: rope, learned (an embedding of position ids) or alibi (a bias in the mask).
+        rotary_dim: leading part of each head that is rotated, even; None for all of it.
+        nope_layers: blocks without rotary embedding (SmolLM 3).
+        alibi_max_bias: ALiBi's slopes run from 2^(-max_bias/H) to 2^-max_bias.
+        sliding_window: positions that a local block sees, itself included; None where all see everything.
+        local_layers: the blocks that see only the window.
+        embedding_scale, residual_scale, logit_scale: what embeddings, each block's two contributions, and logits are
+            multiplied by (Gemma, Granite).
+        attention_scale: what scores are multiplied by; None for head_dim^-0.5.
+        attention_softcap, logit_softcap: c in c * tanh(x / c) of scores and logits (Gemma 2); None for neither.
     """
 
     dim: int
@@ -68,16 +123,100 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     tied: bool = False
 
+    norm: str = "rms"
+    norm_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    parallel: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    n_experts: int = 0
+    n_chosen_experts: int = 0
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
+    head_bias: bool = False
+    positions: str = "rope"
+    rotary_dim: int | None = None
+    nope_layers: tuple[int, ...] = ()
+    alibi_max_bias: float = 8.0
+    sliding_window: int | None = None
+    local_layers: tuple[int, ...] = ()
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+
     def __post_init__(self) -> None:
         for name, most in _LARGEST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= most:
-                raise ValueError(f"{name} is {value!r}: it must be a whole number from 1 to {most}")
+            self._check_whole(name, 1, most)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{field.name} is {value!r}: it must be true or false")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding needs pairs")
+        self._check_numbers()
+        self._check_positions()
+        self._check_whole("n_experts", 0, 1 << 10)
+        self._check_whole("n_chosen_experts", min(self.n_experts, 1), self.n_experts)
+
+    def _check_whole(self, name: str, least: int, most: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"{name} is {value!r}: it must be a whole number from {least} to {most}")
+
+    def _check_numbers(self) -> None:
         if not 0 < self.norm_eps < math.inf or not 0 < self.rope_theta < math.inf:
             raise ValueError(f"norm_eps {self.norm_eps} and rope_theta {self.rope_theta} must be positive numbers")
-        if type(self.tied) is not bool:
-            raise ValueError(f"tied is {self.tied!r}: it must be true or false")
+        scales = ("embedding_scale", "residual_scale", "logit_scale", "attention_scale", "alibi_max_bias")
+        for name in (*scales, "attention_softcap", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}: it must be a positive number")
+
+    def _check_positions(self) -> None:
+        if self.rotary_dim is not None:
+            self._check_whole("rotary_dim", 2, self.head_dim)
+        if self.positions == "rope" and self.rotated % 2:
+            raise ValueError(f"{self.rotated} of each head's values are rotated: rotary embedding needs pairs")
+        for name in ("nope_layers", "local_layers"):
+            if not set(getattr(self, name)) <= set(range(self.n_layers)):
+                raise ValueError(f"{name} is {getattr(self, name)}: layers run from 0 to {self.n_layers - 1}")
+        if self.sliding_window is not None:
+            self._check_whole("sliding_window", 1, _LARGEST["context"])
+        elif self.local_layers:
+            raise ValueError(f"local_layers is {self.local_layers}, but there is no sliding_window")
+        pairs = self.rotated // 2
+        if self.rope_scaling and self.rope_scaling.kind == "longrope":
+            lengths = {len(self.rope_scaling.short_factors), len(self.rope_scaling.long_factors)}
+            if lengths != {pairs}:
+                raise ValueError(f"longrope's divisors are {sorted(lengths)} where {pairs} pairs are rotated")
+
+    @property
+    def rotated(self) -> int:
+        """How many of each head's values are rotated."""
+        return self.rotary_dim or self.head_dim
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a block sees only the sliding window."""
+        return layer in self.local_layers
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> "ModelConfig":
+        """The config that `dataclasses.asdict` and JSON made `fields` of.
+
+        Raises:
+            TypeError, ValueError: they are not those of a config.
+        """
+        scaling = fields["rope_scaling"]
+        return ModelConfig(**_tuples(fields) | {"rope_scaling": RopeScaling(**_tuples(scaling)) if scaling else None})
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

@@ -2,15 +2,17 @@
 
 Position enters only through `cos`, `sin` and `mask`, which `preproc` slices outside the graph; the KV cache is an
 input, owned by the runtime, and the graph returns just the rows it adds. The same module trains, runs eagerly and is
-exported.
+exported. What other families add to Llama are features of ModelConfig, each of which stands in one place here.
 
-    B   sequences in the batch          D    model width (dim)            T   capacity of the cache
+    B   sequences in the batch          D    model width (dim)            T   capacity of a block's cache
     L   tokens of this step             Dh   width of a head (head_dim)   R   rows whose logits are wanted
     H   query heads   K   KV heads      G    query heads per KV head (H = K * G)
-    F   feed-forward width              V    vocabulary
+    F   feed-forward width              V    vocabulary                   P   rotated pairs of a head, mostly Dh/2
+    E   experts
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,117 +20,245 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 
+Angles = tuple[Tensor, Tensor]
+"""cos and sin, see `rope`."""
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, eq. 4)."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+class Norm(nn.Module):
+    """RMSNorm, x / rms(x) * weight (https://arxiv.org/abs/1910.07467, eq. 4), or LayerNorm, which subtracts the mean
+    first (https://arxiv.org/abs/1607.06450, eq. 4) and may add a bias.
+    """
+
+    def __init__(self, config: ModelConfig, dim: int | None = None) -> None:
         super().__init__()
-        self.dim = dim
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = config.norm_eps
+        self.centred = config.norm == "layer"
+        self.weight = nn.Parameter(torch.ones(dim or config.dim))
+        self.bias = nn.Parameter(torch.zeros(dim or config.dim)) if config.norm_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]. The mean runs over two dims of a 4-D view: the one form every backend keeps whole."""
-        B, L, D = x.shape
-        mean_square = (x * x).view(B, L, 1, D).mean((2, 3), keepdim=True).view(B, L, 1)
-        return x * torch.rsqrt(mean_square + self.eps) * self.weight
+        """[B, L, D] -> [B, L, D], or the same for each head of [B, L, H, Dh]."""
+        if self.centred:
+            x = x - last_mean(x)
+        x = x * torch.rsqrt(last_mean(x * x) + self.eps) * self.weight
+        return x if self.bias is None else x + self.bias
+
+
+def last_mean(x: Tensor) -> Tensor:
+    """[..., D] -> [..., 1]. The mean runs over two dims of a 4-D view: the one form every backend keeps whole."""
+    D = x.shape[-1]
+    return x.reshape(1, x.numel() // D, 1, D).mean((2, 3), keepdim=True).view(*x.shape[:-1], 1)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each head's pairs (i, i + Dh/2) by the position's angle (RoFormer, https://arxiv.org/abs/2104.09864).
+    """Rotates each head's pairs (i, i + P) by the position's angle (RoFormer, https://arxiv.org/abs/2104.09864).
 
     Args:
-        x: [..., L, Dh], in the half-split order of Hugging Face checkpoints.
-        cos, sin: [..., L, Dh/2], from `preproc.rope`.
+        x: [..., L, Dh], in the half-split order of Hugging Face checkpoints; what follows the 2P rotated values stays.
+        cos, sin: [..., L, P], from `preproc.rope`.
     """
-    half = x.shape[-1] // 2
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    P = cos.shape[-1]
+    a, b = x[..., :P], x[..., P : 2 * P]
+    parts = [a * cos - b * sin, b * cos + a * sin]
+    rest = [x[..., 2 * P :]] if x.shape[-1] > 2 * P else []
+    return torch.cat(parts + rest, dim=-1)
+
+
+def softcap(x: Tensor, cap: float | None) -> Tensor:
+    """Keeps values within (-cap, cap): cap * tanh(x / cap) (Gemma 2, https://arxiv.org/abs/2408.00118, section 2)."""
+    return x if cap is None else torch.tanh(x * (1 / cap)) * cap
 
 
 class Attention(nn.Module):
     """Grouped-query attention (https://arxiv.org/abs/2305.13245) over the cache and the L new rows."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.n_kv_heads = config.n_kv_heads
         self.group = config.n_heads // config.n_kv_heads
         self.head_dim = config.head_dim
-        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.rotates = config.positions == "rope" and layer not in config.nope_layers
+        self.scale = config.attention_scale or config.head_dim**-0.5
+        self.softcap = config.attention_softcap
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=config.qkv_bias)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=config.out_bias)
+        self.q_norm = Norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = Norm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, k_cache: Tensor, v_cache: Tensor
+        self,
+        x: Tensor,
+        angles: Angles | None,
+        mask: Tensor,
+        k_cache: Tensor | None = None,
+        v_cache: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attends from the L rows of x to T cached and L new positions.
 
         Args:
             x: [B, L, D].
-            cos, sin: [B, L, Dh/2].
-            mask: [B, L, T+L], added to the scores: 0 where visible, a large negative number elsewhere.
-            k_cache, v_cache: [B*K, T, Dh], keys already rotated.
+            angles: cos and sin, [B, L, P] each; None where the model does not rotate.
+            mask: [B, L, T+L], or [B*H, L, T+L] where heads differ, added to the scores: 0 or a bias where visible, a
+                large negative number elsewhere.
+            k_cache, v_cache: [B*K, T, Dh], keys already rotated; None for T = 0.
 
         Returns:
             [B, L, D], and the rows to append to the caches, [B*K, L, Dh] each.
         """
         B, L, _ = x.shape
         K, G, Dh = self.n_kv_heads, self.group, self.head_dim
-        T = k_cache.shape[1]
+        T = 0 if k_cache is None else k_cache.shape[1]
 
-        q = self.wq(x).view(B, L, K * G, Dh).transpose(1, 2)  # [B, H, L, Dh]
-        k = self.wk(x).view(B, L, K, Dh).transpose(1, 2)  # [B, K, L, Dh]
+        q = self.q_norm(self.wq(x).view(B, L, K * G, Dh)).transpose(1, 2)  # [B, H, L, Dh]
+        k = self.k_norm(self.wk(x).view(B, L, K, Dh)).transpose(1, 2)  # [B, K, L, Dh]
         v = self.wv(x).view(B, L, K, Dh).transpose(1, 2)
-        cos, sin = cos.view(B, 1, L, Dh // 2), sin.view(B, 1, L, Dh // 2)
+        q = q * self.scale
+        if self.rotates and angles is not None:
+            cos, sin = (table.view(B, 1, L, -1) for table in angles)
+            q, k = rope(q, cos, sin), rope(k, cos, sin)
 
         # A KV head serves its G query heads as G*L rows of one matrix, so nothing is repeated or expanded.
-        q = rope(q * Dh**-0.5, cos, sin).view(B * K, G * L, Dh)
-        k = rope(k, cos, sin).view(B * K, L, Dh)
-        v = v.reshape(B * K, L, Dh)
+        q = q.reshape(B * K, G * L, Dh)
+        k, v = k.reshape(B * K, L, Dh), v.reshape(B * K, L, Dh)
 
         # Scores and outputs are taken in two parts, cached and new: the caches are read in place, never concatenated.
-        scores = torch.cat((torch.bmm(q, k_cache.transpose(1, 2)), torch.bmm(q, k.transpose(1, 2))), dim=-1)
-        scores = scores.view(B, K * G, L, T + L) + mask.view(B, 1, L, T + L)
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if k_cache is not None:
+            scores = torch.cat((torch.bmm(q, k_cache.transpose(1, 2)), scores), dim=-1)
+        scores = softcap(scores.view(B, K * G, L, T + L), self.softcap) + mask.view(B, -1, L, T + L)
         weights = F.softmax(scores, dim=-1).view(B * K, G * L, T + L)
-        out = torch.bmm(weights[..., :T], v_cache) + torch.bmm(weights[..., T:], v)  # [B*K, G*L, Dh]
+        out = torch.bmm(weights[..., T:], v)  # [B*K, G*L, Dh]
+        if v_cache is not None:
+            out = torch.bmm(weights[..., :T], v_cache) + out
 
         out = out.view(B, K * G, L, Dh).transpose(1, 2).reshape(B, L, K * G * Dh)
         return self.wo(out), k, v
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by tanh (https://arxiv.org/abs/1606.08415, section 2), written out: backends take the exact one for it."""
+    return 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))  # sqrt(2 / pi)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": F.relu,
+}
+
+
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202): w2(silu(w1 x) * w3 x)."""
+    """Gated, w2(act(w1 x) * w3 x) as in SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202), or w2(act(w1 x))."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.activation = ACTIVATIONS[config.activation]
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=config.ffn_bias)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=config.ffn_bias)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=config.ffn_bias) if config.gated else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        hidden = self.activation(self.w1(x))
+        return self.w2(hidden if self.w3 is None else hidden * self.w3(x))
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+class Experts(nn.Module):
+    """A mixture of feed-forwards, of which a token takes the likeliest few (https://arxiv.org/abs/2401.04088, eq. 2).
+
+    All of them are computed and the others weighted by 0: a static graph cannot leave them out.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.chosen = config.n_chosen_experts
+        self.router = nn.Linear(config.dim, config.n_experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        B, L, _ = x.shape
+        E = len(self.experts)
+        logits = self.router(x)
+        # Where an expert ranks is how many have larger logits; counting needs no sort, which backends leave outside.
+        larger = logits.view(B * L, 1, E) - logits.view(B * L, E, 1)
+        rank = last_mean((larger * 1e30).clamp(0, 1)).view(B, L, E) * E
+        weights = F.softmax(logits, dim=-1) * (self.chosen - rank).clamp(0, 1)
+        weights = weights / (last_mean(weights) * E)
+        out = self.experts[0](x) * weights[..., :1]
+        for i, expert in enumerate(self.experts[1:], 1):
+            out = out + expert(x) * weights[..., i : i + 1]
+        return out
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); where it is parallel, both at once from one norm."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.residual_scale = config.residual_scale
+        self.attention_norm = Norm(config)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = None if config.parallel else Norm(config)
+        self.feed_forward = Experts(config) if config.n_experts else FeedForward(config)
+        self.attention_post_norm = Norm(config) if config.post_norms else nn.Identity()
+        self.ffn_post_norm = Norm(config) if config.post_norms else nn.Identity()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, k_cache: Tensor, v_cache: Tensor
+        self,
+        x: Tensor,
+        angles: Angles | None,
+        mask: Tensor,
+        k_cache: Tensor | None = None,
+        v_cache: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Shapes as in `Attention.forward`."""
-        out, k, v = self.attention(self.attention_norm(x), cos, sin, mask, k_cache, v_cache)
-        x = x + out
-        return x + self.feed_forward(self.ffn_norm(x)), k, v
+        normed = self.attention_norm(x)
+        out, k, v = self.attention(normed, angles, mask, k_cache, v_cache)
+        x = x + self._scaled(self.attention_post_norm(out))
+        out = self.feed_forward(normed if self.ffn_norm is None else self.ffn_norm(x))
+        return x + self._scaled(self.ffn_post_norm(out)), k, v
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.residual_scale == 1 else x * self.residual_scale
+
+
+class Head(nn.Module):
+    """The last norm, and the logits of the rows that are wanted."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.scale = config.logit_scale
+        self.softcap = config.logit_softcap
+        self.norm = Norm(config)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=config.head_bias)
+
+    def forward(self, x: Tensor, select: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, L, D] and one-hot [R, B*L] -> logits [R, V], and x normalised, [B, L, D]."""
+        B, L, D = x.shape
+        R = select.shape[0]
+        hidden = self.norm(x)
+        rows = torch.bmm(select.view(1, R, B * L), hidden.view(1, B * L, D))
+        logits = self.output(rows).view(R, -1)
+        return softcap(logits if self.scale == 1 else logits * self.scale, self.softcap), hidden
+
+
+class Step(NamedTuple):
+    """What one step returns.
+
+    Attributes:
+        logits: [R, V].
+        k_rows, v_rows: n_layers tensors [B*K, L, Dh] each, to append to the caches.
+        hidden: [B, L, D], what the last block returns, normalised.
+    """
+
+    logits: Tensor
+    k_rows: list[Tensor]
+    v_rows: list[Tensor]
+    hidden: Tensor
 
 
 class Llama(nn.Module):
@@ -138,40 +268,43 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.positions == "learned":
+            self.pos_embeddings = nn.Embedding(config.context, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.head = Head(config)
         if config.tied:
-            self.output.weight = self.tok_embeddings.weight
+            self.head.output.weight = self.tok_embeddings.weight
 
     def forward(
         self,
         tokens: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor,
+        angles: Angles | None,
+        masks: Sequence[Tensor],
         select: Tensor,
-        k_caches: Sequence[Tensor],
-        v_caches: Sequence[Tensor],
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        k_caches: Sequence[Tensor | None] | None = None,
+        v_caches: Sequence[Tensor | None] | None = None,
+        positions: Tensor | None = None,
+    ) -> Step:
         """One step: L tokens of each sequence.
 
         Args:
             tokens: [B, L], int64.
-            cos, sin, mask: as in `Attention.forward`.
+            angles: as in `Attention.forward`.
+            masks: one for each block, as in `Attention.forward`; equal ones may be one tensor.
             select: [R, B*L], one-hot rows naming the positions whose logits are wanted.
-            k_caches, v_caches: n_layers tensors [B*K, T, Dh].
-
-        Returns:
-            logits [R, V], and n_layers tensors [B*K, L, Dh] each of new keys and values.
+            k_caches, v_caches: n_layers tensors [B*K, T, Dh]; None where nothing is cached.
+            positions: [B, L], int64, where positions are learned.
         """
         x = self.tok_embeddings(tokens)
-        k_rows, v_rows = [], []
-        for layer, k_cache, v_cache in zip(self.layers, k_caches, v_caches, strict=True):
-            x, k, v = layer(x, cos, sin, mask, k_cache, v_cache)
+        if positions is not None:
+            x = x + self.pos_embeddings(positions)
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
+        k_rows, v_rows, none = [], [], [None] * self.config.n_layers
+        caches = zip(k_caches or none, v_caches or none, strict=True)
+        for layer, mask, (k_cache, v_cache) in zip(self.layers, masks, caches, strict=True):
+            x, k, v = layer(x, angles, mask, k_cache, v_cache)
             k_rows.append(k)
             v_rows.append(v)
-        R, BL = select.shape
-        rows = torch.bmm(select.view(1, R, BL), x.view(1, BL, self.config.dim))  # [1, R, D]
-        logits = self.output(self.norm(rows)).view(R, self.config.vocab_size)
-        return logits, k_rows, v_rows
+        logits, hidden = self.head(x, select)
+        return Step(logits, k_rows, v_rows, hidden)

@@ -28,7 +28,7 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.layouts.common import renamed
 from model.layouts.hugging_face import HUGGING_FACE_NAMES
-from model.model import Block, Llama
+from model.model import Angles, Block, Llama, Norm
 from model.stories import BOS, EOS, encode, pack, read_corpus, train_tokenizer
 from preproc import mask, rope
 
@@ -99,10 +99,10 @@ class Positions(NamedTuple):
     def of(cls, config: ModelConfig) -> "Positions":
         return cls(*rope.tables(config, config.context), mask.causal(0, config.context, 0))
 
-    def batch(self, size: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first `length` positions of `size` rows: [B, L, Dh/2] twice and [B, L, L]."""
+    def batch(self, size: int, length: int) -> tuple[Angles, Tensor]:
+        """The first `length` positions of `size` rows: angles [B, L, Dh/2] each, and mask [B, L, L]."""
         cos, sin, causal = self.cos[:length], self.sin[:length], self.mask[:length, :length]
-        return cos.expand(size, -1, -1), sin.expand(size, -1, -1), causal.expand(size, -1, -1)
+        return (cos.expand(size, -1, -1), sin.expand(size, -1, -1)), causal.expand(size, -1, -1)
 
 
 def row_loss(model: Llama, rows: Tensor, positions: Positions, dropout: float = 0.0) -> Tensor:
@@ -110,13 +110,13 @@ def row_loss(model: Llama, rows: Tensor, positions: Positions, dropout: float = 
     tokens, targets = rows[:, :-1], rows[:, 1:]
     B, L = tokens.shape
     steps = positions.batch(B, L)
-    empty = rows.new_zeros((B * model.config.n_kv_heads, 0, model.config.head_dim), dtype=torch.float32)
     x = F.dropout(model.tok_embeddings(tokens), dropout)
     for layer in cast(Iterable[Block], model.layers):
-        attended, _, _ = layer.attention(layer.attention_norm(x), *steps, empty, empty)
+        attended, _, _ = layer.attention(layer.attention_norm(x), *steps)
         x = x + F.dropout(attended, dropout)
-        x = x + F.dropout(layer.feed_forward(layer.ffn_norm(x)), dropout)
-    logits = model.output(model.norm(x)).float()
+        normed = cast(Norm, layer.ffn_norm)(x)
+        x = x + F.dropout(layer.feed_forward(normed), dropout)
+    logits = model.head.output(model.head.norm(x)).float()
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -276,9 +276,10 @@ def sample(model: Llama, seeds: Sequence[int], length: int, temperature: float) 
     cos, sin = rope.tables(config, length)
     tokens = torch.full((B, 1), BOS)
     for position in range(length - 1):
-        angles = [table[position].expand(B, 1, -1) for table in (cos, sin)]
+        angles = (cos[position].expand(B, 1, -1), sin[position].expand(B, 1, -1))
         visible = mask.causal(position, 1, length).expand(B, -1, -1)
-        logits, keys, values = model(tokens[:, -1:], *angles, visible, torch.eye(B), *map(tuple, caches))
+        masks = [visible] * config.n_layers
+        logits, keys, values, _ = model(tokens[:, -1:], angles, masks, torch.eye(B), *map(tuple, caches))
         caches[:, :, :, position] = torch.stack((torch.stack(keys), torch.stack(values))).squeeze(3)
         if temperature:
             chances = torch.softmax(logits / temperature, dim=-1)

@@ -8,12 +8,15 @@ from torch import Tensor
 from model.config import ModelConfig, RopeScaling
 
 
-def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """[Dh/2] float32: theta^(-2i/Dh) for pair i (RoFormer, https://arxiv.org/abs/2104.09864, section 3.2.2).
+def inverse_frequencies(config: ModelConfig, length: int) -> Tensor:
+    """[P] float32: theta^(-i/P) for pair i (RoFormer, https://arxiv.org/abs/2104.09864, section 3.2.2), scaled.
 
     float32 throughout, as in training: at long positions a more exact angle is a different angle.
+
+    Args:
+        length: positions that a text may have; some kinds of scaling depend on it.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    exponents = torch.arange(0, config.rotated, 2, dtype=torch.float32) / config.rotated
     frequencies = 1.0 / config.rope_theta**exponents
     return scaled(frequencies, config.rope_scaling) if config.rope_scaling else frequencies
 
@@ -33,14 +36,14 @@ def scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles: [length, Dh/2] float32 each."""
+    """cos and sin of every position's angles: [length, P] float32 each."""
     positions = torch.arange(length, dtype=torch.float32)
-    angles = torch.outer(positions, inverse_frequencies(config))
+    angles = torch.outer(positions, inverse_frequencies(config, length))
     return angles.cos(), angles.sin()
 
 
 def slices(tables: tuple[Tensor, Tensor], position: int, length: int) -> tuple[Tensor, Tensor]:
-    """The rows of cos and sin for `length` tokens that start at `position`: [1, length, Dh/2] each.
+    """The rows of cos and sin for `length` tokens that start at `position`: [1, length, P] each.
 
     Rows past the table belong to padding, whose results nobody reads; they repeat the last one.
     """

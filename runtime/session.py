@@ -8,7 +8,6 @@ from torch import Tensor
 
 from export.metadata import Metadata, MethodSpec
 from model.errors import InputError
-from preproc import mask, rope
 from runtime.kv_cache import KVCache
 
 
@@ -28,8 +27,9 @@ class Session:
     def __init__(self, program: Steps) -> None:
         self._program = program
         self._methods = sorted(program.metadata.methods, key=lambda method: method.max_length)
-        self._tables = (program.metadata.rope_cos, program.metadata.rope_sin)
-        self.cache = KVCache(self._methods[0])
+        self._positions = program.metadata.positions
+        self._text = list[int]()  # of a model without caches, which takes it whole at every step
+        self.cache = KVCache(self._methods[0], program.metadata.max_seq_len)
 
     @property
     def position(self) -> int:
@@ -43,7 +43,12 @@ class Session:
 
     def reset(self) -> None:
         """Starts a new text."""
-        self.cache.rewind(0)
+        self.rewind(0)
+
+    def rewind(self, position: int) -> None:
+        """Forgets the tokens from `position` on; see `KVCache.rewind`."""
+        self.cache.rewind(position)
+        del self._text[position:]
 
     def prefill(self, tokens: Sequence[int]) -> Tensor:
         """Appends a prompt, chunk by chunk, and returns the logits after its last token, [V] float32.
@@ -61,6 +66,8 @@ class Session:
                 f"the prompt has {len(tokens)} tokens, but only {self.capacity - self.position} of {self.capacity} "
                 "positions are free; shorten it or export with a larger --max-seq-len"
             )
+        if not self.cache.buffers:
+            return self._whole_text(tokens)
         start = 0
         while start < len(tokens):
             method = self._method_for(len(tokens) - start)
@@ -77,6 +84,18 @@ class Session:
         """The shortest method that takes `length` tokens at once, otherwise the longest."""
         return next((method for method in self._methods if method.max_length >= length), self._methods[-1])
 
+    def _whole_text(self, tokens: Sequence[int]) -> Tensor:
+        position = self.position
+        text = [*self._text, *tokens]
+        self.cache.rewind(0)
+        try:
+            logits = self._step(self._methods[-1], text)
+        except BaseException:
+            self.cache.position = position
+            raise
+        self._text = text
+        return logits
+
     def _step(self, method: MethodSpec, tokens: Sequence[int]) -> Tensor:
         """Runs up to max_length tokens; what pads them to the method's length is neither committed nor selected."""
         valid, length = len(tokens), max(len(tokens), method.min_length)
@@ -85,15 +104,10 @@ class Session:
         padded[0, :valid] = torch.tensor(tokens)
         select = torch.zeros((1, length))
         select[0, valid - 1] = 1
-        cos, sin = rope.slices(self._tables, position, length)
-        inputs = {
-            "tokens": padded,
-            "cos": cos,
-            "sin": sin,
-            "mask": mask.causal(position, length, self.capacity).unsqueeze(0),
-            "select": select,
-            **self.cache.buffers,
-        }
+        inputs = {"tokens": padded, "select": select, **self.cache.buffers}
+        for spec in method.inputs:
+            if spec.name not in inputs:
+                inputs[spec.name] = self._positions.make(spec.name, position, length, int(spec.shape[-1]) - length)
         outputs = self._program.step(method, inputs)
         self.cache.commit(outputs, valid)
         return outputs["logits"][0].clone()

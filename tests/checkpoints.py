@@ -12,6 +12,7 @@ from torch import Tensor
 from model.layouts.common import renamed
 from model.layouts.gguf import GGUF_NAMES
 from model.layouts.hugging_face import HUGGING_FACE_NAMES
+from model.layouts.meta import META_NAMES
 from model.model import Llama
 from preproc import rope
 
@@ -40,17 +41,26 @@ def write_llama2c(model: Llama, path: Path, version: int) -> Path:
     attention = [t for name in ("wq", "wk", "wv", "wo") for t in per_layer(f"attention.{name}")]
     feed_forward = [t for name in ("w1", "w2", "w3") for t in per_layer(f"feed_forward.{name}")]
     norms, embedding = (per_layer("attention_norm"), per_layer("ffn_norm")), state["tok_embeddings.weight"]
-    head = [] if config.tied else [state["output.weight"]]
+    head = [] if config.tied else [state["head.output.weight"]]
     dims = [config.dim, config.hidden_dim, config.n_layers, config.n_heads, config.n_kv_heads]
     if version == 0:
         vocab = config.vocab_size if config.tied else -config.vocab_size
         header = struct.pack("<7i", *dims, vocab, config.context)
         tables = list(rope.tables(config, config.context))
-        tensors = [embedding, *norms[0], *attention, *norms[1], *feed_forward, state["norm.weight"], *tables, *head]
+        tensors = [
+            embedding,
+            *norms[0],
+            *attention,
+            *norms[1],
+            *feed_forward,
+            state["head.norm.weight"],
+            *tables,
+            *head,
+        ]
     else:
         header = struct.pack("<Ii7iB", 0x616B3432, 1, *dims, config.vocab_size, config.context, config.tied)
         header = header.ljust(256, b"\0")
-        tensors = [*norms[0], *norms[1], state["norm.weight"], embedding, *attention, *feed_forward, *head]
+        tensors = [*norms[0], *norms[1], state["head.norm.weight"], embedding, *attention, *feed_forward, *head]
     path.write_bytes(header + b"".join(t.contiguous().numpy().tobytes() for t in tensors))
     return path
 
@@ -80,7 +90,7 @@ def write_meta(model: Llama, folder: Path, ranks: int, vocabulary_parallel: bool
             tensor = interleaved(tensor, config.n_heads if kind == "wq" else config.n_kv_heads)
         parts = tensor.chunk(ranks, split[kind]) if kind in split else [tensor] * ranks
         for shard, part in zip(shards, parts, strict=True):
-            shard[name] = part.clone()
+            shard[renamed(name, META_NAMES)] = part.clone()
     folder.mkdir(exist_ok=True)
     for rank, shard in enumerate(shards):
         torch.save(shard | {"rope.freqs": torch.ones(config.head_dim // 2)}, folder / f"consolidated.{rank:02d}.pth")
@@ -117,7 +127,7 @@ def write_gguf(model: Llama, path: Path, kind: str, rope_factors: Tensor | None 
         layer_kind = name.split(".")[-2]
         if layer_kind in ("wq", "wk"):
             tensor = interleaved(tensor, config.n_heads if layer_kind == "wq" else config.n_kv_heads)
-        if name == "output.weight" and config.tied:
+        if name == "head.output.weight" and config.tied:
             continue
         values, target = tensor.contiguous().numpy(), renamed(name, GGUF_NAMES)
         if tensor.dim() == 1:

@@ -161,10 +161,10 @@ def test_gguf_files_open_as_what_was_written_up_to_their_storage(
 
 
 def test_a_gguf_files_rotary_divisors_are_read_as_llama_31s_scaling(tmp_path: Path) -> None:
-    scaling = RopeScaling(32.0, 1.0, 4.0, 8192)
+    scaling = RopeScaling("llama3", 32.0, 8192)
     config = replace(WIDE, rope_theta=500000.0)
-    plain = rope.inverse_frequencies(config)
-    factors = plain / rope.inverse_frequencies(replace(config, rope_scaling=scaling))
+    plain = rope.inverse_frequencies(config, config.context)
+    factors = plain / rope.inverse_frequencies(replace(config, rope_scaling=scaling), config.context)
     path = write_gguf(random_model(config), tmp_path / "model.gguf", "F32", factors)
     assert open_checkpoint(path).config.rope_scaling == scaling
     path = write_gguf(random_model(config), tmp_path / "other.gguf", "F32", factors * torch.linspace(1, 2, 8))

@@ -13,7 +13,7 @@ from tests.conftest import TOY
         ({"n_layers": -1}, "n_layers is -1"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
         ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
-        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"head_dim": 7}, "7 of each head's values are rotated"),
         ({"n_layers": 10**9}, "n_layers is 1000000000: it must be a whole number from 1 to 1024"),
         ({"vocab_size": True}, "vocab_size is True"),
         ({"tied": "yes"}, "tied is 'yes'"),

@@ -14,7 +14,7 @@ from torchao.quantization.granularity import PerGroup
 
 from export.emit import emit
 from export.lower import lower
-from export.trace import trace
+from export.trace import GraphOptions, trace
 from model.checkpoint import BUILT_IN, open_checkpoint
 from runtime.generate import main
 from runtime.program import read_metadata
@@ -166,7 +166,7 @@ def test_aarch64_runs_four_bit_weights_as_this_machine_does(
     """Weights of 4 bits in groups of 32 and activations of 8, which have kernels of their own on ARM."""
     model = open_checkpoint(BUILT_IN).build()
     quantize_(model, Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32)))
-    traced = trace(model, 512, 8)
+    traced = trace(model, GraphOptions(512, 8))
     lowered = lower(traced, "xnnpack")
     metadata = replace(read_metadata(tiny_pte), methods=traced.methods, requirements=lowered.requirements)
     emit(lowered, metadata, tmp_path / "quantised.pte")

@@ -36,7 +36,7 @@ MEASURE = """
 
 def test_the_parts_are_counted_as_the_model_has_them(toy_pte: Path) -> None:
     metadata = read_metadata(toy_pte)
-    assert cache_bytes(TOY, TOY.context) == KVCache(metadata.methods[0]).nbytes
+    assert cache_bytes(TOY, TOY.context) == KVCache(metadata.methods[0], metadata.max_seq_len).nbytes
     matrices = [p for name, p in Llama(TOY).named_parameters() if p.dim() == 2 and "tok_embeddings" not in name]
     assert matrix_bytes(replace(TOY, tied=False)) == 4 * (sum(p.numel() for p in matrices) + TOY.vocab_size * TOY.dim)
     assert plan(metadata).weights == 2 * matrix_bytes(TOY), "once for decode and once for prefill"

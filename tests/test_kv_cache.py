@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.trace import signature
+from export.trace import GraphOptions, signature
 from model.errors import InputError
 from runtime.kv_cache import KVCache
 from tests.conftest import TOY
@@ -12,7 +12,7 @@ CAPACITY = 12
 
 
 def cache() -> KVCache:
-    return KVCache(signature(TOY, "decode", 1, CAPACITY))
+    return KVCache(signature(TOY, "decode", 1, GraphOptions(CAPACITY, 1)), CAPACITY)
 
 
 def rows(length: int, value: float) -> dict[str, torch.Tensor]:

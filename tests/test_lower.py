@@ -5,13 +5,13 @@ from executorch.exir import ExecutorchBackendConfig
 from torch.export import ExportedProgram
 
 from export.lower import BACKENDS, Lowered, delegates, lower, operators
-from export.trace import Traced, trace
+from export.trace import GraphOptions, Traced, trace
 from model.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")
 def traced(toy_bin: Path) -> Traced:
-    return trace(open_checkpoint(toy_bin).build(), max_seq_len=48, prefill_chunk=7)
+    return trace(open_checkpoint(toy_bin).build(), GraphOptions(48, 7))
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,14 @@ from export.metadata import (
     from_constants,
     to_constants,
 )
-from export.trace import signature
+from export.trace import GraphOptions, signatures
 from model.config import ModelConfig, RopeScaling
 from model.errors import InputError
 from preproc import rope
 from runtime.program import read_metadata
 from tests.conftest import TOY
 
-SCALED = ModelConfig(32, 2, 4, 2, 8, 48, 64, 48, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16))
+SCALED = ModelConfig(32, 2, 4, 2, 8, 48, 64, 48, rope_scaling=RopeScaling("llama3", 8.0, 16))
 
 
 def metadata(config: ModelConfig, **changes: object) -> Metadata:
@@ -36,12 +36,13 @@ def metadata(config: ModelConfig, **changes: object) -> Metadata:
         "batch_size": 1,
         "bos_id": 1,
         "stop_ids": (2, 7),
-        "methods": (signature(config, "decode", 1, 48), signature(config, "prefill", 7, 48)),
+        "methods": signatures(config, GraphOptions(48, 7)),
         "requirements": Requirements("1.5.1", ("XnnpackBackend",), ("aten::embedding.out",)),
         "provenance": {"options": {"dtype": "fp32"}},
         "rope_cos": cos,
         "rope_sin": sin,
-        "rope_inverse_frequencies": rope.inverse_frequencies(config),
+        "alibi_slopes": torch.zeros(config.n_heads),
+        "rope_inverse_frequencies": rope.inverse_frequencies(config, config.context),
         "tokenizer_kind": "sentencepiece",
         "tokenizer": b"\n\x00\xff",
     }

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from export.verify import reference
 from model.checkpoint import open_checkpoint
-from model.model import RMSNorm
+from model.model import Norm
 from preproc import mask, rope
 from tests.conftest import TOY, random_model
 from tests.test_rope import LLAMA3
@@ -68,22 +68,20 @@ def test_a_batch_with_cached_rows_gives_each_sequence_its_own_logits() -> None:
     tables = rope.tables(TOY, capacity)
     caches = [torch.randn(2 * TOY.n_kv_heads, capacity, TOY.head_dim) for _ in range(2 * TOY.n_layers)]
     for row, (position, text) in enumerate(zip(positions, texts, strict=True)):
-        empty = [torch.zeros(TOY.n_kv_heads, 0, TOY.head_dim)] * TOY.n_layers
         cos, sin = rope.slices(tables, 0, position)
-        causal = mask.causal(0, position, 0).unsqueeze(0)
-        _, k, v = model(torch.tensor([text[:position]]), cos, sin, causal, torch.eye(position), empty, empty)
-        for cache, rows in zip(caches, k + v, strict=True):
+        masks = [mask.causal(0, position, 0).unsqueeze(0)] * TOY.n_layers
+        done = model(torch.tensor([text[:position]]), (cos, sin), masks, torch.eye(position))
+        for cache, rows in zip(caches, done.k_rows + done.v_rows, strict=True):
             cache[row * TOY.n_kv_heads : (row + 1) * TOY.n_kv_heads, :position] = rows
     cos, sin = (torch.cat(parts) for parts in zip(*(rope.slices(tables, p, length) for p in positions), strict=True))
-    logits, _, _ = model(
+    logits = model(
         torch.tensor([text[-length:] for text in texts]),
-        cos,
-        sin,
-        torch.stack([mask.causal(p, length, capacity) for p in positions]),
+        (cos, sin),
+        [torch.stack([mask.causal(p, length, capacity) for p in positions])] * TOY.n_layers,
         torch.eye(2 * length),
         caches[: TOY.n_layers],
         caches[TOY.n_layers :],
-    )
+    ).logits
     expected = torch.cat([reference(model, text)[-length:] for text in texts])
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
@@ -92,14 +90,13 @@ def test_select_names_the_rows_whose_logits_are_returned() -> None:
     model = random_model(replace(TOY, n_layers=1))
     tokens = [5, 6, 7, 8]
     cos, sin = rope.slices(rope.tables(TOY, 4), 0, 4)
-    empty = [torch.zeros(TOY.n_kv_heads, 0, TOY.head_dim)]
     select = torch.tensor([[0.0, 0, 0, 1], [0, 1, 0, 0]])
-    rows, _, _ = model(torch.tensor([tokens]), cos, sin, mask.causal(0, 4, 0).unsqueeze(0), select, empty, empty)
-    torch.testing.assert_close(rows, reference(model, tokens)[[3, 1]])
+    step = model(torch.tensor([tokens]), (cos, sin), [mask.causal(0, 4, 0).unsqueeze(0)], select)
+    torch.testing.assert_close(step.logits, reference(model, tokens)[[3, 1]])
 
 
 def test_rms_norm_is_torchs() -> None:
     x = torch.randn(2, 3, 16)
-    norm = RMSNorm(16, 1e-5)
+    norm = Norm(TOY, 16)
     torch.nn.init.uniform_(norm.weight)
-    torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (16,), norm.weight, 1e-5))
+    torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (16,), norm.weight, TOY.norm_eps))

@@ -19,7 +19,7 @@ LLAMA3 = {
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
 def test_tables_are_those_of_transformers(theta: float, scaled: bool) -> None:
-    scaling = RopeScaling(8.0, 1.0, 4.0, 512) if scaled else None
+    scaling = RopeScaling("llama3", 8.0, 512) if scaled else None
     config = ModelConfig(256, 1, 4, 4, 64, 8, 8, 4096, rope_theta=theta, rope_scaling=scaling)
     parameters = (LLAMA3 if scaled else {"rope_type": "default"}) | {"rope_theta": theta}
     theirs = LlamaRotaryEmbedding(
@@ -31,7 +31,7 @@ def test_tables_are_those_of_transformers(theta: float, scaled: bool) -> None:
     ours = rope.tables(config, 4096)
     torch.testing.assert_close(ours[0], cos[0, :, :32], atol=2e-4, rtol=0)  # float32 angles at position 4,095
     torch.testing.assert_close(ours[1], sin[0, :, :32], atol=2e-4, rtol=0)
-    torch.testing.assert_close(rope.inverse_frequencies(config), theirs.inv_freq, atol=0, rtol=1e-6)
+    torch.testing.assert_close(rope.inverse_frequencies(config, config.context), theirs.inv_freq, atol=0, rtol=1e-6)
 
 
 def test_slices_are_rows_of_the_table_and_repeat_the_last_past_its_end() -> None:

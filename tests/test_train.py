@@ -55,8 +55,8 @@ def test_training_loss_is_the_models_own() -> None:
     row = torch.tensor([COUNTING[0]])
     L = row.shape[1] - 1
     cos, sin = rope.tables(TOY, L)
-    caches = [torch.zeros(TOY.n_kv_heads, 0, TOY.head_dim)] * TOY.n_layers
-    logits, _, _ = model(row[:, :-1], cos[None], sin[None], mask.causal(0, L, 0)[None], torch.eye(L), caches, caches)
+    masks = [mask.causal(0, L, 0)[None]] * TOY.n_layers
+    logits = model(row[:, :-1], (cos[None], sin[None]), masks, torch.eye(L)).logits
     expected = torch.nn.functional.cross_entropy(logits, row[0, 1:])
     torch.testing.assert_close(train.row_loss(model, row, train.Positions.of(TOY)), expected)
 
@@ -154,8 +154,8 @@ def test_transformers_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> 
     model = open_checkpoint(TINY).build()
     tokens = torch.randint(3, model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
     cos, sin = rope.tables(model.config, 64)
-    caches = [torch.zeros(model.config.n_kv_heads, 0, model.config.head_dim)] * model.config.n_layers
-    ours, _, _ = model(tokens, cos[None], sin[None], mask.causal(0, 64, 0)[None], torch.eye(64), caches, caches)
+    masks = [mask.causal(0, 64, 0)[None]] * model.config.n_layers
+    ours = model(tokens, (cos[None], sin[None]), masks, torch.eye(64)).logits
     with torch.no_grad():
         expected = theirs(tokens).logits[0]
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)

@@ -29,7 +29,7 @@ def changed(model: Llama) -> Llama:
     model = copy.deepcopy(model)
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     if model.config.tied:
-        model.output.weight = model.tok_embeddings.weight
+        model.head.output.weight = model.tok_embeddings.weight
     return model.requires_grad_(False)
 
 

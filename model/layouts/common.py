@@ -71,7 +71,7 @@ class Checkpoint:
             model = Llama(self.config)
         state = {name: tensor.float() for name, tensor in self.weights.items()}
         if self.config.tied:
-            state["output.weight"] = state["tok_embeddings.weight"]
+            state["head.output.weight"] = state["tok_embeddings.weight"]
         model.load_state_dict(state, assign=True)
         return model.eval().requires_grad_(False)
 
@@ -80,7 +80,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight that a checkpoint of this config must hold."""
     with torch.device("meta"):
         state = Llama(config).state_dict()
-    return {name: tuple(t.shape) for name, t in state.items() if not (config.tied and name == "output.weight")}
+    return {name: tuple(t.shape) for name, t in state.items() if not (config.tied and name == "head.output.weight")}
 
 
 def half_split(weight: Tensor, n_heads: int) -> Tensor:
@@ -112,20 +112,20 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def match(
-    path: Path, config: ModelConfig, sources: Mapping[str, Source], table: Mapping[str, str] | None, spare: set[str]
+    path: Path, config: ModelConfig, sources: Mapping[str, Source], table: Mapping[str, str], spare: set[str]
 ) -> dict[str, Source]:
     """Finds every weight of the model among the sources: our name -> source.
 
     Args:
         path: the checkpoint, for messages.
-        table: our names -> the layout's, starred; None where they are the same.
+        table: our names -> the layout's, starred.
         spare: names that may be there and are not weights of the model.
 
     Raises:
         InputError: a weight is missing, unknown or misshapen; lists the names.
     """
     shapes = expected_shapes(config)
-    wanted = {renamed(name, table) if table else name: name for name in shapes}
+    wanted = {renamed(name, table): name for name in shapes}
     if missing := wanted.keys() - sources.keys():
         raise InputError(f"{path} lacks the weights {listed(missing)}; download the checkpoint again")
     if unknown := sources.keys() - wanted.keys() - spare:

@@ -26,8 +26,8 @@ GGUF_NAMES = {
     "layers.*.feed_forward.w1.weight": "blk.*.ffn_gate.weight",
     "layers.*.feed_forward.w2.weight": "blk.*.ffn_down.weight",
     "layers.*.feed_forward.w3.weight": "blk.*.ffn_up.weight",
-    "norm.weight": "output_norm.weight",
-    "output.weight": "output.weight",
+    "head.norm.weight": "output_norm.weight",
+    "head.output.weight": "output.weight",
 }
 """Our name -> GGUF's, a star standing for the layer's number."""
 
@@ -103,7 +103,7 @@ def _scaling(path: Path, tensor: ReaderTensor, theta: float) -> RopeScaling:
         InputError: the divisors are not those of Llama 3.1's formula.
     """
     divisors = _read(tensor)
-    scaling = RopeScaling(float(divisors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+    scaling = RopeScaling("llama3", float(divisors.max()), original_context=8192)
     pairs = len(divisors)
     frequencies = theta ** -(torch.arange(pairs, dtype=torch.float32) / pairs)
     if not torch.allclose(frequencies / scaled(frequencies, scaling), divisors, rtol=1e-3):

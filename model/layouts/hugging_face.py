@@ -24,8 +24,8 @@ HUGGING_FACE_NAMES = {
     "layers.*.feed_forward.w1.weight": "model.layers.*.mlp.gate_proj.weight",
     "layers.*.feed_forward.w2.weight": "model.layers.*.mlp.down_proj.weight",
     "layers.*.feed_forward.w3.weight": "model.layers.*.mlp.up_proj.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+    "head.norm.weight": "model.norm.weight",
+    "head.output.weight": "lm_head.weight",
 }
 """Our name -> Hugging Face's, a star standing for the layer's number."""
 
@@ -45,7 +45,7 @@ def open_folder(path: Path) -> Checkpoint:
     sources = _sources(files)
     spare = {name for name in sources if name.endswith(_ROTARY_BUFFER)}
     if config.tied:
-        spare.add(HUGGING_FACE_NAMES["output.weight"])  # Hugging Face ties over it, whatever it holds
+        spare.add(HUGGING_FACE_NAMES["head.output.weight"])  # Hugging Face ties over it, whatever it holds
     weights = match(path, config, sources, HUGGING_FACE_NAMES, spare)
     generation = path / "generation_config.json"
     ids = settings | (read_json(generation) if generation.is_file() else {})

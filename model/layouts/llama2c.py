@@ -25,18 +25,18 @@ _LEGACY_ORDER = (
     *(f"layers.*.{name}" for name in _LAYER_MATRICES),
     "layers.*.ffn_norm",
     *(f"layers.*.{name}" for name in _FEED_FORWARD),
-    "norm",
+    "head.norm",
     "(freq_cis)",
-    "output",
+    "head.output",
 )
 _VERSION_1_ORDER = (
     "layers.*.attention_norm",
     "layers.*.ffn_norm",
-    "norm",
+    "head.norm",
     "tok_embeddings",
     *(f"layers.*.{name}" for name in _LAYER_MATRICES),
     *(f"layers.*.{name}" for name in _FEED_FORWARD),
-    "output",
+    "head.output",
 )
 
 

@@ -17,8 +17,25 @@ from model.layouts.common import (
     is_plain,
     match,
     read_json,
+    renamed,
 )
 from model.layouts.pickled import load_tensors
+
+META_NAMES = {
+    "tok_embeddings.weight": "tok_embeddings.weight",
+    "layers.*.attention_norm.weight": "layers.*.attention_norm.weight",
+    "layers.*.attention.wq.weight": "layers.*.attention.wq.weight",
+    "layers.*.attention.wk.weight": "layers.*.attention.wk.weight",
+    "layers.*.attention.wv.weight": "layers.*.attention.wv.weight",
+    "layers.*.attention.wo.weight": "layers.*.attention.wo.weight",
+    "layers.*.ffn_norm.weight": "layers.*.ffn_norm.weight",
+    "layers.*.feed_forward.w1.weight": "layers.*.feed_forward.w1.weight",
+    "layers.*.feed_forward.w2.weight": "layers.*.feed_forward.w2.weight",
+    "layers.*.feed_forward.w3.weight": "layers.*.feed_forward.w3.weight",
+    "head.norm.weight": "norm.weight",
+    "head.output.weight": "output.weight",
+}
+"""Our name -> Meta's, a star standing for the layer's number."""
 
 _SPARE = {"rope.freqs"}  # Llama 1 and 2 carry it; it follows from params.json
 
@@ -36,11 +53,11 @@ def open_folder(path: Path) -> Checkpoint:
         raise InputError(f"{path}: {listed(uneven)} are not in every consolidated file; download the checkpoint again")
     settings = read_json(path / "params.json")
     config = _config(settings, shards, path / "params.json")
-    shapes = expected_shapes(config)
+    shapes = {renamed(name, META_NAMES): shape for name, shape in expected_shapes(config).items()}
     sources = {
         name: _joined(name, [shard[name] for shard in shards], shapes.get(name)) for name in shards[0].keys() - _SPARE
     }
-    weights = match(path, config, sources, None, set())
+    weights = match(path, config, sources, META_NAMES, set())
     tokenizer = path / "tokenizer.model"
     return Checkpoint(
         config,
@@ -95,7 +112,7 @@ def _context(settings: dict[str, Any], theta: float) -> int:
 def _scaling(settings: dict[str, Any], dim: int) -> RopeScaling:
     """Llama 3.1 stretches by 8; Llama 3.2's small models, narrower than any 3.1, by 32."""
     factor = settings.get("rope_scaling_factor") or (32.0 if dim < 4096 else 8.0)
-    return RopeScaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+    return RopeScaling("llama3", factor, original_context=8192)
 
 
 def _joined(name: str, parts: list[Tensor], shape: tuple[int, ...] | None) -> Source:
