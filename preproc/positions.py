@@ -1,7 +1,9 @@
 """All inputs of a graph that depend on the position, by the names under which a file's methods ask for them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +62,51 @@ class Positions:
             return torch.arange(position, position + length).clamp(max=self.length - 1).unsqueeze(0)
         if name in ("cos", "sin"):
             return rope.slices((self.cos, self.sin), position, length)[name == "sin"]
+        window = self.window if name == "local_mask" else None
         if len(self.slopes):
-            return mask.alibi(position, length, capacity, self.slopes)
-        return mask.causal(position, length, capacity, self.window if name == "local_mask" else None).unsqueeze(0)
+            return mask.alibi(position, length, capacity, self.slopes, window)
+        return mask.causal(position, length, capacity, window).unsqueeze(0)
+
+
+class PositionInputs:
+    """Those of one method, allocated once and moved from step to step.
+
+    Attributes:
+        tensors: the inputs by name, with the shapes that `Positions.make` says.
+    """
+
+    def __init__(self, positions: Positions, names: Iterable[str], length: int, cached: bool) -> None:
+        """Lays them out for position 0.
+
+        Args:
+            names: of those that the method takes.
+            length: tokens of a step.
+            cached: whether the method takes caches.
+        """
+        self._length = length
+        self._tables = dict[str, tuple[np.ndarray, np.ndarray]]()  # name -> the rows of all positions, the input's own
+        self._masks = list[mask.CausalMask]()
+        self._position = 0
+        self.tensors = dict[str, Tensor]()
+        for name in names:
+            if name in ("positions", "cos", "sin"):
+                self.tensors[name] = positions.make(name, 0, length, 0)
+                table = {"positions": torch.arange(positions.length), "cos": positions.cos, "sin": positions.sin}[name]
+                self._tables[name] = (table.numpy(), self.tensors[name].numpy()[0])
+            else:
+                window = positions.window if name == "local_mask" else None
+                capacity = min(positions.length, window or positions.length) if cached else 0
+                self._masks.append(mask.CausalMask(length, capacity, window, positions.slopes))
+                self.tensors[name] = self._masks[-1].values
+
+    def move(self, position: int) -> None:
+        """Makes them those of tokens that start at `position`."""
+        if position == self._position:
+            return
+        self._position = position
+        for table, rows in self._tables.values():
+            count = min(self._length, len(table) - position)
+            rows[:count] = table[position : position + count]
+            rows[count:] = table[-1]
+        for each in self._masks:
+            each.move(position)

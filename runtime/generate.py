@@ -4,6 +4,11 @@ python -m runtime.generate tiny.pte --prompt "Once upon a time"
 python -m runtime.generate tiny.pte --prompt "The dog" --temperature 0.8 --top-p 0.9 --seed 7 --max-new-tokens 100
 """
 
+from model import command
+
+if __name__ == "__main__":
+    command.start("runtime.generate")
+
 import argparse
 import io
 import json
@@ -16,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from model.errors import InputError, run_command
+from model.errors import InputError
 from preproc.tokenizer import StreamDecoder, Tokenizer
 from runtime.program import Program
 from runtime.sampler import Rng, SamplingOptions, sample
@@ -169,12 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m runtime.generate",
-        description="Runs an exported .pte.",
-        epilog=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("runtime.generate", "Runs an exported .pte.", __doc__)
     add = parser.add_argument
     add("file", type=Path, help="the .pte")
     prompt = parser.add_mutually_exclusive_group()
@@ -197,7 +197,3 @@ def _ids(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of ids; give whole numbers such as 1,15043") from None
-
-
-if __name__ == "__main__":
-    run_command(main)

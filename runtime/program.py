@@ -1,5 +1,6 @@
 """Program: an opened .pte, checked before it is believed; immutable, and shared by any number of sessions."""
 
+import ctypes
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from torch import Tensor
 from export.metadata import Metadata, MethodSpec, Requirements, check_file, from_constants
 from model.errors import InputError, listed
 from preproc.tokenizer import Tokenizer, from_bytes
+
+# Kernels of low-bit weights, which register themselves; the bindings come without them, unlike the C++ libraries.
+ctypes.CDLL(str(Path(_C.__file__).parents[2] / "lib" / "libexecutorch_kernels_quantized.so"))
 
 
 class Program:

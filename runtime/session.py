@@ -8,6 +8,7 @@ from torch import Tensor
 
 from export.metadata import Metadata, MethodSpec
 from model.errors import InputError
+from preproc.positions import PositionInputs
 from runtime.kv_cache import KVCache
 
 
@@ -22,23 +23,30 @@ class Steps(Protocol):
 
 
 class Session:
-    """A mutable position in a text, over an immutable program. Sessions of one program are independent."""
+    """A mutable position in a text, over an immutable program. Sessions of one program are independent.
+
+    Attributes:
+        cache: keys and values of the text so far; without buffers where the program's method takes the whole text.
+        hidden: what the last block returned for each token of the latest prefill or decode, normalised, [n, D]
+            float32; None before the first and after a failure, and where the program does not return it.
+    """
 
     def __init__(self, program: Steps) -> None:
+        metadata = program.metadata
         self._program = program
-        self._methods = sorted(program.metadata.methods, key=lambda method: method.max_length)
-        self._positions = program.metadata.positions
-        self._text = list[int]()  # of a model without caches, which takes it whole at every step
-        self.cache = KVCache(self._methods[0], program.metadata.max_seq_len)
+        self.cache = KVCache(metadata.methods[0], metadata.max_seq_len)
+        methods = sorted(metadata.methods, key=lambda method: method.max_length)
+        self._bindings = [_Binding(method, metadata, self.cache) for method in methods]
+        self.hidden: Tensor | None = None
 
     @property
     def position(self) -> int:
-        """How many tokens the caches hold."""
+        """How many tokens the text has."""
         return self.cache.position
 
     @property
     def capacity(self) -> int:
-        """How many tokens the caches can hold."""
+        """How many tokens it can have."""
         return self.cache.capacity
 
     def reset(self) -> None:
@@ -48,7 +56,6 @@ class Session:
     def rewind(self, position: int) -> None:
         """Forgets the tokens from `position` on; see `KVCache.rewind`."""
         self.cache.rewind(position)
-        del self._text[position:]
 
     def prefill(self, tokens: Sequence[int]) -> Tensor:
         """Appends a prompt, chunk by chunk, and returns the logits after its last token, [V] float32.
@@ -66,48 +73,69 @@ class Session:
                 f"the prompt has {len(tokens)} tokens, but only {self.capacity - self.position} of {self.capacity} "
                 "positions are free; shorten it or export with a larger --max-seq-len"
             )
-        if not self.cache.buffers:
-            return self._whole_text(tokens)
+        self.hidden = None
+        hidden = list[Tensor]()
         start = 0
         while start < len(tokens):
-            method = self._method_for(len(tokens) - start)
-            chunk = tokens[start : start + method.max_length]
-            logits = self._step(method, chunk)
+            binding = self._binding_for(len(tokens) - start)
+            chunk = tokens[start : start + binding.method.max_length]
+            logits = self._step(binding, chunk, hidden)
             start += len(chunk)
+        self.hidden = torch.cat(hidden) if hidden else None
         return logits
 
     def decode(self, token: int) -> Tensor:
         """Appends one token and returns the logits after it, [V] float32."""
         return self.prefill((token,))
 
-    def _method_for(self, length: int) -> MethodSpec:
+    def _binding_for(self, length: int) -> "_Binding":
         """The shortest method that takes `length` tokens at once, otherwise the longest."""
-        return next((method for method in self._methods if method.max_length >= length), self._methods[-1])
+        fits = (binding for binding in self._bindings if binding.method.max_length >= length)
+        return next(fits, self._bindings[-1])
 
-    def _whole_text(self, tokens: Sequence[int]) -> Tensor:
-        position = self.position
-        text = [*self._text, *tokens]
-        self.cache.rewind(0)
-        try:
-            logits = self._step(self._methods[-1], text)
-        except BaseException:
-            self.cache.position = position
-            raise
-        self._text = text
-        return logits
-
-    def _step(self, method: MethodSpec, tokens: Sequence[int]) -> Tensor:
-        """Runs up to max_length tokens; what pads them to the method's length is neither committed nor selected."""
-        valid, length = len(tokens), max(len(tokens), method.min_length)
-        position = self.cache.plan(valid)
-        padded = torch.zeros((1, length), dtype=torch.int64)
-        padded[0, :valid] = torch.tensor(tokens)
-        select = torch.zeros((1, length))
-        select[0, valid - 1] = 1
-        inputs = {"tokens": padded, "select": select, **self.cache.buffers}
-        for spec in method.inputs:
-            if spec.name not in inputs:
-                inputs[spec.name] = self._positions.make(spec.name, position, length, int(spec.shape[-1]) - length)
-        outputs = self._program.step(method, inputs)
-        self.cache.commit(outputs, valid)
+    def _step(self, binding: "_Binding", tokens: Sequence[int], hidden: list[Tensor]) -> Tensor:
+        """Runs up to max_length tokens and returns their last one's logits; their hidden states go to `hidden`."""
+        rows = binding.place(self.cache.plan(len(tokens)), tokens)
+        outputs = self._program.step(binding.method, binding.inputs)
+        self.cache.commit(outputs, len(tokens))
+        if "hidden" in outputs:
+            hidden.append(outputs["hidden"][0, rows].clone())
         return outputs["logits"][0].clone()
+
+
+class _Binding:
+    """A method and its inputs, which are allocated once and written anew for each step.
+
+    With caches, a step's tokens stand at the start of the input `tokens`, and the caches hold those before them.
+    Without, `tokens` holds the text so far, and a step's stand behind it.
+
+    Attributes:
+        inputs: by name.
+    """
+
+    def __init__(self, method: MethodSpec, metadata: Metadata, cache: KVCache) -> None:
+        length = method.max_length
+        self.method = method
+        self._cached = bool(cache.buffers)
+        self._tokens = torch.zeros((1, length), dtype=torch.int64)
+        self._select = torch.zeros((1, length))
+        self.inputs = {"tokens": self._tokens, "select": self._select, **cache.buffers}
+        names = [spec.name for spec in method.inputs if spec.name not in self.inputs]
+        self._positions = PositionInputs(metadata.positions, names, length, self._cached)
+        self.inputs |= self._positions.tensors
+        self._ids, self._rows = self._tokens.numpy()[0], self._select.numpy()[0]  # which cost less to write
+
+    def place(self, position: int, tokens: Sequence[int]) -> slice:
+        """Makes the inputs those of `tokens` at `position`, the last of which is selected; zeros pad them.
+
+        Returns:
+            their rows in the outputs.
+        """
+        start = 0 if self._cached else position
+        end = start + len(tokens)
+        self._ids[start:end] = tokens
+        self._ids[end:] = 0
+        self._rows[:] = 0
+        self._rows[end - 1] = 1
+        self._positions.move(position - start)
+        return slice(start, end)

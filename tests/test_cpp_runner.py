@@ -1,23 +1,27 @@
 """The C++ runner's command: the same output, errors and exit codes as `python -m runtime.generate`, and its size."""
 
+import functools
 import json
 import os
 import shutil
 import subprocess
-from dataclasses import replace
+import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
-from torchao.quantization.granularity import PerGroup
 
-from export.emit import emit
-from export.lower import lower
-from export.trace import GraphOptions, trace
-from model.checkpoint import BUILT_IN, open_checkpoint
-from runtime.generate import main
-from runtime.program import read_metadata
+from export.llama import export_llama
+from export.plan import ExportOptions
+from model.checkpoint import BUILT_IN
+from runtime.generate import GenerationOptions, generate, main
+from runtime.program import Program
+from runtime.sampler import Rng
+from runtime.session import Session
+from tests.conftest import random_model
+from tests.kinds import KINDS, VOCABULARY, export_kind, recomputed
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = Path(os.environ.get("LLAMA_RUNNER_BUILD", ROOT / "build" / "host"))
@@ -69,6 +73,76 @@ def test_prints_what_python_prints(
         assert ours == theirs
     else:
         assert done.stdout == expected
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Exports a kind of model for a backend, once."""
+
+    @functools.cache
+    def export(name: str, backend: str) -> Path:
+        path = tmp_path_factory.mktemp("kinds") / "kind.pte"
+        export_kind(KINDS[name], path, backend)
+        return path
+
+    return export
+
+
+SHOWN_BY_OTHERS = ("window longer than a chunk", "window longer than the context", "window of one")
+CASES = [(name, "portable") for name in KINDS if name not in SHOWN_BY_OTHERS]
+SLOW_CASES = [pytest.param(name, "xnnpack", marks=pytest.mark.slow) for name in ("alternating windows", "alibi")]
+
+
+@pytest.mark.parametrize(("name", "backend"), [*CASES, *SLOW_CASES])
+def test_runs_models_of_every_kind_as_python_does(
+    name: str, backend: str, runner: Path, exported: Callable[[str, str], Path]
+) -> None:
+    """To the end of their context, after prompts shorter and longer than a chunk; and Python's as the eager model."""
+    path, model = exported(name, backend), random_model(KINDS[name].config)
+    program = Program(path)
+    for length in (1, 7, 8, 26):
+        prompt = [(5 * i + length) % VOCABULARY for i in range(length)]
+        expected = [step.token for step in generate(Session(program), prompt, GenerationOptions(), Rng(0))]
+        logits, _ = recomputed(model, prompt + expected[:-1])
+        assert logits[length - 1 :].argmax(-1).tolist() == expected
+        done = _run(runner, path, "--format", "json", "--prompt-ids", ",".join(map(str, prompt)))
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["token_ids"] == expected
+    counted = _run(BUILD / "tests" / "test_allocations", path)
+    assert counted.returncode == 0, counted.stdout
+    assert " 0 allocations by the runner" in counted.stdout
+
+
+HIDDEN = """
+    import ctypes, sys
+    library = ctypes.CDLL(sys.argv[1])
+    for name in ("open", "session_new", "hidden"):
+        getattr(library, "llama_runner_" + name).restype = ctypes.c_void_p
+    program = ctypes.c_void_p(library.llama_runner_open(sys.argv[2].encode(), ctypes.c_int64(1), 1))
+    session = ctypes.c_void_p(library.llama_runner_session_new(program))
+    prompt = [int(number) for number in sys.argv[3].split(",")]
+    ids = (ctypes.c_int64 * len(prompt))(*prompt)
+    assert library.llama_runner_start(session, ids, ctypes.c_size_t(len(prompt)), None) == 0
+    assert library.llama_runner_next(session, (ctypes.c_char * 64)()) == 1
+    rows, width = ctypes.c_size_t(), ctypes.c_size_t()
+    found = library.llama_runner_hidden(session, ctypes.byref(rows), ctypes.byref(width))
+    values = ctypes.cast(found, ctypes.POINTER(ctypes.c_float))
+    print([values[i * width.value : (i + 1) * width.value] for i in range(rows.value)])
+"""
+
+
+@pytest.mark.parametrize("name", ["window", "no cache"])
+def test_hidden_states_come_through_the_c_interface(
+    name: str, runner: Path, exported: Callable[[str, str], Path]
+) -> None:
+    path, prompt = exported(name, "portable"), list(range(17))
+    session = Session(Program(path))
+    session.prefill(prompt)
+    call = [sys.executable, "-c", textwrap.dedent(HIDDEN), runner.parent / "libllama_runner.so", path]
+    done = _run(*call, ",".join(map(str, prompt)))
+    assert done.returncode == 0, done.stderr
+    assert session.hidden is not None
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), session.hidden, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -161,16 +235,12 @@ def test_aarch64_prints_what_llama2_c_prints(aarch64: list[str | Path], stories_
 
 @pytest.mark.slow
 def test_aarch64_runs_four_bit_weights_as_this_machine_does(
-    aarch64: list[str | Path], runner: Path, tiny_pte: Path, tmp_path: Path
+    aarch64: list[str | Path], runner: Path, tmp_path: Path
 ) -> None:
     """Weights of 4 bits in groups of 32 and activations of 8, which have kernels of their own on ARM."""
-    model = open_checkpoint(BUILT_IN).build()
-    quantize_(model, Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32)))
-    traced = trace(model, GraphOptions(512, 8))
-    lowered = lower(traced, "xnnpack")
-    metadata = replace(read_metadata(tiny_pte), methods=traced.methods, requirements=lowered.requirements)
-    emit(lowered, metadata, tmp_path / "quantised.pte")
-    flags = [tmp_path / "quantised.pte", "--prompt", "Once upon a time", "--max-new-tokens", "40"]
+    output = tmp_path / "quantised.pte"
+    export_llama(ExportOptions(max_seq_len=512, prefill_chunk=8, quantize="8da4w", output=output))
+    flags = [output, "--prompt", "Once upon a time", "--max-new-tokens", "40"]
     here, there = _run(runner, *flags), _run(*aarch64, *flags)
     assert len(here.stdout.split()) > 20
     assert there.stdout == here.stdout, there.stderr

@@ -1,46 +1,174 @@
+from collections.abc import Mapping
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from export.verify import reference
+from export.metadata import MethodSpec
 from model.errors import InputError
+from model.model import Llama
 from runtime.program import Program
-from runtime.session import Session
+from runtime.session import Session, Steps
 from tests.conftest import TOY, toy_model
+from tests.kinds import CHUNK, CONTEXT, KINDS, VOCABULARY, EagerSteps, recomputed
 
-OPERATIONS = st.lists(
-    st.one_of(
-        st.tuples(st.just("prefill"), st.lists(st.integers(0, TOY.vocab_size - 1), min_size=1, max_size=20)),
-        st.tuples(st.just("rewind"), st.lists(st.just(0), max_size=25)),
+
+def operations(vocabulary: int, longest: int) -> st.SearchStrategy[list[tuple[str, list[int]]]]:
+    """What may happen to a session, with the tokens to append, or as many as to forget."""
+    tokens = st.lists(st.integers(0, vocabulary - 1), min_size=1, max_size=longest)
+    forgotten = st.lists(st.just(0), max_size=longest)
+    steps = st.one_of(
+        st.tuples(st.just("prefill"), tokens),
+        st.tuples(st.just("rewind"), st.one_of(forgotten, st.just([0]))),
         st.tuples(st.just("reset"), st.just([])),
-    ),
-    min_size=1,
-    max_size=6,
-)
+    )
+    return st.lists(steps, min_size=1, max_size=8)
 
 
-@settings(max_examples=30, deadline=None)
-@given(operations=OPERATIONS)
+class Player:
+    """Does the same to a session and to a plain list of tokens, and compares with recomputing from scratch."""
+
+    def __init__(self, program: Steps, model: Llama) -> None:
+        self.session = Session(program)
+        self.text = list[int]()
+        self._model = model
+        self._ring = min((buffer.shape[1] for buffer in self.session.cache.buffers.values()), default=CONTEXT)
+        self._furthest = 0  # tokens that the text has had since it was last empty
+
+    def play(self, operation: str, argument: list[int]) -> None:
+        """Does it, or sees it refused."""
+        if operation == "reset":
+            self.session.reset()
+            self.text, self._furthest = [], 0
+        elif operation == "rewind":
+            self._rewind(max(len(self.text) - len(argument), 0))
+        elif len(self.text) + len(argument) <= self.session.capacity:
+            self._prefill(argument)
+        else:
+            with pytest.raises(InputError, match=f"has {len(argument)} tokens"):
+                self.session.prefill(argument)
+        assert self.session.position == len(self.text)
+
+    def _rewind(self, position: int) -> None:
+        if position == 0 or max(position - self._ring + 1, 0) >= self._furthest - self._ring:
+            self.session.rewind(position)
+            del self.text[position:]
+            self._furthest = self._furthest if position else 0
+        else:
+            with pytest.raises(InputError, match=f"rewind to position {position}: .* has been written over"):
+                self.session.rewind(position)
+
+    def _prefill(self, tokens: list[int]) -> None:
+        self.text += tokens
+        self._furthest = max(self._furthest, len(self.text))
+        found = self.session.prefill(tokens)
+        logits, hidden = recomputed(self._model, self.text)
+        torch.testing.assert_close(found, logits[-1], atol=1e-3, rtol=1e-4)
+        if self.session.hidden is not None:
+            torch.testing.assert_close(self.session.hidden, hidden[-len(tokens) :], atol=1e-3, rtol=1e-4)
+
+
+@settings(max_examples=30)
+@given(operations=operations(TOY.vocab_size, 20))
 def test_any_order_of_operations_gives_what_recomputing_from_scratch_gives(
     toy_program: Program, operations: list[tuple[str, list[int]]]
 ) -> None:
-    session, text, model = Session(toy_program), list[int](), toy_model()
-    for operation, argument in operations:
-        if operation == "reset":
-            session.reset()
-            text = []
-        elif operation == "rewind":
-            text = text[: max(len(text) - len(argument), 0)]
-            session.cache.rewind(len(text))
-        elif len(text) + len(argument) <= TOY.context:
-            text += argument
-            logits = session.prefill(argument)
-            torch.testing.assert_close(logits, reference(model, text)[-1], atol=1e-3, rtol=1e-4)
-        else:
-            with pytest.raises(InputError, match=f"has {len(argument)} tokens"):
-                session.prefill(argument)
-        assert session.position == len(text)
+    player = Player(toy_program, toy_model())
+    for operation in operations:
+        player.play(*operation)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@settings(max_examples=25)
+@given(operations=operations(VOCABULARY, 25))
+def test_so_it_is_with_models_of_every_kind(name: str, operations: list[tuple[str, list[int]]]) -> None:
+    program = EagerSteps(KINDS[name])
+    player = Player(program, program.model)
+    for operation in operations:
+        player.play(*operation)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("length", [1, 6, 7, 8, 30])
+def test_the_whole_context_can_be_decoded(name: str, length: int) -> None:
+    """Which crosses windows several times."""
+    program = EagerSteps(KINDS[name])
+    player = Player(program, program.model)
+    tokens = [7 * i % VOCABULARY for i in range(CONTEXT)]
+    player.play("prefill", tokens[:length])
+    for token in tokens[length:]:
+        player.play("prefill", [token])
+    assert player.text == tokens
+
+
+def test_a_window_can_be_rewound_by_one_and_to_the_start() -> None:
+    session = Session(EagerSteps(KINDS["window"]))
+    session.prefill([1] * 20)
+    session.rewind(19)
+    with pytest.raises(InputError, match="cannot rewind to position 18: the model sees 6 positions at a time"):
+        session.rewind(18)
+    assert session.position == 19
+    session.reset()
+    session.prefill([1] * 5)
+    session.rewind(2)
+
+
+def test_hidden_states_are_those_of_the_latest_step_or_none() -> None:
+    session = Session(EagerSteps(KINDS["alibi"]))
+    assert session.hidden is None
+    session.prefill([3] * 17)
+    assert session.hidden is not None
+    assert session.hidden.shape == (17, KINDS["alibi"].config.dim)
+    kept = session.hidden.clone()
+    first = session.hidden
+    session.decode(5)
+    assert session.hidden.shape == (1, KINDS["alibi"].config.dim)
+    assert torch.equal(first, kept)
+    without = Session(EagerSteps(KINDS["no cache, learned positions"]))
+    without.prefill([3])
+    assert without.hidden is None
+
+
+class Watched(EagerSteps):
+    """Fails when told to, and remembers the tokens it was given."""
+
+    fails = False
+    given: list[int]
+
+    def step(self, method: MethodSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.given = inputs["tokens"][0].tolist()
+        if self.fails:
+            raise RuntimeError("it failed")
+        return super().step(method, inputs)
+
+
+@pytest.mark.parametrize("name", ["window", "no cache"])
+def test_after_a_failure_a_session_stands_where_the_last_whole_step_left_it(name: str) -> None:
+    program = Watched(KINDS[name])
+    player = Player(program, program.model)
+    player.play("prefill", [1, 2, 3])
+    program.fails = True
+    with pytest.raises(RuntimeError):
+        player.session.prefill([4, 5])
+    assert player.session.hidden is None
+    program.fails = False
+    player.play("prefill", [6])
+
+
+def test_what_pads_a_step_is_always_the_same() -> None:
+    program = Watched(KINDS["window"])
+    session = Session(program)
+    session.prefill([9] * CHUNK)
+    session.prefill([3, 4])
+    assert program.given == [3, 4] + [0] * (CHUNK - 2)
+    program = Watched(KINDS["no cache"])
+    session = Session(program)
+    session.prefill([9] * 20)
+    session.rewind(1)
+    session.decode(4)
+    assert program.given == [9, 4] + [0] * (CONTEXT - 2)
 
 
 def test_interleaved_sessions_of_one_program_are_independent(toy_program: Program) -> None:

@@ -77,6 +77,10 @@ LLAMA_RUNNER_API int64_t llama_runner_position(const llama_runner_session* sessi
 /* Forgets everything from `position` on; 0 starts a new text. Returns 0, or -1. */
 LLAMA_RUNNER_API int llama_runner_rewind(llama_runner_session* session, int64_t position);
 
+/* What the model's last block returned for each token of the latest step, normalised: `rows` times `width` floats,
+ * owned by the session, until the next step. Null before the first, and where the program does not return it. */
+LLAMA_RUNNER_API const float* llama_runner_hidden(const llama_runner_session* session, size_t* rows, size_t* width);
+
 /* Begins to extend the session's text by a prompt and what follows it. Returns 0, or -1. */
 LLAMA_RUNNER_API int llama_runner_start(llama_runner_session* session, const int64_t* prompt, size_t count,
                                         const llama_runner_options* options);

@@ -86,6 +86,15 @@ int llama_runner_rewind(llama_runner_session* session, int64_t position) {
     return rewound ? 0 : fail(rewound.error());
 }
 
+const float* llama_runner_hidden(const llama_runner_session* session, size_t* rows, size_t* width) {
+    if (session == nullptr) return fail(missing("session")), nullptr;
+    if (rows == nullptr || width == nullptr) return fail(missing("rows or width")), nullptr;
+    const auto hidden = session->session.hidden();
+    *width = static_cast<size_t>(session->session.hidden_width());
+    *rows = *width == 0 ? 0 : hidden.size() / *width;
+    return hidden.empty() ? nullptr : hidden.data();
+}
+
 int llama_runner_start(llama_runner_session* session, const int64_t* prompt, size_t count,
                        const llama_runner_options* options) {
     if (session == nullptr) return fail(missing("session"));

@@ -1,5 +1,6 @@
 #include "llama_runner/kv_cache.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace llama_runner {
@@ -10,21 +11,21 @@ constexpr size_t kAlignment = 64;
 
 }  // namespace
 
-Result<KVCache> KVCache::create(const MethodSpec& method) {
-    KVCache cache;
+Result<KVCache> KVCache::create(const MethodSpec& method, int64_t capacity) {
+    KVCache cache(capacity);
     for (const TensorSpec& spec : method.inputs) {
         if (!spec.name.starts_with("k_cache.") && !spec.name.starts_with("v_cache.")) continue;
         if (auto added = cache.add(spec); !added) return added.error();
     }
-    if (cache.buffers_.empty()) return Error{"method " + method.name + " takes no cache; export the file again"};
     return cache;
 }
 
 Result<void> KVCache::add(const TensorSpec& spec) {
-    if (spec.shape.size() != 3 || spec.elements(kLength) < 1 || (capacity_ != 0 && spec.shape[1] != capacity_)) {
-        return Error{"the shape of " + spec.name + " is not [heads, positions, width]; export the file again"};
+    if (spec.shape.size() != 3 || std::ranges::min(spec.shape) < 1 || spec.shape[1] > capacity_) {
+        return Error{"the shape of " + spec.name + " is not [heads, slots, width], with " + std::to_string(capacity_) +
+                     " slots at most; export the file again"};
     }
-    capacity_ = spec.shape[1];
+    ring_ = std::min(ring_, spec.shape[1]);
     // calloc leaves fresh pages untouched until they are used, which aligned allocation and memset would not.
     const size_t bytes = static_cast<size_t>(spec.elements(1)) * size_of(spec.dtype);
     std::unique_ptr<void, Free> memory(std::calloc(bytes + kAlignment, 1));
@@ -35,7 +36,7 @@ Result<void> KVCache::add(const TensorSpec& spec) {
     void* start = memory.get();
     size_t space = bytes + kAlignment;
     std::align(kAlignment, bytes, start, space);
-    buffers_.push_back({spec.name, static_cast<std::byte*>(start), spec.shape[0],
+    buffers_.push_back({spec.name, static_cast<std::byte*>(start), spec.shape[0], spec.shape[1],
                         static_cast<size_t>(spec.shape[2]) * size_of(spec.dtype)});
     memory_.push_back(std::move(memory));
     return {};
@@ -43,7 +44,7 @@ Result<void> KVCache::add(const TensorSpec& spec) {
 
 size_t KVCache::nbytes() const {
     size_t total = 0;
-    for (const Buffer& buffer : buffers_) total += static_cast<size_t>(buffer.heads * capacity_) * buffer.row_bytes;
+    for (const Buffer& buffer : buffers_) total += static_cast<size_t>(buffer.heads * buffer.slots) * buffer.row_bytes;
     return total;
 }
 
@@ -59,16 +60,23 @@ Result<int64_t> KVCache::plan(int64_t length) const {
 Result<void> KVCache::commit(std::span<const void* const> rows, int64_t rows_length, int64_t length) {
     const auto start = plan(length);
     if (!start) return start.error();
+    const int64_t end = *start + length;
     for (size_t i = 0; i < buffers_.size(); ++i) {
-        const auto& [name, data, heads, row_bytes] = buffers_[i];
+        const auto& [name, data, heads, slots, row_bytes] = buffers_[i];
         const auto* source = static_cast<const std::byte*>(rows[i]);
-        for (int64_t head = 0; head < heads; ++head) {
-            std::memcpy(data + static_cast<size_t>(head * capacity_ + *start) * row_bytes,
-                        source + static_cast<size_t>(head * rows_length) * row_bytes,
-                        static_cast<size_t>(length) * row_bytes);
+        for (int64_t position = std::max(*start, end - slots); position < end;) {
+            const int64_t slot = position % slots;
+            const int64_t count = std::min(end - position, slots - slot);
+            for (int64_t head = 0; head < heads; ++head) {
+                std::memcpy(data + static_cast<size_t>(head * slots + slot) * row_bytes,
+                            source + static_cast<size_t>(head * rows_length + position - *start) * row_bytes,
+                            static_cast<size_t>(count) * row_bytes);
+            }
+            position += count;
         }
     }
-    position_ += length;
+    position_ = end;
+    first_ = std::max(first_, end - ring_);
     return {};
 }
 
@@ -76,6 +84,13 @@ Result<void> KVCache::rewind(int64_t position) {
     if (position < 0 || position > position_) {
         return Error{"cannot rewind to position " + std::to_string(position) + ": the cache holds positions 0 to " +
                      std::to_string(position_)};
+    }
+    if (position == 0) {
+        first_ = 0;
+    } else if (first_ > std::max(position - ring_ + 1, int64_t{0})) {
+        return Error{"cannot rewind to position " + std::to_string(position) + ": the model sees " +
+                     std::to_string(ring_) + " positions at a time, and their cache has been written over; rewind to " +
+                     std::to_string(first_ + ring_ - 1) + " or later, or to 0"};
     }
     position_ = position;
     return {};

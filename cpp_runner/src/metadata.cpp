@@ -37,7 +37,7 @@ class Reader {
     int64_t integer(const char* name, int64_t least) {
         int64_t result = least;
         single<int64_t>(name, [&](int64_t value) { result = value; });
-        if (result < least) fail(std::string(name) + " is " + std::to_string(result));
+        if (result < least || result > kMostElements) fail(std::string(name) + " is " + std::to_string(result));
         return result;
     }
 
@@ -61,13 +61,16 @@ class Reader {
         });
     }
 
-    std::vector<float> table(const char* name, int64_t& width) {
+    /// A tensor of so many dimensions; `width` becomes the last.
+    std::vector<float> floats(const char* name, size_t dimensions, int64_t& width) {
         std::vector<float> result;
         single<ConstantTensor>(name, [&](ConstantTensor tensor) {
-            if (!tensor.is_float32 || tensor.shape.size() != 2 || tensor.shape[1] < 1 || tensor.nbytes == 0) {
-                return fail(std::string(name) + " is no float32 table");
+            if (!tensor.is_float32 || tensor.shape.size() != dimensions || tensor.shape.back() < 1 ||
+                tensor.nbytes == 0) {
+                return fail(std::string(name) + " is no float32 tensor of " + std::to_string(dimensions) +
+                            " dimensions");
             }
-            width = tensor.shape[1];
+            width = tensor.shape.back();
             result.resize(tensor.nbytes / sizeof(float));
             std::memcpy(result.data(), tensor.data, result.size() * sizeof(float));
         });
@@ -160,6 +163,11 @@ int64_t TensorSpec::elements(int64_t length) const {
     return count;
 }
 
+bool TensorSpec::is(std::span<const int64_t> sizes, int64_t length, Dtype type) const {
+    return dtype == type && std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end(),
+                                       [&](int64_t a, int64_t b) { return (a == kLength ? length : a) == b; });
+}
+
 Result<Metadata> from_constants(const Constants& constants) {
     Reader reader(constants);
     Metadata metadata{};
@@ -179,11 +187,16 @@ Result<Metadata> from_constants(const Constants& constants) {
     metadata.requirements = {reader.text(requirements, "executorch"), reader.texts(requirements, "backends"),
                              reader.texts(requirements, "operators")};
     int64_t width = 0;
-    metadata.rope.cos = reader.table("get_rope_cos", metadata.rope.width);
-    metadata.rope.sin = reader.table("get_rope_sin", width);
+    metadata.rope.cos = reader.floats("get_rope_cos", 2, metadata.rope.width);
+    metadata.rope.sin = reader.floats("get_rope_sin", 2, width);
     if (width != metadata.rope.width || metadata.rope.sin.size() != metadata.rope.cos.size()) {
         reader.fail("the rotary tables differ in shape");
     }
+    metadata.alibi_slopes = reader.floats("get_alibi_slopes", 1, width);
+    if (std::ranges::count(metadata.alibi_slopes, 0.0F) == std::ssize(metadata.alibi_slopes)) {
+        metadata.alibi_slopes.clear();
+    }
+    metadata.sliding_window = reader.integer("get_sliding_window", 0);
     metadata.tokenizer_kind = reader.text("get_tokenizer_kind");
     if (metadata.tokenizer_kind != "none") {
         reader.single<ConstantTensor>("get_tokenizer", [&](ConstantTensor tensor) {

@@ -99,6 +99,7 @@ bool try_metadata(Mutator& mutate) {
         if (key == "get_requirements") return take({mutate(kRequirements)}), Result<void>();
         if (key == "get_tokenizer_kind") return take({mutate("tokenizer.json")}), Result<void>();
         if (key == "get_rope_cos" || key == "get_rope_sin") return take({table}), Result<void>();
+        if (key == "get_alibi_slopes") return take({ConstantTensor{true, {8}, kTable.data(), 32}}), Result<void>();
         if (key == "get_tokenizer") return take({table}), Result<void>();
         return take({static_cast<int64_t>(mutate.below(100) == 0 ? -1 : 1)}), Result<void>();
     };

@@ -1,10 +1,11 @@
-// Counts calls of malloc and operator new while 100 tokens are decoded, by who makes them: none may come from the
+// Counts calls of malloc and operator new while up to 100 tokens are decoded, by who makes them: none may come from the
 // runner's own code, nor from the standard library on its behalf.
 //
 //     test_allocations FILE
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdio>
@@ -25,7 +26,7 @@ extern char etext;
 
 namespace {
 
-constexpr int kTokens = 100;
+constexpr int64_t kMostTokens = 100;
 
 std::atomic<bool> counting{false};
 std::atomic<size_t> count{0};
@@ -87,16 +88,16 @@ bool is_ours(void* caller, const char*& library) {
 }
 
 /// Decodes with the allocations counted; false on failure.
-bool decode(Generator& generator) {
-    for (int i = -1; i < kTokens; ++i) {
+bool decode(Generator& generator, int64_t tokens) {
+    for (int64_t i = -1; i < tokens; ++i) {
         const auto step = generator.next();
-        counting = i + 1 < kTokens;
+        counting = i + 1 < tokens;
         if (!step || *step == nullptr) return false;
     }
     return true;
 }
 
-int report() {
+int report(int64_t tokens) {
     size_t ours = 0;
     for (size_t i = 0; i < count && i < callers.size(); ++i) {
         const char* library = nullptr;
@@ -105,7 +106,8 @@ int report() {
             std::printf("%p in %s\n", callers[i].load(), library);
         }
     }
-    std::printf("%d tokens: %zu allocations by the runner, %zu by the libraries\n", kTokens, ours, count - ours);
+    std::printf("%lld tokens: %zu allocations by the runner, %zu by the libraries\n", static_cast<long long>(tokens),
+                ours, count - ours);
     return ours == 0 && count < callers.size() ? 0 : 1;
 }
 
@@ -115,12 +117,14 @@ int main(int arguments, char** values) {
     const auto program = Program::open(arguments > 1 ? values[1] : "", {});
     if (!program) return std::printf("%s\n", program.error().message.c_str()), 2;
     auto session = Session::create(**program);
-    const auto prompt = prompt_ids(**program, "Once upon a time");
+    const auto prompt = (*program)->tokenizer() != nullptr ? prompt_ids(**program, "Once upon a time")
+                                                           : Result<std::vector<int64_t>>({1, 2, 3});
     if (!session || !prompt) return 2;
+    const int64_t tokens = std::min(kMostTokens, session->capacity() - std::ssize(*prompt));
     Rng rng(1);
-    const GenerationOptions options{{0.8, 40, 0.9}, kTokens + 1, {}};
+    const GenerationOptions options{{0.8, 40, 0.9}, tokens + 1, {}};
     auto generator = Generator::create(*session, *prompt, options, rng, (*program)->tokenizer());
-    if (!generator || !decode(*generator)) return 2;
+    if (!generator || !decode(*generator, tokens)) return 2;
     // Counting must be seen to work.
     counting = true;
     const size_t before = count;
@@ -128,5 +132,5 @@ int main(int arguments, char** values) {
     counting = false;
     if (count == before) return std::printf("the interposer is not in place\n"), 2;
     count = before;
-    return report();
+    return report(tokens);
 }

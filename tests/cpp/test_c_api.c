@@ -58,6 +58,10 @@ int main(int count, char** arguments) {
     options.max_new_tokens = 20;
     check(run(session, ids, (size_t)length, &options, first) == 20, "twenty tokens");
     check(llama_runner_position(session) == length + 19, "position");
+    size_t rows = 1;
+    size_t width = 1;
+    check(llama_runner_hidden(session, &rows, &width) == NULL && rows == 0 && width == 0, "no hidden states");
+    check(llama_runner_hidden(session, NULL, NULL) == NULL, "nowhere to say how many is refused");
     check(llama_runner_rewind(session, 1000000) == -1, "rewinding forward is refused");
     check(llama_runner_rewind(session, 0) == 0, "rewind");
     check(run(session, ids, (size_t)length, &options, second) == 20, "again");

@@ -26,6 +26,8 @@ std::map<std::string, std::vector<Constant>> good() {
         {"get_requirements", {std::string(R"({"executorch": "1.5.1", "backends": ["B"], "operators": []})")}},
         {"get_rope_cos", {table}},
         {"get_rope_sin", {table}},
+        {"get_alibi_slopes", {ConstantTensor{true, {3}, kTable.data(), 3 * sizeof(float)}}},
+        {"get_sliding_window", {int64_t{4}}},
         {"get_tokenizer_kind", {std::string("none")}},
     };
 }
@@ -48,12 +50,25 @@ TEST(Metadata, ReadsEveryField) {
     EXPECT_EQ(metadata->methods[0].inputs[0].shape, (std::vector<int64_t>{1, kLength, 9}));
     EXPECT_EQ(metadata->methods[0].inputs[0].elements(4), 36);
     EXPECT_EQ(metadata->rope.rows(), 3);
+    EXPECT_EQ(metadata->alibi_slopes, (std::vector<float>{1, 2, 3}));
+    EXPECT_EQ(metadata->sliding_window, 4);
     EXPECT_EQ(metadata->tokenizer, "");
+}
+
+TEST(Metadata, SlopesOfZeroAreNone) {
+    static const std::vector<float> kZeros(3);
+    auto constants = good();
+    constants["get_alibi_slopes"] = {ConstantTensor{true, {3}, kZeros.data(), 3 * sizeof(float)}};
+    const auto metadata = read(constants);
+    ASSERT_TRUE(metadata);
+    EXPECT_TRUE(metadata->alibi_slopes.empty());
 }
 
 TEST(Metadata, RefusesWhatHasTheWrongForm) {
     const std::map<std::string, std::vector<Constant>> wrong = {
         {"get_max_seq_len", {int64_t{0}}},
+        {"get_sliding_window", {int64_t{-1}}},
+        {"get_alibi_slopes", {ConstantTensor{false, {3}, kTable.data(), 12}}},
         {"get_vocab_size", {std::string("16")}},
         {"get_batch_size", {int64_t{2}}},
         {"get_bos_id", {}},

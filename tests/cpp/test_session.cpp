@@ -1,9 +1,7 @@
 #include <gtest/gtest.h>
 
-#include <cmath>
+#include <algorithm>
 
-#include "llama_runner/kv_cache.h"
-#include "llama_runner/preproc.h"
 #include "llama_runner/session.h"
 
 namespace llama_runner {
@@ -29,7 +27,19 @@ MethodSpec method(const std::string& name, int64_t min_length, int64_t max_lengt
              {"v_rows.0", {2, length, 3}, Dtype::kFloat32}}};
 }
 
-/// Stands in for a program: keys are the tokens, logits name the position and the token that were selected.
+/// One that takes no caches.
+MethodSpec uncached() {
+    return {"forward",
+            kCapacity,
+            kCapacity,
+            {{"select", {1, kCapacity}, Dtype::kFloat32},
+             {"tokens", {1, kCapacity}, Dtype::kInt64},
+             {"mask", {1, kCapacity, kCapacity}, Dtype::kFloat32}},
+            {{"logits", {1, kVocab}, Dtype::kFloat32}, {"hidden", {1, kCapacity, 2}, Dtype::kFloat32}}};
+}
+
+/// Stands in for a program: keys and hidden states are the tokens, logits name what was selected: the token, its
+/// position by its angles, and how many positions it sees.
 class FakeSteps final : public Steps {
   public:
     FakeSteps() {
@@ -45,34 +55,49 @@ class FakeSteps final : public Steps {
 
     Result<std::span<const void* const>> step(size_t number, int64_t length,
                                               std::span<const void* const> inputs) override {
-        calls.push_back(metadata_.methods[number].name);
+        const MethodSpec& spec = metadata_.methods[number];
+        calls.push_back(spec.name);
         if (fails) return Error{"it failed"};
-        const auto* tokens = static_cast<const int64_t*>(inputs[1]);
-        const auto* mask = static_cast<const float*>(inputs[2]);
-        const auto* cos = static_cast<const float*>(inputs[3]);
-        const auto* select = static_cast<const float*>(inputs[4]);
+        const auto input = [&](const char* name) {
+            const auto found = std::ranges::find(spec.inputs, name, &TensorSpec::name);
+            return found == spec.inputs.end() ? nullptr : inputs[static_cast<size_t>(found - spec.inputs.begin())];
+        };
+        const auto* tokens = static_cast<const int64_t*>(input("tokens"));
+        const auto* mask = static_cast<const float*>(input("mask"));
+        const auto* cos = static_cast<const float*>(input("cos"));
+        const auto* select = static_cast<const float*>(input("select"));
+        const int64_t columns = (spec.name == "forward" ? 0 : kCapacity) + length;
+        text.assign(tokens, tokens + length);
         logits_.assign(kVocab, 0);
         rows_.assign(static_cast<size_t>(2 * length * 3), 0);
+        hidden_.assign(static_cast<size_t>(length * 2), 0);
         for (int64_t i = 0; i < length; ++i) {
+            hidden_[static_cast<size_t>(i * 2)] = static_cast<float>(tokens[i]);
             for (int head = 0; head < 2; ++head) {
                 rows_[static_cast<size_t>((head * length + i) * 3)] = static_cast<float>(tokens[i] + 100 * head);
             }
             if (select[i] != 1) continue;
             logits_[0] = static_cast<float>(tokens[i]);
-            logits_[1] = cos[i * 2] / 2;
-            for (int64_t c = 0; c < kCapacity + length; ++c) logits_[2] += mask[i * (kCapacity + length) + c] == 0;
+            logits_[1] = cos != nullptr ? cos[i * 2] / 2 : static_cast<float>(i);
+            logits_[2] = static_cast<float>(std::count(mask + i * columns, mask + (i + 1) * columns, 0.0F));
         }
-        outputs_ = {rows_.data(), logits_.data(), rows_.data()};
+        outputs_.clear();
+        for (const TensorSpec& output : spec.outputs) {
+            const bool is_rows = output.name != "logits" && output.name != "hidden";
+            outputs_.push_back(is_rows ? rows_.data() : output.name == "logits" ? logits_.data() : hidden_.data());
+        }
         return std::span<const void* const>(outputs_);
     }
 
     std::vector<std::string> calls;
+    std::vector<int64_t> text;
     bool fails = false;
     Metadata metadata_{};
 
   private:
     std::vector<float> logits_;
     std::vector<float> rows_;
+    std::vector<float> hidden_;
     std::vector<const void*> outputs_;
 };
 
@@ -141,57 +166,52 @@ TEST(Session, RefusesInputsItDoesNotKnow) {
     EXPECT_FALSE(Session::create(dumb));
 }
 
-TEST(KVCache, PlansCommitsAndRewinds) {
-    auto cache = KVCache::create(method("prefill", 4, 4));
-    ASSERT_TRUE(cache);
-    EXPECT_EQ(cache->capacity(), kCapacity);
-    EXPECT_EQ(cache->nbytes(), 2U * 2 * kCapacity * 3 * sizeof(float));
-    for (const auto& buffer : cache->buffers()) EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer.data) % 64, 0U);
-    std::vector<float> rows(2 * 4 * 3);
-    for (size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<float>(i + 1);
-    const std::vector<const void*> pointers = {rows.data(), rows.data()};
-    ASSERT_TRUE(cache->commit(pointers, 4, 2));
-    ASSERT_TRUE(cache->commit(pointers, 4, 1));
-    const auto* keys = reinterpret_cast<const float*>(cache->buffers()[0].data);
-    const std::vector<float> first(keys, keys + 12);
-    EXPECT_EQ(first, (std::vector<float>{1, 2, 3, 4, 5, 6, 1, 2, 3, 0, 0, 0}));
-    EXPECT_EQ(keys[kCapacity * 3], 13);
-    EXPECT_EQ(cache->position(), 3);
-    EXPECT_EQ(
-        cache->plan(8).error().message,
-        "8 tokens do not fit behind the 3 in the cache, which holds 10; shorten the prompt or export with a larger "
-        "--max-seq-len");
-    EXPECT_FALSE(cache->plan(0));
-    EXPECT_EQ(*cache->plan(7), 3);
-    EXPECT_EQ(cache->rewind(4).error().message, "cannot rewind to position 4: the cache holds positions 0 to 3");
-    EXPECT_TRUE(cache->rewind(1));
-    EXPECT_EQ(cache->position(), 1);
-}
-
-TEST(CausalMask, IsTheSameStepByStepAndAnew) {
-    CausalMask moving(3, 6);
-    for (const auto& [position, length] : std::vector<std::pair<int64_t, int64_t>>{
-             {0, 3}, {2, 3}, {5, 3}, {1, 3}, {6, 3}, {0, 1}, {1, 1}, {6, 1}, {3, 2}}) {
-        CausalMask fresh(3, 6);
-        const float* found = moving.at(position, length);
-        const float* expected = fresh.at(position, length);
-        for (int64_t row = 0; row < length; ++row) {
-            for (int64_t column = 0; column < 6 + length; ++column) {
-                const bool visible = column < 6 ? column < position : column - 6 <= row;
-                EXPECT_EQ(found[row * (6 + length) + column], visible ? 0 : kHidden);
-                EXPECT_EQ(expected[row * (6 + length) + column], visible ? 0 : kHidden);
-            }
-        }
+TEST(Session, KeepsTheHiddenStatesOfTheLatestStep) {
+    FakeSteps steps;
+    for (MethodSpec& spec : steps.metadata_.methods) {
+        spec.outputs.push_back({"hidden", {1, spec.max_length, 2}, Dtype::kFloat32});
     }
+    auto session = Session::create(steps);
+    ASSERT_TRUE(session) << session.error().message;
+    EXPECT_EQ(session->hidden_width(), 2);
+    EXPECT_TRUE(session->hidden().empty());
+    const std::vector<int64_t> prompt = {1, 2, 3, 4, 5};
+    ASSERT_TRUE(session->prefill(prompt));
+    const auto hidden = session->hidden();
+    EXPECT_EQ(std::vector<float>(hidden.begin(), hidden.end()), (std::vector<float>{1, 0, 2, 0, 3, 0, 4, 0, 5, 0}));
+    ASSERT_TRUE(session->prefill({prompt.data(), 2}));
+    EXPECT_EQ(session->hidden().size(), 4U);
+    steps.fails = true;
+    EXPECT_FALSE(session->decode(1));
+    EXPECT_TRUE(session->hidden().empty());
+
+    steps.metadata_.methods[1].outputs.pop_back();
+    EXPECT_FALSE(Session::create(steps)) << "one method returns them and the other does not";
+    FakeSteps without;
+    EXPECT_EQ(Session::create(without)->hidden_width(), 0);
 }
 
-TEST(RopeSlices, RepeatTheLastRow) {
-    const RopeTables tables{2, {0, 1, 10, 11, 20, 21}, {0, -1, -10, -11, -20, -21}};
-    std::vector<float> cos(6);
-    std::vector<float> sin(6);
-    rope_slices(tables, 1, 3, cos.data(), sin.data());
-    EXPECT_EQ(cos, (std::vector<float>{10, 11, 20, 21, 20, 21}));
-    EXPECT_EQ(sin, (std::vector<float>{-10, -11, -20, -21, -20, -21}));
+TEST(Session, HandsInTheWholeTextWhereNothingIsCached) {
+    FakeSteps steps;
+    steps.metadata_.methods = {uncached()};
+    auto session = Session::create(steps);
+    ASSERT_TRUE(session) << session.error().message;
+    const std::vector<int64_t> prompt = {1, 2, 3};
+    ASSERT_TRUE(session->prefill(prompt));
+    ASSERT_TRUE(session->decode(9));
+    EXPECT_EQ(session->position(), 4);
+    const auto expect_text = [&](const std::vector<int64_t>& text, const std::vector<float>& hidden) {
+        EXPECT_EQ(steps.text, text);
+        EXPECT_EQ(std::vector<float>(session->hidden().begin(), session->hidden().end()), hidden);
+    };
+    expect_text({1, 2, 3, 9, 0, 0, 0, 0, 0, 0}, {9, 0});
+    ASSERT_TRUE(session->rewind(1));
+    const auto logits = session->prefill({prompt.data() + 1, 1});
+    ASSERT_TRUE(logits);
+    EXPECT_EQ(std::vector<float>(logits->begin(), logits->begin() + 3), (std::vector<float>{2, 1, 2}));
+    expect_text({1, 2, 0, 0, 0, 0, 0, 0, 0, 0}, {2, 0});
+    steps.metadata_.methods[0].max_length = 4;
+    EXPECT_FALSE(Session::create(steps)) << "it would not hold a text";
 }
 
 }  // namespace

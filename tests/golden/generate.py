@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from export.llama import ExportOptions, export_llama
+from export.llama import export_llama
+from export.plan import ExportOptions
 from model.checkpoint import BUILT_IN
 from runtime.generate import GenerationOptions, generate, prompt_ids
 from runtime.program import Program

@@ -13,26 +13,33 @@
 
 namespace llama_runner {
 
-/// One session's keys and values, allocated once; its bookkeeping is integers.
+/// One session's keys and values for `capacity` positions, allocated once; its bookkeeping is integers.
+///
+/// A position p lies in slot p % slots of a buffer. One with fewer slots than `capacity`, of a block that sees only a
+/// window, is thereby a ring of the latest rows.
 ///
 /// A step is planned, run and committed: `plan` answers whether the new rows fit, the graph reads the buffers in place,
-/// and `commit` writes the rows that it returned. Rows past `position` are never read: the mask hides them.
+/// and `commit` writes the rows that it returned. Rows past `position` weigh nothing: the mask hides them.
 class KVCache {
   public:
-    /// One of the graph's inputs: k_cache.0 ... v_cache.n, [heads, T, row_bytes], 64-byte aligned, owned by the cache.
+    /// One of the graph's inputs: k_cache.0 ... v_cache.n, [heads, slots, row_bytes], 64-byte aligned, owned by the
+    /// cache.
     struct Buffer {
         std::string name;
         std::byte* data;
         int64_t heads;
+        int64_t slots;
         size_t row_bytes;
     };
 
-    /// Allocates the buffers that `method` takes, all zero. Fails where they differ in length or memory is short.
-    static Result<KVCache> create(const MethodSpec& method);
+    /// Allocates the buffers that `method` takes, all zero. Fails where one has no or too many slots or memory is
+    /// short.
+    static Result<KVCache> create(const MethodSpec& method, int64_t capacity);
 
+    /// None where the method takes no cache.
     std::span<const Buffer> buffers() const { return buffers_; }
 
-    /// T, in positions.
+    /// Positions that a text may have.
     int64_t capacity() const { return capacity_; }
 
     /// Positions filled so far.
@@ -49,10 +56,13 @@ class KVCache {
     /// `rows[i]` belongs to `buffers()[i]`: [heads, rows_length, row_bytes].
     Result<void> commit(std::span<const void* const> rows, int64_t rows_length, int64_t length);
 
-    /// Forgets everything from `position` on; fails if it is outside [0, position()].
+    /// Forgets everything from `position` on; fails if it is outside [0, position()], or a ring no longer holds what is
+    /// seen from there.
     Result<void> rewind(int64_t position);
 
   private:
+    explicit KVCache(int64_t capacity) : capacity_(capacity), ring_(capacity) {}
+
     struct Free {
         void operator()(void* memory) const { std::free(memory); }
     };
@@ -61,8 +71,12 @@ class KVCache {
 
     std::vector<Buffer> buffers_;
     std::vector<std::unique_ptr<void, Free>> memory_;
-    int64_t capacity_ = 0;
+    int64_t capacity_;
     int64_t position_ = 0;
+    /// Slots of the shortest buffer.
+    int64_t ring_;
+    /// The earliest position that a ring still holds.
+    int64_t first_ = 0;
 };
 
 }  // namespace llama_runner

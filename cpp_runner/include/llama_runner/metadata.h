@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <span>
 #include <string>
 #include <variant>
 #include <vector>
@@ -25,7 +26,8 @@ size_t size_of(Dtype dtype);
 
 /// One input or output of a method.
 struct TensorSpec {
-    /// Its role: tokens, cos, sin, mask, select, logits; k_cache.3, v_cache.3, k_rows.3, v_rows.3 for layer 3.
+    /// Its role: tokens, select, logits, hidden; what depends on the position, see `PositionInputs`; and k_cache.3,
+    /// v_cache.3, k_rows.3, v_rows.3 for layer 3.
     std::string name;
     /// Sizes; kLength where the length is not fixed.
     std::vector<int64_t> shape;
@@ -33,6 +35,9 @@ struct TensorSpec {
 
     /// Elements at a length of `length`.
     int64_t elements(int64_t length) const;
+
+    /// Whether these are its sizes, at a length of `length`, and this its type.
+    bool is(std::span<const int64_t> sizes, int64_t length, Dtype type) const;
 };
 
 /// One method of the program: a range of layers for a range of lengths. Inputs are filled by name.
@@ -52,7 +57,7 @@ struct Requirements {
     std::vector<std::string> operators;
 };
 
-/// Rotary tables: [rows, width] float32 each, width = Dh/2.
+/// Rotary tables: [rows, width] float32 each, one column for each rotated pair of a head.
 struct RopeTables {
     int64_t width = 0;
     std::vector<float> cos;
@@ -63,7 +68,7 @@ struct RopeTables {
 
 /// All that a file carries beside graph and weights, as far as running it needs it.
 struct Metadata {
-    /// Capacity of the KV cache in positions (T): prompt and answer together.
+    /// Positions that a text may have (T): prompt and answer together.
     int64_t max_seq_len;
     int64_t vocab_size;
     std::optional<int64_t> bos_id;
@@ -71,6 +76,10 @@ struct Metadata {
     std::vector<MethodSpec> methods;
     Requirements requirements;
     RopeTables rope;
+    /// [H]: what each head's mask takes off for every position of distance; empty where it takes off nothing.
+    std::vector<float> alibi_slopes;
+    /// Positions that a local block sees, itself included; 0 where all see everything.
+    int64_t sliding_window;
     /// sentencepiece, tiktoken, tokenizer.json or none.
     std::string tokenizer_kind;
     /// The tokenizer file's own bytes; empty where there is none.

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -35,10 +36,10 @@ class Session {
     /// Allocates all that the session will ever need; `program` must outlive it.
     static Result<Session> create(Steps& program);
 
-    /// How many tokens the caches hold.
+    /// How many tokens the text has.
     int64_t position() const { return cache_.position(); }
 
-    /// How many tokens the caches can hold.
+    /// How many tokens it can have.
     int64_t capacity() const { return cache_.capacity(); }
 
     /// Width of the logits.
@@ -47,7 +48,7 @@ class Session {
     /// Starts a new text.
     void reset();
 
-    /// Forgets everything from `position` on; fails if it is outside [0, position()].
+    /// Forgets the tokens from `position` on; see `KVCache::rewind`.
     Result<void> rewind(int64_t position) { return cache_.rewind(position); }
 
     /// Appends a prompt, chunk by chunk, and returns the logits after its last token: [V], valid until the next call.
@@ -58,30 +59,41 @@ class Session {
     /// Appends one token and returns the logits after it, as `prefill` does.
     Result<std::span<const float>> decode(int64_t token) { return prefill({&token, 1}); }
 
+    /// What the last block returned for each token of the latest prefill or decode, normalised: [n, hidden_width()],
+    /// valid until the next. Empty before the first and after a failure, and where the program does not return it.
+    std::span<const float> hidden() const;
+
+    /// Width of the hidden states; 0 where the program does not return them.
+    int64_t hidden_width() const { return hidden_width_; }
+
   private:
     /// A method and the buffers that its inputs and outputs lie in.
+    ///
+    /// With caches, a step's tokens stand at the start of the input `tokens`, and the caches hold those before them.
+    /// Without, `tokens` holds the text so far, and a step's stand behind it.
     struct Binding {
         size_t method;
         int64_t min_length;
         int64_t max_length;
         std::vector<int64_t> tokens;
-        std::vector<float> cos;
-        std::vector<float> sin;
         std::vector<float> select;
-        CausalMask mask;
+        PositionInputs positions;
         std::vector<const void*> inputs;
-        /// Where the mask stands among the inputs.
-        size_t mask_input;
         size_t logits_output;
+        /// Past the end where there is none.
+        size_t hidden_output;
         /// Output of each cache buffer's new rows.
         std::vector<size_t> rows_outputs;
     };
 
     Session(Steps& program, KVCache cache) : program_(&program), cache_(std::move(cache)) {}
 
+    bool cached() const { return !cache_.buffers().empty(); }
+
     Result<void> bind(size_t method);
     Result<void> bind_input(Binding& binding, const TensorSpec& spec);
     Result<void> bind_outputs(Binding& binding, const MethodSpec& spec);
+    Result<void> bind_hidden(Binding& binding, const MethodSpec& spec);
     Binding& binding_for(int64_t length);
     Result<std::span<const float>> step(Binding& binding, std::span<const int64_t> tokens);
 
@@ -89,6 +101,10 @@ class Session {
     KVCache cache_;
     std::vector<Binding> bindings_;
     std::vector<const void*> rows_;
+    /// Room for a whole text, untouched until it is used.
+    std::unique_ptr<float[]> hidden_;
+    int64_t hidden_width_ = 0;
+    int64_t hidden_rows_ = 0;
 };
 
 }  // namespace llama_runner

@@ -1,0 +1,37 @@
+"""What the commands have in common: how they start, and the help that they give."""
+
+import argparse
+import os
+import signal
+from importlib import import_module
+from typing import NoReturn
+
+from model.errors import run_command
+
+
+def start(module: str) -> NoReturn:
+    """Runs `main` of a module as the command `python -m module`; see `run_command`.
+
+    The module calls this before its own imports, and is imported here: libraries take seconds to load, in which Ctrl-C
+    is to end the command as quietly as later.
+    """
+    usual = signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+    main = import_module(module).main
+    signal.signal(signal.SIGINT, usual)
+    run_command(main)
+
+
+def parser(module: str, description: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser for the command `python -m module`.
+
+    Args:
+        description: what it does, in a sentence.
+        doc: the module's docstring, whose lines that begin with `python -m` are the examples.
+    """
+    examples = [line.strip() for line in (doc or "").splitlines() if line.strip().startswith("python -m")]
+    return argparse.ArgumentParser(
+        f"python -m {module}",
+        description=description,
+        epilog="\n  ".join(["examples:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )

@@ -1,0 +1,106 @@
+#include <gtest/gtest.h>
+
+#include "llama_runner/kv_cache.h"
+
+namespace llama_runner {
+namespace {
+
+constexpr int64_t kCapacity = 10;
+
+MethodSpec two_heads() {
+    return {"prefill",
+            4,
+            4,
+            {{"v_cache.0", {2, kCapacity, 3}, Dtype::kFloat32},
+             {"tokens", {1, 4}, Dtype::kInt64},
+             {"k_cache.0", {2, kCapacity, 3}, Dtype::kFloat32}},
+            {}};
+}
+
+TEST(KVCache, PlansCommitsAndRewinds) {
+    auto cache = KVCache::create(two_heads(), kCapacity);
+    ASSERT_TRUE(cache);
+    EXPECT_EQ(cache->capacity(), kCapacity);
+    EXPECT_EQ(cache->nbytes(), 2U * 2 * kCapacity * 3 * sizeof(float));
+    for (const auto& buffer : cache->buffers()) EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer.data) % 64, 0U);
+    std::vector<float> rows(2 * 4 * 3);
+    for (size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<float>(i + 1);
+    const std::vector<const void*> pointers = {rows.data(), rows.data()};
+    ASSERT_TRUE(cache->commit(pointers, 4, 2));
+    ASSERT_TRUE(cache->commit(pointers, 4, 1));
+    const auto* keys = reinterpret_cast<const float*>(cache->buffers()[0].data);
+    const std::vector<float> first(keys, keys + 12);
+    EXPECT_EQ(first, (std::vector<float>{1, 2, 3, 4, 5, 6, 1, 2, 3, 0, 0, 0}));
+    EXPECT_EQ(keys[kCapacity * 3], 13);
+    EXPECT_EQ(cache->position(), 3);
+    EXPECT_EQ(
+        cache->plan(8).error().message,
+        "8 tokens do not fit behind the 3 in the cache, which holds 10; shorten the prompt or export with a larger "
+        "--max-seq-len");
+    EXPECT_FALSE(cache->plan(0));
+    EXPECT_EQ(*cache->plan(7), 3);
+    EXPECT_EQ(cache->rewind(4).error().message, "cannot rewind to position 4: the cache holds positions 0 to 3");
+    EXPECT_TRUE(cache->rewind(1));
+    EXPECT_EQ(cache->position(), 1);
+}
+
+/// A cache for one block that sees everything and one that sees three positions.
+KVCache ringed() {
+    const MethodSpec spec{
+        "decode", 1, 1, {{"k_cache.0", {1, 9, 1}, Dtype::kFloat32}, {"k_cache.1", {1, 3, 1}, Dtype::kFloat32}}, {}};
+    auto cache = KVCache::create(spec, 9);
+    EXPECT_TRUE(cache);
+    return *std::move(cache);
+}
+
+/// Appends `length` rows, each of which holds its position.
+void append(KVCache& cache, int64_t length) {
+    std::vector<float> rows(static_cast<size_t>(length) + 1, -1);  // and one of padding
+    for (int64_t i = 0; i < length; ++i) rows[static_cast<size_t>(i)] = static_cast<float>(cache.position() + i);
+    const std::vector<const void*> pointers = {rows.data(), rows.data()};
+    ASSERT_TRUE(cache.commit(pointers, length + 1, length));
+}
+
+std::vector<float> values(const KVCache::Buffer& buffer) {
+    const auto* data = reinterpret_cast<const float*>(buffer.data);
+    return {data, data + buffer.slots};
+}
+
+TEST(KVCache, RingsHoldTheLatestRows) {
+    KVCache cache = ringed();
+    append(cache, 2);
+    EXPECT_EQ(values(cache.buffers()[1]), (std::vector<float>{0, 1, 0}));
+    append(cache, 2);
+    EXPECT_EQ(values(cache.buffers()[1]), (std::vector<float>{3, 1, 2}));
+    append(cache, 5);
+    EXPECT_EQ(values(cache.buffers()[1]), (std::vector<float>{6, 7, 8}));
+    EXPECT_EQ(values(cache.buffers()[0]), (std::vector<float>{0, 1, 2, 3, 4, 5, 6, 7, 8}));
+    EXPECT_EQ(cache.nbytes(), 12 * sizeof(float));
+}
+
+TEST(KVCache, RingsRewindAsFarAsTheyHold) {
+    KVCache cache = ringed();
+    append(cache, 3);
+    EXPECT_TRUE(cache.rewind(1));
+    append(cache, 4);
+    EXPECT_EQ(cache.rewind(3).error().message,
+              "cannot rewind to position 3: the model sees 3 positions at a time, and their cache has been written "
+              "over; rewind to 4 or later, or to 0");
+    EXPECT_TRUE(cache.rewind(4));
+    EXPECT_FALSE(cache.rewind(3)) << "what was written over stays lost";
+    append(cache, 1);
+    EXPECT_TRUE(cache.rewind(4));
+    EXPECT_TRUE(cache.rewind(0));
+    append(cache, 2);
+    EXPECT_TRUE(cache.rewind(1));
+}
+
+TEST(KVCache, RefusesShapesItDoesNotKnow) {
+    for (const std::vector<int64_t>& shape :
+         std::vector<std::vector<int64_t>>{{1, 10, 1}, {1, 0, 1}, {kLength, 3, kLength}, {1, 3}}) {
+        EXPECT_FALSE(KVCache::create({"decode", 1, 1, {{"k_cache.0", shape, Dtype::kFloat32}}, {}}, 9));
+    }
+}
+
+}  // namespace
+}  // namespace llama_runner

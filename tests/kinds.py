@@ -1,0 +1,87 @@
+"""One small model of each kind that a runtime treats in its own way: exported, or eager in a program's place."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from export.link import Linked
+from export.metadata import Metadata, MethodSpec, Requirements
+from export.trace import GraphOptions, step
+from model.config import ModelConfig
+from model.model import Llama
+from preproc.positions import Positions, names
+from tests.conftest import planned, random_model, write_pte
+
+CONTEXT = 40
+CHUNK = 7
+VOCABULARY = 64
+PLAIN = ModelConfig(
+    dim=32, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=8, hidden_dim=48, vocab_size=VOCABULARY, context=CONTEXT
+)
+WINDOW = replace(PLAIN, sliding_window=6, local_layers=(0, 1))
+OPTIONS = GraphOptions(CONTEXT, CHUNK, hidden_states=True)
+UNCACHED = replace(OPTIONS, kv_cache=False)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model and what its methods take and give."""
+
+    config: ModelConfig
+    options: GraphOptions = OPTIONS
+
+
+KINDS = {
+    "window": Kind(WINDOW),
+    "window longer than a chunk": Kind(replace(WINDOW, sliding_window=11)),
+    "window longer than the context": Kind(replace(WINDOW, sliding_window=CONTEXT + 5)),
+    "window of one": Kind(replace(WINDOW, sliding_window=1)),
+    "alternating windows": Kind(replace(WINDOW, local_layers=(0,))),
+    "alibi": Kind(replace(PLAIN, positions="alibi")),
+    "alibi in a window": Kind(replace(WINDOW, positions="alibi", local_layers=(1,))),
+    "learned positions": Kind(replace(PLAIN, positions="learned")),
+    "partly rotated": Kind(replace(PLAIN, rotary_dim=4, nope_layers=(1,))),
+    "parallel": Kind(replace(PLAIN, parallel=True, norm="layer", norm_bias=True, activation="gelu", gated=False)),
+    "no cache": Kind(PLAIN, UNCACHED),
+    "no cache, alternating windows": Kind(replace(WINDOW, local_layers=(0,)), UNCACHED),
+    "no cache, alibi": Kind(replace(PLAIN, positions="alibi"), UNCACHED),
+    "no cache, learned positions": Kind(replace(PLAIN, positions="learned"), replace(UNCACHED, hidden_states=False)),
+}
+
+
+def metadata_of(kind: Kind) -> Metadata:
+    """What a file of this kind carries, but for what a backend needs."""
+    return planned(random_model(kind.config), kind.options).metadata(Linked(None, Requirements("", (), ()), 0))
+
+
+def export_kind(kind: Kind, path: Path, backend: str) -> None:
+    """Writes a random model of this kind, the one that `EagerSteps` runs."""
+    write_pte(planned(random_model(kind.config), kind.options), path, backend)
+
+
+class EagerSteps:
+    """A random model of a kind, run step by step as a program would be."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.metadata = metadata_of(kind)
+        self.model = random_model(kind.config)
+
+    def step(self, method: MethodSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for spec in method.inputs:
+            given = inputs[spec.name]
+            assert (tuple(given.shape), str(given.dtype)) == (spec.shape, f"torch.{spec.dtype}"), spec.name
+            assert given.is_contiguous(), spec.name
+        outputs = step(self.model, {spec.name: inputs[spec.name] for spec in method.inputs})
+        return {spec.name: outputs[spec.name] for spec in method.outputs}
+
+
+def recomputed(model: Llama, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Logits and hidden states of a text in one pass from scratch: [L, V] and [L, D]."""
+    length = len(tokens)
+    positions = Positions.of(model.config, length)
+    inputs = {name: positions.make(name, 0, length, capacity=0) for name in names(model.config)}
+    outputs = step(model, inputs | {"tokens": torch.tensor([tokens]), "select": torch.eye(length)})
+    return outputs["logits"], outputs["hidden"][0]
