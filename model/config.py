@@ -14,11 +14,12 @@ class RopeScaling:
     Attributes:
         kind: llama3, linear, dynamic, yarn or longrope, as in Hugging Face's `rope_type`.
         factor: how many times longer the context becomes.
-        original_context: positions the frequencies were first trained for.
+        original_context: positions the frequencies were first trained for: those that dynamic and longrope leave as
+            they were, and that llama3 and yarn count turns in; linear does not use it.
         low_freq_factor, high_freq_factor: llama3's borders between kept and stretched wavelengths.
         beta_fast, beta_slow, truncate: yarn's borders, in turns within the original context, and whether the pairs at
             which they lie are rounded outwards.
-        attention_factor: what cos and sin are multiplied by; None where the kind works it out.
+        attention_factor: what yarn and longrope multiply cos and sin by; None where they work it out.
         short_factors, long_factors: longrope's divisor of each pair's frequency, up to the original context and beyond.
     """
 
@@ -41,12 +42,14 @@ class RopeScaling:
         if self.kind not in self.KINDS:
             raise ValueError(f"rope scaling {self.kind!r} is unknown; known are {', '.join(self.KINDS)}")
         in_order = self.low_freq_factor < self.high_freq_factor and self.beta_slow < self.beta_fast
-        positive = all(0 < number < math.inf for number in numbers) and self.factor >= 1 and self.original_context >= 1
+        positive = all(0 < number < math.inf for number in numbers) and self.factor >= 1 and self.original_context >= 2
         if not in_order or not positive:
             raise ValueError(
-                f"rope scaling {dataclasses.asdict(self)} is impossible: it needs factor >= 1, original_context >= 1, "
+                f"rope scaling {dataclasses.asdict(self)} is impossible: it needs factor >= 1, original_context >= 2, "
                 "0 < low_freq_factor < high_freq_factor and 0 < beta_slow < beta_fast"
             )
+        if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
+            raise ValueError(f"attention_factor is {self.attention_factor}: it must be a positive number")
         for factors in (self.short_factors, self.long_factors):
             if (self.kind == "longrope") != bool(factors) or not all(0 < factor < math.inf for factor in factors):
                 raise ValueError(f"rope scaling of kind {self.kind} has the divisors {factors}: longrope needs them")
@@ -192,11 +195,19 @@ class ModelConfig:
             self._check_whole("sliding_window", 1, _LARGEST["context"])
         elif self.local_layers:
             raise ValueError(f"local_layers is {self.local_layers}, but there is no sliding_window")
+        if self.rope_scaling:
+            self._check_scaling(self.rope_scaling)
+
+    def _check_scaling(self, scaling: RopeScaling) -> None:
         pairs = self.rotated // 2
-        if self.rope_scaling and self.rope_scaling.kind == "longrope":
-            lengths = {len(self.rope_scaling.short_factors), len(self.rope_scaling.long_factors)}
+        if scaling.kind == "longrope":
+            lengths = {len(scaling.short_factors), len(scaling.long_factors)}
             if lengths != {pairs}:
                 raise ValueError(f"longrope's divisors are {sorted(lengths)} where {pairs} pairs are rotated")
+        if scaling.kind == "dynamic" and pairs < 2:
+            raise ValueError("dynamic rope scaling needs two rotated pairs or more")
+        if scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta is {self.rope_theta}: yarn needs more than 1")
 
     @property
     def rotated(self) -> int:

@@ -129,9 +129,10 @@ class Attention(nn.Module):
             scores = torch.cat((torch.bmm(q, k_cache.transpose(1, 2)), scores), dim=-1)
         scores = softcap(scores.view(B, K * G, L, T + L), self.softcap) + mask.view(B, -1, L, T + L)
         weights = F.softmax(scores, dim=-1).view(B * K, G * L, T + L)
-        out = torch.bmm(weights[..., T:], v)  # [B*K, G*L, Dh]
-        if v_cache is not None:
-            out = torch.bmm(weights[..., :T], v_cache) + out
+        if v_cache is None:
+            out = torch.bmm(weights, v)  # [B*K, G*L, Dh]
+        else:
+            out = torch.bmm(weights[..., :T], v_cache) + torch.bmm(weights[..., T:], v)
 
         out = out.view(B, K * G, L, Dh).transpose(1, 2).reshape(B, L, K * G * Dh)
         return self.wo(out), k, v
@@ -139,7 +140,7 @@ class Attention(nn.Module):
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU by tanh (https://arxiv.org/abs/1606.08415, section 2), written out: backends take the exact one for it."""
-    return 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))  # sqrt(2 / pi)
+    return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))  # sqrt(2 / pi)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -174,7 +175,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.chosen = config.n_chosen_experts
+        self.chosen = float(config.n_chosen_experts)
         self.router = nn.Linear(config.dim, config.n_experts, bias=False)
         self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_experts))
 
@@ -185,9 +186,9 @@ class Experts(nn.Module):
         logits = self.router(x)
         # Where an expert ranks is how many have larger logits; counting needs no sort, which backends leave outside.
         larger = logits.view(B * L, 1, E) - logits.view(B * L, E, 1)
-        rank = last_mean((larger * 1e30).clamp(0, 1)).view(B, L, E) * E
+        rank = last_mean((larger * 1e30).clamp(0, 1)).view(B, L, E) * float(E)
         weights = F.softmax(logits, dim=-1) * (self.chosen - rank).clamp(0, 1)
-        weights = weights / (last_mean(weights) * E)
+        weights = weights / (last_mean(weights) * float(E))
         out = self.experts[0](x) * weights[..., :1]
         for i, expert in enumerate(self.experts[1:], 1):
             out = out + expert(x) * weights[..., i : i + 1]

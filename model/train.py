@@ -27,7 +27,7 @@ from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.errors import InputError
 from model.layouts.common import renamed
-from model.layouts.hugging_face import HUGGING_FACE_NAMES
+from model.layouts.families import HUGGING_FACE_NAMES
 from model.model import Angles, Block, Llama, Norm
 from model.stories import BOS, EOS, encode, pack, read_corpus, train_tokenizer
 from preproc import mask, rope

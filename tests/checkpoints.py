@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -10,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.layouts.common import renamed
+from model.layouts.families import HUGGING_FACE_NAMES
 from model.layouts.gguf import GGUF_NAMES
-from model.layouts.hugging_face import HUGGING_FACE_NAMES
 from model.layouts.meta import META_NAMES
 from model.model import Llama
 from preproc import rope
@@ -108,7 +109,13 @@ def write_meta(model: Llama, folder: Path, ranks: int, vocabulary_parallel: bool
     return folder
 
 
-def write_gguf(model: Llama, path: Path, kind: str, rope_factors: Tensor | None = None) -> Path:
+def write_gguf(
+    model: Llama,
+    path: Path,
+    kind: str,
+    rope_factors: Tensor | None = None,
+    add_tokenizer: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> Path:
     """A GGUF file; `kind` is the storage of its matrices: F32, F16, BF16, Q8_0 or Q4_0."""
     config, storage = model.config, gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, "llama")
@@ -123,6 +130,7 @@ def write_gguf(model: Llama, path: Path, kind: str, rope_factors: Tensor | None 
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    add_tokenizer(writer)
     for name, tensor in model.state_dict().items():
         layer_kind = name.split(".")[-2]
         if layer_kind in ("wq", "wk"):

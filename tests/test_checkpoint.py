@@ -6,17 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
-from model.config import RopeScaling
 from model.errors import InputError
 from model.layouts.common import half_split, renamed
-from model.layouts.hugging_face import HUGGING_FACE_NAMES
-from preproc import rope
+from model.layouts.families import HUGGING_FACE_NAMES
 from tests.checkpoints import hugging_face_state, interleaved, save_safetensors, write_gguf, write_llama2c, write_meta
 from tests.conftest import TOY, random_model
 
@@ -72,7 +71,23 @@ def test_the_real_checkpoints_two_layouts_hold_the_same_weights(shared: Path) ->
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_half_split_undoes_interleaving(heads: int) -> None:
     weight = torch.randn(heads * 8, 5)
-    assert torch.equal(half_split(interleaved(weight, heads), heads), weight)
+    assert torch.equal(half_split(interleaved(weight, heads), heads, rotated=8), weight)
+
+
+def test_half_split_leaves_the_rows_that_are_not_rotated() -> None:
+    weight = torch.arange(16.0).view(16, 1)
+    assert half_split(weight, 2, rotated=4).flatten().tolist() == [
+        0,
+        2,
+        1,
+        3,
+        *range(4, 8),
+        8,
+        10,
+        9,
+        11,
+        *range(12, 16),
+    ]
 
 
 def test_names_translate_both_ways() -> None:
@@ -139,51 +154,6 @@ def test_the_digest_follows_content_not_place(folder: Path, tmp_path_factory: py
     assert open_checkpoint(copy).digest() != open_checkpoint(folder).digest()
 
 
-WIDE = replace(TOY, dim=64, head_dim=16, hidden_dim=96)
-"""Every width a multiple of 32, the block of GGUF's quantised formats."""
-
-
-@pytest.mark.parametrize(
-    ("kind", "worst"), [("F32", 0.0), ("F16", 1e-3), ("BF16", 4e-3), ("Q8_0", 0.01), ("Q4_0", 0.2)]
-)
-@pytest.mark.parametrize("tied", [True, False])
-def test_gguf_files_open_as_what_was_written_up_to_their_storage(
-    tmp_path: Path, kind: str, worst: float, tied: bool
-) -> None:
-    model = random_model(replace(WIDE, tied=tied))
-    checkpoint = open_checkpoint(write_gguf(model, tmp_path / "model.gguf", kind))
-    assert checkpoint.config == replace(model.config, norm_eps=checkpoint.config.norm_eps)
-    assert checkpoint.config.norm_eps == pytest.approx(model.config.norm_eps)
-    assert (checkpoint.bos_id, checkpoint.stop_ids) == (1, (2,))
-    built = checkpoint.build().state_dict()
-    for name, expected in model.state_dict().items():
-        assert (built[name] - expected).abs().max() <= worst * expected.abs().max(), name
-
-
-def test_a_gguf_files_rotary_divisors_are_read_as_llama_31s_scaling(tmp_path: Path) -> None:
-    scaling = RopeScaling("llama3", 32.0, 8192)
-    config = replace(WIDE, rope_theta=500000.0)
-    plain = rope.inverse_frequencies(config, config.context)
-    factors = plain / rope.inverse_frequencies(replace(config, rope_scaling=scaling), config.context)
-    path = write_gguf(random_model(config), tmp_path / "model.gguf", "F32", factors)
-    assert open_checkpoint(path).config.rope_scaling == scaling
-    path = write_gguf(random_model(config), tmp_path / "other.gguf", "F32", factors * torch.linspace(1, 2, 8))
-    with pytest.raises(InputError, match=r"in a way that is not Llama 3\.1's"):
-        open_checkpoint(path)
-
-
-def test_a_cut_gguf_file_and_another_architecture_are_refused(tmp_path: Path) -> None:
-    path = write_gguf(random_model(WIDE), tmp_path / "model.gguf", "F16")
-    whole = path.read_bytes()
-    for size in (4, 20, 300, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        with pytest.raises(InputError, match="is truncated or no GGUF file"):
-            open_checkpoint(path)
-    path.write_bytes(whole.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba"))
-    with pytest.raises(InputError, match="architecture 'mamba'"):
-        open_checkpoint(path)
-
-
 META = replace(TOY, tied=False, context=4096)
 
 
@@ -237,6 +207,38 @@ def test_damaged_meta_folders_are_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def stored(tensor: Tensor, kind: str) -> Tensor:
+    """What GGUF's storage makes of a weight: norms stay float32."""
+    values, storage = tensor.contiguous().numpy(), gguf.GGMLQuantizationType[kind]
+    if tensor.dim() == 1 or kind == "F32":
+        return tensor
+    return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(values, storage), storage))
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
+def test_one_checkpoint_is_the_same_to_the_bit_in_every_layout(folder: Path, tmp_path: Path, kind: str) -> None:
+    """Weights that a GGUF storage holds exactly, in 1 to 4 Meta ranks, 1 to 3 files of Hugging Face's, and GGUF."""
+    config = replace(META, dim=64, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=64)
+    model = random_model(config)
+    model.load_state_dict({name: stored(tensor, kind) for name, tensor in model.state_dict().items()})
+    expected = model.state_dict()
+    for ranks in (1, 2, 4):
+        same_weights(open_checkpoint(write_meta(model, tmp_path / f"meta{ranks}", ranks)), expected)
+    same_weights(open_checkpoint(write_gguf(model, tmp_path / "model.gguf", kind)), expected)
+    names = {"hidden_size": "dim", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads"}
+    names |= {"head_dim": "head_dim", "intermediate_size": "hidden_dim"}
+    settings = {theirs: getattr(config, ours) for theirs, ours in names.items()} | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(CONFIG | settings))
+    state = hugging_face_state(model)
+    save_safetensors(state, folder / "model.safetensors")
+    same_weights(open_checkpoint(folder), expected)
+    parts = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(state)}
+    for part in set(parts.values()):
+        save_safetensors({name: t for name, t in state.items() if parts[name] == part}, folder / part)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    same_weights(open_checkpoint(folder), expected)
+
+
 class Malicious:
     """Unpickled, it would run a command."""
 
@@ -285,7 +287,7 @@ def truncate(name: str, size: int) -> Callable[[Path], None]:
     ("damage", "message"),
     [
         (edit_weights(lambda s: s.pop("model.norm.weight")), "lacks the weights model.norm.weight"),
-        (edit_weights(lambda s: s.update(extra=torch.ones(1))), "no plain Llama has: extra"),
+        (edit_weights(lambda s: s.update(extra=torch.ones(1))), "its architecture does not have: extra"),
         (edit_weights(lambda s: s.update({"model.norm.weight": torch.ones(3)})), r"model.norm.weight .*\[3\].*\[32\]"),
         (truncate("model.safetensors", 5000), "truncated or no safetensors file"),
         (truncate("config.json", 20), "config.json is not JSON"),
@@ -295,9 +297,16 @@ def truncate(name: str, size: int) -> Callable[[Path], None]:
             "neither model.safetensors, pytorch_model.bin nor",
         ),
         (edit_config(architectures=["MambaForCausalLM"]), "names the architecture .*Mamba"),
-        (edit_config(hidden_act="gelu"), "sets hidden_act to 'gelu'"),
-        (edit_config(attention_bias=True), "sets attention_bias to True"),
-        (edit_config(rope_scaling={"rope_type": "yarn"}), "rope scaling 'yarn'"),
+        (edit_config(hidden_act="quick_gelu"), "sets hidden_act to 'quick_gelu'; only 'silu' or"),
+        (edit_config(architectures=["LlamaForCausalLM", "MptForCausalLM"]), "names the architecture"),
+        (edit_config(architectures=[[]]), "names the architecture"),
+        (edit_config(attention_bias=True), "lacks the weights model.layers.0.self_attn.k_proj.bias"),
+        (edit_config(attention_bias="some"), "qkv_bias is 'some'"),
+        (edit_config(rope_scaling={"rope_type": "fire"}), "rope scaling 'fire'; known are default, llama3"),
+        (edit_config(rope_scaling={"rope_type": "linear"}), "lacks the key 'factor'"),
+        (edit_config(rope_scaling={"rope_type": "linear", "factor": "much"}), "could not convert"),
+        (edit_config(rope_scaling={"full_attention": {}}), "no flat object"),
+        (edit_config(partial_rotary_factor=0.5), "sets partial_rotary_factor to 0.5; only 1"),
         (edit_config(num_attention_heads=0), "holds a dimension that is no number|n_heads is 0"),
         (edit_config(hidden_size="wide"), "dim is 'wide'|no number"),
         (edit_config(vocab_size=-5), "vocab_size is -5"),

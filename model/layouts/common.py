@@ -1,8 +1,9 @@
 """What every layout of checkpoint shares: the opened Checkpoint, lazy weights, and the matching of names."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Checkpoint:
         layout: the layout's name.
         bos_id: the id that starts a text, where the checkpoint says so.
         stop_ids: the ids that end a text, where the checkpoint says so.
-        tokenizer: the tokenizer file that belongs to the layout, where there is one.
+        tokenizer: the tokenizer that belongs to it, where there is one: its file, or what makes the bytes of one.
     """
 
     config: ModelConfig
@@ -51,7 +52,7 @@ class Checkpoint:
     layout: str
     bos_id: int | None = None
     stop_ids: tuple[int, ...] = ()
-    tokenizer: Path | None = None
+    tokenizer: Path | Callable[[], bytes] | None = None
 
     def digest(self) -> str:
         """XXH3-128 over the content of all files, in hex: equal checkpoints have equal digests wherever they lie."""
@@ -83,27 +84,57 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in state.items() if not (config.tied and name == "head.output.weight")}
 
 
-def half_split(weight: Tensor, n_heads: int) -> Tensor:
-    """Reorders the rows of wq or wk, [n*Dh, D], from interleaved rotary pairs (2i, 2i+1) to (i, i + Dh/2)."""
-    rows, dim = weight.shape
-    return weight.view(n_heads, rows // n_heads // 2, 2, dim).transpose(1, 2).reshape(rows, dim)
+def half_split(weight: Tensor, n_heads: int, rotated: int) -> Tensor:
+    """Reorders the first `rotated` rows of each head of wq or wk, [n*Dh, D], from interleaved rotary pairs (2i, 2i + 1)
+    to (i, i + P).
+    """
+    heads = weight.view(n_heads, weight.shape[0] // n_heads, -1)
+    pairs = heads[:, :rotated].reshape(n_heads, rotated // 2, 2, -1).transpose(1, 2).reshape(n_heads, rotated, -1)
+    return torch.cat((pairs, heads[:, rotated:]), dim=1).view(weight.shape)
+
+
+Index = tuple[slice, ...]
+"""Names a part of a tensor; () is all of it."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor on storage: its shape, whether it holds floats of a plain format, and how to read it."""
+    """A tensor on storage: its shape, how to read a part of it, and whether it holds floats of a plain format."""
 
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    read: Callable[[Index], Tensor]
     plain: bool = True
 
 
+@dataclass(frozen=True)
+class Storage:
+    """How a layout stores weights: under which names, and in what they differ from the model's.
+
+    Attributes:
+        names: our name -> the layout's, stars standing for numbers. Weights of ours that share one of its names are
+            rows of one tensor, in the order of this table.
+        turns: how often they take turns in it: 2 has half the rows of each, then the other halves.
+        transposed: whether the blocks' matrices are stored [in, out].
+        interleaved: whether rotary pairs are rows (2i, 2i + 1), see `half_split`.
+        norm_offset: what the norms' weights lack.
+    """
+
+    names: Mapping[str, str]
+    turns: int = 1
+    transposed: bool = False
+    interleaved: bool = False
+    norm_offset: float = 0.0
+
+
+def starred(name: str) -> str:
+    """The name with a star for each number."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 def renamed(name: str, table: Mapping[str, str]) -> str:
-    """Translates a weight's name by a table in which a star stands for the layer's number, either way round."""
-    parts = name.split(".")
-    layer = next((part for part in parts if part.isdigit()), "")
-    pattern = ".".join("*" if part.isdigit() else part for part in parts)
-    return table[pattern].replace("*", layer)
+    """Translates a weight's name by a table in which stars stand for numbers, either way round."""
+    numbers = (part for part in name.split(".") if part.isdigit())
+    return ".".join(next(numbers) if part == "*" else part for part in table[starred(name)].split("."))
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -111,47 +142,103 @@ def is_plain(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor of a layout, and the weights of ours that are its rows.
+
+    Attributes:
+        parts: our names and shapes, in order.
+        transposed: whether it is stored [in, out].
+    """
+
+    name: str
+    parts: dict[str, tuple[int, ...]]
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shapes = list(self.parts.values())
+        joined = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
+        return joined[::-1] if self.transposed else joined
+
+    def indices(self, turns: int) -> dict[str, list[Index]]:
+        """Our name -> the parts of the tensor that make it up."""
+        if len(self.parts) == 1:
+            return {name: [()] for name in self.parts}
+        found: dict[str, list[Index]] = {name: [] for name in self.parts}
+        start = 0
+        for _ in range(turns):
+            for name, (rows, *_) in self.parts.items():
+                if rows % turns:
+                    raise InputError(f"{self.name} cannot be {turns} turns of {rows} rows; give another checkpoint")
+                piece = slice(start, start := start + rows // turns)
+                found[name].append((slice(None), piece) if self.transposed else (piece,))
+        return found
+
+
 def match(
-    path: Path, config: ModelConfig, sources: Mapping[str, Source], table: Mapping[str, str], spare: set[str]
-) -> dict[str, Source]:
-    """Finds every weight of the model among the sources: our name -> source.
+    path: Path, config: ModelConfig, sources: Mapping[str, Source], storage: Storage, spare: Collection[str] = ()
+) -> LazyWeights:
+    """Finds every weight of the model among the sources.
 
     Args:
         path: the checkpoint, for messages.
-        table: our names -> the layout's, starred.
         spare: names that may be there and are not weights of the model.
 
     Raises:
         InputError: a weight is missing, unknown or misshapen; lists the names.
     """
-    shapes = expected_shapes(config)
-    wanted = {renamed(name, table): name for name in shapes}
+    wanted = _wanted(config, storage)
     if missing := wanted.keys() - sources.keys():
         raise InputError(f"{path} lacks the weights {listed(missing)}; download the checkpoint again")
-    if unknown := sources.keys() - wanted.keys() - spare:
-        raise InputError(f"{path} holds weights that no plain Llama has: {listed(unknown)}; give another model")
-    if coded := [theirs for theirs in wanted if not sources[theirs].plain]:
+    if unknown := sources.keys() - wanted.keys() - set(spare):
+        raise InputError(f"{path} holds weights that its architecture does not have: {listed(unknown)}; give another")
+    if coded := [name for name in wanted if not sources[name].plain]:
         raise InputError(f"{path} holds {listed(coded)} quantised or as integers; give the unquantised checkpoint")
-    for theirs, ours in wanted.items():
-        if sources[theirs].shape != shapes[ours]:
+    for name, stored in wanted.items():
+        if sources[name].shape != stored.shape:
             raise InputError(
-                f"{theirs} in {path} is {list(sources[theirs].shape)} where its configuration asks for "
-                f"{list(shapes[ours])}; the two are not of one checkpoint"
+                f"{name} in {path} is {list(sources[name].shape)} where its configuration asks for "
+                f"{list(stored.shape)}; the two are not of one checkpoint"
             )
-    return {ours: sources[theirs] for theirs, ours in wanted.items()}
+    return LazyWeights(
+        {
+            name: partial(_read, name, sources[stored.name], indices, stored.transposed, (config, storage))
+            for stored in wanted.values()
+            for name, indices in stored.indices(storage.turns).items()
+        }
+    )
 
 
-def half_split_readers(weights: Mapping[str, Source], config: ModelConfig) -> dict[str, Callable[[], Tensor]]:
-    """Readers of weights whose rotary pairs are stored interleaved: wq and wk are reordered as they are read."""
-    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}
+def _wanted(config: ModelConfig, storage: Storage) -> dict[str, _Stored]:
+    """The layout's name -> what is to be found under it."""
+    order = {pattern: place for place, pattern in enumerate(storage.names)}
+    wanted: dict[str, _Stored] = {}
+    for name, shape in sorted(expected_shapes(config).items(), key=lambda item: order[starred(item[0])]):
+        theirs = renamed(name, storage.names)
+        transposed = storage.transposed and len(shape) == 2 and name.startswith("layers.")
+        wanted.setdefault(theirs, _Stored(theirs, {}, transposed)).parts[name] = shape
+    return wanted
 
-    def reader(source: Source, n_heads: int) -> Callable[[], Tensor]:
-        return lambda: half_split(source.read(), n_heads)
 
-    return {
-        name: reader(source, heads[kind]) if (kind := name.split(".")[-2]) in heads else source.read
-        for name, source in weights.items()
-    }
+def _read(
+    name: str, source: Source, indices: list[Index], transposed: bool, layout: tuple[ModelConfig, Storage]
+) -> Tensor:
+    """One weight of ours, as the model has it."""
+    config, storage = layout
+    pieces = [source.read(index) for index in indices]
+    tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=int(transposed))
+    if transposed:
+        tensor = tensor.T.contiguous()
+    if storage.norm_offset and name.endswith("norm.weight"):
+        tensor = tensor.float() + storage.norm_offset
+    return rotary_order(name, tensor, config) if storage.interleaved else tensor
+
+
+def rotary_order(name: str, weight: Tensor, config: ModelConfig) -> Tensor:
+    """The weight with its rotary pairs half-split, where it is a wq or wk that has them interleaved."""
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2])
+    return half_split(weight, heads, config.rotated) if heads else weight
 
 
 def token_ids(value: Any, name: str, path: Path, vocab_size: int) -> tuple[int, ...]:

@@ -1,19 +1,20 @@
-"""GGUF files of the `llama` architecture, by the gguf package; quantised tensors are dequantised as they are read."""
+"""GGUF files of the `llama` architecture; quantised tensors are dequantised as they are read."""
 
+import struct
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from gguf import GGUFReader, ReaderTensor
-from gguf.quants import dequantize
+from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from model.config import ModelConfig, RopeScaling
 from model.errors import InputError
-from model.layouts.common import Checkpoint, LazyWeights, Source, half_split_readers, match, token_ids
-from preproc.rope import scaled
+from model.layouts.common import Checkpoint, Index, Source, Storage, match, token_ids
+from model.layouts.gguf_file import MAGIC, GGUFTensor, read_gguf
+from model.layouts.gguf_tokenizer import STARTS_TEXTS, TOKENIZER, tokenizer_bytes
+from preproc.rope import llama3_scaled
 
 GGUF_NAMES = {
     "tok_embeddings.weight": "token_embd.weight",
@@ -32,7 +33,7 @@ GGUF_NAMES = {
 """Our name -> GGUF's, a star standing for the layer's number."""
 
 _ROPE_FACTORS = "rope_freqs.weight"
-_VOCABULARY = (".tokens", ".scores", ".token_type", ".merges")  # long lists that nothing here needs
+_NO_WEIGHTS = {GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")}
 
 
 def is_gguf(path: Path) -> bool:
@@ -40,35 +41,46 @@ def is_gguf(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as stream:
-        return stream.read(4) == b"GGUF"
+        return stream.read(4) == MAGIC
 
 
 def open_gguf(path: Path) -> Checkpoint:
     """Opens the file. Its rotary pairs are interleaved; wq and wk are reordered as they are read."""
     try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        file = read_gguf(path)
+    except (ValueError, struct.error, MemoryError, OverflowError) as error:
         raise InputError(f"{path} is truncated or no GGUF file ({error}); download it again") from error
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    fields = {name: field.contents() for name, field in reader.fields.items() if not name.endswith(_VOCABULARY)}
-    config = _config(path, fields, tensors)
-    sources = {name: Source(_shape(tensor), partial(_read, tensor)) for name, tensor in tensors.items()}
-    weights = match(path, config, sources, GGUF_NAMES, {_ROPE_FACTORS})
+    fields = file.fields
+    config = _config(path, fields, file.tensors)
+    sources = {
+        name: Source(tensor.shape, partial(_read, tensor), tensor.kind not in _NO_WEIGHTS)
+        for name, tensor in file.tensors.items()
+    }
+    weights = match(path, config, sources, Storage(GGUF_NAMES, interleaved=True), {_ROPE_FACTORS})
     bos, eos, eot = (
         token_ids(fields.get(key), key, path, config.vocab_size)
-        for key in (f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot"))
+        for key in (f"{TOKENIZER}{name}_token_id" for name in ("bos", "eos", "eot"))
     )
+    starts = fields.get(f"{TOKENIZER}model") != "gpt2" or fields.get(f"{TOKENIZER}pre") in STARTS_TEXTS
     return Checkpoint(
         config,
-        LazyWeights(half_split_readers(weights, config)),
+        weights,
         (path,),
         "GGUF",
-        bos_id=bos[0] if bos else None,
+        bos_id=bos[0] if bos and fields.get(f"{TOKENIZER}add_bos_token", starts) else None,
         stop_ids=eos + eot,
+        tokenizer=partial(_tokenizer, path, fields) if f"{TOKENIZER}model" in fields else None,
     )
 
 
-def _config(path: Path, fields: dict[str, Any], tensors: dict[str, ReaderTensor]) -> ModelConfig:
+def _tokenizer(path: Path, fields: dict[str, Any]) -> bytes:
+    try:
+        return tokenizer_bytes(fields)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _config(path: Path, fields: dict[str, Any], tensors: dict[str, GGUFTensor]) -> ModelConfig:
     if (architecture := fields.get("general.architecture")) != "llama":
         raise InputError(f"{path} is of the architecture {architecture!r}; only 'llama' can be exported so far")
     if (scaling := fields.get("llama.rope.scaling.type", "none")) != "none":
@@ -83,7 +95,7 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, ReaderTensor]
             n_kv_heads=fields.get("llama.attention.head_count_kv", heads),
             head_dim=fields.get("llama.attention.key_length", dim // heads),
             hidden_dim=fields["llama.feed_forward_length"],
-            vocab_size=_shape(tensors["token_embd.weight"])[0],
+            vocab_size=tensors["token_embd.weight"].shape[0],
             context=fields["llama.context_length"],
             norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
             rope_theta=theta,
@@ -96,26 +108,20 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, ReaderTensor]
         raise InputError(f"{path} holds a dimension that is none ({error}); convert the checkpoint again") from error
 
 
-def _scaling(path: Path, tensor: ReaderTensor, theta: float) -> RopeScaling:
+def _scaling(path: Path, tensor: GGUFTensor, theta: float) -> RopeScaling:
     """Llama 3.1's scaling, which GGUF stores as the divisor of each frequency: [Dh/2], 1 up to the factor.
 
     Raises:
         InputError: the divisors are not those of Llama 3.1's formula.
     """
-    divisors = _read(tensor)
+    divisors = _read(tensor, ())
     scaling = RopeScaling("llama3", float(divisors.max()), original_context=8192)
     pairs = len(divisors)
     frequencies = theta ** -(torch.arange(pairs, dtype=torch.float32) / pairs)
-    if not torch.allclose(frequencies / scaled(frequencies, scaling), divisors, rtol=1e-3):
+    if not torch.allclose(frequencies / llama3_scaled(frequencies, scaling), divisors, rtol=1e-3):
         raise InputError(f"{path} scales its rotary frequencies in a way that is not Llama 3.1's; give another file")
     return scaling
 
 
-def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
-    """GGUF counts dimensions from the innermost."""
-    return tuple(int(size) for size in reversed(tensor.shape))
-
-
-def _read(tensor: ReaderTensor) -> Tensor:
-    values = dequantize(tensor.data, tensor.tensor_type)
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(_shape(tensor))
+def _read(tensor: GGUFTensor, index: Index) -> Tensor:
+    return torch.from_numpy(tensor.read())[index]

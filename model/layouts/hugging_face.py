@@ -1,35 +1,20 @@
 """A Hugging Face folder: config.json, and weights in one or more .safetensors or pytorch_model.bin files."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.config import ModelConfig, RopeScaling
 from model.errors import InputError, listed
-from model.layouts.common import Checkpoint, LazyWeights, Source, is_plain, match, read_json, token_ids
+from model.layouts.common import Checkpoint, Index, Source, is_plain, match, read_json, token_ids
 from model.layouts.pickled import load_tensors
+from model.layouts.settings import config_of, family_of
 
-HUGGING_FACE_NAMES = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "layers.*.attention_norm.weight": "model.layers.*.input_layernorm.weight",
-    "layers.*.attention.wq.weight": "model.layers.*.self_attn.q_proj.weight",
-    "layers.*.attention.wk.weight": "model.layers.*.self_attn.k_proj.weight",
-    "layers.*.attention.wv.weight": "model.layers.*.self_attn.v_proj.weight",
-    "layers.*.attention.wo.weight": "model.layers.*.self_attn.o_proj.weight",
-    "layers.*.ffn_norm.weight": "model.layers.*.post_attention_layernorm.weight",
-    "layers.*.feed_forward.w1.weight": "model.layers.*.mlp.gate_proj.weight",
-    "layers.*.feed_forward.w2.weight": "model.layers.*.mlp.down_proj.weight",
-    "layers.*.feed_forward.w3.weight": "model.layers.*.mlp.up_proj.weight",
-    "head.norm.weight": "model.norm.weight",
-    "head.output.weight": "lm_head.weight",
-}
-"""Our name -> Hugging Face's, a star standing for the layer's number."""
-
-_ROTARY_BUFFER = "rotary_emb.inv_freq"  # old checkpoints carry it; it follows from the config
+_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attn.causal_mask")
+"""How the names of tensors end that old checkpoints carry, and that follow from the configuration."""
 
 
 def is_folder(path: Path) -> bool:
@@ -40,73 +25,28 @@ def is_folder(path: Path) -> bool:
 def open_folder(path: Path) -> Checkpoint:
     """Opens the folder; generation_config.json's ids win over config.json's, as in transformers."""
     settings = read_json(path / "config.json")
-    config = _config(settings, path / "config.json")
+    family, config = family_of(settings, path / "config.json"), config_of(settings, path / "config.json")
     files = _weight_files(path)
     sources = _sources(files)
-    spare = {name for name in sources if name.endswith(_ROTARY_BUFFER)}
+    storage = family.storage
+    if not any(name.startswith(family.prefix) for name in sources):
+        bare = {ours: theirs.removeprefix(family.prefix) for ours, theirs in storage.names.items()}
+        storage = replace(storage, names=bare)
+    spare = {name for name in sources if name.endswith(_BUFFERS)}
     if config.tied:
-        spare.add(HUGGING_FACE_NAMES["head.output.weight"])  # Hugging Face ties over it, whatever it holds
-    weights = match(path, config, sources, HUGGING_FACE_NAMES, spare)
+        spare.add(storage.names["head.output.weight"])  # Hugging Face ties over it, whatever it holds
+    weights = match(path, config, sources, storage, spare)
     generation = path / "generation_config.json"
     ids = settings | (read_json(generation) if generation.is_file() else {})
     bos, stop = (token_ids(ids.get(key), key, path, config.vocab_size) for key in ("bos_token_id", "eos_token_id"))
     return Checkpoint(
         config,
-        LazyWeights({name: source.read for name, source in weights.items()}),
+        weights,
         (path / "config.json", *files),
         "Hugging Face folder",
         bos_id=bos[0] if bos else None,
         stop_ids=stop,
         tokenizer=next((p for p in (path / "tokenizer.json", path / "tokenizer.model") if p.is_file()), None),
-    )
-
-
-def _config(settings: dict[str, Any], path: Path) -> ModelConfig:
-    architectures = settings.get("architectures") or []
-    if architectures != ["LlamaForCausalLM"]:
-        raise InputError(f"{path} names the architecture {architectures}; only LlamaForCausalLM can be exported so far")
-    for key, plain in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
-        if settings.get(key, plain) != plain:
-            raise InputError(f"{path} sets {key} to {settings[key]!r}; only {plain!r} can be exported so far")
-    try:
-        heads, dim = settings["num_attention_heads"], settings["hidden_size"]
-        theta, scaling = _rope(settings, path)
-        return ModelConfig(
-            dim=dim,
-            n_layers=settings["num_hidden_layers"],
-            n_heads=heads,
-            n_kv_heads=settings.get("num_key_value_heads") or heads,
-            head_dim=settings.get("head_dim") or dim // heads,
-            hidden_dim=settings["intermediate_size"],
-            vocab_size=settings["vocab_size"],
-            context=settings["max_position_embeddings"],
-            norm_eps=settings.get("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tied=settings.get("tie_word_embeddings", False),
-        )
-    except KeyError as error:
-        raise InputError(f"{path} lacks the key {error}; download the checkpoint again") from error
-    except (TypeError, ZeroDivisionError) as error:
-        raise InputError(f"{path} holds a dimension that is no number ({error}); download it again") from error
-
-
-def _rope(settings: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
-    """Reads both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling`."""
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{path} describes its rotary scaling as {rope!r}, which is no object; download it again")
-    theta = float(rope.get("rope_theta", settings.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise InputError(f"{path} asks for rope scaling {kind!r}; only 'default' and 'llama3' can be exported so far")
-    return theta, RopeScaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_context=rope["original_max_position_embeddings"],
     )
 
 
@@ -143,7 +83,11 @@ def _sources(files: Iterable[Path]) -> dict[str, Source]:
 
 
 def _index_pickled(file: Path) -> dict[str, Source]:
-    return {name: Source(tuple(t.shape), partial(_same, t), is_plain(t)) for name, t in load_tensors(file).items()}
+    return {name: Source(tuple(t.shape), partial(_part, t), is_plain(t)) for name, t in load_tensors(file).items()}
+
+
+def _part(tensor: Tensor, index: Index) -> Tensor:
+    return tensor[index]
 
 
 def _index_safetensors(file: Path) -> dict[str, Source]:
@@ -159,10 +103,6 @@ def _index_safetensors(file: Path) -> dict[str, Source]:
     return sources
 
 
-def _read_safetensors(file: Path, name: str) -> Tensor:
+def _read_safetensors(file: Path, name: str, index: Index) -> Tensor:
     with safe_open(file, "pt") as tensors:
-        return tensors.get_tensor(name)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+        return tensors.get_slice(name)[index] if index else tensors.get_tensor(name)

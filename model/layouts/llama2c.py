@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import InputError
-from model.layouts.common import Checkpoint, LazyWeights, Source, expected_shapes, half_split_readers
+from model.layouts.common import Checkpoint, LazyWeights, expected_shapes, rotary_order
 
 _VERSION_1_MAGIC = 0x616B3432  # "ak42"
 _VERSION_1_HEADER = 256
@@ -116,9 +116,8 @@ def _open(path: Path, config: ModelConfig, order: Iterable[str], header: int) ->
 
     def read(name: str) -> Tensor:
         mapped = np.memmap(path, np.float32, mode="c", offset=offsets[name], shape=shapes[name])
-        return torch.from_numpy(mapped)
+        return rotary_order(name, torch.from_numpy(mapped), config)
 
     # llama2.c was trained with BOS between stories and stops there; its tokenizers have BOS 1 and EOS 2.
-    sources = {name: Source(shape, partial(read, name)) for name, shape in shapes.items()}
-    weights = LazyWeights(half_split_readers(sources, config))
+    weights = LazyWeights({name: partial(read, name) for name in shapes})
     return Checkpoint(config, weights, (path,), "llama2.c", bos_id=1, stop_ids=(1, 2))

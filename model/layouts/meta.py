@@ -8,17 +8,7 @@ from torch import Tensor
 
 from model.config import ModelConfig, RopeScaling
 from model.errors import InputError, listed
-from model.layouts.common import (
-    Checkpoint,
-    LazyWeights,
-    Source,
-    expected_shapes,
-    half_split_readers,
-    is_plain,
-    match,
-    read_json,
-    renamed,
-)
+from model.layouts.common import Checkpoint, Source, Storage, expected_shapes, is_plain, match, read_json, renamed
 from model.layouts.pickled import load_tensors
 
 META_NAMES = {
@@ -57,11 +47,10 @@ def open_folder(path: Path) -> Checkpoint:
     sources = {
         name: _joined(name, [shard[name] for shard in shards], shapes.get(name)) for name in shards[0].keys() - _SPARE
     }
-    weights = match(path, config, sources, META_NAMES, set())
     tokenizer = path / "tokenizer.model"
     return Checkpoint(
         config,
-        LazyWeights(half_split_readers(weights, config)),
+        match(path, config, sources, Storage(META_NAMES, interleaved=True)),
         (path / "params.json", *files),
         "Meta folder",
         tokenizer=tokenizer if tokenizer.is_file() else None,
@@ -124,7 +113,7 @@ def _joined(name: str, parts: list[Tensor], shape: tuple[int, ...] | None) -> So
     first, plain = tuple(parts[0].shape), all(map(is_plain, parts))
     same_shape = all(part.shape == parts[0].shape for part in parts)
     if len(parts) == 1 or shape is None or not same_shape or len(first) != len(shape) or first == shape:
-        return Source(first, lambda: parts[0], plain)
+        return Source(first, lambda index: parts[0][index], plain)
     split = next(dim for dim, (have, want) in enumerate(zip(first, shape, strict=True)) if have != want)
     joined = (*first[:split], first[split] * len(parts), *first[split + 1 :])
-    return Source(joined, lambda: torch.cat(parts, dim=split), plain)
+    return Source(joined, lambda index: torch.cat(parts, dim=split)[index], plain)
