@@ -12,17 +12,17 @@ from typing import IO, BinaryIO
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
 from executorch.exir.passes import MemoryPlanningPass
 
-from export.lower import Lowered
+from export.link import Linked
 from export.metadata import Metadata, Trailer, to_constants
 from model.errors import InputError
 
 
-def emit(lowered: Lowered, metadata: Metadata, path: Path) -> None:
+def emit(linked: Linked, metadata: Metadata, path: Path) -> None:
     """Writes program, metadata and trailer to `path`.
 
     Inputs and outputs of the methods are not memory-planned: the runtime points them at buffers of its own.
     """
-    edge = lowered.edge
+    edge = linked.edge
     programs = {name: edge.exported_program(name) for name in edge.methods}
     planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
     program = EdgeProgramManager(programs, to_constants(metadata), edge.compile_config).to_executorch(

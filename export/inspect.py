@@ -4,16 +4,20 @@ python -m export.inspect tiny.pte
 python -m export.inspect tiny.pte --format json
 """
 
-import argparse
+from model import command
+
+if __name__ == "__main__":
+    command.start("export.inspect")
+
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from export.metadata import Metadata
 from model.config import ModelConfig
-from model.errors import run_command
 from runtime.program import read_metadata
 
 FLOAT = 4
@@ -48,22 +52,29 @@ def plan(metadata: Metadata) -> MemoryPlan:
     packed = len(metadata.methods) if "XnnpackBackend" in metadata.requirements.backends else 0
     length = max(method.max_length for method in metadata.methods)
     return MemoryPlan(
-        weights=packed * matrix_bytes(config),
-        caches=metadata.batch_size * cache_bytes(config, metadata.max_seq_len),
+        weights=packed * matrix_bytes(config, metadata.provenance["options"]["scheme"]),
+        caches=metadata.batch_size * cache_bytes(config, metadata.max_seq_len) if metadata.use_kv_cache else 0,
         activations=metadata.batch_size * activation_bytes(config, length, metadata.max_seq_len),
     )
 
 
 def cache_bytes(config: ModelConfig, positions: int) -> int:
-    """KV caches of one sequence: keys and values of every layer, float32."""
-    return 2 * config.n_layers * config.n_kv_heads * positions * config.head_dim * FLOAT
+    """KV caches of one sequence: keys and values of every layer, float32; a local block's hold only the window."""
+    local = min(positions, config.sliding_window or positions)
+    slots = sum(local if config.is_local(layer) else positions for layer in range(config.n_layers))
+    return 2 * config.n_kv_heads * slots * config.head_dim * FLOAT
 
 
-def matrix_bytes(config: ModelConfig) -> int:
-    """The matrices that a step multiplies by: all of the layers', and the head."""
+def matrix_bytes(config: ModelConfig, scheme: Mapping[str, Any]) -> int:
+    """The matrices that a step multiplies by, as `export.quantize.Scheme` has them: all of the layers', and the head.
+
+    A group of low-bit weights has a scale in bfloat16.
+    """
     heads = 2 * config.n_heads + 2 * config.n_kv_heads
-    layer = config.dim * (heads * config.head_dim + 3 * config.hidden_dim)
-    return (config.n_layers * layer + config.vocab_size * config.dim) * FLOAT
+    feed_forwards = max(config.n_experts, 1) * (3 if config.gated else 2) * config.hidden_dim + config.n_experts
+    layer = config.dim * (heads * config.head_dim + feed_forwards)
+    weights, bits = config.n_layers * layer + config.vocab_size * config.dim, scheme["linear_bits"]
+    return weights * FLOAT if bits is None else weights * bits // 8 + weights // scheme["group_size"] * 2
 
 
 def activation_bytes(config: ModelConfig, length: int, positions: int) -> int:
@@ -94,18 +105,14 @@ def describe(metadata: Metadata, size: int) -> dict[str, Any]:
         "requirements": dataclasses.asdict(metadata.requirements),
         "provenance": metadata.provenance,
         "memory": dataclasses.asdict(memory) | {"total": memory.total, "mapped": size},
-        "cache_bytes_by_context": {length: cache_bytes(config, length) for length in lengths},
+        "cache_bytes_by_context": {length: cache_bytes(config, length) for length in lengths if memory.caches},
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: exit code 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        "python -m export.inspect",
-        description="Prints what a .pte carries and the memory that running it takes.",
-        epilog="\n".join(line for line in (__doc__ or "").splitlines() if line.startswith("    python")),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Prints what a .pte carries and the memory that running it takes."
+    parser = command.parser("export.inspect", description, __doc__)
     parser.add_argument("file", type=Path, help="the .pte")
     parser.add_argument("--format", choices=("text", "json"), default="text")
     options = parser.parse_args(arguments)
@@ -132,12 +139,7 @@ def _text(file: Path, found: dict[str, Any]) -> str:
         "memory of the process's own, beside the runtime:",
         *(f"  {name:12}{memory[name] / 1e6:10.1f} MB" for name in ("weights", "caches", "activations", "total")),
         f"  {'mapped':12}{memory['mapped'] / 1e6:10.1f} MB  the file, which the system may drop and read again",
-        "",
-        "KV caches by context:",
+        *(["", "KV caches by context:"] if memory["caches"] else []),
         *(f"  {length:>12}{size / 1e6:10.1f} MB" for length, size in found["cache_bytes_by_context"].items()),
     ]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,50 +1,125 @@
-"""lower: graphs become programs for a backend, and what a runtime needs for them is read off."""
+"""lower: each kind of block becomes a backend's code, once; the weights are named, so that others can be put in."""
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from typing import Any
 
+import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
+from executorch.exir import to_edge_transform_and_lower
+from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import Partitioner
+from executorch.exir.backend.utils import is_same_node
+from executorch.exir.delegate import executorch_call_delegate
 from executorch.exir.lowered_backend_module import LoweredBackendModule, get_lowered_submodules
-from executorch.exir.operator.convert import to_out_variant
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import Node
+from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from export.metadata import Requirements
-from export.trace import Traced
-
-BACKENDS: dict[str, Callable[[], list[Partitioner]]] = {
-    "xnnpack": lambda: [XnnpackPartitioner()],
-    "portable": list,
-}
-"""What `--backend` takes -> a function that makes its partitioners, in the order they are to be tried. Portable runs
-every operator by ExecuTorch's own kernels: slow, and everywhere."""
+from export.metadata import MethodSpec
+from export.quantize import Scheme, by_rows
+from export.trace import pieces, trace_piece
+from model.config import ModelConfig
+from model.model import Block, Head
 
 
 @dataclass(frozen=True)
-class Lowered:
-    """Programs ready to be emitted, what a runtime needs to run them, and how many parts of them a backend runs."""
+class Backend:
+    """One way to run a graph.
 
-    edge: EdgeProgramManager
-    requirements: Requirements
-    delegates: int
+    Attributes:
+        partitioners: makes those that choose what the backend takes, in the order they are to be tried.
+        by_block: whether it takes a block whole and names the weights in its code, so that a block is lowered once.
+    """
+
+    partitioners: Callable[[], list[Partitioner]]
+    by_block: bool
 
 
-def lower(traced: Traced, backend: str) -> Lowered:
-    """Hands the graphs to the backend's partitioners; what none of them takes stays with ExecuTorch's kernels."""
-    partitioners = BACKENDS[backend]
-    edge = to_edge_transform_and_lower(traced.programs, partitioner={name: partitioners() for name in traced.programs})
-    programs = [edge.exported_program(name) for name in traced.programs]
-    return Lowered(
-        edge,
-        Requirements(
-            executorch=version("executorch"),
-            backends=tuple(sorted({module.backend_id for program in programs for module in delegates(program)})),
-            operators=tuple(sorted({name for program in programs for name in operators(program)})),
-        ),
-        delegates=sum(len(delegates(program)) for program in programs),
-    )
+BACKENDS = {
+    "xnnpack": Backend(lambda: [XnnpackPartitioner()], by_block=True),
+    "portable": Backend(list, by_block=False),
+}
+"""What `--backend` takes. Portable runs every operator by ExecuTorch's own kernels: slow, and everywhere."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a parameter in a backend's code.
+
+    Attributes:
+        key: the name in the code: a prefix, and 64 hexadecimal digits.
+        parameter: the piece's parameter.
+        number: which of its `parts`.
+        nbytes: of the data.
+    """
+
+    key: str
+    parameter: str
+    number: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Code:
+    """A block or head as a backend runs it, with random weights, for one method.
+
+    Attributes:
+        backend_id, payload, compile_specs: the backend's code, in which data is named by its SHA-256.
+        arguments: what the code takes: a number for an argument of the piece, a name for one of its parameters, or a
+            constant.
+        results: which of the code's results the piece returns, in order.
+        data: what the code holds by name.
+        stand_in: a graph with the code's arguments and results, for when only their shapes matter.
+    """
+
+    backend_id: str
+    payload: bytes
+    compile_specs: list[CompileSpec]
+    arguments: tuple[int | str | Tensor, ...]
+    results: tuple[int, ...]
+    data: tuple["Part", ...]
+    stand_in: ExportedProgram
+
+
+def lower(
+    config: ModelConfig, methods: tuple[MethodSpec, ...], backend: str, scheme: Scheme
+) -> dict[tuple[str, str], Code]:
+    """(method, piece) -> its code, for the first of each kind of `export.trace.pieces`; none if the backend does not
+    work by block.
+    """
+    codes = {}
+    if BACKENDS[backend].by_block:
+        for name in sorted(set(pieces(config).values())):
+            module = _random_piece(config, name, scheme)
+            for spec in methods:
+                graph = trace_piece(config, name, module, spec)
+                codes[spec.name, name] = _code(graph, BACKENDS[backend], module)
+    is_same_node.cache_clear()  # it would hold every graph compared, with its weights, for good
+    return codes
+
+
+def parts(weight: Tensor) -> list[tuple[str, Tensor]]:
+    """What XNNPACK stores of a parameter, in its own form: (prefix of the key that names it, data)."""
+    if not isinstance(weight, IntxUnpackedToInt8Tensor):
+        return [("", weight.detach().contiguous())]
+    codes, scale = weight.qdata, weight.scale
+    if str(weight.target_dtype) == "torch.int4":
+        (codes,) = by_rows(codes, lambda rows: [_packed(rows)])
+    return [("", codes.contiguous()), ("scale_", scale.contiguous())]
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """4-bit integers, two to a byte: the first in the lower half, offset by 8."""
+    flat = codes.to(torch.uint8).add_(8).view(-1)
+    return (flat[1::2] << 4).bitwise_or_(flat[::2]).view(codes.shape[0], -1)
+
+
+def to_bytes(tensor: Tensor) -> bytes:
+    """A contiguous tensor's memory."""
+    return tensor.view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def delegates(program: ExportedProgram) -> list[LoweredBackendModule]:
@@ -52,10 +127,68 @@ def delegates(program: ExportedProgram) -> list[LoweredBackendModule]:
     return [module for _, module, _ in get_lowered_submodules(program.graph_module)]
 
 
-def operators(program: ExportedProgram) -> Iterator[str]:
-    """Names of the kernels that a lowered graph calls outside its delegates, such as `aten::embedding.out`."""
-    for node in program.graph.nodes:
-        operator = getattr(node.target, "_op", None)
-        if node.op == "call_function" and operator is not None:
-            out, _ = to_out_variant(operator)
-            yield f"{out._schema.name}.{out._schema.overload_name}"
+def _random_piece(config: ModelConfig, name: str, scheme: Scheme) -> nn.Module:
+    with torch.device("meta"):
+        module = Head(config) if name == "head" else Block(config, int(name.removeprefix("layers.")))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for layer in module.modules():
+            for role, parameter in layer.named_parameters(recurse=False):
+                is_matrix = isinstance(layer, nn.Linear) and role == "weight"
+                value = scheme.random_linear(parameter) if is_matrix else torch.randn(parameter.shape)
+                setattr(layer, role, nn.Parameter(value, requires_grad=False))
+    return module.eval()
+
+
+def _code(graph: ExportedProgram, backend: Backend, module: nn.Module) -> Code:
+    lowered = to_edge_transform_and_lower(graph, partitioner=backend.partitioners()).exported_program()
+    (delegate,) = delegates(lowered)
+    call: Any = next(node for node in lowered.graph.nodes if node.target is executorch_call_delegate)
+    results: Any = lowered.graph.output_node().args[0]
+    inputs = list(lowered.graph_signature.user_inputs)
+    return Code(
+        backend_id=delegate.backend_id,
+        payload=delegate.processed_bytes,
+        compile_specs=delegate.compile_specs,
+        arguments=tuple(_argument(lowered, node, inputs) for node in call.args[1:]),
+        results=tuple(result.args[1] for result in results),
+        data=_data(delegate, module),
+        stand_in=_stand_in(call),
+    )
+
+
+def _argument(program: ExportedProgram, node: Node, inputs: list[str]) -> int | str | Tensor:
+    if node.name in inputs:
+        return inputs.index(node.name)
+    signature = program.graph_signature
+    if node.name in signature.inputs_to_parameters:
+        return signature.inputs_to_parameters[node.name].removeprefix("module.")
+    constant = (signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants)[node.name]
+    return program.state_dict.get(constant, program.constants.get(constant))
+
+
+def _data(delegate: LoweredBackendModule, module: nn.Module) -> tuple[Part, ...]:
+    """Finds every parameter's parts in the code by their content."""
+    stored = delegate.named_data_store_output.pte_data
+    found = []
+    for name, parameter in module.named_parameters():
+        for number, (prefix, data) in enumerate(parts(parameter)):
+            key = prefix + hashlib.sha256(to_bytes(data)).hexdigest()
+            if key in stored:
+                found.append(Part(key, name, number, data.nbytes))
+    assert {part.key for part in found} == stored.keys(), "the backend changed a weight, so its code fits no other"
+    return tuple(found)
+
+
+class _Shapes(nn.Module):
+    def __init__(self, shapes: list[torch.Size]) -> None:
+        super().__init__()
+        self.shapes = shapes
+
+    def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        return tuple(arguments[0].new_empty(shape) for shape in self.shapes)
+
+
+def _stand_in(call: Any) -> ExportedProgram:
+    arguments = tuple(torch.empty_like(node.meta["val"], device="cpu") for node in call.args[1:])
+    return torch.export.export(_Shapes([value.shape for value in call.meta["val"]]), arguments)

@@ -1,6 +1,6 @@
 """trace: the eager model becomes one torch.export graph per method, with its signature written down."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 
 from export.metadata import MethodSpec, TensorSpec
 from model.config import ModelConfig
-from model.model import Llama
+from model.model import Head, Llama
 from preproc.positions import mask_name, names
 
 
@@ -30,31 +30,51 @@ class GraphOptions:
     hidden_states: bool = False
 
 
-@dataclass(frozen=True)
-class Traced:
-    """Methods of one file: name -> graph, and the signature of each in the same order."""
+def trace(model: Llama, methods: Iterable[MethodSpec]) -> dict[str, ExportedProgram]:
+    """The whole model as one graph per method. Static shapes: see tests/bench/NOTES.md for what was tried.
 
-    programs: dict[str, ExportedProgram]
-    methods: tuple[MethodSpec, ...]
-
-
-def trace(model: Llama, options: GraphOptions) -> Traced:
-    """Traces `decode` (one token) and, unless the chunk is one token, `prefill` (prefill_chunk tokens); without caches
-    only `forward` (max_seq_len tokens).
-
-    All return the logits of one row. Static shapes: see tests/bench/NOTES.md for what was tried.
+    Parts of the model may be lowered already: they are then calls in the graph.
     """
-    methods = signatures(model.config, options)
     with torch.no_grad():
-        programs = {
-            spec.name: torch.export.export(_Flat(model, spec), tuple(map(_example, spec.inputs)), strict=True)
-            for spec in methods
+        return {
+            spec.name: torch.export.export(_Flat(model, spec), tuple(map(_example, spec.inputs))) for spec in methods
         }
-    return Traced(programs, methods)
+
+
+def pieces(config: ModelConfig) -> dict[str, str]:
+    """The parts of the model that a backend can take as one: name -> the first with an equal graph.
+
+    Blocks of one kind differ only in their weights.
+    """
+    found, kinds = dict[str, str](), dict[tuple[bool, bool], str]()
+    for layer in range(config.n_layers):
+        kind = (config.is_local(layer), layer in config.nope_layers)
+        found[f"layers.{layer}"] = kinds.setdefault(kind, f"layers.{layer}")
+    return found | {"head": "head"}
+
+
+def trace_piece(config: ModelConfig, name: str, module: nn.Module, spec: MethodSpec) -> ExportedProgram:
+    """The graph of one of `pieces`, as `spec` calls it.
+
+    Args:
+        module: the Block or Head.
+    """
+    inputs = {tensor.name: _example(tensor) for tensor in spec.inputs}
+    x = torch.zeros(1, spec.max_length, config.dim)
+    if name == "head":
+        examples: tuple[Tensor, ...] = (x, inputs["select"])
+    else:
+        layer = int(name.removeprefix("layers."))
+        wanted = ("cos", "sin", mask_name(config, layer), f"k_cache.{layer}", f"v_cache.{layer}")
+        examples = (x, *(inputs[role] for role in wanted if role in inputs))
+    with torch.no_grad():
+        return torch.export.export(_FlatPiece(module, rotated="cos" in inputs), examples)
 
 
 def signatures(config: ModelConfig, options: GraphOptions) -> tuple[MethodSpec, ...]:
-    """Of every method that `trace` makes."""
+    """`decode` (one token) and, unless the chunk is one token, `prefill` (prefill_chunk tokens); without caches only
+    `forward` (max_seq_len tokens). All return the logits of one row.
+    """
     if not options.kv_cache:
         return (signature(config, "forward", options.max_seq_len, options),)
     lengths = {"decode": 1} | ({"prefill": options.prefill_chunk} if options.prefill_chunk > 1 else {})
@@ -133,6 +153,21 @@ class _Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         found = step(self.model, dict(zip(self.inputs, tensors, strict=True)))
         return [found[name] for name in self.outputs]
+
+
+class _FlatPiece(nn.Module):
+    """A block or the head with flat arguments: x, cos and sin if the model has them, and the others in their order."""
+
+    def __init__(self, module: nn.Module, rotated: bool) -> None:
+        super().__init__()
+        self.module = module
+        self.rotated = rotated
+
+    def forward(self, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(self.module, Head):
+            return self.module(x, *others)
+        angles, rest = (others[:2], others[2:]) if self.rotated else (None, others)
+        return self.module(x, angles, *rest)
 
 
 def _example(spec: TensorSpec) -> Tensor:

@@ -7,7 +7,12 @@ shows as well as one in the graph or a weight.
     python -m export.verify llama.pte --checkpoint path/to/Llama-3.2-1B
 """
 
-import argparse
+from model import command
+
+if __name__ == "__main__":
+    command.start("export.verify")
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from export.quantize import SCHEMES
+from export.recipe import Recipe
 from export.trace import step
 from model.checkpoint import BUILT_IN, open_checkpoint
-from model.errors import InputError, run_command
+from model.errors import InputError
+from model.hub import fetched, is_hub_name
 from model.model import Llama
+from preproc.mask import HIDDEN
 from preproc.positions import Positions, names
-from runtime.program import Program
+from runtime.program import Program, read_metadata
 from runtime.session import Session
 
 PROMPTS = (
@@ -32,6 +41,10 @@ DECODED = 16
 """Tokens decoded greedily after each prompt."""
 
 
+class VerificationError(Exception):
+    """The exported program does not compute what was exported; nothing was written."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """The largest differences that still pass."""
@@ -40,8 +53,8 @@ class Limits:
     kl: float
 
 
-LIMITS = {"fp32": Limits(max_abs=1e-4, kl=1e-6)}
-"""What each weight format is allowed."""
+LIMITS = {"fp32": Limits(max_abs=1e-4, kl=1e-6), "8da4w": Limits(max_abs=2.0, kl=2e-2)}
+"""What each scheme is allowed: the reference is quantised as well."""
 
 
 @dataclass(frozen=True)
@@ -76,50 +89,96 @@ class Report:
         )
 
 
-def verify(program: Program, model: Llama) -> Report:
+def verify(file: Path, model: Llama) -> Report:
     """Compares the rows after each prompt and each decoded token.
+
+    The file is run first and closed before the model, whose pieces may be read one after another, takes memory.
 
     Raises:
         InputError: file and model do not have the same dimensions.
     """
+    program = Program(file)
     metadata = program.metadata
     if metadata.config != model.config:
         raise InputError(f"the file was made from another model: {metadata.config} is not {model.config}")
-    found, expected = [], []
+    texts, found = _played(program)
+    del program
+    expected = reference(model, texts, [len(rows) for rows in found], metadata.max_seq_len)
+    return compare(found, expected, LIMITS[metadata.provenance["options"]["quantize"]])
+
+
+def _played(program: Program) -> tuple[list[list[int]], list[Tensor]]:
+    """Each prompt with what the file makes of it, and the logits [rows, V] after the prompt and each token of that."""
+    texts, found, session = [], [], Session(program)
     for prompt in _prompts(program):
-        session = Session(program)
-        rows, tokens = [session.prefill(prompt)], list(prompt)
+        session.reset()
+        rows, text = [session.prefill(prompt)], list(prompt)
         while len(rows) <= DECODED and session.position < session.capacity:
-            tokens.append(int(rows[-1].argmax()))
-            rows.append(session.decode(tokens[-1]))
+            text.append(int(rows[-1].argmax()))
+            rows.append(session.decode(text[-1]))
+        texts.append(text)
         found.append(torch.stack(rows))
-        expected.append(reference(model, tokens, len(rows)))
-    return compare(torch.cat(found), torch.cat(expected), LIMITS[metadata.provenance["options"]["dtype"]])
+    return texts, found
 
 
-def compare(found: Tensor, expected: Tensor, limits: Limits) -> Report:
-    """Measures logits [N, V] against the reference's. A NaN on either side stays NaN, and fails."""
-    found, expected = found.double(), expected.double()
-    difference = found - expected
-    p, q = F.log_softmax(expected, dim=-1), F.log_softmax(found, dim=-1)
-    return Report(
-        positions=len(found),
-        max_abs=float(difference.abs().max()),
-        mse=float(difference.square().mean()),
-        kl=float((p.exp() * (p - q)).sum(dim=-1).max()),
-        greedy_agreement=float((found.argmax(-1) == expected.argmax(-1)).double().mean()),
-        limits=limits,
-    )
+def compare(found: Sequence[Tensor], expected: Sequence[Tensor], limits: Limits) -> Report:
+    """Measures logits, each [N, V], against the reference's. A NaN on either side stays NaN, and fails."""
+    max_abs, squares, kl, agreed, positions = 0.0, 0.0, 0.0, 0.0, 0
+    for ours, theirs in zip(found, expected, strict=True):
+        ours, theirs = ours.double(), theirs.double()
+        difference = ours - theirs
+        p, q = F.log_softmax(theirs, dim=-1), F.log_softmax(ours, dim=-1)
+        max_abs = _larger(max_abs, difference.abs().max())
+        kl = _larger(kl, (p.exp() * (p - q)).sum(dim=-1).max())
+        squares += float(difference.square().mean(dim=-1).sum())
+        agreed += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        positions += len(ours)
+    return Report(positions, max_abs, squares / positions, kl, agreed / positions, limits)
+
+
+def _larger(a: float, b: Tensor) -> float:
+    return float(torch.maximum(torch.tensor(a, dtype=torch.float64), b))  # a NaN wins
 
 
 @torch.no_grad()
-def reference(model: Llama, tokens: list[int], rows: int | None = None) -> Tensor:
-    """The eager model's logits of one sequence, in one pass without caches: [L, V], or only the last `rows` of them."""
-    length = len(tokens)
-    positions = Positions.of(model.config, length)
-    inputs = {name: positions.make(name, 0, length, capacity=0) for name in names(model.config)}
-    inputs |= {"tokens": torch.tensor([tokens]), "select": torch.eye(length)[-(rows or length) :]}
-    return step(model, inputs)["logits"]
+def reference(
+    model: Llama, texts: Sequence[Sequence[int]], rows: Sequence[int] | None = None, max_seq_len: int | None = None
+) -> list[Tensor]:
+    """The eager model's logits of texts, without caches: [len(text), V] each, or only the last `rows` of them.
+
+    All texts are one sequence in which none sees another, so that each piece of the model is run once.
+
+    Args:
+        max_seq_len: the length that the rotary tables are made for; None for the longest text's.
+    """
+    lengths = [len(text) for text in texts]
+    total = sum(lengths)
+    positions = Positions.of(model.config, max_seq_len or max(lengths))
+    inputs = {"tokens": torch.tensor([[token for text in texts for token in text]])}
+    for name in names(model.config):
+        made = [positions.make(name, 0, length, capacity=0) for length in lengths]
+        inputs[name] = _apart(made) if name.endswith("mask") else torch.cat(made, dim=1)
+    wanted = [range(end - (count or length), end) for end, length, count in _spans(lengths, rows)]
+    inputs["select"] = torch.eye(total)[[row for span in wanted for row in span]]
+    return list(torch.split(step(model, inputs)["logits"], [len(span) for span in wanted]))
+
+
+def _spans(lengths: Sequence[int], rows: Sequence[int] | None) -> Iterator[tuple[int, int, int]]:
+    end = 0
+    for length, count in zip(lengths, rows or [0] * len(lengths), strict=True):
+        end += length
+        yield end, length, count
+
+
+def _apart(masks: Sequence[Tensor]) -> Tensor:
+    """Masks [1 or H, L, L] along the diagonal of one in which they do not see each other."""
+    total, start = sum(mask.shape[-1] for mask in masks), 0
+    joined = torch.full((len(masks[0]), total, total), HIDDEN)
+    for mask in masks:
+        end = start + mask.shape[-1]
+        joined[:, start:end, start:end] = mask
+        start = end
+    return joined
 
 
 def _prompts(program: Program) -> list[list[int]]:
@@ -144,19 +203,13 @@ def _prompts(program: Program) -> list[list[int]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: exit code 0 when the file passes, 1 when it does not, 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        "python -m export.verify",
-        description="Checks a .pte against its checkpoint.",
-        epilog="\n".join(line for line in (__doc__ or "").splitlines() if line.startswith("    python")),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("export.verify", "Checks a .pte against its checkpoint.", __doc__)
     parser.add_argument("file", type=Path, help="the .pte")
     parser.add_argument("--checkpoint", type=Path, default=BUILT_IN, help="default: the built-in model")
     options = parser.parse_args(arguments)
-    report = verify(Program(options.file), open_checkpoint(options.checkpoint).build())
+    scheme = SCHEMES[read_metadata(options.file).provenance["options"]["quantize"]]
+    path = options.checkpoint
+    checkpoint = open_checkpoint(fetched(path) if is_hub_name(path) else path)
+    report = verify(options.file, Recipe(checkpoint.config, checkpoint.weights, scheme).streamed())
     print(f"{options.file}: {report}: {'passed' if report.passed else 'FAILED'}")
     return 0 if report.passed else 1
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,14 +1,21 @@
 """Test models, each built and exported once per run; exports are kept in build/models and reused while identical."""
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
-from export.llama import ExportOptions, export_llama
+from export.emit import emit
+from export.link import Linked, link
+from export.llama import export_llama
+from export.lower import lower
+from export.plan import ExportOptions, Plan
+from export.quantize import SCHEMES
+from export.recipe import Recipe
+from export.trace import GraphOptions, signatures
 from model.checkpoint import BUILT_IN
 from model.config import ModelConfig
 from model.model import Llama
@@ -93,6 +100,36 @@ def random_model(config: ModelConfig, seed: int = 0) -> Llama:
         else:
             parameter.normal_(0, 0.3)
     return model
+
+
+def planned(model: Llama, graph: GraphOptions, quantize: str = "fp32") -> Plan:
+    """How to export a model in memory, without a tokenizer."""
+    return Plan(
+        recipe=Recipe(model.config, model.state_dict(), SCHEMES[quantize]),
+        methods=signatures(model.config, graph),
+        tokenizer=None,
+        provenance={
+            "options": asdict(graph) | {"quantize": quantize, "scheme": asdict(SCHEMES[quantize])},
+            "bos_id": None,
+            "stop_ids": [],
+        },
+        output=Path("model.pte"),
+        summary="",
+        warnings=(),
+    )
+
+
+def linked(plan: Plan, backend: str = "portable") -> Linked:
+    """The program of a plan."""
+    recipe = plan.recipe
+    return link(recipe, plan.methods, lower(recipe.config, plan.methods, backend, recipe.scheme), backend)
+
+
+def write_pte(plan: Plan, path: Path, backend: str = "portable") -> Path:
+    """The file of a plan, by the pipeline's own stages."""
+    program = linked(plan, backend)
+    emit(program, plan.metadata(program), path)
+    return path
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -2,17 +2,20 @@ import json
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from export import inspect as command
-from export.inspect import activation_bytes, cache_bytes, matrix_bytes, plan
+from export.inspect import activation_bytes, cache_bytes, describe, matrix_bytes, plan
+from export.quantize import SCHEMES
+from model.config import ModelConfig
 from model.model import Llama
 from runtime.kv_cache import KVCache
 from runtime.program import read_metadata
 from tests.conftest import TOY
+from tests.kinds import KINDS, PLAIN, metadata_of
 
 MEASURE = """
     import sys, torch
@@ -33,16 +36,35 @@ MEASURE = """
     print(anonymous() - before)
 """
 
+FP32 = asdict(SCHEMES["fp32"])
+
 
 def test_the_parts_are_counted_as_the_model_has_them(toy_pte: Path) -> None:
     metadata = read_metadata(toy_pte)
     assert cache_bytes(TOY, TOY.context) == KVCache(metadata.methods[0], metadata.max_seq_len).nbytes
     matrices = [p for name, p in Llama(TOY).named_parameters() if p.dim() == 2 and "tok_embeddings" not in name]
-    assert matrix_bytes(replace(TOY, tied=False)) == 4 * (sum(p.numel() for p in matrices) + TOY.vocab_size * TOY.dim)
-    assert plan(metadata).weights == 2 * matrix_bytes(TOY), "once for decode and once for prefill"
+    assert matrix_bytes(replace(TOY, tied=False), FP32) == 4 * (
+        sum(p.numel() for p in matrices) + TOY.vocab_size * TOY.dim
+    )
+    assert plan(metadata).weights == 2 * matrix_bytes(TOY, FP32), "once for decode and once for prefill"
     assert plan(metadata).activations == activation_bytes(TOY, 7, TOY.context)
     portable = replace(metadata, requirements=replace(metadata.requirements, backends=()))
     assert plan(portable).weights == 0
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_caches_of_every_kind_are_counted(name: str) -> None:
+    metadata = metadata_of(KINDS[name])
+    held = KVCache(metadata.methods[0], metadata.max_seq_len).nbytes
+    assert plan(metadata).caches == held
+    by_context = describe(metadata, 0)["cache_bytes_by_context"]
+    assert by_context == ({metadata.max_seq_len: held} if metadata.use_kv_cache else {})
+
+
+@pytest.mark.parametrize("config", [replace(PLAIN, gated=False), replace(PLAIN, n_experts=4, n_chosen_experts=2)])
+def test_matrices_of_other_feed_forwards_are_counted(config: ModelConfig) -> None:
+    matrices = [p for name, p in Llama(config).named_parameters() if p.dim() == 2 and "tok_embeddings" not in name]
+    assert matrix_bytes(config, FP32) == 4 * sum(p.numel() for p in matrices)
 
 
 @pytest.mark.parametrize("name", ["tiny_pte", "stories_pte"])

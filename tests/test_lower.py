@@ -1,64 +1,57 @@
-from pathlib import Path
+from dataclasses import replace
 
-import pytest
-from executorch.exir import ExecutorchBackendConfig
-from torch.export import ExportedProgram
+import torch
+from torch import nn
 
-from export.lower import BACKENDS, Lowered, delegates, lower, operators
-from export.trace import GraphOptions, Traced, trace
-from model.checkpoint import open_checkpoint
+from export.lower import Code, lower, parts
+from export.quantize import SCHEMES
+from export.trace import GraphOptions, signatures
+from tests.conftest import TOY
 
-
-@pytest.fixture(scope="module")
-def traced(toy_bin: Path) -> Traced:
-    return trace(open_checkpoint(toy_bin).build(), GraphOptions(48, 7))
+METHODS = signatures(TOY, GraphOptions(48, 7))
 
 
-@pytest.fixture(scope="module")
-def xnnpack(traced: Traced) -> Lowered:
-    return lower(traced, "xnnpack")
+def test_each_kind_of_piece_becomes_code_once_for_each_method() -> None:
+    codes = lower(TOY, METHODS, "xnnpack", SCHEMES["fp32"])
+    assert set(codes) == {(method, name) for method in ("decode", "prefill") for name in ("layers.0", "head")}
+    names = {"attention.wq", "attention.wk", "attention.wv", "attention.wo"}
+    names |= {"feed_forward.w1", "feed_forward.w2", "feed_forward.w3"}
+    for code in codes.values():
+        assert code.backend_id == "XnnpackBackend"
+        assert all(code.payload.count(part.key.encode()) == 1 for part in code.data)
+    assert {part.parameter for part in codes["decode", "layers.0"].data} == {f"{name}.weight" for name in names}
+    assert {part.parameter for part in codes["prefill", "head"].data} == {"output.weight"}
 
 
-def calls(program: ExportedProgram) -> list[str]:
-    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+def test_no_cache_is_copied() -> None:
+    """A cache is an argument of the code itself: nothing expands, concatenates, clones or reshapes it before."""
+    code = lower(TOY, METHODS, "xnnpack", SCHEMES["fp32"])["prefill", "layers.0"]
+    assert {argument for argument in code.arguments if isinstance(argument, int)} == set(range(6))
+    k_cache, v_cache = 4, 5  # behind x, cos, sin and mask
+    assert shapes_of(code)[code.arguments.index(k_cache)] == (2, 48, 8)
+    assert shapes_of(code)[code.arguments.index(v_cache)] == (2, 48, 8)
 
 
-def test_everything_but_the_embedding_is_in_one_xnnpack_delegate(xnnpack: Lowered) -> None:
-    for name in ("decode", "prefill"):
-        program = xnnpack.edge.exported_program(name)
-        assert [module.backend_id for module in delegates(program)] == ["XnnpackBackend"]
-        assert set(operators(program)) == {"aten::embedding.out"}
-    assert xnnpack.requirements.backends == ("XnnpackBackend",)
-    assert xnnpack.requirements.operators == ("aten::embedding.out",)
+def shapes_of(code: Code) -> list[tuple[int, ...]]:
+    return [tuple(node.meta["val"].shape) for node in code.stand_in.graph.nodes if node.op == "placeholder"]
 
 
-@pytest.mark.parametrize("name", ["decode", "prefill"])
-def test_no_cache_is_copied(xnnpack: Lowered, name: str) -> None:
-    """Inside the delegate a cache goes straight to its matrix product, keys by way of the transposition that
-    XNNPACK's product takes; it is never expanded, concatenated, cloned or reshaped.
-    """
-    (delegate,) = delegates(xnnpack.edge.exported_program(name))
-    graph = delegate.original_module.graph
-    assert not [node for node in graph.nodes if "expand" in str(node.target)]
-    caches = [node for node in graph.nodes if node.op == "placeholder" and list(node.meta["val"].shape) == [2, 48, 8]]
-    assert len(caches) == 4
-    for cache in caches:
-        (user,) = cache.users
-        if "permute_copy" in str(user.target):
-            (user,) = user.users
-        assert "aten.bmm.default" in str(user.target)
+def test_portable_lowers_no_block_by_itself() -> None:
+    assert lower(TOY, METHODS, "portable", SCHEMES["fp32"]) == {}
 
 
-def test_portable_runs_all_operators_by_itself(traced: Traced) -> None:
-    lowered = lower(traced, "portable")
-    assert lowered.requirements.backends == ()
-    assert not any(delegates(lowered.edge.exported_program(name)) for name in traced.programs)
-    assert "aten::bmm.out" in lowered.requirements.operators
+def test_a_quantised_weight_has_its_scales_as_a_part() -> None:
+    code = lower(replace(TOY, hidden_dim=64), METHODS, "xnnpack", SCHEMES["8da4w"])["decode", "head"]
+    rows, columns = TOY.vocab_size, TOY.dim
+    assert [(part.parameter, part.number, part.nbytes) for part in code.data] == [
+        ("output.weight", 0, rows * columns // 2),
+        ("output.weight", 1, rows * columns // 32 * 2),
+    ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_operators_written_down_are_those_the_program_calls(traced: Traced, xnnpack: Lowered, backend: str) -> None:
-    lowered = xnnpack if backend == "xnnpack" else lower(traced, backend)
-    plans = lowered.edge.to_executorch(ExecutorchBackendConfig()).executorch_program.execution_plan
-    called = {f"{op.name}.{op.overload}" for plan in plans for op in plan.operators}
-    assert {name for name in called if not name.startswith("executorch_prim::")} <= set(lowered.requirements.operators)
+def test_four_bit_integers_are_packed_two_to_a_byte() -> None:
+    weight = nn.Parameter(SCHEMES["8da4w"].linear(torch.randn(5, 64)), requires_grad=False)
+    (_, packed), (prefix, scale) = parts(weight)
+    pairs = torch.stack(((packed & 15).int() - 8, (packed >> 4).int() - 8), dim=-1)
+    assert torch.equal(pairs.view(5, 64), weight.qdata.int())
+    assert (prefix, scale.dtype, tuple(scale.shape)) == ("scale_", torch.bfloat16, (5, 2))

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from export.emit import emit
-from export.lower import lower
 from export.metadata import Requirements
-from export.trace import GraphOptions, trace
+from export.trace import GraphOptions
 from model.errors import InputError
 from runtime.program import Program, read_metadata
-from tests.conftest import toy_model
+from tests.conftest import linked, planned, toy_model
 
 
 def test_a_step_takes_and_gives_tensors_by_name(toy_program: Program) -> None:
@@ -36,7 +35,7 @@ def test_a_file_that_needs_what_this_runtime_lacks_is_refused_by_name(toy_pte: P
         read_metadata(toy_pte),
         requirements=Requirements("9.9.9", ("AbacusBackend",), ("aten::embedding.out", "toy::add.out")),
     )
-    emit(lower(trace(toy_model(), GraphOptions(48, 1)), "portable"), metadata, tmp_path / "other.pte")
+    emit(linked(planned(toy_model(), GraphOptions(48, 1))), metadata, tmp_path / "other.pte")
     with pytest.raises(InputError, match=r"needs AbacusBackend, toy::add\.out, which .* made with ExecuTorch 9\.9\.9"):
         Program(tmp_path / "other.pte")
 

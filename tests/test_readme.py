@@ -31,9 +31,10 @@ def test_every_make_target_named_is_there() -> None:
 
 
 def test_every_module_is_in_its_folders_row() -> None:
-    for stage in ("trace", "lower", "emit", "verify", "metadata", "llama"):
-        assert (ROOT / "export" / f"{stage}.py").is_file()
-        assert re.search(rf"^\| `export/` .*`{stage}`", README, re.MULTILINE)
+    modules = [path.stem for path in (ROOT / "export").glob("*.py") if path.stem != "__init__"]
+    assert len(modules) > 8
+    for module in modules:
+        assert re.search(rf"^\| `export/` .*`{module}`", README, re.MULTILINE), module
 
 
 @pytest.mark.slow

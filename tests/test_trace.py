@@ -1,27 +1,33 @@
+from dataclasses import replace
+
 import torch
 
-from export.trace import GraphOptions, signature, trace
-from tests.conftest import TOY, toy_model
+from export.trace import GraphOptions, pieces, signature, signatures, trace
+from tests.conftest import TOY, random_model, toy_model
 
 
 def test_each_method_has_the_signature_that_is_written_down() -> None:
-    traced = trace(toy_model(), GraphOptions(48, 7))
-    assert list(traced.programs) == [method.name for method in traced.methods] == ["decode", "prefill"]
-    for method in traced.methods:
-        inputs = [torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in method.inputs]
-        outputs = traced.programs[method.name].module()(*inputs)
-        assert [tuple(output.shape) for output in outputs] == [spec.shape for spec in method.outputs]
-        assert {str(output.dtype) for output in outputs} == {"torch.float32"}
-
-
-def test_a_chunk_of_one_needs_no_prefill_method() -> None:
-    traced = trace(toy_model(), GraphOptions(16, 1))
-    assert [method.name for method in traced.methods] == ["decode"]
+    options = [
+        GraphOptions(48, 7),
+        GraphOptions(16, 1),
+        GraphOptions(9, 3, kv_cache=False),
+        GraphOptions(9, 3, hidden_states=True),
+    ]
+    names = [["decode", "prefill"], ["decode"], ["forward"], ["decode", "prefill"]]
+    for option, expected in zip(options, names, strict=True):
+        methods = signatures(TOY, option)
+        programs = trace(toy_model(), methods)
+        assert list(programs) == [method.name for method in methods] == expected
+        for method in methods:
+            inputs = [torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in method.inputs]
+            outputs = programs[method.name].module()(*inputs)
+            assert [tuple(output.shape) for output in outputs] == [spec.shape for spec in method.outputs]
+            assert {str(output.dtype) for output in outputs} == {"torch.float32"}
 
 
 def test_nothing_in_the_graph_depends_on_a_value() -> None:
     """The same graph serves every position: no branch, no symbolic size, no constant but weights."""
-    program = trace(toy_model(), GraphOptions(48, 7)).programs["prefill"]
+    program = trace(toy_model(), signatures(TOY, GraphOptions(48, 7)))["prefill"]
     assert not program.constants
     assert not program.range_constraints
     assert "sym_" not in str(program.graph)
@@ -34,3 +40,38 @@ def test_names_say_role_and_layer() -> None:
         *("k_cache.0", "k_cache.1", "v_cache.0", "v_cache.1"),
     ]
     assert [spec.name for spec in method.outputs] == ["logits", "k_rows.0", "k_rows.1", "v_rows.0", "v_rows.1"]
+
+
+def test_a_local_block_has_a_ring_and_a_mask_of_the_windows_size() -> None:
+    config = replace(TOY, n_layers=3, sliding_window=8, local_layers=(0, 2))
+    shapes = {spec.name: spec.shape for spec in signature(config, "prefill", 5, GraphOptions(48, 5)).inputs}
+    assert [shapes[f"k_cache.{layer}"][1] for layer in range(3)] == [8, 48, 8]
+    assert (shapes["local_mask"], shapes["mask"]) == ((1, 5, 13), (1, 5, 53))
+
+
+def test_masks_of_heads_and_learned_positions_are_inputs() -> None:
+    alibi = signature(replace(TOY, positions="alibi"), "decode", 1, GraphOptions(48, 1)).inputs
+    assert {spec.name: spec.shape for spec in alibi}["mask"] == (TOY.n_heads, 1, 49)
+    learned = signature(replace(TOY, positions="learned"), "decode", 1, GraphOptions(48, 1)).inputs
+    assert [spec.name for spec in learned[:3]] == ["tokens", "positions", "mask"]
+
+
+def test_hidden_states_are_the_last_blocks_normalised() -> None:
+    model = random_model(TOY)
+    (method,) = signatures(TOY, GraphOptions(9, 3, kv_cache=False, hidden_states=True))
+    inputs = {spec.name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in method.inputs}
+    inputs["select"][0, 4] = 1
+    logits, hidden = trace(model, [method])["forward"].module()(*inputs.values())
+    torch.testing.assert_close(logits[0], model.head.output(hidden[0, 4]))
+
+
+def test_blocks_of_one_kind_share_a_graph() -> None:
+    config = replace(TOY, n_layers=5, sliding_window=8, local_layers=(1, 3), nope_layers=(3, 4))
+    assert pieces(config) == {
+        "layers.0": "layers.0",
+        "layers.1": "layers.1",
+        "layers.2": "layers.0",
+        "layers.3": "layers.3",
+        "layers.4": "layers.4",
+        "head": "head",
+    }

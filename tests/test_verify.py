@@ -1,6 +1,7 @@
 import copy
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,16 @@ from export.verify import LIMITS, compare, verify
 from model.checkpoint import open_checkpoint
 from model.errors import InputError
 from model.model import Llama
-from runtime.program import Program
 from tests.conftest import TOY, random_model, toy_model
 
 
 @pytest.fixture(scope="module", params=["toy", pytest.param("stories260K", marks=pytest.mark.slow)])
-def made(request: pytest.FixtureRequest) -> tuple[Program, Llama]:
+def made(request: pytest.FixtureRequest) -> tuple[Path, Llama]:
     """A file and the model it was made from."""
     if request.param == "toy":
-        return request.getfixturevalue("toy_program"), toy_model()
+        return request.getfixturevalue("toy_pte"), toy_model()
     checkpoint = request.getfixturevalue("stories260k").checkpoint
-    return Program(request.getfixturevalue("stories_pte")), open_checkpoint(checkpoint).build()
+    return request.getfixturevalue("stories_pte"), open_checkpoint(checkpoint).build()
 
 
 def changed(model: Llama) -> Llama:
@@ -33,42 +33,40 @@ def changed(model: Llama) -> Llama:
     return model.requires_grad_(False)
 
 
-def test_a_faithful_file_passes(made: tuple[Program, Llama]) -> None:
+def test_a_faithful_file_passes(made: tuple[Path, Llama]) -> None:
     report = verify(*made)
     assert report.passed
     assert report.greedy_agreement == 1
     assert report.positions > 100
 
 
-def test_any_tensor_scaled_by_a_hundredth_is_noticed(made: tuple[Program, Llama]) -> None:
-    program, model = made
+def test_any_tensor_scaled_by_a_hundredth_is_noticed(made: tuple[Path, Llama]) -> None:
+    file, model = made
     names = sorted(name for name, _ in model.named_parameters())
     for name in random.Random(0).sample(names, 10):
         other = changed(model)
         other.get_parameter(name).mul_(1.01)
-        report = verify(program, other)
+        report = verify(file, other)
         assert not report.passed, name
         assert report.max_abs > 10 * report.limits.max_abs, name
 
 
-def test_two_swapped_layers_are_noticed(made: tuple[Program, Llama]) -> None:
-    program, model = made
+def test_two_swapped_layers_are_noticed(made: tuple[Path, Llama]) -> None:
+    file, model = made
     other = changed(model)
     other.layers[0], other.layers[1] = other.layers[1], other.layers[0]
-    assert not verify(program, other).passed
+    assert not verify(file, other).passed
 
 
-def test_a_model_of_other_dimensions_is_refused(toy_program: Program) -> None:
-    from dataclasses import replace
-
+def test_a_model_of_other_dimensions_is_refused(toy_pte: Path) -> None:
     with pytest.raises(InputError, match="made from another model"):
-        verify(toy_program, random_model(replace(TOY, rope_theta=5000.0)))
+        verify(toy_pte, random_model(replace(TOY, rope_theta=5000.0)))
 
 
 def test_differences_are_measured_as_defined() -> None:
     expected = torch.tensor([[0.0, 1.0, 2.0], [3.0, 1.0, 0.0]])
     found = expected + torch.tensor([[0.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
-    report = compare(found, expected, LIMITS["fp32"])
+    report = compare([found], [expected], LIMITS["fp32"])
     p, q = torch.softmax(expected[1].double(), 0), torch.softmax(found[1].double(), 0)
     assert report.max_abs == 4
     assert math.isclose(report.mse, 16 / 6)
@@ -79,8 +77,8 @@ def test_differences_are_measured_as_defined() -> None:
 
 def test_a_nan_fails() -> None:
     logits = torch.tensor([[0.0, 1.0]])
-    assert not compare(logits * math.nan, logits, LIMITS["fp32"]).passed
-    assert compare(logits, logits, LIMITS["fp32"]).passed
+    assert not compare([logits * math.nan], [logits], LIMITS["fp32"]).passed
+    assert compare([logits], [logits], LIMITS["fp32"]).passed
 
 
 def test_the_command_exits_with_0_or_1(toy_pte: Path, toy_bin: Path, tmp_path: Path,

@@ -1,0 +1,156 @@
+"""link: the model is put together from lowered blocks, each with weights of its own, and traced as a whole."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import IO
+
+from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
+from executorch.exir._serialize._cord import FileBackedData
+from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
+from executorch.exir._serialize.data_serializer import DataEntry
+from executorch.exir.lowered_backend_module import LoweredBackendModule
+from executorch.exir.operator.convert import to_out_variant
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
+
+from export.lower import BACKENDS, Code, delegates, parts, to_bytes
+from export.metadata import MethodSpec, Requirements
+from export.quantize import by_rows
+from export.recipe import Recipe, piece_names
+from export.trace import pieces, trace
+
+ALIGNMENT = 16
+"""Of weights in the file, in bytes: XNNPACK's for constant tensors."""
+
+
+@dataclass(frozen=True)
+class Linked:
+    """Programs ready to be emitted, what a runtime needs to run them, and how many parts of them a backend runs."""
+
+    edge: EdgeProgramManager
+    requirements: Requirements
+    delegates: int
+
+
+def link(
+    recipe: Recipe, methods: tuple[MethodSpec, ...], codes: Mapping[tuple[str, str], Code], backend: str
+) -> Linked:
+    """Puts each method together. Weights of lowered pieces stay on storage until the file is written."""
+    data, programs = _Data(recipe), dict[str, ExportedProgram]()
+    kinds = pieces(recipe.config) if codes else {}
+    shared = {name: recipe.piece(name) for name in piece_names(recipe.config) if name not in kinds}
+    for spec in methods:
+        lowered = {name: LoweredPiece(name, codes[spec.name, kind], data) for name, kind in kinds.items()}
+        programs |= trace(recipe.model(shared | lowered), [spec])
+    rest = [] if codes else BACKENDS[backend].partitioners()
+    edge = to_edge_transform_and_lower(programs, partitioner=dict.fromkeys(programs, rest))
+    made = [edge.exported_program(name) for name in programs]
+    return Linked(
+        edge,
+        Requirements(
+            executorch=version("executorch"),
+            backends=tuple(sorted({module.backend_id for program in made for module in delegates(program)})),
+            operators=tuple(sorted({name for program in made for name in operators(program)})),
+        ),
+        delegates=sum(len(delegates(program)) for program in made),
+    )
+
+
+def operators(program: ExportedProgram) -> Iterator[str]:
+    """Names of the kernels that a lowered graph calls outside its delegates, such as `aten::embedding.out`."""
+    for node in program.graph.nodes:
+        operator = getattr(node.target, "_op", None)
+        if node.op == "call_function" and operator is not None:
+            out, _ = to_out_variant(operator)
+            yield f"{out._schema.name}.{out._schema.overload_name}"
+
+
+class LoweredPiece(nn.Module):
+    """A block or head that is a backend's code: the arguments and results of what it stands for."""
+
+    def __init__(self, name: str, code: Code, data: "_Data") -> None:
+        """Gives a copy of `code` the weights of the piece `name`."""
+        super().__init__()
+        self.code = _with_weights(name, code, data)
+        self.results = code.results
+        self.arguments = list[int | str]()
+        for number, argument in enumerate(code.arguments):
+            if not isinstance(argument, int):
+                value = data.recipe.weight(f"{name}.{argument}").float() if isinstance(argument, str) else argument
+                self.register_buffer(f"constant_{number}", value)
+            self.arguments.append(argument if isinstance(argument, int) else f"constant_{number}")
+
+    def forward(self, *arguments: object) -> tuple[Tensor, ...]:
+        given = [argument for argument in tree_leaves(arguments) if argument is not None]
+        results = self.code(*(given[i] if isinstance(i, int) else getattr(self, i) for i in self.arguments))
+        return tuple(results[i] for i in self.results)
+
+
+class _Data:
+    """What the backend stores of each weight, made when it is asked for."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._last: tuple[str, list[Tensor]] = ("", [])
+
+    def part(self, name: str, number: int) -> bytes:
+        """A part of a parameter. Parts of one parameter are asked for one after another: the last one's are kept."""
+        if self._last[0] != name:
+            self._last = (name, self._parts(name))
+        return to_bytes(self._last[1][number])
+
+    def _parts(self, name: str) -> list[Tensor]:
+        value = self.recipe.weight(name)
+        if value.dim() == 1:
+            return [data for _, data in parts(value.float())]
+        return by_rows(value, lambda rows: [data for _, data in parts(self.recipe.scheme.linear(rows))])
+
+
+def _with_weights(name: str, code: Code, data: _Data) -> LoweredBackendModule:
+    """A copy of the code in which each weight has a name of its own; the weights themselves are read when written."""
+    payload, buffers, entries = code.payload, list[Deferred](), dict[str, DataEntry]()
+    for part in code.data:
+        digest = hashlib.sha256(f"{name}.{part.parameter}.{part.number}".encode()).hexdigest()
+        key = part.key[:-64] + digest
+        assert payload.count(part.key.encode()) == 1, f"the code does not name {part.parameter} once"
+        payload = payload.replace(part.key.encode(), key.encode())
+        entries[key] = DataEntry(len(buffers), ALIGNMENT, None)
+        make = functools.partial(data.part, f"{name}.{part.parameter}", part.number)
+        buffers.append(Deferred(key, part.nbytes, make))
+    store = NamedDataStoreOutput(buffers, entries, {})
+    return LoweredBackendModule(code.stand_in, code.backend_id, payload, code.compile_specs, store)
+
+
+class Deferred(FileBackedData):  # type: ignore[misc]  # ExecuTorch's exir is not typed
+    """Data of a known size that is made when the file is written, and not kept."""
+
+    def __init__(self, identity: str, size: int, make: Callable[[], bytes]) -> None:
+        self._identity = hashlib.sha256(identity.encode()).digest()
+        self._size = size
+        self._make = make
+
+    def __len__(self) -> int:
+        return self._size
+
+    def prefix(self, size: int) -> bytes:
+        """Stands for the first bytes where data is compared: equal for equal names only."""
+        return self._identity[:size]
+
+    def sha256(self) -> bytes:
+        """Stands for the digest of the data, like `prefix`."""
+        return self._identity
+
+    def to_bytes(self) -> bytes:
+        made = self._make()
+        assert len(made) == self._size, f"{len(made)} bytes were made where {self._size} were announced"
+        return made
+
+    def write_to_file(self, outfile: IO[bytes]) -> None:
+        outfile.write(self.to_bytes())
+
+    def close(self) -> None:
+        """Nothing is open."""

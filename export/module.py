@@ -1,0 +1,60 @@
+"""export_module: any nn.Module of yours becomes a .pte, lowered and checked by the same stages as a Llama.
+
+    from export.module import export_module
+    export_module(MyModel().eval(), (torch.zeros(1, 16),), Path("mine.pte"))
+
+The file is a plain ExecuTorch program with one method, `forward`: every ExecuTorch runtime runs it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.extension.pybindings import _C
+from torch import Tensor, nn
+
+from export.emit import replacing
+from export.lower import BACKENDS
+from export.verify import VerificationError
+from model.errors import InputError
+
+LIMIT = 1e-4
+"""The largest difference from the eager module that passes, relative to the largest result if that is above 1."""
+
+
+def export_module(
+    module: nn.Module, inputs: Sequence[Tensor], path: Path, backend: str = "xnnpack", limit: float = LIMIT
+) -> Path:
+    """Traces the module on example inputs, lowers it, and compares the file's results with the module's on them.
+
+    Args:
+        module: takes tensors and returns a tensor or several; in eval mode, float32.
+        inputs: an example of every argument; their shapes are fixed in the file.
+        path: the .pte to write, which is complete and verified, or as it was before.
+        backend: one of `export.lower.BACKENDS`.
+        limit: see LIMIT.
+
+    Raises:
+        InputError: the backend is unknown, or the path cannot be written.
+        VerificationError: the file's results differ by more than the limit.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"the backend {backend} is unknown; choose from {', '.join(BACKENDS)}")
+    with torch.no_grad():
+        expected = module(*inputs)
+        program = torch.export.export(module, tuple(inputs))
+    lowered = to_edge_transform_and_lower(program, partitioner=BACKENDS[backend].partitioners())
+    with replacing(path) as temporary:
+        with temporary.open("wb") as stream:
+            lowered.to_executorch(ExecutorchBackendConfig()).write_to_file(stream)
+        _compare(temporary, inputs, [expected] if isinstance(expected, Tensor) else list(expected), limit)
+    return path
+
+
+def _compare(path: Path, inputs: Sequence[Tensor], expected: Sequence[Tensor], limit: float) -> None:
+    found = _C._load_program(str(path)).load_method("forward").call(list(inputs))
+    for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        worst = float((ours - theirs).abs().max())
+        if not worst <= limit * max(1.0, float(theirs.abs().max())):  # a NaN fails
+            raise VerificationError(f"result {number} differs by {worst:.1e} from the module's; nothing was written")

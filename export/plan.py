@@ -1,0 +1,251 @@
+"""plan: what is asked for and what is on storage become everything that an export will do, before it does any of it."""
+
+import hashlib
+import os
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from export.inspect import cache_bytes
+from export.link import Linked
+from export.lower import BACKENDS
+from export.metadata import FORMAT_VERSION, NO_TOKENIZER, Metadata, MethodSpec
+from export.quantize import SCHEMES
+from export.recipe import Recipe
+from export.trace import GraphOptions, signatures
+from model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
+from model.config import ModelConfig
+from model.errors import InputError
+from model.hub import fetched, is_hub_name
+from preproc import mask, rope
+from preproc.tokenizer import Tokenizer, from_bytes, open_tokenizer
+
+DEFAULT_CONTEXT = 2048
+"""The longest max-seq-len that is chosen without being asked for: caches grow with it."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export and how.
+
+    Attributes:
+        checkpoint: a file or folder of any layout that `model.checkpoint` knows, or a name on the Hugging Face hub.
+        tokenizer: a tokenizer file; None takes the checkpoint's own, "none" exports without one.
+        output: the .pte to write; None names it after the checkpoint, in the current folder.
+        max_seq_len: capacity of the KV cache; None takes the checkpoint's context, at most DEFAULT_CONTEXT.
+        prefill_chunk: tokens that prefill takes at once; None takes 64, or max_seq_len where that is less.
+        backend: one of `export.lower.BACKENDS`.
+        quantize: how weights are stored, one of `export.quantize.SCHEMES`.
+        kv_cache: whether the methods take and extend a KV cache; otherwise each step takes the whole text.
+        hidden_states: whether the methods also return the last block's result, normalised.
+        original_context: keep to the context that the model had before it was extended.
+        hub_token, cache_dir: for a name on the hub, see `model.hub.fetched`.
+        force: export even if the output is already what would be made.
+    """
+
+    checkpoint: Path = BUILT_IN
+    tokenizer: Path | None = None
+    output: Path | None = None
+    max_seq_len: int | None = None
+    prefill_chunk: int | None = None
+    backend: str = "xnnpack"
+    quantize: str = "fp32"
+    kv_cache: bool = True
+    hidden_states: bool = False
+    original_context: bool = False
+    hub_token: str | None = field(default=None, repr=False)
+    cache_dir: Path | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_seq_len is not None and self.max_seq_len < 1:
+            raise InputError(f"--max-seq-len {self.max_seq_len} is impossible; give 1 or more")
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise InputError(f"--prefill-chunk {self.prefill_chunk} is impossible; give 1 or more")
+        for flag, value, known in (("backend", self.backend, BACKENDS), ("quantize", self.quantize, SCHEMES)):
+            if value not in known:
+                raise InputError(f"--{flag} {value} is unknown; choose from {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An export, worked out.
+
+    Attributes:
+        recipe: the model.
+        methods: what the file will have.
+        tokenizer: what it will carry, or None.
+        provenance: all that decides what is written: files made from equal provenance are equal.
+        output: the file to write.
+        summary: the checkpoint in words.
+        warnings: what a person should know before.
+    """
+
+    recipe: Recipe
+    methods: tuple[MethodSpec, ...]
+    tokenizer: Tokenizer | None
+    provenance: dict[str, Any]
+    output: Path
+    summary: str
+    warnings: tuple[str, ...]
+
+    def metadata(self, linked: Linked) -> Metadata:
+        """What the file carries beside graph and weights."""
+        config, max_seq_len = self.recipe.config, self.provenance["options"]["max_seq_len"]
+        cos, sin = rope.tables(config, max_seq_len)
+        return Metadata(
+            config=config,
+            max_seq_len=max_seq_len,
+            batch_size=1,
+            bos_id=self.provenance["bos_id"],
+            stop_ids=tuple(self.provenance["stop_ids"]),
+            methods=self.methods,
+            requirements=linked.requirements,
+            provenance=self.provenance,
+            rope_cos=cos,
+            rope_sin=sin,
+            rope_inverse_frequencies=rope.inverse_frequencies(config, max_seq_len),
+            alibi_slopes=mask.alibi_slopes(config) if config.positions == "alibi" else torch.zeros(config.n_heads),
+            tokenizer_kind=self.tokenizer.kind if self.tokenizer else NO_TOKENIZER,
+            tokenizer=self.tokenizer.data if self.tokenizer else b"",
+        )
+
+
+def plan(options: ExportOptions) -> Plan:
+    """Opens what is to be read and checks that it fits together.
+
+    Raises:
+        InputError: checkpoint, tokenizer or options cannot be used.
+    """
+    named = is_hub_name(options.checkpoint)
+    path = fetched(options.checkpoint, options.hub_token, options.cache_dir) if named else options.checkpoint
+    checkpoint = open_checkpoint(path)
+    tokenizer = _tokenizer(checkpoint, options)
+    graph = _graph(checkpoint.config, options)
+    config = _for_length(checkpoint.config, graph.max_seq_len)
+    _check_groups(config, options.quantize)
+    output = options.output or (Path(f"{options.checkpoint.name}.pte") if named else _default_output(path))
+    if output.resolve() in {file.resolve() for file in (*checkpoint.files, options.tokenizer or output.parent)}:
+        raise InputError(f"--output {output} is one of the files to read; give another name")
+    return Plan(
+        recipe=Recipe(config, checkpoint.weights, SCHEMES[options.quantize]),
+        methods=signatures(config, graph),
+        tokenizer=tokenizer,
+        provenance=_provenance(checkpoint, tokenizer, options, graph),
+        output=output,
+        summary=f"{checkpoint.layout}, {config.n_layers} layers, dim {config.dim}, vocabulary {config.vocab_size}",
+        warnings=_warnings(checkpoint.config, graph.max_seq_len),
+    )
+
+
+def _tokenizer(checkpoint: Checkpoint, options: ExportOptions) -> Tokenizer | None:
+    source = options.tokenizer or checkpoint.tokenizer
+    if source is None:
+        raise InputError(
+            f"{options.checkpoint} comes with no tokenizer; give --tokenizer FILE, or `none` to go without"
+        )
+    if str(source) == NO_TOKENIZER:
+        return None
+    name = f"tokenizer {source}" if isinstance(source, Path) else f"the tokenizer in {options.checkpoint}"
+    tokenizer = open_tokenizer(source) if isinstance(source, Path) else from_bytes(source())
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+        raise InputError(
+            f"{name} has {tokenizer.vocab_size} ids where the model has {checkpoint.config.vocab_size}; "
+            "give the one the model was trained with"
+        )
+    return tokenizer
+
+
+def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
+    """Sizes of the graphs, checked against the model and this machine."""
+    scaling = config.rope_scaling
+    if options.original_context and scaling is None:
+        raise InputError("--original-context needs a model whose context was extended; this one's was not")
+    limit = scaling.original_context if options.original_context and scaling else config.context
+    max_seq_len = options.max_seq_len or min(limit, DEFAULT_CONTEXT)
+    if max_seq_len > limit and (options.original_context or config.positions == "learned"):
+        why = "--original-context keeps to" if options.original_context else "the model has learned positions for"
+        raise InputError(f"--max-seq-len {max_seq_len} is too much: {why} {limit}; give at most that")
+    chunk = options.prefill_chunk or min(64, max_seq_len)
+    if chunk > max_seq_len:
+        raise InputError(f"--prefill-chunk {chunk} is larger than --max-seq-len {max_seq_len}; give at most that")
+    need = cache_bytes(config, max_seq_len) if options.kv_cache else 0
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise InputError(
+            f"--max-seq-len {max_seq_len} needs KV caches of {need / 1e9:.1f} GB, but this machine has "
+            f"{have / 1e9:.1f} GB; give less"
+        )
+    return GraphOptions(max_seq_len, chunk, options.kv_cache, options.hidden_states)
+
+
+def _check_groups(config: ModelConfig, quantize: str) -> None:
+    """Every linear layer's width must be whole groups of the scheme."""
+    scheme = SCHEMES[quantize]
+    widths = {
+        "dim": config.dim,
+        "n_heads * head_dim": config.n_heads * config.head_dim,
+        "hidden_dim": config.hidden_dim,
+    }
+    for name, width in widths.items():
+        if scheme.linear_bits and width % scheme.group_size:
+            raise InputError(
+                f"--quantize {quantize} stores weights in groups of {scheme.group_size}, which do not divide the "
+                f"model's {name} of {width}; give fp32"
+            )
+
+
+def _for_length(config: ModelConfig, max_seq_len: int) -> ModelConfig:
+    """Beyond the trained context, a scaling that is stated as a factor is stretched in proportion; the other kinds
+    take the length into account by themselves.
+    """
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind not in ("llama3", "linear", "yarn") or max_seq_len <= config.context:
+        return config
+    stretched = replace(scaling, factor=scaling.factor * max_seq_len / config.context)
+    return replace(config, rope_scaling=stretched)
+
+
+def _warnings(config: ModelConfig, max_seq_len: int) -> tuple[str, ...]:
+    if max_seq_len <= config.context:
+        return ()
+    scaling = f"; its {config.rope_scaling.kind} scaling is stretched to it" if config.rope_scaling else ""
+    return (f"warning: --max-seq-len {max_seq_len} is beyond the {config.context} the model was trained for{scaling}",)
+
+
+def _default_output(checkpoint: Path) -> Path:
+    """The checkpoint's name; a folder's may hold dots of its own, as in Llama-3.2-1B."""
+    path = Path(os.path.abspath(checkpoint))  # not resolved: a link's name says more than its target's
+    return Path(f"{path.name if path.is_dir() else path.stem}.pte")
+
+
+def _provenance(
+    checkpoint: Checkpoint, tokenizer: Tokenizer | None, options: ExportOptions, graph: GraphOptions
+) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "checkpoint": {"layout": checkpoint.layout, "xxh3_128": checkpoint.digest()},
+        "bos_id": checkpoint.bos_id if checkpoint.bos_id is not None or tokenizer is None else tokenizer.bos_id,
+        "stop_ids": list(checkpoint.stop_ids or (tokenizer.stop_ids if tokenizer else ())),
+        "tokenizer": {"sha256": hashlib.sha256(tokenizer.data).hexdigest()} if tokenizer else None,
+        "options": {
+            **asdict(graph),
+            "backend": options.backend,
+            "quantize": options.quantize,
+            "scheme": asdict(SCHEMES[options.quantize]),
+        },
+        "versions": {name: version(name) for name in ("llama-pte", "torch", "executorch", "torchao")},
+        "source": {"sha256": _source_digest()},
+    }
+
+
+def _source_digest() -> str:
+    """Of our own code: a file made by other code is another export, whatever its version number says."""
+    digest = hashlib.sha256()
+    for package in ("model", "preproc", "export"):
+        for file in sorted((Path(__file__).parent.parent / package).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,185 @@
+"""Wall time and memory of exporting one checkpoint, stage by stage, against ExecuTorch's own export of it.
+
+python -m tests.bench.export --layers 4 8 16              # random checkpoints of Llama 3.2 1B's shape, and the slope
+python -m tests.bench.export --checkpoint path/to/Meta-folder --peer
+
+Memory is anonymous RSS: what the process takes for itself, without the files that it maps. Run nothing else meanwhile.
+"""
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+SHAPE = {"dim": 2048, "n_heads": 32, "n_kv_heads": 8, "norm_eps": 1e-5, "rope_theta": 500000.0, "vocab_size": 128256}
+FFN = 8192
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: its end in seconds from the start, and the most anonymous memory in it, in bytes."""
+
+    name: str
+    end: float
+    peak: int
+
+
+def write_checkpoint(folder: Path, layers: int) -> Path:
+    """A random bf16 checkpoint of Llama 3.2 1B's shape with `layers` layers, as a Meta folder."""
+    generator = torch.Generator().manual_seed(0)
+    dim, kv = SHAPE["dim"], SHAPE["dim"] // 4
+
+    def weight(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * 0.02).bfloat16()
+
+    state = {f"{name}.weight": weight(SHAPE["vocab_size"], dim) for name in ("tok_embeddings", "output")}
+    state["norm.weight"] = torch.ones(dim).bfloat16()
+    for layer in range(layers):
+        shapes = {"attention.wq": (dim, dim), "attention.wk": (kv, dim), "attention.wv": (kv, dim)}
+        shapes |= {"attention.wo": (dim, dim), "feed_forward.w1": (FFN, dim), "feed_forward.w3": (FFN, dim)}
+        shapes |= {"feed_forward.w2": (dim, FFN)}
+        state |= {f"layers.{layer}.{name}.weight": weight(*shape) for name, shape in shapes.items()}
+        state |= {
+            f"layers.{layer}.{name}.weight": torch.ones(dim).bfloat16() for name in ("attention_norm", "ffn_norm")
+        }
+    folder.mkdir(parents=True)
+    torch.save(state, folder / "consolidated.00.pth")
+    params = SHAPE | {"n_layers": layers, "ffn_dim_multiplier": 1.5, "multiple_of": 256, "use_scaled_rope": True}
+    (folder / "params.json").write_text(json.dumps(params))
+    return folder
+
+
+def measured(command: Sequence[str], stage: str) -> list[Stage]:
+    """Runs a command and meters it.
+
+    Args:
+        stage: a regular expression whose first group is the name of the stage that a line of stderr ends.
+    """
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    start, ends, samples = time.monotonic(), list[tuple[str, float]](), list[tuple[float, int]]()
+
+    def read() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            print(f"    {line.rstrip()}", file=sys.stderr)
+            if found := re.match(stage, line):
+                ends.append((found[1], time.monotonic() - start))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    while process.poll() is None:
+        samples.append((time.monotonic() - start, anonymous(process.pid)))
+        time.sleep(0.05)
+    reader.join()
+    if process.returncode:
+        raise SystemExit(f"error: {' '.join(command)} ended with {process.returncode}")
+    stages, begin = [], 0.0
+    for name, end in [*ends, ("rest", time.monotonic() - start)]:
+        stages.append(Stage(name, end, max((size for at, size in samples if begin <= at < end), default=0)))
+        begin = end
+    return stages
+
+
+def anonymous(process: int) -> int:
+    """Anonymous RSS of a process in bytes; 0 when it has ended."""
+    try:
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+def ours(checkpoint: Path, output: Path, scheme: str) -> list[Stage]:
+    """The export that is measured."""
+    command = [sys.executable, "-m", "export.llama", "--checkpoint", str(checkpoint), "--tokenizer", "none", "--force"]
+    command += ["--max-seq-len", "2048", "--quantize", scheme, "--output", str(output)]
+    return measured(command, r"(open|lower|link|emit|verify) ")
+
+
+def theirs(checkpoint: Path, output: Path) -> list[Stage]:
+    """ExecuTorch's own: 8da4w in groups of 32, 8-bit embedding."""
+    settings = {
+        "base.model_class": "llama3_2",
+        "base.checkpoint": checkpoint / "consolidated.00.pth",
+        "base.params": checkpoint / "params.json",
+        "model.use_kv_cache": "true",
+        "model.use_sdpa_with_kv_cache": "true",
+        "model.dtype_override": "fp32",
+        "quantization.qmode": "8da4w",
+        "quantization.group_size": 32,
+        "quantization.embedding_quantize": "'8,0'",
+        "backend.xnnpack.enabled": "true",
+        "backend.xnnpack.extended_ops": "true",
+        "export.max_seq_length": 2048,
+        "export.max_context_length": 2048,
+        "export.output_name": output,
+    }
+    module = "executorch.extension.llm.export.export_llm"
+    return measured([sys.executable, "-m", module, *(f"{key}={value}" for key, value in settings.items())], r"(?!x)(x)")
+
+
+def table(title: str, stages: Sequence[Stage], size: int) -> str:
+    """A run in lines: each stage's seconds and peak, the whole with and without verify."""
+    lines, begin, without = [f"{title}: {size / 1e6:.0f} MB"], 0.0, 0.0
+    for stage in stages:
+        lines.append(f"  {stage.name:8}{stage.end - begin:8.1f} s{stage.peak / 1e9:8.2f} GB")
+        without += 0 if stage.name == "verify" else stage.end - begin
+        begin = stage.end
+    peak = max(stage.peak for stage in stages)
+    lines.append(f"  {'whole':8}{begin:8.1f} s{peak / 1e9:8.2f} GB   without verify {without:.1f} s")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser("python -m tests.bench.export", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--checkpoint", type=Path, help="a Meta folder to export, in place of random ones")
+    parser.add_argument("--layers", type=int, nargs="+", default=[16], help="of the random checkpoints (default: 16)")
+    parser.add_argument("--quantize", nargs="+", default=["8da4w"], help="schemes to export to (default: 8da4w)")
+    parser.add_argument(
+        "--peer", action="store_true", help="also export the last checkpoint with ExecuTorch's export_llm"
+    )
+    options = parser.parse_args()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "executorch", "torchao"))
+    print(
+        f"{date.today()}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {versions}"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        checkpoints = (
+            {None: options.checkpoint}
+            if options.checkpoint
+            else {layers: write_checkpoint(folder / f"{layers}-layers", layers) for layers in options.layers}
+        )
+        for scheme in options.quantize:
+            peaks = []
+            for layers, checkpoint in checkpoints.items():
+                stages = ours(checkpoint, folder / "ours.pte", scheme)
+                print(table(f"{checkpoint.name} to {scheme}", stages, (folder / "ours.pte").stat().st_size), flush=True)
+                peaks.append((layers, max(stage.peak for stage in stages), stages[-1].end))
+            if len(peaks) > 1:
+                (few, low, soon), (many, high, late) = peaks[0], peaks[-1]
+                print(
+                    f"slope: {(high - low) / (many - few) / 1e6:+.1f} MB a layer, "
+                    f"{(late - soon) / (many - few):+.2f} s a layer"
+                )
+        if options.peer:
+            stages = theirs(checkpoint, folder / "theirs.pte")
+            print(table("ExecuTorch's export_llm", stages, (folder / "theirs.pte").stat().st_size))
+
+
+if __name__ == "__main__":
+    main()
