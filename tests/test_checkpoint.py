@@ -2,7 +2,7 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +12,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from export.recipe import Recipe
+from export.trace import GraphOptions
 from model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
 from model.errors import InputError
 from model.layouts.common import half_split, renamed
 from model.layouts.families import HUGGING_FACE_NAMES
+from model.model import Llama
 from tests.checkpoints import hugging_face_state, interleaved, save_safetensors, write_gguf, write_llama2c, write_meta
-from tests.conftest import TOY, random_model
+from tests.conftest import TOY, planned, random_model, write_pte
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -215,28 +218,51 @@ def stored(tensor: Tensor, kind: str) -> Tensor:
     return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(values, storage), storage))
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
-def test_one_checkpoint_is_the_same_to_the_bit_in_every_layout(folder: Path, tmp_path: Path, kind: str) -> None:
-    """Weights that a GGUF storage holds exactly, in 1 to 4 Meta ranks, 1 to 3 files of Hugging Face's, and GGUF."""
-    config = replace(META, dim=64, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=64)
-    model = random_model(config)
-    model.load_state_dict({name: stored(tensor, kind) for name, tensor in model.state_dict().items()})
-    expected = model.state_dict()
+def layouts(model: Llama, folder: Path, tmp_path: Path, kind: str) -> Iterator[Path]:
+    """A model in 1 to 4 Meta ranks, 1 and 3 files of Hugging Face's, and GGUF, one after another."""
     for ranks in (1, 2, 4):
-        same_weights(open_checkpoint(write_meta(model, tmp_path / f"meta{ranks}", ranks)), expected)
-    same_weights(open_checkpoint(write_gguf(model, tmp_path / "model.gguf", kind)), expected)
+        yield write_meta(model, tmp_path / f"meta{ranks}", ranks)
+    yield write_gguf(model, tmp_path / "model.gguf", kind)
     names = {"hidden_size": "dim", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads"}
     names |= {"head_dim": "head_dim", "intermediate_size": "hidden_dim"}
-    settings = {theirs: getattr(config, ours) for theirs, ours in names.items()} | {"tie_word_embeddings": False}
+    settings = {theirs: getattr(model.config, ours) for theirs, ours in names.items()} | {"tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(CONFIG | settings))
     state = hugging_face_state(model)
     save_safetensors(state, folder / "model.safetensors")
-    same_weights(open_checkpoint(folder), expected)
+    yield folder
     parts = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(state)}
     for part in set(parts.values()):
         save_safetensors({name: t for name, t in state.items() if parts[name] == part}, folder / part)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
-    same_weights(open_checkpoint(folder), expected)
+    yield folder
+
+
+def representable(kind: str) -> Llama:
+    """A model whose weights a GGUF storage holds exactly."""
+    model = random_model(replace(META, dim=64, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=64))
+    model.load_state_dict({name: stored(tensor, kind) for name, tensor in model.state_dict().items()})
+    return model
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
+def test_one_checkpoint_is_the_same_to_the_bit_in_every_layout(folder: Path, tmp_path: Path, kind: str) -> None:
+    model = representable(kind)
+    for path in layouts(model, folder, tmp_path, kind):
+        same_weights(open_checkpoint(path), model.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "quantize"), [("F16", "fp32"), ("Q8_0", "8da4w")])
+def test_one_checkpoint_exports_to_the_same_bytes_from_every_layout(
+    folder: Path, tmp_path: Path, kind: str, quantize: str
+) -> None:
+    model = representable(kind)
+    plan = planned(model, GraphOptions(16, 1), quantize)
+    expected = write_pte(plan, tmp_path / "whole.pte", "xnnpack").read_bytes()
+    for path in layouts(model, folder, tmp_path, kind):
+        recipe = Recipe(model.config, open_checkpoint(path).weights, plan.recipe.scheme)
+        again = write_pte(replace(plan, recipe=recipe), tmp_path / "again.pte", "xnnpack")
+        assert again.read_bytes() == expected, path
 
 
 class Malicious:
