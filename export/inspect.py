@@ -31,7 +31,7 @@ class MemoryPlan:
     The file itself is mapped: its pages can be dropped and read again, and are not counted.
 
     Attributes:
-        weights: matrices as the backend packs them at load, once for each method. 0 where they are used as mapped.
+        weights: matrices as the backend packs them at load, once for all methods. 0 where they are used as mapped.
         caches: KV caches for all max_seq_len positions.
         activations: an upper estimate of the intermediate results of the longest step.
     """
@@ -49,7 +49,7 @@ class MemoryPlan:
 def plan(metadata: Metadata) -> MemoryPlan:
     """Works the plan out from the file's dimensions."""
     config = metadata.config
-    packed = len(metadata.methods) if "XnnpackBackend" in metadata.requirements.backends else 0
+    packed = "XnnpackBackend" in metadata.requirements.backends
     length = max(method.max_length for method in metadata.methods)
     return MemoryPlan(
         weights=packed * matrix_bytes(config, metadata.provenance["options"]["scheme"]),

@@ -37,10 +37,19 @@ class Linked:
 
 
 def link(
-    recipe: Recipe, methods: tuple[MethodSpec, ...], codes: Mapping[tuple[str, str], Code], backend: str
+    recipe: Recipe,
+    methods: tuple[MethodSpec, ...],
+    codes: Mapping[tuple[str, str], Code],
+    backend: str,
+    identity: str,
 ) -> Linked:
-    """Puts each method together. Weights of lowered pieces stay on storage until the file is written."""
-    data, programs = _Data(recipe), dict[str, ExportedProgram]()
+    """Puts each method together. Weights of lowered pieces stay on storage until the file is written.
+
+    Args:
+        identity: of the export, different where any weight may be: XNNPACK takes weights of one name for the same, in
+            all the files that a process has open.
+    """
+    data, programs = _Data(recipe, identity), dict[str, ExportedProgram]()
     kinds = pieces(recipe.config) if codes else {}
     shared = {name: recipe.piece(name) for name in piece_names(recipe.config) if name not in kinds}
     for spec in methods:
@@ -93,8 +102,9 @@ class LoweredPiece(nn.Module):
 class _Data:
     """What the backend stores of each weight, made when it is asked for."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, identity: str) -> None:
         self.recipe = recipe
+        self.identity = identity
         self._last: tuple[str, list[Tensor]] = ("", [])
 
     def part(self, name: str, number: int) -> bytes:
@@ -114,7 +124,7 @@ def _with_weights(name: str, code: Code, data: _Data) -> LoweredBackendModule:
     """A copy of the code in which each weight has a name of its own; the weights themselves are read when written."""
     payload, buffers, entries = code.payload, list[Deferred](), dict[str, DataEntry]()
     for part in code.data:
-        digest = hashlib.sha256(f"{name}.{part.parameter}.{part.number}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{data.identity} {name}.{part.parameter}.{part.number}".encode()).hexdigest()
         key = part.key[:-64] + digest
         assert payload.count(part.key.encode()) == 1, f"the code does not name {part.parameter} once"
         payload = payload.replace(part.key.encode(), key.encode())

@@ -97,7 +97,7 @@ def _write(planned: Plan, backend: str, path: Path, progress: Progress) -> None:
         result.extend(f"{method.name} takes {_tokens(method.max_length)}" for method in methods)
     gc.collect()  # graphs refer to themselves, and hold as much as their weights
     with progress.stage("link") as result:
-        linked = link(recipe, methods, codes, backend)
+        linked = link(recipe, methods, codes, backend, planned.identity)
         outside = ", ".join(linked.requirements.operators)
         result.append(f"{linked.delegates} delegates; kernels outside: {outside}")
     gc.collect()

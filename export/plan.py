@@ -1,6 +1,7 @@
 """plan: what is asked for and what is on storage become everything that an export will do, before it does any of it."""
 
 import hashlib
+import json
 import os
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -91,6 +92,11 @@ class Plan:
     output: Path
     summary: str
     warnings: tuple[str, ...]
+
+    @property
+    def identity(self) -> str:
+        """Equal for exports that are the same byte for byte."""
+        return hashlib.sha256(json.dumps(self.provenance, sort_keys=True).encode()).hexdigest()
 
     def metadata(self, linked: Linked) -> Metadata:
         """What the file carries beside graph and weights."""

@@ -28,6 +28,10 @@ class Recipe:
         tied = self.config.tied and name == "head.output.weight"
         return self._weights["tok_embeddings.weight" if tied else name]
 
+    def unquantised(self) -> "Recipe":
+        """The same model in float32."""
+        return Recipe(self.config, self._weights, Scheme())
+
     def piece(self, name: str) -> nn.Module:
         """A part of the model with its weights, as the scheme has them: tok_embeddings, layers.0, head."""
         with torch.device("meta"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from hypothesis import settings
 
 from export.emit import emit
@@ -110,6 +111,7 @@ def planned(model: Llama, graph: GraphOptions, quantize: str = "fp32") -> Plan:
         tokenizer=None,
         provenance={
             "options": asdict(graph) | {"quantize": quantize, "scheme": asdict(SCHEMES[quantize])},
+            "checkpoint": {"xxh3_128": _digest(model)},
             "bos_id": None,
             "stop_ids": [],
         },
@@ -119,10 +121,18 @@ def planned(model: Llama, graph: GraphOptions, quantize: str = "fp32") -> Plan:
     )
 
 
+def _digest(model: Llama) -> str:
+    digest = xxhash.xxh3_128()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.numpy())
+    return digest.hexdigest()
+
+
 def linked(plan: Plan, backend: str = "portable") -> Linked:
     """The program of a plan."""
     recipe = plan.recipe
-    return link(recipe, plan.methods, lower(recipe.config, plan.methods, backend, recipe.scheme), backend)
+    codes = lower(recipe.config, plan.methods, backend, recipe.scheme)
+    return link(recipe, plan.methods, codes, backend, plan.identity)
 
 
 def write_pte(plan: Plan, path: Path, backend: str = "portable") -> Path:

@@ -46,7 +46,7 @@ def test_the_parts_are_counted_as_the_model_has_them(toy_pte: Path) -> None:
     assert matrix_bytes(replace(TOY, tied=False), FP32) == 4 * (
         sum(p.numel() for p in matrices) + TOY.vocab_size * TOY.dim
     )
-    assert plan(metadata).weights == 2 * matrix_bytes(TOY, FP32), "once for decode and once for prefill"
+    assert plan(metadata).weights == matrix_bytes(TOY, FP32), "decode and prefill share them"
     assert plan(metadata).activations == activation_bytes(TOY, 7, TOY.context)
     portable = replace(metadata, requirements=replace(metadata.requirements, backends=()))
     assert plan(portable).weights == 0

@@ -9,9 +9,11 @@ import torch
 from export.emit import emit
 from export.metadata import Requirements
 from export.trace import GraphOptions
+from export.verify import reference
 from model.errors import InputError
 from runtime.program import Program, read_metadata
-from tests.conftest import linked, planned, toy_model
+from runtime.session import Session
+from tests.conftest import TOY, linked, planned, random_model, toy_model, write_pte
 
 
 def test_a_step_takes_and_gives_tensors_by_name(toy_program: Program) -> None:
@@ -21,6 +23,15 @@ def test_a_step_takes_and_gives_tensors_by_name(toy_program: Program) -> None:
     assert {name: tuple(tensor.shape) for name, tensor in outputs.items()} == {
         spec.name: spec.shape for spec in method.outputs
     }
+
+
+def test_programs_of_equal_shape_keep_to_their_own_weights(tmp_path: Path) -> None:
+    """XNNPACK shares packed weights of one name in the whole process."""
+    models = [random_model(TOY, seed) for seed in (0, 1)]
+    plans = [planned(model, GraphOptions(48, 1)) for model in models]
+    programs = [Program(write_pte(plan, tmp_path / f"{i}.pte", "xnnpack")) for i, plan in enumerate(plans)]
+    for program, model in zip(programs, models, strict=True):
+        torch.testing.assert_close(Session(program).prefill([5]), reference(model, [[5]])[0][0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("size", [0, 40, 5000, -1])

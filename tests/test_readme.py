@@ -4,11 +4,14 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from export.metadata import FIELDS
+from model.layouts.families import FAMILIES
+from tests.families import CASES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,6 +38,13 @@ def test_every_module_is_in_its_folders_row() -> None:
     assert len(modules) > 8
     for module in modules:
         assert re.search(rf"^\| `export/` .*`{module}`", README, re.MULTILINE), module
+
+
+def test_every_family_is_in_the_table_with_its_cases() -> None:
+    rows = re.findall(r"^\| .+? \| `(\w+)` \| .+? \| (\d+) \|$", README, re.MULTILINE)
+    cases = Counter(case.architecture for case in CASES.values())
+    assert {architecture: int(count) for architecture, count in rows} == cases
+    assert cases.keys() == FAMILIES.keys()
 
 
 @pytest.mark.slow

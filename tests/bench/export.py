@@ -1,6 +1,8 @@
 """Wall time and memory of exporting one checkpoint, stage by stage, against ExecuTorch's own export of it.
 
-python -m tests.bench.export --layers 4 8 16              # random checkpoints of Llama 3.2 1B's shape, and the slope
+python -m tests.bench.export --peer                       # a random checkpoint of Llama 3.2 1B's shape
+python -m tests.bench.export --layers 4 8 16              # the same with fewer layers, and the slope
+python -m tests.bench.export --shape 8b                   # Llama 3.1 8B's shape: 16 GB on disk
 python -m tests.bench.export --checkpoint path/to/Meta-folder --peer
 
 Memory is anonymous RSS: what the process takes for itself, without the files that it maps. Run nothing else meanwhile.
@@ -23,8 +25,13 @@ from pathlib import Path
 
 import torch
 
-SHAPE = {"dim": 2048, "n_heads": 32, "n_kv_heads": 8, "norm_eps": 1e-5, "rope_theta": 500000.0, "vocab_size": 128256}
-FFN = 8192
+SHAPES = {
+    "1b": {"dim": 2048, "n_layers": 16, "ffn_dim_multiplier": 1.5, "multiple_of": 256},
+    "8b": {"dim": 4096, "n_layers": 32, "ffn_dim_multiplier": 1.3, "multiple_of": 1024},
+}
+"""What params.json of Llama 3.2 1B and Llama 3.1 8B say, beside what both share."""
+SHARED = {"n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0}
+HIDDEN = {"1b": 8192, "8b": 14336}
 
 
 @dataclass(frozen=True)
@@ -36,38 +43,38 @@ class Stage:
     peak: int
 
 
-def write_checkpoint(folder: Path, layers: int) -> Path:
-    """A random bf16 checkpoint of Llama 3.2 1B's shape with `layers` layers, as a Meta folder."""
+def write_checkpoint(folder: Path, shape: str, layers: int) -> Path:
+    """A random bf16 checkpoint as a Meta folder: a shape with `layers` layers, embedding and head not tied."""
     generator = torch.Generator().manual_seed(0)
-    dim, kv = SHAPE["dim"], SHAPE["dim"] // 4
+    params = SHAPES[shape] | SHARED | {"n_layers": layers, "use_scaled_rope": True}
+    dim, hidden, vocabulary = params["dim"], HIDDEN[shape], params["vocab_size"]
 
     def weight(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * 0.02).bfloat16()
+        return torch.empty(*shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
-    state = {f"{name}.weight": weight(SHAPE["vocab_size"], dim) for name in ("tok_embeddings", "output")}
-    state["norm.weight"] = torch.ones(dim).bfloat16()
+    state = {f"{name}.weight": weight(vocabulary, dim) for name in ("tok_embeddings", "output")}
+    state["norm.weight"] = torch.ones(dim, dtype=torch.bfloat16)
+    kv = dim // params["n_heads"] * params["n_kv_heads"]
+    shapes = {"attention.wq": (dim, dim), "attention.wk": (kv, dim), "attention.wv": (kv, dim)}
+    shapes |= {"attention.wo": (dim, dim), "feed_forward.w1": (hidden, dim), "feed_forward.w3": (hidden, dim)}
+    shapes |= {"feed_forward.w2": (dim, hidden)}
     for layer in range(layers):
-        shapes = {"attention.wq": (dim, dim), "attention.wk": (kv, dim), "attention.wv": (kv, dim)}
-        shapes |= {"attention.wo": (dim, dim), "feed_forward.w1": (FFN, dim), "feed_forward.w3": (FFN, dim)}
-        shapes |= {"feed_forward.w2": (dim, FFN)}
-        state |= {f"layers.{layer}.{name}.weight": weight(*shape) for name, shape in shapes.items()}
-        state |= {
-            f"layers.{layer}.{name}.weight": torch.ones(dim).bfloat16() for name in ("attention_norm", "ffn_norm")
-        }
+        state |= {f"layers.{layer}.{name}.weight": weight(*size) for name, size in shapes.items()}
+        norms = ("attention_norm", "ffn_norm")
+        state |= {f"layers.{layer}.{name}.weight": torch.ones(dim, dtype=torch.bfloat16) for name in norms}
     folder.mkdir(parents=True)
     torch.save(state, folder / "consolidated.00.pth")
-    params = SHAPE | {"n_layers": layers, "ffn_dim_multiplier": 1.5, "multiple_of": 256, "use_scaled_rope": True}
     (folder / "params.json").write_text(json.dumps(params))
     return folder
 
 
-def measured(command: Sequence[str], stage: str) -> list[Stage]:
-    """Runs a command and meters it.
+def measured(command: Sequence[str], stage: str, folder: Path | None = None) -> list[Stage]:
+    """Runs a command, in `folder`, and meters it.
 
     Args:
         stage: a regular expression whose first group is the name of the stage that a line of stderr ends.
     """
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=folder)
     start, ends, samples = time.monotonic(), list[tuple[str, float]](), list[tuple[float, int]]()
 
     def read() -> None:
@@ -112,8 +119,8 @@ def theirs(checkpoint: Path, output: Path) -> list[Stage]:
     """ExecuTorch's own: 8da4w in groups of 32, 8-bit embedding."""
     settings = {
         "base.model_class": "llama3_2",
-        "base.checkpoint": checkpoint / "consolidated.00.pth",
-        "base.params": checkpoint / "params.json",
+        "base.checkpoint": (checkpoint / "consolidated.00.pth").resolve(),
+        "base.params": (checkpoint / "params.json").resolve(),
         "model.use_kv_cache": "true",
         "model.use_sdpa_with_kv_cache": "true",
         "model.dtype_override": "fp32",
@@ -127,7 +134,8 @@ def theirs(checkpoint: Path, output: Path) -> list[Stage]:
         "export.output_name": output,
     }
     module = "executorch.extension.llm.export.export_llm"
-    return measured([sys.executable, "-m", module, *(f"{key}={value}" for key, value in settings.items())], r"(?!x)(x)")
+    command = [sys.executable, "-m", module, *(f"{key}={value}" for key, value in settings.items())]
+    return measured(command, r"(?!x)(x)", output.parent)
 
 
 def table(title: str, stages: Sequence[Stage], size: int) -> str:
@@ -147,11 +155,10 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m tests.bench.export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, help="a Meta folder to export, in place of random ones")
-    parser.add_argument("--layers", type=int, nargs="+", default=[16], help="of the random checkpoints (default: 16)")
+    parser.add_argument("--shape", choices=SHAPES, default="1b", help="of the random checkpoints (default: 1b)")
+    parser.add_argument("--layers", type=int, nargs="+", help="of the random checkpoints (default: the shape's own)")
     parser.add_argument("--quantize", nargs="+", default=["8da4w"], help="schemes to export to (default: 8da4w)")
-    parser.add_argument(
-        "--peer", action="store_true", help="also export the last checkpoint with ExecuTorch's export_llm"
-    )
+    parser.add_argument("--peer", action="store_true", help="also export the last one with ExecuTorch's export_llm")
     options = parser.parse_args()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "executorch", "torchao"))
     print(
@@ -162,7 +169,10 @@ def main() -> None:
         checkpoints = (
             {None: options.checkpoint}
             if options.checkpoint
-            else {layers: write_checkpoint(folder / f"{layers}-layers", layers) for layers in options.layers}
+            else {
+                layers: write_checkpoint(folder / f"{options.shape}-{layers}-layers", options.shape, layers)
+                for layers in options.layers or [SHAPES[options.shape]["n_layers"]]
+            }
         )
         for scheme in options.quantize:
             peaks = []
