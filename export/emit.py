@@ -3,16 +3,19 @@
 import fcntl
 import glob
 import os
+import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
 from executorch.exir.passes import MemoryPlanningPass
+from flatbuffers.table import Table
 
 from export.link import Linked
+from export.lower import to_bytes
 from export.metadata import Metadata, Trailer, to_constants
 from model.errors import InputError
 
@@ -28,20 +31,59 @@ def emit(linked: Linked, metadata: Metadata, path: Path) -> None:
     program = EdgeProgramManager(programs, to_constants(metadata), edge.compile_config).to_executorch(
         ExecutorchBackendConfig(memory_planning_pass=planning)
     )
+    constants = [buffer.storage for buffer in program.executorch_program.constant_buffer]
+    shared = {key: (constants.index(to_bytes(tensor)), tensor.nbytes) for key, tensor in linked.shared.items()}
     with path.open("wb") as stream:
-        checked = _Checked(stream)
+        checked = _Checked(stream, lambda piece: _sharing(piece, shared))
         program.write_to_file(checked)
         stream.write(checked.trailer.pack())
+
+
+_SEGMENTS, _CONSTANTS, _NAMED = 4, 5, 7
+"""Fields of a program in the order of executorch/schema/program.fbs."""
+
+
+def _sharing(program: bytes, shared: Mapping[str, tuple[int, int]]) -> bytes:
+    """The first piece of a file, all but its data, in which named data is the same bytes of the file as a constant.
+
+    Args:
+        shared: name -> the constant's number and size.
+    """
+    made = bytearray(program)
+    root = Table(made, *struct.unpack_from("<I", made))
+
+    def field(table: Table, number: int) -> int:
+        """Where it starts."""
+        return int(table.Pos + table.Offset(4 + 2 * number))
+
+    def item(table: Table, number: int, index: int) -> Table:
+        return Table(made, table.Indirect(table.Vector(table.Offset(4 + 2 * number)) + 4 * index))
+
+    constants = Table(made, root.Indirect(field(root, _CONSTANTS)))  # these are the first segment, so they start at 0
+    offsets = constants.Vector(constants.Offset(6))
+    for index in range(root.VectorLen(root.Offset(4 + 2 * _NAMED)) if shared else 0):
+        data = item(root, _NAMED, index)
+        if found := shared.get(data.String(field(data, 0)).decode()):
+            number, size = found
+            segment = item(root, _SEGMENTS, *struct.unpack_from("<I", made, field(data, 1)))
+            (offset,) = struct.unpack_from("<Q", made, offsets + 8 * number)
+            struct.pack_into("<Q", made, field(segment, 0), offset)
+            struct.pack_into("<Q", made, field(segment, 1), size)
+    return bytes(made)
 
 
 class _Checked:
     """A stream that works out the trailer while it is written to."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, program: Callable[[bytes], bytes]) -> None:
+        """Takes what becomes of the first piece, which is all but the data."""
         self._stream = stream
+        self._program: Callable[[bytes], bytes] | None = program
         self.trailer = Trailer()
 
     def write(self, piece: bytes) -> int:
+        if self._program:
+            piece, self._program = self._program(piece), None
         self.trailer.add(piece)
         return self._stream.write(piece)
 

@@ -11,12 +11,12 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from export.metadata import Metadata
+from export.scheme import Scheme, kept, matrices
 from model.config import ModelConfig
 from runtime.program import read_metadata
 
@@ -52,10 +52,15 @@ def plan(metadata: Metadata) -> MemoryPlan:
     packed = "XnnpackBackend" in metadata.requirements.backends
     length = max(method.max_length for method in metadata.methods)
     return MemoryPlan(
-        weights=packed * matrix_bytes(config, metadata.provenance["options"]["scheme"]),
+        weights=packed * matrix_bytes(config, scheme_of(metadata)),
         caches=metadata.batch_size * cache_bytes(config, metadata.max_seq_len) if metadata.use_kv_cache else 0,
         activations=metadata.batch_size * activation_bytes(config, length, metadata.max_seq_len),
     )
+
+
+def scheme_of(metadata: Metadata) -> Scheme:
+    """How the file's matrices are stored."""
+    return Scheme.parse(metadata.provenance["options"]["scheme"])
 
 
 def cache_bytes(config: ModelConfig, positions: int) -> int:
@@ -65,16 +70,9 @@ def cache_bytes(config: ModelConfig, positions: int) -> int:
     return 2 * config.n_kv_heads * slots * config.head_dim * FLOAT
 
 
-def matrix_bytes(config: ModelConfig, scheme: Mapping[str, Any]) -> int:
-    """The matrices that a step multiplies by, as `export.quantize.Scheme` has them: all of the layers', and the head.
-
-    A group of low-bit weights has a scale in bfloat16.
-    """
-    heads = 2 * config.n_heads + 2 * config.n_kv_heads
-    feed_forwards = max(config.n_experts, 1) * (3 if config.gated else 2) * config.hidden_dim + config.n_experts
-    layer = config.dim * (heads * config.head_dim + feed_forwards)
-    weights, bits = config.n_layers * layer + config.vocab_size * config.dim, scheme["linear_bits"]
-    return weights * FLOAT if bits is None else weights * bits // 8 + weights // scheme["group_size"] * 2
+def matrix_bytes(config: ModelConfig, scheme: Scheme) -> int:
+    """The matrices that a step multiplies by: all of the layers', and the head."""
+    return sum(scheme.format(name, shape[1]).nbytes(*shape) for name, shape in matrices(config).items())
 
 
 def activation_bytes(config: ModelConfig, length: int, positions: int) -> int:
@@ -104,8 +102,22 @@ def describe(metadata: Metadata, size: int) -> dict[str, Any]:
         "methods": [{"name": spec.name, "tokens": [spec.min_length, spec.max_length]} for spec in metadata.methods],
         "requirements": dataclasses.asdict(metadata.requirements),
         "provenance": metadata.provenance,
+        "weights": _weights(metadata),
         "memory": dataclasses.asdict(memory) | {"total": memory.total, "mapped": size},
         "cache_bytes_by_context": {length: cache_bytes(config, length) for length in lengths if memory.caches},
+    }
+
+
+def _weights(metadata: Metadata) -> dict[str, Any]:
+    """Formats in words, and the matrices that have another one than the others."""
+    scheme = scheme_of(metadata)
+    return {
+        "quantize": metadata.provenance["options"]["quantize"],
+        "linear": str(scheme.linear),
+        "head": str(scheme.head),
+        "embedding": str(scheme.embedding),
+        "rounding": scheme.rounding,
+        "kept": {name: str(form) for name, form in kept(metadata.config, scheme).items()},
     }
 
 
@@ -121,8 +133,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _backend(provenance: dict[str, Any]) -> str:
+    name: str = provenance["options"]["backend"]
+    return name if provenance["verified"] else f"{name}; could not be run, and so not verified, where it was made"
+
+
 def _text(file: Path, found: dict[str, Any]) -> str:
-    config, memory = found["config"], found["memory"]
+    config, memory, weights = found["config"], found["memory"], found["weights"]
     methods = ", ".join(f"{method['name']} ({method['tokens'][1]})" for method in found["methods"])
     needs = ", ".join((*found["requirements"]["backends"], *found["requirements"]["operators"]))
     made_by = ", ".join(f"{name} {number}" for name, number in found["provenance"]["versions"].items())
@@ -132,7 +149,11 @@ def _text(file: Path, found: dict[str, Any]) -> str:
         f"context      {found['max_seq_len']} positions, batch {found['batch_size']}",
         f"tokens       BOS {found['bos_id']}, stop {found['stop_ids']}, tokenizer {found['tokenizer']['kind']}",
         f"methods      {methods}",
+        f"backend      {_backend(found['provenance'])}",
         f"needs        ExecuTorch {found['requirements']['executorch']}: {needs}",
+        f"weights      {weights['quantize']}: linear {weights['linear']}, head {weights['head']}, embedding "
+        f"{weights['embedding']}",
+        *(f"             {name} {form}" for name, form in weights["kept"].items()),
         f"made by      {made_by}",
         f"checkpoint   {found['provenance']['checkpoint']}",
         "",

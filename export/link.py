@@ -3,7 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import IO
 
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from export.lower import BACKENDS, Code, delegates, parts, to_bytes
+from export.backends import partitioners, quietly
+from export.lower import Code, delegates, parts, to_bytes
 from export.metadata import MethodSpec, Requirements
-from export.quantize import by_rows
 from export.recipe import Recipe, piece_names
+from export.scheme import is_shared
 from export.trace import pieces, trace
 
 ALIGNMENT = 16
@@ -29,11 +30,18 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Linked:
-    """Programs ready to be emitted, what a runtime needs to run them, and how many parts of them a backend runs."""
+    """Programs ready to be emitted.
+
+    Attributes:
+        requirements: what a runtime needs to run them.
+        delegates: how many parts of them a backend runs.
+        shared: name of a backend's data -> the constant of the programs that it is.
+    """
 
     edge: EdgeProgramManager
     requirements: Requirements
     delegates: int
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def link(
@@ -49,14 +57,16 @@ def link(
         identity: of the export, different where any weight may be: XNNPACK takes weights of one name for the same, in
             all the files that a process has open.
     """
-    data, programs = _Data(recipe, identity), dict[str, ExportedProgram]()
-    kinds = pieces(recipe.config) if codes else {}
-    shared = {name: recipe.piece(name) for name in piece_names(recipe.config) if name not in kinds}
+    programs = dict[str, ExportedProgram]()
+    kinds = pieces(recipe.config, recipe.scheme.careful) if codes else {}
+    others = {name: recipe.piece(name) for name in piece_names(recipe.config) if name not in kinds}
+    data = _Data(recipe, identity, others["tok_embeddings"])
     for spec in methods:
         lowered = {name: LoweredPiece(name, codes[spec.name, kind], data) for name, kind in kinds.items()}
-        programs |= trace(recipe.model(shared | lowered), [spec])
-    rest = [] if codes else BACKENDS[backend].partitioners()
-    edge = to_edge_transform_and_lower(programs, partitioner=dict.fromkeys(programs, rest))
+        programs |= trace(recipe.model(others | lowered), [spec])
+    with quietly():
+        rest = [] if codes else partitioners(backend)
+        edge = to_edge_transform_and_lower(programs, partitioner=dict.fromkeys(programs, rest))
     made = [edge.exported_program(name) for name in programs]
     return Linked(
         edge,
@@ -66,6 +76,7 @@ def link(
             operators=tuple(sorted({name for program in made for name in operators(program)})),
         ),
         delegates=sum(len(delegates(program)) for program in made),
+        shared=data.shared,
     )
 
 
@@ -102,10 +113,19 @@ class LoweredPiece(nn.Module):
 class _Data:
     """What the backend stores of each weight, made when it is asked for."""
 
-    def __init__(self, recipe: Recipe, identity: str) -> None:
+    def __init__(self, recipe: Recipe, identity: str, embedding: nn.Module) -> None:
         self.recipe = recipe
         self.identity = identity
+        self.shared = dict[str, Tensor]()
+        self._constants = list(embedding.state_dict().values())
         self._last: tuple[str, list[Tensor]] = ("", [])
+
+    def constant(self, name: str, number: int, nbytes: int) -> Tensor | None:
+        """The embedding's tensor that a part of a parameter is, byte for byte, if it is one."""
+        if name != "head.output.weight" or not is_shared(self.recipe.config, self.recipe.scheme):
+            return None
+        constant = self._constants[number]
+        return constant if constant.nbytes == nbytes else None
 
     def part(self, name: str, number: int) -> bytes:
         """A part of a parameter. Parts of one parameter are asked for one after another: the last one's are kept."""
@@ -115,9 +135,7 @@ class _Data:
 
     def _parts(self, name: str) -> list[Tensor]:
         value = self.recipe.weight(name)
-        if value.dim() == 1:
-            return [data for _, data in parts(value.float())]
-        return by_rows(value, lambda rows: [data for _, data in parts(self.recipe.scheme.linear(rows))])
+        return [data for _, data in parts(value.float() if value.dim() == 1 else self.recipe.stored(name))]
 
 
 def _with_weights(name: str, code: Code, data: _Data) -> LoweredBackendModule:
@@ -129,8 +147,13 @@ def _with_weights(name: str, code: Code, data: _Data) -> LoweredBackendModule:
         assert payload.count(part.key.encode()) == 1, f"the code does not name {part.parameter} once"
         payload = payload.replace(part.key.encode(), key.encode())
         entries[key] = DataEntry(len(buffers), ALIGNMENT, None)
-        make = functools.partial(data.part, f"{name}.{part.parameter}", part.number)
-        buffers.append(Deferred(key, part.nbytes, make))
+        constant = data.constant(f"{name}.{part.parameter}", part.number, part.nbytes)
+        if constant is None:
+            make = functools.partial(data.part, f"{name}.{part.parameter}", part.number)
+            buffers.append(Deferred(key, part.nbytes, make))
+        else:
+            data.shared[key] = constant
+            buffers.append(Deferred(key, 1, lambda: bytes(1)))  # stands for it until the file is written
     store = NamedDataStoreOutput(buffers, entries, {})
     return LoweredBackendModule(code.stand_in, code.backend_id, payload, code.compile_specs, store)
 

@@ -13,20 +13,27 @@ if __name__ == "__main__":
 import argparse
 import gc
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from export.backends import BACKENDS, lowering
+from export.calibrate import TOKENS, calibrate
 from export.emit import emit, replacing
 from export.link import link
-from export.lower import BACKENDS, lower
+from export.lower import lower
 from export.plan import DEFAULT_CONTEXT, ExportOptions, Plan, plan
-from export.quantize import SCHEMES
-from export.verify import VerificationError, verify
+from export.quality import Gate
+from export.quantize import ROUNDINGS
+from export.scheme import SCHEMES, matrices
+from export.search import DEFAULT_BUDGET, NothingFitsError, decided
+from export.verify import VerificationError, add_flags, fewest_bits, verify
 from model.checkpoint import BUILT_IN
 from model.errors import InputError
 from runtime.program import read_metadata
@@ -55,7 +62,7 @@ class ConsoleProgress(Progress):
         start, result = time.monotonic(), list[str]()
         with self._console.status(f"{name} ..."):
             yield result
-        self._console.print(f"{name:8}{time.monotonic() - start:7.1f} s  {'; '.join(result)}", markup=False)
+        self._console.print(f"{name:9}{time.monotonic() - start:7.1f} s  {'; '.join(result)}", markup=False)
 
     def note(self, line: str) -> None:
         self._console.print(line, markup=False)
@@ -64,29 +71,58 @@ class ConsoleProgress(Progress):
 def export_llama(options: ExportOptions, progress: Progress | None = None) -> Path:
     """Runs all stages and returns the path of the file, which is complete and verified, or as it was before.
 
+    A file for a backend that cannot be run here is not verified, and says so: provenance["verified"].
+
     Raises:
         InputError: checkpoint, tokenizer or options cannot be used.
-        VerificationError: the program's logits differ from the eager model's by more than the format's limits.
+        VerificationError: the program's logits differ from the eager model's by more than the format's limits, or
+            quantising increases the perplexity by more than is allowed.
+        NothingFitsError: no scheme that `options.auto` may choose keeps it within that.
     """
-    progress = progress or Progress()
+    budget = DEFAULT_BUDGET if options.auto and options.max_ppl_increase is None else options.max_ppl_increase
+    progress, gate = progress or Progress(), Gate.of(options.eval_text, budget)
     with progress.stage("open") as result:
         planned = plan(options)
         result.append(planned.summary)
+        gate.check(options.auto or fewest_bits(planned.recipe.scheme) is not None, planned.tokenizer)
     for warning in planned.warnings:
         progress.note(warning)
+    planned = decided(planned, gate, options.auto, progress.note)
     output = planned.output
     if not options.force and _is_already(output, planned.provenance):
         progress.note(f"{output} is already this export; --force makes it again")
         return output
-    with replacing(output) as temporary:
+    with replacing(output) as temporary, _calibrated(planned, progress) as planned:
         _write(planned, options.backend, temporary, progress)
         gc.collect()
         with progress.stage("verify") as result:
-            report = verify(temporary, planned.recipe.streamed())
-            result.append(str(report))
-        if not report.passed:
-            raise VerificationError(f"the program differs from the checkpoint: {report}; {output} was not written")
+            if not planned.provenance["verified"]:
+                absent = BACKENDS[options.backend].runtime
+                result.append(f"skipped: {absent} is not in this machine's ExecuTorch; check the file on the device")
+                return output
+            verdict = verify(temporary, planned.recipe, gate)
+            result.append(str(verdict))
+        saved = verdict.save(output, temporary.stat().st_size) if verdict.quality else None
+        if verdict.failure:
+            see = f"; {saved} has the details" if saved else ""
+            raise VerificationError(f"{verdict.failure}; {output} was not written{see}")
     return output
+
+
+@contextmanager
+def _calibrated(planned: Plan, progress: Progress) -> Iterator[Plan]:
+    """The plan, with the matrices that its texts give for as long as the block lasts."""
+    if not planned.texts:
+        yield planned
+        return
+    with tempfile.TemporaryDirectory(prefix="llama-pte-") as folder:
+        with progress.stage("calibrate") as result:
+            max_seq_len = planned.provenance["options"]["max_seq_len"]
+            recipe = calibrate(planned.recipe, planned.texts, max_seq_len, Path(folder))
+            count = sum(map(recipe.is_calibrated, matrices(recipe.config)))
+            result.append(f"{count} layers, {_tokens(sum(map(len, planned.texts)))}")
+        gc.collect()
+        yield replace(planned, recipe=recipe)
 
 
 def _write(planned: Plan, backend: str, path: Path, progress: Progress) -> None:
@@ -122,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = ExportOptions(**vars(_parser().parse_args(arguments)))
     try:
         print(export_llama(options, ConsoleProgress()))
-    except VerificationError as error:
+    except (VerificationError, NothingFitsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -155,8 +191,26 @@ def _parser() -> argparse.ArgumentParser:
         f"(default: the model's context, at most {DEFAULT_CONTEXT})",
     )
     add("--prefill-chunk", type=int, metavar="N", help="prompt tokens taken at once (default: 64)")
-    add("--backend", default="xnnpack", help=f"{' or '.join(BACKENDS)} (default: %(default)s)")
-    add("--quantize", default="fp32", help=f"{' or '.join(SCHEMES)} (default: %(default)s)")
+    refused = [name for name in BACKENDS if name not in lowering()]
+    add(
+        "--backend",
+        default="xnnpack",
+        metavar="NAME",
+        help=f"what runs the graph: {', '.join(lowering())} (default: %(default)s); {', '.join(refused)} say what they "
+        "lack",
+    )
+    add("--quantize", default="fp32", help=f"how weights are stored: {' or '.join(SCHEMES)} (default: %(default)s)")
+    add("--group-size", type=int, metavar="N", help="4-bit weights that share a scale: 32, 64 or 128 (default: 32)")
+    add("--embedding-bits", type=int, metavar="N", help="4 or 8 (default: 8 where anything is quantised)")
+    add("--head-bits", type=int, metavar="N", help="4 or 8 (default: as the other linear layers)")
+    add("--rounding", default="nearest", help=f"of weights: {' or '.join(ROUNDINGS)} (default: %(default)s)")
+    add(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="round quantised layers by what this text makes of their inputs (GPTQ); its first "
+        f"{TOKENS} tokens are looked at",
+    )
     add(
         "--no-kv-cache",
         dest="kv_cache",
@@ -165,6 +219,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--hidden-states", action="store_true", help="also return the last block's result, normalised")
     add("--original-context", action="store_true", help="keep to the context from before the model's was extended")
+    add("--auto", action="store_true", help="the smallest scheme that keeps perplexity within --max-ppl-increase")
+    add_flags(parser)
     add("--hub-token", metavar="TOKEN", help="for private and gated models on the hub (default: HF_TOKEN)")
     add("--cache-dir", type=Path, metavar="FOLDER", help="where downloads are kept (default: the hub's own cache)")
     add("--force", action="store_true", help="export again even if the output is up to date")

@@ -1,15 +1,12 @@
 """lower: each kind of block becomes a backend's code, once; the weights are named, so that others can be put in."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import to_edge_transform_and_lower
 from executorch.exir.backend.compile_spec_schema import CompileSpec
-from executorch.exir.backend.partitioner import Partitioner
 from executorch.exir.backend.utils import is_same_node
 from executorch.exir.delegate import executorch_call_delegate
 from executorch.exir.lowered_backend_module import LoweredBackendModule, get_lowered_submodules
@@ -18,31 +15,13 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from export.backends import BACKENDS, Backend
 from export.metadata import MethodSpec
-from export.quantize import Scheme, by_rows
+from export.quantize import by_rows, random
+from export.scheme import FLOAT, Scheme, is_shared
 from export.trace import pieces, trace_piece
 from model.config import ModelConfig
 from model.model import Block, Head
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One way to run a graph.
-
-    Attributes:
-        partitioners: makes those that choose what the backend takes, in the order they are to be tried.
-        by_block: whether it takes a block whole and names the weights in its code, so that a block is lowered once.
-    """
-
-    partitioners: Callable[[], list[Partitioner]]
-    by_block: bool
-
-
-BACKENDS = {
-    "xnnpack": Backend(lambda: [XnnpackPartitioner()], by_block=True),
-    "portable": Backend(list, by_block=False),
-}
-"""What `--backend` takes. Portable runs every operator by ExecuTorch's own kernels: slow, and everywhere."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +71,7 @@ def lower(
     """
     codes = {}
     if BACKENDS[backend].by_block:
-        for name in sorted(set(pieces(config).values())):
+        for name in sorted(set(pieces(config, scheme.careful).values())):
             module = _random_piece(config, name, scheme)
             for spec in methods:
                 graph = trace_piece(config, name, module, spec)
@@ -130,14 +109,27 @@ def delegates(program: ExportedProgram) -> list[LoweredBackendModule]:
 def _random_piece(config: ModelConfig, name: str, scheme: Scheme) -> nn.Module:
     with torch.device("meta"):
         module = Head(config) if name == "head" else Block(config, int(name.removeprefix("layers.")))
+    is_packed = scheme.format("head.output.weight", config.dim).bits == 4
+    if name == "head" and is_shared(config, scheme) and is_packed:
+        module.output = _PairsSwapped(config.dim, config.vocab_size, config.head_bias, device="meta")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for layer in module.modules():
+        for path, layer in module.named_modules():
             for role, parameter in layer.named_parameters(recurse=False):
                 is_matrix = isinstance(layer, nn.Linear) and role == "weight"
-                value = scheme.random_linear(parameter) if is_matrix else torch.randn(parameter.shape)
-                setattr(layer, role, nn.Parameter(value, requires_grad=False))
+                form = scheme.format(f"{name}.{path}.{role}", parameter.shape[-1]) if is_matrix else FLOAT
+                setattr(layer, role, nn.Parameter(random(parameter.shape, form), requires_grad=False))
     return module.eval()
+
+
+class _PairsSwapped(nn.Linear):
+    """Takes a weight whose columns 0 and 1, 2 and 3 and so on are swapped: as 4-bit pairs, it is byte for byte what the
+    embedding looks up.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = x.view(*x.shape[:-1], -1, 2)
+        return super().forward(torch.cat((pairs[..., 1:], pairs[..., :1]), dim=-1).view(x.shape))
 
 
 def _code(graph: ExportedProgram, backend: Backend, module: nn.Module) -> Code:

@@ -14,10 +14,11 @@ from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.extension.pybindings import _C
 from torch import Tensor, nn
 
+from export.backends import BACKENDS, check, partitioners, quietly
 from export.emit import replacing
-from export.lower import BACKENDS
 from export.verify import VerificationError
-from model.errors import InputError
+from model.errors import InputError, listed
+from runtime.program import lacking
 
 LIMIT = 1e-4
 """The largest difference from the eager module that passes, relative to the largest result if that is above 1."""
@@ -32,19 +33,21 @@ def export_module(
         module: takes tensors and returns a tensor or several; in eval mode, float32.
         inputs: an example of every argument; their shapes are fixed in the file.
         path: the .pte to write, which is complete and verified, or as it was before.
-        backend: one of `export.lower.BACKENDS`.
+        backend: one of `export.backends.BACKENDS` that can be run here.
         limit: see LIMIT.
 
     Raises:
-        InputError: the backend is unknown, or the path cannot be written.
+        InputError: the backend is unknown or not to be had here, or the path cannot be written.
         VerificationError: the file's results differ by more than the limit.
     """
-    if backend not in BACKENDS:
-        raise InputError(f"the backend {backend} is unknown; choose from {', '.join(BACKENDS)}")
+    check(backend)
+    if absent := lacking([BACKENDS[backend].runtime]):
+        raise InputError(f"{listed(absent)} is not on this machine, so the file could not be checked; choose another")
     with torch.no_grad():
         expected = module(*inputs)
         program = torch.export.export(module, tuple(inputs))
-    lowered = to_edge_transform_and_lower(program, partitioner=BACKENDS[backend].partitioners())
+    with quietly():
+        lowered = to_edge_transform_and_lower(program, partitioner=partitioners(backend))
     with replacing(path) as temporary:
         with temporary.open("wb") as stream:
             lowered.to_executorch(ExecutorchBackendConfig()).write_to_file(stream)

@@ -1,8 +1,10 @@
 """plan: what is asked for and what is on storage become everything that an export will do, before it does any of it."""
 
+import copy
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import Any
 
 import torch
 
+from export.backends import BACKENDS, check
+from export.calibrate import CalibrationText
 from export.inspect import cache_bytes
 from export.link import Linked
-from export.lower import BACKENDS
 from export.metadata import FORMAT_VERSION, NO_TOKENIZER, Metadata, MethodSpec
-from export.quantize import SCHEMES
+from export.quantize import ROUNDINGS
 from export.recipe import Recipe
+from export.scheme import CALIBRATED, SCHEMES, Scheme, adjusted
 from export.trace import GraphOptions, signatures
 from model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
 from model.config import ModelConfig
@@ -23,6 +27,7 @@ from model.errors import InputError
 from model.hub import fetched, is_hub_name
 from preproc import mask, rope
 from preproc.tokenizer import Tokenizer, from_bytes, open_tokenizer
+from runtime.program import lacking
 
 DEFAULT_CONTEXT = 2048
 """The longest max-seq-len that is chosen without being asked for: caches grow with it."""
@@ -38,11 +43,15 @@ class ExportOptions:
         output: the .pte to write; None names it after the checkpoint, in the current folder.
         max_seq_len: capacity of the KV cache; None takes the checkpoint's context, at most DEFAULT_CONTEXT.
         prefill_chunk: tokens that prefill takes at once; None takes 64, or max_seq_len where that is less.
-        backend: one of `export.lower.BACKENDS`.
-        quantize: how weights are stored, one of `export.quantize.SCHEMES`.
+        backend: one of `export.backends.BACKENDS`.
+        quantize: how weights are stored, one of `export.scheme.SCHEMES`.
+        group_size, embedding_bits, head_bits, rounding: what differs from it, see `export.scheme.adjusted`.
+        calibrate: a text by which the linear layers' weights are rounded, see `export.calibrate`.
         kv_cache: whether the methods take and extend a KV cache; otherwise each step takes the whole text.
         hidden_states: whether the methods also return the last block's result, normalised.
         original_context: keep to the context that the model had before it was extended.
+        auto: choose the smallest scheme that passes, in place of `quantize`.
+        eval_text, max_ppl_increase: what a quantised model is held to, see `export.quality.Gate`.
         hub_token, cache_dir: for a name on the hub, see `model.hub.fetched`.
         force: export even if the output is already what would be made.
     """
@@ -54,21 +63,37 @@ class ExportOptions:
     prefill_chunk: int | None = None
     backend: str = "xnnpack"
     quantize: str = "fp32"
+    group_size: int | None = None
+    embedding_bits: int | None = None
+    head_bits: int | None = None
+    rounding: str = "nearest"
+    calibrate: Path | None = None
     kv_cache: bool = True
     hidden_states: bool = False
     original_context: bool = False
+    auto: bool = False
+    eval_text: Path | None = None
+    max_ppl_increase: float | None = None
     hub_token: str | None = field(default=None, repr=False)
     cache_dir: Path | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
+        if self.auto and (self.quantize, self.group_size, self.embedding_bits, self.head_bits) != ("fp32", *[None] * 3):
+            raise InputError("--auto chooses the scheme itself; leave --quantize and what differs from it out")
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise InputError(f"--max-seq-len {self.max_seq_len} is impossible; give 1 or more")
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
             raise InputError(f"--prefill-chunk {self.prefill_chunk} is impossible; give 1 or more")
-        for flag, value, known in (("backend", self.backend, BACKENDS), ("quantize", self.quantize, SCHEMES)):
+        for flag, value, known in (
+            ("quantize", self.quantize, SCHEMES),
+            ("rounding", self.rounding, ROUNDINGS),
+        ):
             if value not in known:
                 raise InputError(f"--{flag} {value} is unknown; choose from {', '.join(known)}")
+        if self.calibrate and self.rounding != "nearest":
+            raise InputError(f"--rounding {self.rounding} has no effect with --calibrate; leave one of them out")
+        check(self.backend)
 
 
 @dataclass(frozen=True)
@@ -83,6 +108,7 @@ class Plan:
         output: the file to write.
         summary: the checkpoint in words.
         warnings: what a person should know before.
+        texts: tokens to calibrate with; none where the scheme does without.
     """
 
     recipe: Recipe
@@ -92,6 +118,13 @@ class Plan:
     output: Path
     summary: str
     warnings: tuple[str, ...]
+    texts: Sequence[Sequence[int]] = ()
+
+    def with_scheme(self, quantize: str, scheme: Scheme) -> "Plan":
+        """The same export with another scheme, by its name in SCHEMES and what differs from that."""
+        provenance = copy.deepcopy(self.provenance)
+        provenance["options"] |= {"quantize": quantize, "scheme": scheme.to_json()}
+        return replace(self, recipe=self.recipe.with_scheme(scheme), provenance=provenance)
 
     @property
     def identity(self) -> str:
@@ -132,18 +165,33 @@ def plan(options: ExportOptions) -> Plan:
     tokenizer = _tokenizer(checkpoint, options)
     graph = _graph(checkpoint.config, options)
     config = _for_length(checkpoint.config, graph.max_seq_len)
-    _check_groups(config, options.quantize)
+    scheme = adjusted(
+        SCHEMES[options.quantize],
+        options.group_size,
+        options.embedding_bits,
+        options.head_bits,
+        options.rounding,
+    )
+    text = CalibrationText.of(options.calibrate) if options.calibrate else None
+    if text:
+        if not options.auto:
+            text.check(scheme)
+        scheme = replace(scheme, rounding=CALIBRATED)
+    check(options.backend, quantised=any(form.bits for form in (scheme.linear, scheme.head, scheme.embedding)))
     output = options.output or (Path(f"{options.checkpoint.name}.pte") if named else _default_output(path))
     if output.resolve() in {file.resolve() for file in (*checkpoint.files, options.tokenizer or output.parent)}:
         raise InputError(f"--output {output} is one of the files to read; give another name")
+    provenance = _provenance(checkpoint, tokenizer, options, graph, scheme)
+    provenance["calibration"] = {"sha256": text.sha256} if text else None
     return Plan(
-        recipe=Recipe(config, checkpoint.weights, SCHEMES[options.quantize]),
+        recipe=Recipe(config, checkpoint.weights, scheme),
         methods=signatures(config, graph),
         tokenizer=tokenizer,
-        provenance=_provenance(checkpoint, tokenizer, options, graph),
+        provenance=provenance,
         output=output,
         summary=f"{checkpoint.layout}, {config.n_layers} layers, dim {config.dim}, vocabulary {config.vocab_size}",
         warnings=_warnings(checkpoint.config, graph.max_seq_len),
+        texts=text.windows(tokenizer, provenance["bos_id"], graph.max_seq_len) if text else (),
     )
 
 
@@ -188,22 +236,6 @@ def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
     return GraphOptions(max_seq_len, chunk, options.kv_cache, options.hidden_states)
 
 
-def _check_groups(config: ModelConfig, quantize: str) -> None:
-    """Every linear layer's width must be whole groups of the scheme."""
-    scheme = SCHEMES[quantize]
-    widths = {
-        "dim": config.dim,
-        "n_heads * head_dim": config.n_heads * config.head_dim,
-        "hidden_dim": config.hidden_dim,
-    }
-    for name, width in widths.items():
-        if scheme.linear_bits and width % scheme.group_size:
-            raise InputError(
-                f"--quantize {quantize} stores weights in groups of {scheme.group_size}, which do not divide the "
-                f"model's {name} of {width}; give fp32"
-            )
-
-
 def _for_length(config: ModelConfig, max_seq_len: int) -> ModelConfig:
     """Beyond the trained context, a scaling that is stated as a factor is stretched in proportion; the other kinds
     take the length into account by themselves.
@@ -229,7 +261,7 @@ def _default_output(checkpoint: Path) -> Path:
 
 
 def _provenance(
-    checkpoint: Checkpoint, tokenizer: Tokenizer | None, options: ExportOptions, graph: GraphOptions
+    checkpoint: Checkpoint, tokenizer: Tokenizer | None, options: ExportOptions, graph: GraphOptions, scheme: Scheme
 ) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
@@ -241,10 +273,11 @@ def _provenance(
             **asdict(graph),
             "backend": options.backend,
             "quantize": options.quantize,
-            "scheme": asdict(SCHEMES[options.quantize]),
+            "scheme": scheme.to_json(),
         },
         "versions": {name: version(name) for name in ("llama-pte", "torch", "executorch", "torchao")},
         "source": {"sha256": _source_digest()},
+        "verified": not lacking([BACKENDS[options.backend].runtime]),
     }
 
 

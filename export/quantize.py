@@ -1,106 +1,123 @@
 """quantize: weights become low-bit integers with a scale per group, by torchao; activations when a layer is run."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  defines embedding_byte
+from executorch.exir.passes import (
+    _quant_patterns_and_replacements,  # noqa: F401  defines embedding_byte, embedding_4bit
+)
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
-from torchao.quantization.quant_primitives import choose_qparams_affine
+from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_scale_only_hqq, choose_qparams_affine
+
+from export.scheme import Format
 
 _ELEMENTS_AT_ONCE = 1 << 18
 """Elements of a matrix that are quantised at a time: few enough to stay in the processor's caches."""
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """How weights are stored and multiplied.
-
-    Attributes:
-        linear_bits: of the linear layers' weights; activations are then quantised to 8 bits, per token, as they come.
-            None for float32.
-        group_size: consecutive weights of an output that share a scale.
-        embedding_bits: of the embedding, one scale a row; None for float32.
-    """
-
-    linear_bits: int | None = None
-    group_size: int = 32
-    embedding_bits: int | None = None
-
-    def linear(self, weight: Tensor) -> Tensor:
-        """A linear layer's weight [out, in] as the layer is to use it: float32, or torchao's integers and scales."""
-        if self.linear_bits is None:
-            return weight.float()
-        codes, scale = by_rows(weight, lambda rows: self._grouped(rows.float()))
-        return self._from_parts(codes, scale)
-
-    def random_linear(self, weight: Tensor) -> Tensor:
-        """Random values in the form that `linear` gives; only the weight's shape is looked at."""
-        if self.linear_bits is None:
-            return torch.randn(weight.shape)
-        rows, columns = weight.shape
-        half = 1 << (self.linear_bits - 1)
-        codes = torch.randint(-half, half, (rows, columns), dtype=torch.int8)
-        return self._from_parts(codes, torch.rand(rows, columns // self.group_size).bfloat16())
-
-    def embedding(self, weight: Tensor) -> nn.Module:
-        """The layer that looks rows of `weight` [V, D] up."""
-        if self.embedding_bits is None:
-            embedding = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
-            embedding.weight = nn.Parameter(weight.float(), requires_grad=False)
-            return embedding
-        return QuantizedEmbedding(weight)
-
-    def _grouped(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Round-to-nearest: codes, and a scale a group in bfloat16, the format in which XNNPACK holds them."""
-        block, most = (1, self.group_size), 1 << (self.linear_bits or 0) - 1
-        scale, zero = choose_qparams_affine(
-            weight, MappingType.SYMMETRIC, block, torch.int8, -most, most - 1, zero_point_dtype=torch.int8, keepdim=True
-        )
-        found = IntxUnpackedToInt8Tensor.from_hp(
-            weight,
-            block,
-            getattr(torch, f"int{self.linear_bits}"),
-            activation_quantization="int8_asym_per_token",
-            intx_choose_qparams_algorithm=None,
-            custom_scale=scale.bfloat16(),
-            custom_zero_point=zero,
-        )
-        return found.qdata, found.scale
-
-    def _from_parts(self, codes: Tensor, scale: Tensor) -> IntxUnpackedToInt8Tensor:
-        zero, dtype = torch.zeros(scale.shape, dtype=torch.int8), getattr(torch, f"int{self.linear_bits}")
-        block = (1, self.group_size)
-        return IntxUnpackedToInt8Tensor(codes, scale, zero, dtype, block, torch.float32, "int8_asym_per_token")
+def stored(weight: Tensor, form: Format, rounding: str) -> Tensor:
+    """A matrix [rows, columns] in a format: float32, or torchao's integers and scales."""
+    if form.bits is None:
+        return weight.float()
+    codes, scale = by_rows(weight, lambda rows: ROUNDINGS[rounding](rows.float(), form))
+    return from_parts(codes, scale, form)
 
 
-SCHEMES = {"fp32": Scheme(), "8da4w": Scheme(linear_bits=4, embedding_bits=8)}
-"""What `--quantize` takes. 8da4w: 8-bit dynamic activations and 4-bit weights."""
+def random(shape: Sequence[int], form: Format) -> Tensor:
+    """Random values in the form that `stored` gives."""
+    if form.bits is None:
+        return torch.randn(*shape)
+    half = 1 << (form.bits - 1)
+    codes = torch.randint(-half, half, tuple(shape), dtype=torch.int8)
+    return from_parts(codes, torch.rand(shape[0], shape[1] // (form.group_size or shape[1])), form)
+
+
+def from_parts(codes: Tensor, scale: Tensor, form: Format) -> IntxUnpackedToInt8Tensor:
+    """torchao's tensor of int8 codes [rows, columns] and a scale for each group, [rows, groups]."""
+    scale = scale.to(_scale_dtype(form))
+    zero, block = torch.zeros(scale.shape, dtype=torch.int8), (1, form.group_size or codes.shape[1])
+    dtype = getattr(torch, f"int{form.bits}")
+    return IntxUnpackedToInt8Tensor(codes, scale, zero, dtype, block, torch.float32, "int8_asym_per_token")
+
+
+def _scale_dtype(form: Format) -> torch.dtype:
+    return torch.bfloat16 if form.group_size else torch.float32
+
+
+def nearest(weight: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """Codes and scales of float32 rows: the scale takes in the largest weight of a group, and the nearest code wins."""
+    block, most = (1, form.group_size or weight.shape[1]), 1 << (form.bits or 0) - 1
+    scale, _ = choose_qparams_affine(
+        weight, MappingType.SYMMETRIC, block, torch.int8, -most, most - 1, zero_point_dtype=torch.int8, keepdim=True
+    )
+    return codes_for(weight, scale, form)
+
+
+def hqq(weight: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """The scale with the least squared error of a group (half-quadratic quantisation, mobiusml.github.io/hqq_blog)."""
+    block, most = [1, form.group_size or weight.shape[1]], 1 << (form.bits or 0) - 1
+    _, scale = _choose_qparams_and_quantize_scale_only_hqq(weight, block, -most, most - 1)
+    return codes_for(weight, scale, form)
+
+
+ROUNDINGS: dict[str, Callable[[Tensor, Format], tuple[Tensor, Tensor]]] = {"nearest": nearest, "hqq": hqq}
+"""What `--rounding` takes."""
+
+
+def codes_for(weight: Tensor, scale: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """The nearest codes where the scales, [rows, groups], are as they are stored."""
+    scale = scale.to(_scale_dtype(form))
+    found = IntxUnpackedToInt8Tensor.from_hp(
+        weight,
+        (1, form.group_size or weight.shape[1]),
+        getattr(torch, f"int{form.bits}"),
+        activation_quantization="int8_asym_per_token",
+        intx_choose_qparams_algorithm=None,
+        custom_scale=scale,
+        custom_zero_point=torch.zeros(scale.shape, dtype=torch.int8),
+    )
+    return found.qdata, found.scale
 
 
 class QuantizedEmbedding(nn.Module):
-    """An embedding of 8-bit rows with a scale each, symmetric: row = codes * scale."""
+    """An embedding of low-bit rows with a scale each, or one for every group: row = codes * scales."""
 
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, weight: Tensor) -> None:
-        """Quantises `weight`, [V, D]."""
+    def __init__(self, weight: IntxUnpackedToInt8Tensor) -> None:
+        """Takes what `Scheme.stored` makes of the matrix, [V, D]."""
         super().__init__()
-        codes, scales = by_rows(weight, lambda rows: _per_row(rows.float()))
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
+        self.four = str(weight.target_dtype) == "torch.int4"
+        codes, scales = weight.qdata, weight.scale.float()
+        self.register_buffer("codes", _pairs(codes) if self.four else codes)
+        self.register_buffer("scales", scales if self.four else scales.squeeze(1))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, L] int64 -> [B, L, D]."""
         if torch.compiler.is_exporting():
-            found: Tensor = torch.ops.quantized_decomposed.embedding_byte(
-                self.codes, self.scales, None, -128, 127, tokens
-            )
+            lookup, half = torch.ops.quantized_decomposed, 8 if self.four else 128
+            operator = lookup.embedding_4bit if self.four else lookup.embedding_byte
+            found: Tensor = operator(self.codes, self.scales, None, -half, half - 1, tokens)
             return found
-        return self.codes[tokens].float() * self.scales[tokens].unsqueeze(-1)
+        codes, scales = self.codes[tokens], self.scales[tokens]
+        if self.four:
+            codes = torch.stack((codes >> 4, codes & 15), dim=-1).flatten(-2).to(torch.int8) - 8
+        scales = scales.view(*tokens.shape, -1, 1)
+        return (codes.float().view(*scales.shape[:-1], -1) * scales).flatten(-2)
+
+
+def _pairs(codes: Tensor) -> Tensor:
+    """4-bit integers, two to a byte as embedding_4bit has them: the first in the upper half, offset by 8."""
+    (packed,) = by_rows(codes, lambda rows: [_joined(rows)])
+    return packed
+
+
+def _joined(rows: Tensor) -> Tensor:
+    flat = rows.to(torch.uint8).add_(8).view(-1)
+    return (flat[::2] << 4).bitwise_or_(flat[1::2]).view(rows.shape[0], -1)
 
 
 class QuantizedLinear(nn.Module):
@@ -139,27 +156,26 @@ def as_8_bits(x: Tensor) -> Tensor:
     return (codes - zero) * (1 / steps)
 
 
-def quantize(module: nn.Module, scheme: Scheme) -> nn.Module:
-    """Quantises every linear layer below `module`, in place."""
+def quantize(module: nn.Module, stored: Callable[[str], Tensor]) -> nn.Module:
+    """Gives every linear layer below `module` its weight as it is stored, by its name there, in place."""
     for name, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear):
-            weight = scheme.linear(layer.weight)
-            if scheme.linear_bits is None:
-                layer.weight = nn.Parameter(weight, requires_grad=False)
-            else:
+            weight = stored(f"{name}.weight")
+            if isinstance(weight, IntxUnpackedToInt8Tensor):
                 module.set_submodule(name, QuantizedLinear(weight, layer.bias))
+            else:
+                layer.weight = nn.Parameter(weight, requires_grad=False)
     return module
 
 
-def _per_row(weight: Tensor) -> tuple[Tensor, Tensor]:
-    scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return (weight / scales.unsqueeze(1)).round().to(torch.int8), scales
+def by_rows(matrix: Tensor, make: Callable[[Tensor], Sequence[Tensor]], at_once: int | None = None) -> list[Tensor]:
+    """What `make` makes of a matrix, given a part of its rows at a time: tensors that have a row for each row.
 
-
-def by_rows(matrix: Tensor, make: Callable[[Tensor], Sequence[Tensor]]) -> list[Tensor]:
-    """What `make` makes of a matrix, given a part of its rows at a time: tensors that have a row for each row."""
+    Args:
+        at_once: elements of a part; None for few.
+    """
     whole, start = list[Tensor](), 0
-    for rows in row_chunks(matrix):
+    for rows in torch.split(matrix, max(1, at_once // matrix.shape[1])) if at_once else row_chunks(matrix):
         made = make(rows)
         whole = whole or [torch.empty((len(matrix), *part.shape[1:]), dtype=part.dtype) for part in made]
         for target, part in zip(whole, made, strict=True):

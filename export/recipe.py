@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from export.quantize import Scheme, quantize
+from export.quantize import QuantizedEmbedding, quantize, stored
+from export.scheme import CALIBRATED, Scheme, is_shared
 from model.config import ModelConfig
 from model.model import Llama
 
@@ -18,31 +20,65 @@ class Recipe:
         scheme: how weights are stored and multiplied.
     """
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], scheme: Scheme) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        scheme: Scheme,
+        calibrated: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Takes the model's parameters, and matrices that `export.calibrate` has rounded, by their names."""
         self.config = config
         self.scheme = scheme
         self._weights = weights
+        self._calibrated = calibrated or {}
 
     def weight(self, name: str) -> Tensor:
         """A parameter of the model, read from storage, in the checkpoint's dtype."""
         tied = self.config.tied and name == "head.output.weight"
         return self._weights["tok_embeddings.weight" if tied else name]
 
+    def stored(self, name: str) -> Tensor:
+        """A matrix as the scheme has it: float32, or torchao's integers and scales."""
+        if self.is_calibrated(name):
+            return self._calibrated[name]
+        weight = self.weight(name)
+        return stored(weight, self.scheme.format(name, weight.shape[1]), self.scheme.plain_rounding)
+
+    def is_calibrated(self, name: str) -> bool:
+        """Whether `export.calibrate` rounds a matrix: not the embedding, nor a head that is stored with it as one."""
+        if name == "head.output.weight":
+            form, is_alone = self.scheme.head, not is_shared(self.config, self.scheme)
+        else:
+            form, is_alone = self.scheme.linear, name != "tok_embeddings.weight"
+        return self.scheme.rounding == CALIBRATED and form.bits is not None and is_alone
+
+    def with_scheme(self, scheme: Scheme) -> "Recipe":
+        """The same model, stored in another way."""
+        return Recipe(self.config, self._weights, scheme)
+
+    def with_calibrated(self, matrices: Mapping[str, Tensor]) -> "Recipe":
+        """The same with these, by name, for the matrices that are calibrated."""
+        return Recipe(self.config, self._weights, self.scheme, matrices)
+
     def unquantised(self) -> "Recipe":
         """The same model in float32."""
-        return Recipe(self.config, self._weights, Scheme())
+        return self.with_scheme(Scheme())
 
     def piece(self, name: str) -> nn.Module:
         """A part of the model with its weights, as the scheme has them: tok_embeddings, layers.0, head."""
+        if name == "tok_embeddings":
+            return _embedding(self.stored("tok_embeddings.weight"))
+        return quantize(self.frame(name), lambda role: self.stored(f"{name}.{role}")).eval().requires_grad_(False)
+
+    def frame(self, name: str) -> nn.Module:
+        """A part of the model with its weights in float32, but for the linear layers' matrices, which it lacks."""
         with torch.device("meta"):
             piece = Llama(self.config).get_submodule(name)
-        if name == "tok_embeddings":
-            return self.scheme.embedding(self.weight("tok_embeddings.weight"))
         matrices = {f"{role}.weight" for role, layer in piece.named_modules() if isinstance(layer, nn.Linear)}
-        state = {role: self.weight(f"{name}.{role}") for role in piece.state_dict()}
-        state = {role: value if role in matrices else value.float() for role, value in state.items()}
-        piece.load_state_dict(state, assign=True)
-        return quantize(piece, self.scheme).eval().requires_grad_(False)
+        rest = {role: self.weight(f"{name}.{role}").float() for role in piece.state_dict() if role not in matrices}
+        piece.load_state_dict(rest, strict=False, assign=True)
+        return piece.eval().requires_grad_(False)
 
     def model(self, made: Mapping[str, nn.Module]) -> Llama:
         """The whole model of `piece_names` that are made already, and may be lowered."""
@@ -62,6 +98,14 @@ def piece_names(config: ModelConfig) -> list[str]:
     """Of all parts of a model."""
     embeddings = ["tok_embeddings"] + ["pos_embeddings"] * (config.positions == "learned")
     return [*embeddings, *(f"layers.{layer}" for layer in range(config.n_layers)), "head"]
+
+
+def _embedding(weight: Tensor) -> nn.Module:
+    if isinstance(weight, IntxUnpackedToInt8Tensor):
+        return QuantizedEmbedding(weight)
+    embedding = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
+    embedding.weight = nn.Parameter(weight, requires_grad=False)
+    return embedding
 
 
 class _OnDemand(nn.Module):

@@ -1,6 +1,6 @@
 """trace: the eager model becomes one torch.export graph per method, with its signature written down."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,14 +41,17 @@ def trace(model: Llama, methods: Iterable[MethodSpec]) -> dict[str, ExportedProg
         }
 
 
-def pieces(config: ModelConfig) -> dict[str, str]:
+def pieces(config: ModelConfig, careful: Collection[int] = ()) -> dict[str, str]:
     """The parts of the model that a backend can take as one: name -> the first with an equal graph.
 
     Blocks of one kind differ only in their weights.
+
+    Args:
+        careful: blocks whose weights are stored in another format than the others'.
     """
-    found, kinds = dict[str, str](), dict[tuple[bool, bool], str]()
+    found, kinds = dict[str, str](), dict[tuple[bool, bool, bool], str]()
     for layer in range(config.n_layers):
-        kind = (config.is_local(layer), layer in config.nope_layers)
+        kind = (config.is_local(layer), layer in config.nope_layers, layer in careful)
         found[f"layers.{layer}"] = kinds.setdefault(kind, f"layers.{layer}")
     return found | {"head": "head"}
 

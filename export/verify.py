@@ -1,10 +1,11 @@
-"""verify: the .pte against the eager model it was made from, through prefill and decode.
+"""verify: the .pte against the eager model it was made from, and a quantised model against the one in float32.
 
-The reference sees each whole sequence in one pass, without caches, so that a fault in a cache, a mask or a rotary slice
-shows as well as one in the graph or a weight.
+The first says whether the file is faithful, through prefill and decode: the reference sees each whole sequence in one
+pass, without caches, so that a fault in a cache, a mask or a rotary slice shows as well as one in the graph or a
+weight. The second says what quantising costs, see `export.quality`.
 
     python -m export.verify tiny.pte
-    python -m export.verify llama.pte --checkpoint path/to/Llama-3.2-1B
+    python -m export.verify llama.pte --checkpoint path/to/Llama-3.2-1B --eval-text mine.txt --report
 """
 
 from model import command
@@ -12,23 +13,29 @@ from model import command
 if __name__ == "__main__":
     command.start("export.verify")
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from export.quantize import SCHEMES
+from export.calibrate import CalibrationText, calibrate
+from export.metadata import Metadata
+from export.quality import Gate, Quality, measure, most_tokens, random_windows, windows
 from export.recipe import Recipe
-from export.trace import step
+from export.reference import reference
+from export.report import write_report
+from export.scheme import Scheme
+from model import command
 from model.checkpoint import BUILT_IN, open_checkpoint
 from model.errors import InputError
 from model.hub import fetched, is_hub_name
-from model.model import Llama
-from preproc.mask import HIDDEN
-from preproc.positions import Positions, names
+from preproc.tokenizer import from_bytes
 from runtime.program import Program, read_metadata
 from runtime.session import Session
 
@@ -41,28 +48,39 @@ DECODED = 16
 """Tokens decoded greedily after each prompt."""
 
 
+UNCACHED_TOKENS = 64
+"""Tokens of the text that a file without caches is given, which takes the whole text anew for each."""
+
+
 class VerificationError(Exception):
-    """The exported program does not compute what was exported; nothing was written."""
+    """The exported program does not compute what was exported, or not well enough; nothing was written."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest differences that still pass."""
+    """The largest differences that still pass.
+
+    Attributes:
+        max_abs, kl: see `Fidelity`.
+    """
 
     max_abs: float
     kl: float
 
 
-LIMITS = {"fp32": Limits(max_abs=1e-4, kl=1e-6), "8da4w": Limits(max_abs=2.0, kl=2e-2)}
-"""What each scheme is allowed: the reference is quantised as well."""
+LIMITS = {"fp32": Limits(max_abs=1e-4, kl=1e-6), "8da": Limits(max_abs=2.0, kl=2e-2)}
+"""Between the file and the eager model, for activations as they are and for such as are rounded to 8 bits."""
+
+MAX_PPL_INCREASE = {8: 0.01, 4: 0.1}
+"""See `Quality.limit`; by the fewest bits that any weight has."""
 
 
 @dataclass(frozen=True)
-class Report:
+class Fidelity:
     """Differences between the file's logits and the eager model's.
 
     Attributes:
-        positions: how many rows of logits were compared.
+        rows: how many rows of logits were compared.
         max_abs: largest absolute difference of a logit.
         mse: mean squared difference.
         kl: largest KL divergence of a row, KL(eager || file), in nats.
@@ -70,7 +88,7 @@ class Report:
         limits: what was allowed.
     """
 
-    positions: int
+    rows: int
     max_abs: float
     mse: float
     kl: float
@@ -85,26 +103,115 @@ class Report:
     def __str__(self) -> str:
         return (
             f"max abs {self.max_abs:.1e} (limit {self.limits.max_abs:.0e}), KL {self.kl:.1e} (limit "
-            f"{self.limits.kl:.0e}), MSE {self.mse:.1e}, greedy {self.greedy_agreement:.1%} of {self.positions} rows"
+            f"{self.limits.kl:.0e}), MSE {self.mse:.1e}, greedy {self.greedy_agreement:.1%} of {self.rows} rows"
         )
 
 
-def verify(file: Path, model: Llama) -> Report:
-    """Compares the rows after each prompt and each decoded token.
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of a file.
 
-    The file is run first and closed before the model, whose pieces may be read one after another, takes memory.
+    Attributes:
+        metadata: what the file carries.
+        fidelity: whether it computes what was exported.
+        quality: what quantising cost; None for float32.
+    """
+
+    metadata: Metadata
+    fidelity: Fidelity
+    quality: Quality | None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the file does not pass, in a sentence; None if it does."""
+        if not self.fidelity.passed:
+            return f"the program differs from the checkpoint: {self.fidelity}"
+        return self.quality.failure if self.quality else None
+
+    def __str__(self) -> str:
+        return f"{self.fidelity}; {self.quality}" if self.quality else str(self.fidelity)
+
+    def save(self, output: Path, size: int) -> Path:
+        """Writes the report of a quantised file beside `output`, which has `size` bytes, and returns the page."""
+        assert self.quality, "a float32 file has no report"
+        scheme = Scheme.parse(self.metadata.provenance["options"]["scheme"])
+        quality = asdict(self.quality) | {"worst": [loss.worst for loss in self.quality.worst]}
+        quality["kl_limit"] = self.quality.kl_limit
+        for name in ("quantised", "file", "file_float32"):
+            quality[name]["increase"] = getattr(self.quality, name).increase
+        content: dict[str, Any] = {
+            "passed": self.failure is None,
+            "failure": self.failure,
+            "file": {"name": output.name, "bytes": size},
+            "scheme": {name: str(form) for name, form in vars(scheme).items()},
+            "provenance": self.metadata.provenance,
+            "fidelity": asdict(self.fidelity),
+            "quality": quality,
+        }
+        return write_report(output, content)
+
+
+def verify(file: Path, recipe: Recipe, gate: Gate | None = None) -> Verdict:
+    """Compares the rows after each prompt and each decoded token, and of a quantised file those of a text.
+
+    The file is run first and closed before the models, whose pieces are read one after another, take memory.
+
+    Args:
+        recipe: what the file was made from.
+        gate: what a quantised model is held to; None for the built-in text and the scheme's limit.
 
     Raises:
-        InputError: file and model do not have the same dimensions.
+        InputError: file and model do not have the same dimensions, or the gate asks for what cannot be measured.
     """
-    program = Program(file)
+    program, gate = Program(file), gate or Gate()
     metadata = program.metadata
-    if metadata.config != model.config:
-        raise InputError(f"the file was made from another model: {metadata.config} is not {model.config}")
+    _check_same(metadata, recipe)
+    bits, activations = fewest_bits(recipe.scheme), recipe.scheme.linear.bits or recipe.scheme.head.bits
+    gate.check(bits is not None, program.tokenizer)
     texts, found = _played(program)
+    parts = _parts(program, gate) if bits else []
+    followed = _followed(program, parts)
+    source = gate.source if program.tokenizer else None
     del program
-    expected = reference(model, texts, [len(rows) for rows in found], metadata.max_seq_len)
-    return compare(found, expected, LIMITS[metadata.provenance["options"]["quantize"]])
+    expected = reference(recipe.streamed(), texts, [len(rows) for rows in found], metadata.max_seq_len)
+    fidelity = compare(found, expected, LIMITS["8da" if activations else "fp32"])
+    del found, expected
+    if bits is None:
+        return Verdict(metadata, fidelity, None)
+    limit = MAX_PPL_INCREASE[bits] if gate.max_ppl_increase is None else gate.max_ppl_increase
+    return Verdict(metadata, fidelity, measure(recipe, parts, followed, metadata.max_seq_len, source, limit))
+
+
+def _check_same(metadata: Metadata, recipe: Recipe) -> None:
+    if metadata.config != recipe.config:
+        raise InputError(f"the file was made from another model: {metadata.config} is not {recipe.config}")
+
+
+def fewest_bits(scheme: Scheme) -> int | None:
+    """Of any weight; None where all are float32."""
+    return min((form.bits for form in (scheme.linear, scheme.head, scheme.embedding) if form.bits), default=None)
+
+
+def _parts(program: Program, gate: Gate) -> list[list[int]]:
+    """What the models are to predict, see `windows`; random tokens where there is no tokenizer."""
+    metadata = program.metadata
+    if program.tokenizer is None:
+        return random_windows(metadata.config.vocab_size, metadata.max_seq_len)
+    ids = program.tokenizer.encode(gate.read())
+    return windows(ids, metadata.bos_id, metadata.max_seq_len, most_tokens(metadata.config))
+
+
+def _followed(program: Program, texts: Sequence[Sequence[int]]) -> Tensor:
+    """The file's logits behind each token that it is given of the texts, one by one, [N, V]."""
+    given = [(token, not index) for text in texts for index, token in enumerate(text[:-1])]
+    if not program.metadata.use_kv_cache:
+        given = given[:UNCACHED_TOKENS]
+    session, rows = Session(program), torch.empty(len(given), program.metadata.config.vocab_size)
+    for row, (token, is_first) in zip(rows, given, strict=True):
+        if is_first:
+            session.reset()
+        row.copy_(session.decode(token))
+    return rows
 
 
 def _played(program: Program) -> tuple[list[list[int]], list[Tensor]]:
@@ -121,9 +228,9 @@ def _played(program: Program) -> tuple[list[list[int]], list[Tensor]]:
     return texts, found
 
 
-def compare(found: Sequence[Tensor], expected: Sequence[Tensor], limits: Limits) -> Report:
+def compare(found: Sequence[Tensor], expected: Sequence[Tensor], limits: Limits) -> Fidelity:
     """Measures logits, each [N, V], against the reference's. A NaN on either side stays NaN, and fails."""
-    max_abs, squares, kl, agreed, positions = 0.0, 0.0, 0.0, 0.0, 0
+    max_abs, squares, kl, agreed, count = 0.0, 0.0, 0.0, 0.0, 0
     for ours, theirs in zip(found, expected, strict=True):
         ours, theirs = ours.double(), theirs.double()
         difference = ours - theirs
@@ -132,53 +239,12 @@ def compare(found: Sequence[Tensor], expected: Sequence[Tensor], limits: Limits)
         kl = _larger(kl, (p.exp() * (p - q)).sum(dim=-1).max())
         squares += float(difference.square().mean(dim=-1).sum())
         agreed += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        positions += len(ours)
-    return Report(positions, max_abs, squares / positions, kl, agreed / positions, limits)
+        count += len(ours)
+    return Fidelity(count, max_abs, squares / count, kl, agreed / count, limits)
 
 
 def _larger(a: float, b: Tensor) -> float:
     return float(torch.maximum(torch.tensor(a, dtype=torch.float64), b))  # a NaN wins
-
-
-@torch.no_grad()
-def reference(
-    model: Llama, texts: Sequence[Sequence[int]], rows: Sequence[int] | None = None, max_seq_len: int | None = None
-) -> list[Tensor]:
-    """The eager model's logits of texts, without caches: [len(text), V] each, or only the last `rows` of them.
-
-    All texts are one sequence in which none sees another, so that each piece of the model is run once.
-
-    Args:
-        max_seq_len: the length that the rotary tables are made for; None for the longest text's.
-    """
-    lengths = [len(text) for text in texts]
-    total = sum(lengths)
-    positions = Positions.of(model.config, max_seq_len or max(lengths))
-    inputs = {"tokens": torch.tensor([[token for text in texts for token in text]])}
-    for name in names(model.config):
-        made = [positions.make(name, 0, length, capacity=0) for length in lengths]
-        inputs[name] = _apart(made) if name.endswith("mask") else torch.cat(made, dim=1)
-    wanted = [range(end - (count or length), end) for end, length, count in _spans(lengths, rows)]
-    inputs["select"] = torch.eye(total)[[row for span in wanted for row in span]]
-    return list(torch.split(step(model, inputs)["logits"], [len(span) for span in wanted]))
-
-
-def _spans(lengths: Sequence[int], rows: Sequence[int] | None) -> Iterator[tuple[int, int, int]]:
-    end = 0
-    for length, count in zip(lengths, rows or [0] * len(lengths), strict=True):
-        end += length
-        yield end, length, count
-
-
-def _apart(masks: Sequence[Tensor]) -> Tensor:
-    """Masks [1 or H, L, L] along the diagonal of one in which they do not see each other."""
-    total, start = sum(mask.shape[-1] for mask in masks), 0
-    joined = torch.full((len(masks[0]), total, total), HIDDEN)
-    for mask in masks:
-        end = start + mask.shape[-1]
-        joined[:, start:end, start:end] = mask
-        start = end
-    return joined
 
 
 def _prompts(program: Program) -> list[list[int]]:
@@ -201,15 +267,77 @@ def _prompts(program: Program) -> list[list[int]]:
     return prompts
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `Gate.of`."""
+    parser.add_argument(
+        "--eval-text",
+        type=Path,
+        metavar="FILE",
+        help="what a quantised model is measured on: the first 512 tokens, for small models 2048 (default: a text of "
+        "the project's own)",
+    )
+    parser.add_argument(
+        "--max-ppl-increase",
+        type=_share,
+        metavar="SHARE",
+        help="by how much quantising may increase the perplexity, such as 2%% or 0.02 (default: the scheme's own)",
+    )
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no share; give one such as 2% or 0.02") from None
+
+
+def _recipe(recipe: Recipe, file: Path, path: Path | None, folder: Path) -> Recipe:
+    """With the matrices that the text at `path` gives, as those of the file were made; they are kept in `folder`.
+
+    Raises:
+        InputError: file and model do not have the same dimensions, or the text is not the one the file was made with.
+    """
+    metadata = read_metadata(file)
+    made_with = metadata.provenance.get("calibration")
+    if made_with is None and path is None:
+        return recipe
+    if made_with is None:
+        raise InputError(f"--calibrate {path} is for calibrated files, and {file} is none; leave it out")
+    if path is None:
+        raise InputError(f"{file} was calibrated with a text; give the same one by --calibrate FILE")
+    text = CalibrationText.of(path)
+    if text.sha256 != made_with["sha256"]:
+        raise InputError(
+            f"--calibrate {path} is not the text that {file} was calibrated with (SHA-256 {text.sha256} is not "
+            f"{made_with['sha256']}); give that one"
+        )
+    _check_same(metadata, recipe)
+    texts = text.windows(from_bytes(metadata.tokenizer, metadata.tokenizer_kind), metadata.bos_id, metadata.max_seq_len)
+    return calibrate(recipe, texts, metadata.max_seq_len, folder)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command: exit code 0 when the file passes, 1 when it does not, 2 for bad input."""
     parser = command.parser("export.verify", "Checks a .pte against its checkpoint.", __doc__)
     parser.add_argument("file", type=Path, help="the .pte")
     parser.add_argument("--checkpoint", type=Path, default=BUILT_IN, help="default: the built-in model")
+    add_flags(parser)
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="the text that a file was calibrated with, which is needed again"
+    )
+    parser.add_argument("--report", action="store_true", help="write a quantised file's report beside it")
     options = parser.parse_args(arguments)
-    scheme = SCHEMES[read_metadata(options.file).provenance["options"]["quantize"]]
+    gate = Gate.of(options.eval_text, options.max_ppl_increase)
+    scheme = Scheme.parse(read_metadata(options.file).provenance["options"]["scheme"])
+    if options.report and fewest_bits(scheme) is None:
+        raise InputError(f"--report is for quantised files, and {options.file} is float32; leave it out")
     path = options.checkpoint
     checkpoint = open_checkpoint(fetched(path) if is_hub_name(path) else path)
-    report = verify(options.file, Recipe(checkpoint.config, checkpoint.weights, scheme).streamed())
-    print(f"{options.file}: {report}: {'passed' if report.passed else 'FAILED'}")
-    return 0 if report.passed else 1
+    recipe = Recipe(checkpoint.config, checkpoint.weights, scheme)
+    with tempfile.TemporaryDirectory(prefix="llama-pte-") as folder:
+        recipe = _recipe(recipe, options.file, options.calibrate, Path(folder))
+        verdict = verify(options.file, recipe, gate)
+    print(f"{options.file}: {verdict}: {'passed' if verdict.failure is None else f'FAILED: {verdict.failure}'}")
+    if options.report:
+        print(verdict.save(options.file, options.file.stat().st_size))
+    return 0 if verdict.failure is None else 1

@@ -2,9 +2,10 @@
 
 import ctypes
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def _share_packed_weights() -> None:
 
 
 _share_packed_weights()
+
 
 class Program:
     """A .pte of ours and its methods.
@@ -119,14 +121,15 @@ def _start_threads(threads: int | None) -> None:
     """Starts ExecuTorch's thread pool, which at its start logs what it finds missing on machines that are not ARM."""
     if threads is not None and threads < 1:
         raise InputError(f"--threads {threads} is impossible; give 1 or more")
-    with _stderr_closed():
+    with stderr_closed():
         if threads in (None, _C._threadpool_get_thread_count()):
             return
         _C._unsafe_reset_threadpool(threads)
 
 
 @contextmanager
-def _stderr_closed() -> Iterator[None]:
+def stderr_closed() -> Iterator[None]:
+    """Keeps what native code logs from the user."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -137,8 +140,35 @@ def _stderr_closed() -> Iterator[None]:
         os.close(nowhere)
 
 
+def lacking(backends: Iterable[str]) -> set[str]:
+    """Those of ExecuTorch's backends that cannot be run here."""
+    with stderr_closed():  # they log what they looked for
+        return {name for name in backends if name and not _is_available(name)}
+
+
+def _is_available(backend: str) -> bool:
+    _BEFORE.get(backend, lambda: None)()
+    return _C._is_available(backend)
+
+
+def _find_openvino() -> None:
+    """Tells ExecuTorch where pip put OpenVINO, if it did, which is loaded when a file asks for it.
+
+    It would compute in bfloat16 where the processor can, and ExecuTorch has no option to forbid it.
+    """
+    found = find_spec("openvino")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        for library in sorted(Path(folder).glob("libs/libopenvino_c.so*"))[:1]:
+            os.environ.setdefault("OPENVINO_LIB_PATH", str(library))
+            os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+
+
+_BEFORE = {"OpenvinoBackend": _find_openvino}
+"""What ExecuTorch's backends want done before they are asked for."""
+
+
 def _check_requirements(path: Path, needed: Requirements) -> None:
-    backends = set(needed.backends) - set(_C._get_registered_backend_names())
+    backends = lacking(needed.backends)
     operators = {name for name in needed.operators if not name.startswith("executorch_prim::")}
     operators -= set(_C._get_operator_names())
     if missing := backends | operators:

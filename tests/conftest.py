@@ -14,8 +14,8 @@ from export.link import Linked, link
 from export.llama import export_llama
 from export.lower import lower
 from export.plan import ExportOptions, Plan
-from export.quantize import SCHEMES
 from export.recipe import Recipe
+from export.scheme import SCHEMES, Scheme
 from export.trace import GraphOptions, signatures
 from model.checkpoint import BUILT_IN
 from model.config import ModelConfig
@@ -103,14 +103,14 @@ def random_model(config: ModelConfig, seed: int = 0) -> Llama:
     return model
 
 
-def planned(model: Llama, graph: GraphOptions, quantize: str = "fp32") -> Plan:
+def planned(model: Llama, graph: GraphOptions, scheme: Scheme = SCHEMES["fp32"]) -> Plan:
     """How to export a model in memory, without a tokenizer."""
     return Plan(
-        recipe=Recipe(model.config, model.state_dict(), SCHEMES[quantize]),
+        recipe=Recipe(model.config, model.state_dict(), scheme),
         methods=signatures(model.config, graph),
         tokenizer=None,
         provenance={
-            "options": asdict(graph) | {"quantize": quantize, "scheme": asdict(SCHEMES[quantize])},
+            "options": asdict(graph) | {"quantize": "", "scheme": scheme.to_json()},
             "checkpoint": {"xxh3_128": _digest(model)},
             "bos_id": None,
             "stop_ids": [],

@@ -9,18 +9,23 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from export.llama import export_llama
-from export.plan import ExportOptions
+from export.plan import ExportOptions, plan
+from export.recipe import piece_names
+from export.reference import reference
+from export.scheme import Scheme
 from model.checkpoint import BUILT_IN
+from preproc.tokenizer import from_bytes
 from runtime.generate import GenerationOptions, generate, main
-from runtime.program import Program
+from runtime.program import Program, read_metadata
 from runtime.sampler import Rng
 from runtime.session import Session
-from tests.conftest import random_model
+from tests.conftest import MODELS, random_model
 from tests.kinds import KINDS, VOCABULARY, export_kind, recomputed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +52,35 @@ def test_prints_what_llama2_c_prints(runner: Path, stories_pte: Path, shared: Pa
     assert done.stdout == (shared / "stories260K" / "greedy-200.txt").read_text()
     assert done.stderr.startswith("load ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"quantize": "8da4w", "embedding_bits": 4},  # tied to the head
+        pytest.param({"quantize": "8da4w", "group_size": 64, "head_bits": 8}, marks=pytest.mark.slow),
+        pytest.param({"quantize": "mixed"}, marks=pytest.mark.slow),
+        pytest.param({"quantize": "8da8w"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_quantised_files_give_the_eager_models_tokens(
+    scheme: dict[str, Any], runner: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = MODELS / f"tiny-{'-'.join(map(str, scheme.values()))}.pte"
+    options = ExportOptions(max_seq_len=512, output=output, **scheme)
+    export_llama(options)
+    metadata = read_metadata(output)
+    recipe = plan(options).recipe.with_scheme(Scheme.parse(metadata.provenance["options"]["scheme"]))
+    model = recipe.model({name: recipe.piece(name) for name in piece_names(recipe.config)})
+    prompt = from_bytes(metadata.tokenizer, metadata.tokenizer_kind).encode("The cat")
+    text = [1, *prompt]
+    for _ in range(64):
+        text.append(int(reference(model, [text], [1], 512)[0].argmax()))
+    flags = ["--prompt-ids", ",".join(map(str, text[:-64])), "--max-new-tokens", "64", "--format", "json"]
+    main([str(output), *flags])
+    assert json.loads(capsys.readouterr().out)["token_ids"] == text[-64:]
+    assert json.loads(_run(runner, output, *flags).stdout)["token_ids"] == text[-64:]
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,19 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from export.emit import replacing
+from export.scheme import BYTE, Format, Scheme
+from export.trace import GraphOptions
+from export.verify import verify
 from model.errors import InputError
+from tests.conftest import TOY, planned, random_model, write_pte
+
+FOUR = Format(4, 32)
 
 
 def names(folder: Path) -> list[str]:
@@ -38,6 +45,22 @@ def test_a_failure_leaves_the_earlier_file_and_nothing_else(tmp_path: Path, erro
         fail()
     assert names(tmp_path) == ["a.pte"]
     assert (tmp_path / "a.pte").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("scheme", [Scheme(), Scheme(BYTE, BYTE, BYTE), Scheme(FOUR, FOUR, FOUR)], ids=str)
+def test_a_tied_matrix_is_stored_once_and_both_use_it(scheme: Scheme, tmp_path: Path) -> None:
+    """Its scales too, but for groups': the head's are bfloat16, the embedding's float32."""
+    models = [random_model(replace(TOY, hidden_dim=64, tied=tied)) for tied in (True, False)]
+    models[1].head.output.weight.copy_(models[1].tok_embeddings.weight)
+    files = []
+    for model in models:
+        plan = planned(model, GraphOptions(48, 1), scheme)
+        files.append(write_pte(plan, tmp_path / f"{model.config.tied}.pte", "xnnpack"))
+        assert verify(files[-1], plan.recipe).fidelity.passed
+    saved = files[1].stat().st_size - files[0].stat().st_size
+    matrix = scheme.head.nbytes(TOY.vocab_size, TOY.dim)
+    scales = TOY.vocab_size * TOY.dim // 32 * 2 if scheme.head == FOUR else 0
+    assert abs(saved - (matrix - scales)) < 2000, "beside the code that swaps pairs"
 
 
 def test_a_folder_and_a_device_are_refused(tmp_path: Path) -> None:

@@ -2,14 +2,14 @@ import json
 import subprocess
 import sys
 import textwrap
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from export import inspect as command
 from export.inspect import activation_bytes, cache_bytes, describe, matrix_bytes, plan
-from export.quantize import SCHEMES
+from export.scheme import SCHEMES
 from model.config import ModelConfig
 from model.model import Llama
 from runtime.kv_cache import KVCache
@@ -36,7 +36,7 @@ MEASURE = """
     print(anonymous() - before)
 """
 
-FP32 = asdict(SCHEMES["fp32"])
+FP32 = SCHEMES["fp32"]
 
 
 def test_the_parts_are_counted_as_the_model_has_them(toy_pte: Path) -> None:

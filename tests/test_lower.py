@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from export.lower import Code, lower, parts
-from export.quantize import SCHEMES
+from export.quantize import stored
+from export.scheme import BYTE, SCHEMES, Format
 from export.trace import GraphOptions, signatures
 from tests.conftest import TOY
 
@@ -40,6 +41,13 @@ def test_portable_lowers_no_block_by_itself() -> None:
     assert lower(TOY, METHODS, "portable", SCHEMES["fp32"]) == {}
 
 
+def test_bytes_are_stored_as_they_are_with_a_scale_a_row() -> None:
+    code = lower(TOY, METHODS, "xnnpack", SCHEMES["8da8w"])["decode", "head"]
+    weight = nn.Parameter(stored(torch.randn(TOY.vocab_size, TOY.dim), BYTE, "nearest"), requires_grad=False)
+    assert [part.nbytes for part in code.data] == [data.nbytes for _, data in parts(weight)]
+    assert parts(weight)[1][1].dtype == torch.float32
+
+
 def test_a_quantised_weight_has_its_scales_as_a_part() -> None:
     code = lower(replace(TOY, hidden_dim=64), METHODS, "xnnpack", SCHEMES["8da4w"])["decode", "head"]
     rows, columns = TOY.vocab_size, TOY.dim
@@ -50,7 +58,7 @@ def test_a_quantised_weight_has_its_scales_as_a_part() -> None:
 
 
 def test_four_bit_integers_are_packed_two_to_a_byte() -> None:
-    weight = nn.Parameter(SCHEMES["8da4w"].linear(torch.randn(5, 64)), requires_grad=False)
+    weight = nn.Parameter(stored(torch.randn(5, 64), Format(4, 32), "nearest"), requires_grad=False)
     (_, packed), (prefix, scale) = parts(weight)
     pairs = torch.stack(((packed & 15).int() - 8, (packed >> 4).int() - 8), dim=-1)
     assert torch.equal(pairs.view(5, 64), weight.qdata.int())

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from export.quantize import SCHEMES
 from export.recipe import Recipe, piece_names
+from export.scheme import SCHEMES
 from export.verify import reference
 from tests.conftest import TOY, random_model
 

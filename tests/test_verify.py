@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from export import verify as command
-from export.verify import LIMITS, compare, verify
+from export.recipe import Recipe
+from export.scheme import SCHEMES
+from export.verify import LIMITS, Verdict, compare, verify
 from model.checkpoint import open_checkpoint
 from model.errors import InputError
 from model.model import Llama
@@ -33,11 +35,16 @@ def changed(model: Llama) -> Llama:
     return model.requires_grad_(False)
 
 
+def verdict(file: Path, model: Llama) -> Verdict:
+    return verify(file, Recipe(model.config, model.state_dict(), SCHEMES["fp32"]))
+
+
 def test_a_faithful_file_passes(made: tuple[Path, Llama]) -> None:
-    report = verify(*made)
-    assert report.passed
-    assert report.greedy_agreement == 1
-    assert report.positions > 100
+    found = verdict(*made)
+    assert found.failure is None
+    assert found.quality is None, "float32 costs nothing"
+    assert found.fidelity.greedy_agreement == 1
+    assert found.fidelity.rows > 100
 
 
 def test_any_tensor_scaled_by_a_hundredth_is_noticed(made: tuple[Path, Llama]) -> None:
@@ -46,21 +53,21 @@ def test_any_tensor_scaled_by_a_hundredth_is_noticed(made: tuple[Path, Llama]) -
     for name in random.Random(0).sample(names, 10):
         other = changed(model)
         other.get_parameter(name).mul_(1.01)
-        report = verify(file, other)
-        assert not report.passed, name
-        assert report.max_abs > 10 * report.limits.max_abs, name
+        found = verdict(file, other)
+        assert found.failure, name
+        assert found.fidelity.max_abs > 10 * found.fidelity.limits.max_abs, name
 
 
 def test_two_swapped_layers_are_noticed(made: tuple[Path, Llama]) -> None:
     file, model = made
     other = changed(model)
     other.layers[0], other.layers[1] = other.layers[1], other.layers[0]
-    assert not verify(file, other).passed
+    assert verdict(file, other).failure
 
 
 def test_a_model_of_other_dimensions_is_refused(toy_pte: Path) -> None:
     with pytest.raises(InputError, match="made from another model"):
-        verify(toy_pte, random_model(replace(TOY, rope_theta=5000.0)))
+        verdict(toy_pte, random_model(replace(TOY, rope_theta=5000.0)))
 
 
 def test_differences_are_measured_as_defined() -> None:

@@ -1,0 +1,61 @@
+"""reference: the eager model on whole texts, in one pass and without caches."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from export.trace import step
+from model.config import ModelConfig
+from model.model import Llama
+from preproc.mask import HIDDEN
+from preproc.positions import Positions, names
+
+
+@torch.no_grad()
+def reference(
+    model: Llama, texts: Sequence[Sequence[int]], rows: Sequence[int] | None = None, max_seq_len: int | None = None
+) -> list[Tensor]:
+    """The eager model's logits of texts, without caches: [len(text), V] each, or only the last `rows` of them.
+
+    Args:
+        max_seq_len: the length that the rotary tables are made for; None for the longest text's.
+    """
+    lengths = [len(text) for text in texts]
+    wanted = [range(end - (count or length), end) for end, length, count in _spans(lengths, rows)]
+    inputs = packed(model.config, texts, max_seq_len or max(lengths))
+    inputs["select"] = torch.eye(sum(lengths))[[row for span in wanted for row in span]]
+    return list(torch.split(step(model, inputs)["logits"], [len(span) for span in wanted]))
+
+
+def packed(config: ModelConfig, texts: Sequence[Sequence[int]], max_seq_len: int) -> dict[str, Tensor]:
+    """All inputs of `export.trace.step` but `select`, for texts that are one sequence, in which none sees another: so
+    each piece of the model is run once.
+
+    Args:
+        max_seq_len: the length that the rotary tables are made for.
+    """
+    positions = Positions.of(config, max_seq_len)
+    inputs = {"tokens": torch.tensor([[token for text in texts for token in text]])}
+    for name in names(config):
+        made = [positions.make(name, 0, len(text), capacity=0) for text in texts]
+        inputs[name] = _apart(made) if name.endswith("mask") else torch.cat(made, dim=1)
+    return inputs
+
+
+def _spans(lengths: Sequence[int], rows: Sequence[int] | None) -> Iterator[tuple[int, int, int]]:
+    end = 0
+    for length, count in zip(lengths, rows or [0] * len(lengths), strict=True):
+        end += length
+        yield end, length, count
+
+
+def _apart(masks: Sequence[Tensor]) -> Tensor:
+    """Masks [1 or H, L, L] along the diagonal of one in which they do not see each other."""
+    total, start = sum(mask.shape[-1] for mask in masks), 0
+    joined = torch.full((len(masks[0]), total, total), HIDDEN)
+    for mask in masks:
+        end = start + mask.shape[-1]
+        joined[:, start:end, start:end] = mask
+        start = end
+    return joined
