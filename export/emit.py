@@ -12,7 +12,7 @@ from typing import IO, BinaryIO
 
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
 from executorch.exir.passes import MemoryPlanningPass
-from flatbuffers.table import Table
+from flatbuffers.table import Table  # type: ignore[import-untyped]
 
 from export.link import Linked
 from export.lower import to_bytes
