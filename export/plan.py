@@ -164,7 +164,7 @@ def plan(options: ExportOptions) -> Plan:
     checkpoint = open_checkpoint(path)
     tokenizer = _tokenizer(checkpoint, options)
     graph = _graph(checkpoint.config, options)
-    config = _for_length(checkpoint.config, graph.max_seq_len)
+    config = for_length(checkpoint.config, graph.max_seq_len)
     scheme = adjusted(
         SCHEMES[options.quantize],
         options.group_size,
@@ -236,7 +236,7 @@ def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
     return GraphOptions(max_seq_len, chunk, options.kv_cache, options.hidden_states)
 
 
-def _for_length(config: ModelConfig, max_seq_len: int) -> ModelConfig:
+def for_length(config: ModelConfig, max_seq_len: int) -> ModelConfig:
     """Beyond the trained context, a scaling that is stated as a factor is stretched in proportion; the other kinds
     take the length into account by themselves.
     """

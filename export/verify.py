@@ -26,6 +26,7 @@ from torch import Tensor
 
 from export.calibrate import CalibrationText, calibrate
 from export.metadata import Metadata
+from export.plan import for_length
 from export.quality import Gate, Quality, measure, most_tokens, random_windows, windows
 from export.recipe import Recipe
 from export.reference import reference
@@ -328,12 +329,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="write a quantised file's report beside it")
     options = parser.parse_args(arguments)
     gate = Gate.of(options.eval_text, options.max_ppl_increase)
-    scheme = Scheme.parse(read_metadata(options.file).provenance["options"]["scheme"])
+    metadata = read_metadata(options.file)
+    scheme = Scheme.parse(metadata.provenance["options"]["scheme"])
     if options.report and fewest_bits(scheme) is None:
         raise InputError(f"--report is for quantised files, and {options.file} is float32; leave it out")
     path = options.checkpoint
     checkpoint = open_checkpoint(fetched(path) if is_hub_name(path) else path)
-    recipe = Recipe(checkpoint.config, checkpoint.weights, scheme)
+    recipe = Recipe(for_length(checkpoint.config, metadata.max_seq_len), checkpoint.weights, scheme)
     with tempfile.TemporaryDirectory(prefix="llama-pte-") as folder:
         recipe = _recipe(recipe, options.file, options.calibrate, Path(folder))
         verdict = verify(options.file, recipe, gate)

@@ -76,7 +76,7 @@ def test_weights_are_off_by_little_more_than_half_a_step(form: Format, rounding:
     step = found.scale.float().repeat_interleave(form.group_size or 256, dim=1)
     off = (found.dequantize() - weight).abs() / step
     inside = weight.abs() < 7 * step if form.bits == 4 else weight.abs() < 127 * step
-    assert off[inside].max() <= 0.51
+    assert off[inside].max() <= 0.52, "scales are bfloat16, and so are their inverses"
     assert inside.float().mean() > 0.8
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from export import verify as command
+from export.llama import export_llama
+from export.plan import ExportOptions
 from export.recipe import Recipe
 from export.scheme import SCHEMES
 from export.verify import LIMITS, Verdict, compare, verify
@@ -15,6 +17,7 @@ from model.checkpoint import open_checkpoint
 from model.errors import InputError
 from model.model import Llama
 from tests.conftest import TOY, random_model, toy_model
+from tests.families import CASES, hugging_face_model
 
 
 @pytest.fixture(scope="module", params=["toy", pytest.param("stories260K", marks=pytest.mark.slow)])
@@ -98,3 +101,11 @@ def test_the_command_exits_with_0_or_1(toy_pte: Path, toy_bin: Path, tmp_path: P
     other.layers[0].feed_forward.w2.weight.mul_(1.01)
     assert command.main([str(toy_pte), "--checkpoint", str(write_llama2c(other, tmp_path / "b.bin", 1))]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_file_whose_context_was_stretched_is_checked_against_the_stretched_model(tmp_path: Path) -> None:
+    hugging_face_model(CASES["Llama, yarn"]).save_pretrained(tmp_path / "model")
+    options = ExportOptions(checkpoint=tmp_path / "model", tokenizer=Path("none"), max_seq_len=96, prefill_chunk=1)
+    pte = export_llama(replace(options, output=tmp_path / "a.pte"))
+    assert command.main([str(pte), "--checkpoint", str(tmp_path / "model")]) == 0
