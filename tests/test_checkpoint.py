@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from export.recipe import Recipe
+from export.scheme import SCHEMES
 from export.trace import GraphOptions
 from model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
 from model.errors import InputError
@@ -257,7 +258,7 @@ def test_one_checkpoint_exports_to_the_same_bytes_from_every_layout(
     folder: Path, tmp_path: Path, kind: str, quantize: str
 ) -> None:
     model = representable(kind)
-    plan = planned(model, GraphOptions(16, 1), quantize)
+    plan = planned(model, GraphOptions(16, 1), SCHEMES[quantize])
     expected = write_pte(plan, tmp_path / "whole.pte", "xnnpack").read_bytes()
     for path in layouts(model, folder, tmp_path, kind):
         recipe = Recipe(model.config, open_checkpoint(path).weights, plan.recipe.scheme)
