@@ -17,13 +17,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
+
+from model.layouts.families import HUGGING_FACE_NAMES
 
 SHAPES = {
     "1b": {"dim": 2048, "n_layers": 16, "ffn_dim_multiplier": 1.5, "multiple_of": 256},
@@ -43,8 +47,8 @@ class Stage:
     peak: int
 
 
-def write_checkpoint(folder: Path, shape: str, layers: int) -> Path:
-    """A random bf16 checkpoint as a Meta folder: a shape with `layers` layers, embedding and head not tied."""
+def write_checkpoint(folder: Path, shape: str, layers: int, tied: bool) -> Path:
+    """A random bf16 checkpoint: a shape with `layers` layers; a Meta folder, or where it is tied a Hugging Face one."""
     generator = torch.Generator().manual_seed(0)
     params = SHAPES[shape] | SHARED | {"n_layers": layers, "use_scaled_rope": True}
     dim, hidden, vocabulary = params["dim"], HIDDEN[shape], params["vocab_size"]
@@ -63,9 +67,38 @@ def write_checkpoint(folder: Path, shape: str, layers: int) -> Path:
         norms = ("attention_norm", "ffn_norm")
         state |= {f"layers.{layer}.{name}.weight": torch.ones(dim, dtype=torch.bfloat16) for name in norms}
     folder.mkdir(parents=True)
-    torch.save(state, folder / "consolidated.00.pth")
-    (folder / "params.json").write_text(json.dumps(params))
+    if tied:
+        write_tied(folder, state, params | {"hidden_dim": hidden})
+    else:
+        torch.save(state, folder / "consolidated.00.pth")
+        (folder / "params.json").write_text(json.dumps(params))
     return folder
+
+
+def write_tied(folder: Path, state: dict[str, torch.Tensor], params: Mapping[str, Any]) -> None:
+    """As a Hugging Face folder, without a head of its own."""
+    theirs = {pattern.replace("head.", ""): name for pattern, name in HUGGING_FACE_NAMES.items()}
+    weights = {}
+    for name, tensor in state.items():
+        layer = re.search(r"\d+", name)
+        pattern = theirs[re.sub(r"\.\d+\.", ".*.", name)]
+        weights[pattern.replace("*", layer[0]) if layer and "*" in pattern else pattern] = tensor
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": params["dim"],
+        "intermediate_size": params["hidden_dim"],
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": params["n_heads"],
+        "num_key_value_heads": params["n_kv_heads"],
+        "vocab_size": params["vocab_size"],
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": params["norm_eps"],
+        "rope_theta": params["rope_theta"],
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def measured(command: Sequence[str], stage: str, folder: Path | None = None) -> list[Stage]:
@@ -108,10 +141,10 @@ def anonymous(process: int) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def ours(checkpoint: Path, output: Path, scheme: str) -> list[Stage]:
+def ours(checkpoint: Path, output: Path, flags: Sequence[str]) -> list[Stage]:
     """The export that is measured."""
     command = [sys.executable, "-m", "export.llama", "--checkpoint", str(checkpoint), "--tokenizer", "none", "--force"]
-    command += ["--max-seq-len", "2048", "--quantize", scheme, "--output", str(output)]
+    command += ["--max-seq-len", "2048", *flags, "--output", str(output)]
     return measured(command, r"(open|lower|link|emit|verify) ")
 
 
@@ -157,7 +190,13 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="a Meta folder to export, in place of random ones")
     parser.add_argument("--shape", choices=SHAPES, default="1b", help="of the random checkpoints (default: 1b)")
     parser.add_argument("--layers", type=int, nargs="+", help="of the random checkpoints (default: the shape's own)")
-    parser.add_argument("--quantize", nargs="+", default=["8da4w"], help="schemes to export to (default: 8da4w)")
+    parser.add_argument("--tied", action="store_true", help="random checkpoints whose embedding and head are one")
+    parser.add_argument(
+        "--quantize",
+        nargs="+",
+        default=["8da4w"],
+        help="schemes to export to, with further flags: '8da4w --embedding-bits 4' (default: 8da4w)",
+    )
     parser.add_argument("--peer", action="store_true", help="also export the last one with ExecuTorch's export_llm")
     options = parser.parse_args()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "executorch", "torchao"))
@@ -170,14 +209,16 @@ def main() -> None:
             {None: options.checkpoint}
             if options.checkpoint
             else {
-                layers: write_checkpoint(folder / f"{options.shape}-{layers}-layers", options.shape, layers)
+                layers: write_checkpoint(
+                    folder / f"{options.shape}-{layers}-layers", options.shape, layers, options.tied
+                )
                 for layers in options.layers or [SHAPES[options.shape]["n_layers"]]
             }
         )
         for scheme in options.quantize:
             peaks = []
             for layers, checkpoint in checkpoints.items():
-                stages = ours(checkpoint, folder / "ours.pte", scheme)
+                stages = ours(checkpoint, folder / "ours.pte", ["--quantize", *scheme.split()])
                 print(table(f"{checkpoint.name} to {scheme}", stages, (folder / "ours.pte").stat().st_size), flush=True)
                 peaks.append((layers, max(stage.peak for stage in stages), stages[-1].end))
             if len(peaks) > 1:
