@@ -19,11 +19,11 @@ demo: .venv/.ready
 	build/host/llama_runner build/tiny.pte --prompt "$(STORY)" --max-new-tokens 150
 
 test: lint runner
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 	$(BIN)/ctest --test-dir build/host --output-on-failure
 
 test-slow: .venv/.ready-test runner runner-aarch64
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest --numprocesses 2 -m slow
 
 lint: .venv/.ready-test
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Test models, each built and exported once per run; exports are kept in build/models and reused while identical."""
 
+import fcntl
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -53,13 +54,13 @@ def stories260k(shared: Path) -> ExportOptions:
 @pytest.fixture(scope="session")
 def stories_pte(stories260k: ExportOptions) -> Path:
     """stories260K with XNNPACK and the default chunk."""
-    return export_llama(replace(stories260k, output=MODELS / "stories260K.pte"))
+    return exported(replace(stories260k, output=MODELS / "stories260K.pte"))
 
 
 @pytest.fixture(scope="session")
 def tiny_pte() -> Path:
     """The built-in model as the README exports it."""
-    return export_llama(ExportOptions(max_seq_len=512, output=MODELS / "tiny.pte"))
+    return exported(ExportOptions(max_seq_len=512, output=MODELS / "tiny.pte"))
 
 
 @pytest.fixture(scope="session")
@@ -77,13 +78,22 @@ def toy_options(toy_bin: Path) -> ExportOptions:
 @pytest.fixture(scope="session")
 def toy_pte(toy_options: ExportOptions) -> Path:
     """TOY, exported."""
-    return export_llama(replace(toy_options, output=MODELS / "toy.pte"))
+    return exported(replace(toy_options, output=MODELS / "toy.pte"))
 
 
 @pytest.fixture(scope="session")
 def toy_program(toy_pte: Path) -> Program:
     """TOY, opened: a program is immutable, so one serves all tests."""
     return Program(toy_pte)
+
+
+def exported(options: ExportOptions) -> Path:
+    """The export, made once where several workers want it at the same time."""
+    assert options.output, "a shared model has a name"
+    MODELS.mkdir(parents=True, exist_ok=True)
+    with options.output.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return export_llama(options)
 
 
 def toy_model() -> Llama:
