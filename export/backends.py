@@ -25,6 +25,7 @@ class Backend:
         partitioners: makes those that choose what the backend takes, in the order they are to be tried. It imports what
             it needs when it is called: some take seconds, or a package that is not installed.
         by_block: whether it takes a block whole and names the weights in its code, so that a block is lowered once.
+        attention: which forms of it, see `export.trace.GraphOptions`, its graphs may have; the first is chosen unasked.
         quantised: whether it runs linear layers of low-bit weights, whose inputs are rounded as they come.
         packages: what lowering imports beyond our own dependencies, all in the extra that has the backend's name.
         refusal: why it cannot be lowered for, as the rest of a sentence that begins with its name.
@@ -33,6 +34,7 @@ class Backend:
     runtime: str = ""
     partitioners: Callable[[], "list[Partitioner]"] = list
     by_block: bool = False
+    attention: tuple[str, ...] = ("aten",)
     quantised: bool = False
     packages: tuple[str, ...] = ()
     refusal: str = ""
@@ -70,8 +72,8 @@ def _coreml() -> "list[Partitioner]":
 
 
 BACKENDS = {
-    "xnnpack": Backend("XnnpackBackend", _xnnpack, by_block=True, quantised=True),
-    "portable": Backend(),
+    "xnnpack": Backend("XnnpackBackend", _xnnpack, by_block=True, attention=("fused", "aten"), quantised=True),
+    "portable": Backend(attention=("aten", "fused")),
     "openvino": Backend("OpenvinoBackend", _openvino, packages=("openvino", "nncf")),
     "vulkan": Backend("VulkanBackend", _vulkan),
     "coreml": Backend("CoreMLBackend", _coreml, packages=("coremltools",)),

@@ -18,6 +18,7 @@ from typing import Any
 from export.metadata import Metadata
 from export.scheme import Scheme, kept, matrices
 from model.config import ModelConfig
+from model.kv_rows import row_bytes
 from runtime.program import read_metadata
 
 FLOAT = 4
@@ -50,11 +51,14 @@ def plan(metadata: Metadata) -> MemoryPlan:
     """Works the plan out from the file's dimensions."""
     config = metadata.config
     packed = "XnnpackBackend" in metadata.requirements.backends
-    length = max(method.max_length for method in metadata.methods)
+    scheme = scheme_of(metadata)
+    caches = cache_bytes(config, metadata.max_seq_len, scheme.kv_dtype) if metadata.use_kv_cache else 0
+    longest = max(metadata.methods, key=lambda method: method.max_length)
+    activations = activation_bytes(config, longest.max_length, metadata.max_seq_len, longest.is_fused)
     return MemoryPlan(
-        weights=packed * matrix_bytes(config, scheme_of(metadata)),
-        caches=metadata.batch_size * cache_bytes(config, metadata.max_seq_len) if metadata.use_kv_cache else 0,
-        activations=metadata.batch_size * activation_bytes(config, length, metadata.max_seq_len),
+        weights=packed * matrix_bytes(config, scheme),
+        caches=metadata.batch_size * caches,
+        activations=metadata.batch_size * activations,
     )
 
 
@@ -63,11 +67,11 @@ def scheme_of(metadata: Metadata) -> Scheme:
     return Scheme.parse(metadata.provenance["options"]["scheme"])
 
 
-def cache_bytes(config: ModelConfig, positions: int) -> int:
-    """KV caches of one sequence: keys and values of every layer, float32; a local block's hold only the window."""
+def cache_bytes(config: ModelConfig, positions: int, kv_dtype: str = "float32") -> int:
+    """KV caches of one sequence: keys and values of every layer; a local block's hold only the window."""
     local = min(positions, config.sliding_window or positions)
     slots = sum(local if config.is_local(layer) else positions for layer in range(config.n_layers))
-    return 2 * config.n_kv_heads * slots * config.head_dim * FLOAT
+    return 2 * config.n_kv_heads * slots * row_bytes(config.head_dim, kv_dtype)
 
 
 def matrix_bytes(config: ModelConfig, scheme: Scheme) -> int:
@@ -75,21 +79,23 @@ def matrix_bytes(config: ModelConfig, scheme: Scheme) -> int:
     return sum(scheme.format(name, shape[1]).nbytes(*shape) for name, shape in matrices(config).items())
 
 
-def activation_bytes(config: ModelConfig, length: int, positions: int) -> int:
-    """The larger of attention's and the feed-forward's working set for `length` tokens of one sequence, the packed copy
-    of one layer's caches that a product takes, the logits, and every layer's new cache rows.
+def activation_bytes(config: ModelConfig, length: int, positions: int, fused: bool) -> int:
+    """The larger of attention's and the feed-forward's working set for `length` tokens of one sequence, the logits, and
+    every layer's new cache rows; where attention is not fused also its scores, the mask, and the packed copy of one
+    layer's caches that a product takes.
     """
-    columns = positions + length
-    attention = length * (3 * config.n_heads * columns + 4 * config.n_heads * config.head_dim + 2 * config.dim)
+    attention = length * (4 * config.n_heads * config.head_dim + 2 * config.dim)
+    if not fused:
+        attention += 3 * length * config.n_heads * (positions + length) + length * (positions + length)
+        attention += 2 * config.n_kv_heads * positions * config.head_dim
     feed_forward = length * (3 * config.hidden_dim + 2 * config.dim)
-    packed_cache = 2 * config.n_kv_heads * positions * config.head_dim
     rows = 2 * config.n_layers * config.n_kv_heads * length * config.head_dim
-    return (max(attention + packed_cache, feed_forward) + rows + config.vocab_size + length * columns) * FLOAT
+    return (max(attention, feed_forward) + rows + config.vocab_size) * FLOAT
 
 
 def describe(metadata: Metadata, size: int) -> dict[str, Any]:
     """All that `inspect` prints, as JSON's types. `size` is the file's, in bytes."""
-    config, memory = metadata.config, plan(metadata)
+    config, memory, kv_dtype = metadata.config, plan(metadata), scheme_of(metadata).kv_dtype
     lengths = sorted({metadata.max_seq_len, *(2**i for i in range(7, 18) if 2**i < metadata.max_seq_len)})
     return {
         "file_bytes": size,
@@ -104,7 +110,7 @@ def describe(metadata: Metadata, size: int) -> dict[str, Any]:
         "provenance": metadata.provenance,
         "weights": _weights(metadata),
         "memory": dataclasses.asdict(memory) | {"total": memory.total, "mapped": size},
-        "cache_bytes_by_context": {length: cache_bytes(config, length) for length in lengths if memory.caches},
+        "cache_bytes_by_context": {n: cache_bytes(config, n, kv_dtype) for n in lengths if memory.caches},
     }
 
 
@@ -116,6 +122,7 @@ def _weights(metadata: Metadata) -> dict[str, Any]:
         "linear": str(scheme.linear),
         "head": str(scheme.head),
         "embedding": str(scheme.embedding),
+        "kv_cache": scheme.kv_dtype,
         "rounding": scheme.rounding,
         "kept": {name: str(form) for name, form in kept(metadata.config, scheme).items()},
     }
@@ -138,9 +145,13 @@ def _backend(provenance: dict[str, Any]) -> str:
     return name if provenance["verified"] else f"{name}; could not be run, and so not verified, where it was made"
 
 
+def _span(least: int, most: int) -> str:
+    return str(most) if least == most else f"{least} to {most}"
+
+
 def _text(file: Path, found: dict[str, Any]) -> str:
     config, memory, weights = found["config"], found["memory"], found["weights"]
-    methods = ", ".join(f"{method['name']} ({method['tokens'][1]})" for method in found["methods"])
+    methods = ", ".join(f"{method['name']} ({_span(*method['tokens'])})" for method in found["methods"])
     needs = ", ".join((*found["requirements"]["backends"], *found["requirements"]["operators"]))
     made_by = ", ".join(f"{name} {number}" for name, number in found["provenance"]["versions"].items())
     lines = [
@@ -152,7 +163,7 @@ def _text(file: Path, found: dict[str, Any]) -> str:
         f"backend      {_backend(found['provenance'])}",
         f"needs        ExecuTorch {found['requirements']['executorch']}: {needs}",
         f"weights      {weights['quantize']}: linear {weights['linear']}, head {weights['head']}, embedding "
-        f"{weights['embedding']}",
+        f"{weights['embedding']}; KV cache {weights['kv_cache']}",
         *(f"             {name} {form}" for name, form in weights["kept"].items()),
         f"made by      {made_by}",
         f"checkpoint   {found['provenance']['checkpoint']}",

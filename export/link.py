@@ -22,7 +22,7 @@ from export.lower import Code, delegates, parts, to_bytes
 from export.metadata import MethodSpec, Requirements
 from export.recipe import Recipe, piece_names
 from export.scheme import is_shared
-from export.trace import pieces, trace
+from export.trace import parameter_name, pieces, trace
 
 ALIGNMENT = 16
 """Of weights in the file, in bytes: XNNPACK's for constant tensors."""
@@ -58,24 +58,27 @@ def link(
             all the files that a process has open.
     """
     programs = dict[str, ExportedProgram]()
-    kinds = pieces(recipe.config, recipe.scheme.careful) if codes else {}
-    others = {name: recipe.piece(name) for name in piece_names(recipe.config) if name not in kinds}
+    fused = methods[0].is_fused
+    kinds = pieces(recipe.config, fused, recipe.scheme.careful) if codes else {}
+    rest = [name for name in piece_names(recipe.config) if not codes or name.endswith("embeddings")]
+    others = {name: recipe.piece(name) for name in rest}
     data = _Data(recipe, identity, others["tok_embeddings"])
     for spec in methods:
         lowered = {name: LoweredPiece(name, codes[spec.name, kind], data) for name, kind in kinds.items()}
-        programs |= trace(recipe.model(others | lowered), [spec])
+        made = others | lowered
+        programs |= trace(recipe.fused(made) if fused else recipe.model(made), [spec])
     with quietly():
-        rest = [] if codes else partitioners(backend)
-        edge = to_edge_transform_and_lower(programs, partitioner=dict.fromkeys(programs, rest))
-    made = [edge.exported_program(name) for name in programs]
+        partitioner = [] if codes else partitioners(backend)
+        edge = to_edge_transform_and_lower(programs, partitioner=dict.fromkeys(programs, partitioner))
+    finished = [edge.exported_program(name) for name in programs]
     return Linked(
         edge,
         Requirements(
             executorch=version("executorch"),
-            backends=tuple(sorted({module.backend_id for program in made for module in delegates(program)})),
-            operators=tuple(sorted({name for program in made for name in operators(program)})),
+            backends=tuple(sorted({module.backend_id for program in finished for module in delegates(program)})),
+            operators=tuple(sorted({name for program in finished for name in operators(program)})),
         ),
-        delegates=sum(len(delegates(program)) for program in made),
+        delegates=sum(len(delegates(program)) for program in finished),
         shared=data.shared,
     )
 
@@ -100,7 +103,7 @@ class LoweredPiece(nn.Module):
         self.arguments = list[int | str]()
         for number, argument in enumerate(code.arguments):
             if not isinstance(argument, int):
-                value = data.recipe.weight(f"{name}.{argument}").float() if isinstance(argument, str) else argument
+                value = data.weight(name, argument).float() if isinstance(argument, str) else argument
                 self.register_buffer(f"constant_{number}", value)
             self.arguments.append(argument if isinstance(argument, int) else f"constant_{number}")
 
@@ -119,6 +122,10 @@ class _Data:
         self.shared = dict[str, Tensor]()
         self._constants = list(embedding.state_dict().values())
         self._last: tuple[str, list[Tensor]] = ("", [])
+
+    def weight(self, piece: str, role: str) -> Tensor:
+        """A parameter of a piece, as it is on storage."""
+        return self.recipe.weight(parameter_name(self.recipe.config, piece, role))
 
     def constant(self, name: str, number: int, nbytes: int) -> Tensor | None:
         """The embedding's tensor that a part of a parameter is, byte for byte, if it is one."""
@@ -142,14 +149,15 @@ def _with_weights(name: str, code: Code, data: _Data) -> LoweredBackendModule:
     """A copy of the code in which each weight has a name of its own; the weights themselves are read when written."""
     payload, buffers, entries = code.payload, list[Deferred](), dict[str, DataEntry]()
     for part in code.data:
-        digest = hashlib.sha256(f"{data.identity} {name}.{part.parameter}.{part.number}".encode()).hexdigest()
+        parameter = parameter_name(data.recipe.config, name, part.parameter)
+        digest = hashlib.sha256(f"{data.identity} {parameter}.{part.number}".encode()).hexdigest()
         key = part.key[:-64] + digest
         assert payload.count(part.key.encode()) == 1, f"the code does not name {part.parameter} once"
         payload = payload.replace(part.key.encode(), key.encode())
         entries[key] = DataEntry(len(buffers), ALIGNMENT, None)
-        constant = data.constant(f"{name}.{part.parameter}", part.number, part.nbytes)
+        constant = data.constant(parameter, part.number, part.nbytes)
         if constant is None:
-            make = functools.partial(data.part, f"{name}.{part.parameter}", part.number)
+            make = functools.partial(data.part, parameter, part.number)
             buffers.append(Deferred(key, part.nbytes, make))
         else:
             data.shared[key] = constant

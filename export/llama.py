@@ -28,14 +28,15 @@ from export.calibrate import TOKENS, calibrate
 from export.emit import emit, replacing
 from export.link import link
 from export.lower import lower
-from export.plan import DEFAULT_CONTEXT, ExportOptions, Plan, plan
+from export.plan import DEFAULT_CHUNK, DEFAULT_CONTEXT, ExportOptions, Plan, plan
 from export.quality import Gate
 from export.quantize import ROUNDINGS
 from export.scheme import SCHEMES, matrices
 from export.search import DEFAULT_BUDGET, NothingFitsError, decided
-from export.verify import VerificationError, add_flags, fewest_bits, verify
+from export.verify import VerificationError, add_flags, verify
 from model.checkpoint import BUILT_IN
 from model.errors import InputError
+from model.kv_rows import KV_DTYPES
 from runtime.program import read_metadata
 
 
@@ -84,7 +85,7 @@ def export_llama(options: ExportOptions, progress: Progress | None = None) -> Pa
     with progress.stage("open") as result:
         planned = plan(options)
         result.append(planned.summary)
-        gate.check(options.auto or fewest_bits(planned.recipe.scheme) is not None, planned.tokenizer)
+        gate.check(options.auto or planned.recipe.scheme.fewest_bits is not None, planned.tokenizer)
     for warning in planned.warnings:
         progress.note(warning)
     planned = decided(planned, gate, options.auto, progress.note)
@@ -190,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
         help="positions of prompt and answer together; the KV cache is allocated for all of them "
         f"(default: the model's context, at most {DEFAULT_CONTEXT})",
     )
-    add("--prefill-chunk", type=int, metavar="N", help="prompt tokens taken at once (default: 64)")
+    add("--prefill-chunk", type=int, metavar="N", help=f"prompt tokens taken at once (default: {DEFAULT_CHUNK})")
     refused = [name for name in BACKENDS if name not in lowering()]
     add(
         "--backend",
@@ -199,10 +200,21 @@ def _parser() -> argparse.ArgumentParser:
         help=f"what runs the graph: {', '.join(lowering())} (default: %(default)s); {', '.join(refused)} say what they "
         "lack",
     )
+    add(
+        "--attention",
+        metavar="FORM",
+        help="fused: one operator that reads as much of the KV cache as is filled; aten: plain operators on all of it "
+        "(default: fused for xnnpack, aten for the others)",
+    )
     add("--quantize", default="fp32", help=f"how weights are stored: {' or '.join(SCHEMES)} (default: %(default)s)")
     add("--group-size", type=int, metavar="N", help="4-bit weights that share a scale: 32, 64 or 128 (default: 32)")
     add("--embedding-bits", type=int, metavar="N", help="4 or 8 (default: 8 where anything is quantised)")
     add("--head-bits", type=int, metavar="N", help="4 or 8 (default: as the other linear layers)")
+    add(
+        "--kv-dtype",
+        default="fp32",
+        help=f"of the KV cache: {' or '.join(KV_DTYPES)} (default: %(default)s); int8 has a scale for each row",
+    )
     add("--rounding", default="nearest", help=f"of weights: {' or '.join(ROUNDINGS)} (default: %(default)s)")
     add(
         "--calibrate",

@@ -19,9 +19,10 @@ from export.backends import BACKENDS, Backend
 from export.metadata import MethodSpec
 from export.quantize import by_rows, random
 from export.scheme import FLOAT, Scheme, is_shared
-from export.trace import pieces, trace_piece
+from export.trace import dynamic_shapes, parameter_name, pieces, trace_piece
 from model.config import ModelConfig
-from model.model import Block, Head
+from model.fused import FusedLlama
+from model.model import Llama
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,11 @@ def lower(
     """
     codes = {}
     if BACKENDS[backend].by_block:
-        for name in sorted(set(pieces(config, scheme.careful).values())):
+        for name in sorted(set(pieces(config, methods[0].is_fused, scheme.careful).values())):
             module = _random_piece(config, name, scheme)
             for spec in methods:
                 graph = trace_piece(config, name, module, spec)
-                codes[spec.name, name] = _code(graph, BACKENDS[backend], module)
+                codes[spec.name, name] = _code(graph, BACKENDS[backend], module, spec)
     is_same_node.cache_clear()  # it would hold every graph compared, with its weights, for good
     return codes
 
@@ -108,16 +109,18 @@ def delegates(program: ExportedProgram) -> list[LoweredBackendModule]:
 
 def _random_piece(config: ModelConfig, name: str, scheme: Scheme) -> nn.Module:
     with torch.device("meta"):
-        module = Head(config) if name == "head" else Block(config, int(name.removeprefix("layers.")))
-    is_packed = scheme.format("head.output.weight", config.dim).bits == 4
-    if name == "head" and is_shared(config, scheme) and is_packed:
-        module.output = _PairsSwapped(config.dim, config.vocab_size, config.head_bias, device="meta")
+        model = Llama(config)
+        module = (FusedLlama(model) if name.startswith("segments.") else model).get_submodule(name)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for path, layer in module.named_modules():
+        for path, layer in list(module.named_modules()):
             for role, parameter in layer.named_parameters(recurse=False):
+                full = parameter_name(config, name, f"{path}.{role}")
                 is_matrix = isinstance(layer, nn.Linear) and role == "weight"
-                form = scheme.format(f"{name}.{path}.{role}", parameter.shape[-1]) if is_matrix else FLOAT
+                form = scheme.format(full, parameter.shape[-1]) if is_matrix else FLOAT
+                if full == "head.output.weight" and is_shared(config, scheme) and form.bits == 4:
+                    layer = _PairsSwapped(config.dim, config.vocab_size, config.head_bias, device="meta")
+                    module.set_submodule(path, layer)
                 setattr(layer, role, nn.Parameter(random(parameter.shape, form), requires_grad=False))
     return module.eval()
 
@@ -132,7 +135,7 @@ class _PairsSwapped(nn.Linear):
         return super().forward(torch.cat((pairs[..., 1:], pairs[..., :1]), dim=-1).view(x.shape))
 
 
-def _code(graph: ExportedProgram, backend: Backend, module: nn.Module) -> Code:
+def _code(graph: ExportedProgram, backend: Backend, module: nn.Module, spec: MethodSpec) -> Code:
     lowered = to_edge_transform_and_lower(graph, partitioner=backend.partitioners()).exported_program()
     (delegate,) = delegates(lowered)
     call: Any = next(node for node in lowered.graph.nodes if node.target is executorch_call_delegate)
@@ -145,7 +148,7 @@ def _code(graph: ExportedProgram, backend: Backend, module: nn.Module) -> Code:
         arguments=tuple(_argument(lowered, node, inputs) for node in call.args[1:]),
         results=tuple(result.args[1] for result in results),
         data=_data(delegate, module),
-        stand_in=_stand_in(call),
+        stand_in=_stand_in(call, spec),
     )
 
 
@@ -173,14 +176,22 @@ def _data(delegate: LoweredBackendModule, module: nn.Module) -> tuple[Part, ...]
 
 
 class _Shapes(nn.Module):
-    def __init__(self, shapes: list[torch.Size]) -> None:
+    def __init__(self, shapes: list[list[int | None]]) -> None:
         super().__init__()
         self.shapes = shapes
 
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        return tuple(arguments[0].new_empty(shape) for shape in self.shapes)
+        length = arguments[0].shape[1]
+        return tuple(
+            arguments[0].new_empty([length if size is None else size for size in shape]) for shape in self.shapes
+        )
 
 
-def _stand_in(call: Any) -> ExportedProgram:
-    arguments = tuple(torch.empty_like(node.meta["val"], device="cpu") for node in call.args[1:])
-    return torch.export.export(_Shapes([value.shape for value in call.meta["val"]]), arguments)
+def _stand_in(call: Any, spec: MethodSpec) -> ExportedProgram:
+    """Any size that is not fixed is the method's length, which is the first argument's second size."""
+    values = [node.meta["val"] for node in call.args[1:]]
+    fixed = [[size if isinstance(size, int) else None for size in value.shape] for value in values]
+    arguments = tuple(torch.zeros([spec.max_length if size is None else size for size in shape]) for shape in fixed)
+    axes = [[axis for axis, size in enumerate(shape) if size is None] for shape in fixed]
+    shapes = [[size if isinstance(size, int) else None for size in value.shape] for value in call.meta["val"]]
+    return torch.export.export(_Shapes(shapes), arguments, dynamic_shapes=dynamic_shapes("arguments", axes, spec))

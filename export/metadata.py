@@ -89,6 +89,11 @@ class MethodSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether attention is one operator, which is told where a step starts in place of a mask."""
+        return any(spec.name == "start" for spec in self.inputs)
+
 
 @dataclass(frozen=True)
 class Requirements:

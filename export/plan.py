@@ -25,12 +25,16 @@ from model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
 from model.config import ModelConfig
 from model.errors import InputError
 from model.hub import fetched, is_hub_name
+from model.kv_rows import KV_DTYPES
 from preproc import mask, rope
 from preproc.tokenizer import Tokenizer, from_bytes, open_tokenizer
 from runtime.program import lacking
 
 DEFAULT_CONTEXT = 2048
 """The longest max-seq-len that is chosen without being asked for: caches grow with it."""
+
+DEFAULT_CHUNK = 128
+"""Tokens that prefill takes at once: with fewer, weights are read more often; with more, activations outgrow caches."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,13 @@ class ExportOptions:
         tokenizer: a tokenizer file; None takes the checkpoint's own, "none" exports without one.
         output: the .pte to write; None names it after the checkpoint, in the current folder.
         max_seq_len: capacity of the KV cache; None takes the checkpoint's context, at most DEFAULT_CONTEXT.
-        prefill_chunk: tokens that prefill takes at once; None takes 64, or max_seq_len where that is less.
+        prefill_chunk: tokens that prefill takes at once; None takes DEFAULT_CHUNK, or max_seq_len where that is less.
         backend: one of `export.backends.BACKENDS`.
+        attention: one of the backend's; None takes its first, or "aten" without a KV cache.
         quantize: how weights are stored, one of `export.scheme.SCHEMES`.
         group_size, embedding_bits, head_bits, rounding: what differs from it, see `export.scheme.adjusted`.
         calibrate: a text by which the linear layers' weights are rounded, see `export.calibrate`.
+        kv_dtype: of the KV caches, one of `model.kv_rows.KV_DTYPES`.
         kv_cache: whether the methods take and extend a KV cache; otherwise each step takes the whole text.
         hidden_states: whether the methods also return the last block's result, normalised.
         original_context: keep to the context that the model had before it was extended.
@@ -62,12 +68,14 @@ class ExportOptions:
     max_seq_len: int | None = None
     prefill_chunk: int | None = None
     backend: str = "xnnpack"
+    attention: str | None = None
     quantize: str = "fp32"
     group_size: int | None = None
     embedding_bits: int | None = None
     head_bits: int | None = None
     rounding: str = "nearest"
     calibrate: Path | None = None
+    kv_dtype: str = "fp32"
     kv_cache: bool = True
     hidden_states: bool = False
     original_context: bool = False
@@ -88,12 +96,25 @@ class ExportOptions:
         for flag, value, known in (
             ("quantize", self.quantize, SCHEMES),
             ("rounding", self.rounding, ROUNDINGS),
+            ("kv-dtype", self.kv_dtype, KV_DTYPES),
         ):
             if value not in known:
                 raise InputError(f"--{flag} {value} is unknown; choose from {', '.join(known)}")
         if self.calibrate and self.rounding != "nearest":
             raise InputError(f"--rounding {self.rounding} has no effect with --calibrate; leave one of them out")
         check(self.backend)
+        able = BACKENDS[self.backend].attention
+        if self.attention not in (None, *able):
+            raise InputError(
+                f"--attention {self.attention} is not for --backend {self.backend}; choose from {', '.join(able)}"
+            )
+        form = self.attention or able[0]
+        if self.kv_dtype != "fp32" and not (form == "fused" and self.kv_cache):
+            raise InputError(
+                f"--kv-dtype {self.kv_dtype} needs KV caches and --attention fused, here {form}; leave it out"
+            )
+        if self.attention == "fused" and not self.kv_cache:
+            raise InputError("--attention fused reads KV caches, which --no-kv-cache leaves out; give one of them")
 
 
 @dataclass(frozen=True)
@@ -172,6 +193,7 @@ def plan(options: ExportOptions) -> Plan:
         options.head_bits,
         options.rounding,
     )
+    scheme = replace(scheme, kv_dtype=KV_DTYPES[options.kv_dtype])
     text = CalibrationText.of(options.calibrate) if options.calibrate else None
     if text:
         if not options.auto:
@@ -185,7 +207,7 @@ def plan(options: ExportOptions) -> Plan:
     provenance["calibration"] = {"sha256": text.sha256} if text else None
     return Plan(
         recipe=Recipe(config, checkpoint.weights, scheme),
-        methods=signatures(config, graph),
+        methods=signatures(config, graph, scheme.kv_dtype),
         tokenizer=tokenizer,
         provenance=provenance,
         output=output,
@@ -223,17 +245,18 @@ def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
     if max_seq_len > limit and (options.original_context or config.positions == "learned"):
         why = "--original-context keeps to" if options.original_context else "the model has learned positions for"
         raise InputError(f"--max-seq-len {max_seq_len} is too much: {why} {limit}; give at most that")
-    chunk = options.prefill_chunk or min(64, max_seq_len)
+    chunk = options.prefill_chunk or min(DEFAULT_CHUNK, max_seq_len)
     if chunk > max_seq_len:
         raise InputError(f"--prefill-chunk {chunk} is larger than --max-seq-len {max_seq_len}; give at most that")
-    need = cache_bytes(config, max_seq_len) if options.kv_cache else 0
+    need = cache_bytes(config, max_seq_len, KV_DTYPES[options.kv_dtype]) if options.kv_cache else 0
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > have:
         raise InputError(
             f"--max-seq-len {max_seq_len} needs KV caches of {need / 1e9:.1f} GB, but this machine has "
             f"{have / 1e9:.1f} GB; give less"
         )
-    return GraphOptions(max_seq_len, chunk, options.kv_cache, options.hidden_states)
+    attention = options.attention or (BACKENDS[options.backend].attention[0] if options.kv_cache else "aten")
+    return GraphOptions(max_seq_len, chunk, attention, options.kv_cache, options.hidden_states)
 
 
 def for_length(config: ModelConfig, max_seq_len: int) -> ModelConfig:

@@ -9,7 +9,8 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from export.quantize import QuantizedEmbedding, quantize, stored
 from export.scheme import CALIBRATED, Scheme, is_shared
 from model.config import ModelConfig
-from model.model import Llama
+from model.fused import FusedLlama
+from model.model import Block, Llama
 
 
 class Recipe:
@@ -78,20 +79,31 @@ class Recipe:
         matrices = {f"{role}.weight" for role, layer in piece.named_modules() if isinstance(layer, nn.Linear)}
         rest = {role: self.weight(f"{name}.{role}").float() for role in piece.state_dict() if role not in matrices}
         piece.load_state_dict(rest, strict=False, assign=True)
+        if isinstance(piece, Block):
+            piece.attention.kv_dtype = self.scheme.kv_dtype
         return piece.eval().requires_grad_(False)
 
     def model(self, made: Mapping[str, nn.Module]) -> Llama:
         """The whole model of `piece_names` that are made already, and may be lowered."""
         with torch.device("meta"):
             model = Llama(self.config)
-        for name in piece_names(self.config):
+        for name in made:
+            model.set_submodule(name, made[name])
+        return model.eval()
+
+    def fused(self, made: Mapping[str, nn.Module]) -> FusedLlama:
+        """The same with attention as an operator, of such pieces, or of embeddings and segments."""
+        segments = {name for name in made if name.startswith("segments.")}
+        model = FusedLlama(self.model({name: made[name] for name in made.keys() - segments}))
+        for name in segments:
             model.set_submodule(name, made[name])
         return model.eval()
 
     def streamed(self) -> Llama:
         """The whole model, each piece of which is read when it is run, and then forgotten."""
         names = piece_names(self.config)
-        return self.model({name: _OnDemand(lambda name=name: self.piece(name)) for name in names})  # type: ignore[misc]
+        made = {name: _OnDemand(lambda name=name: self.piece(name)) for name in names}  # type: ignore[misc]
+        return self.model(made)
 
 
 def piece_names(config: ModelConfig) -> list[str]:

@@ -58,6 +58,7 @@ class Scheme:
         head, embedding: of these two.
         careful: blocks whose linear layers have 8 bits nevertheless.
         rounding: how weights are rounded, as export.quantize.ROUNDINGS has it, or CALIBRATED.
+        kv_dtype: of the KV caches, see `model.kv_rows`.
     """
 
     linear: Format = FLOAT
@@ -65,16 +66,26 @@ class Scheme:
     embedding: Format = FLOAT
     careful: tuple[int, ...] = ()
     rounding: str = "nearest"
+    kv_dtype: str = "float32"
 
     @staticmethod
     def parse(found: Mapping[str, Any]) -> "Scheme":
         """The scheme that a file's provenance holds."""
         formats = {name: Format(**found[name]) for name in ("linear", "head", "embedding")}
-        return Scheme(**formats, careful=tuple(found["careful"]), rounding=found["rounding"])
+        return Scheme(
+            **formats, careful=tuple(found["careful"]), rounding=found["rounding"], kv_dtype=found["kv_dtype"]
+        )
 
     def to_json(self) -> dict[str, Any]:
         """For `parse`, as JSON's types."""
         return asdict(self) | {"careful": list(self.careful)}
+
+    @property
+    def fewest_bits(self) -> int | None:
+        """Of any weight or cached number; None where all have 16 or more."""
+        cached = 8 if self.kv_dtype == "int8" else None
+        bits = (self.linear.bits, self.head.bits, self.embedding.bits, cached)
+        return min(filter(None, bits), default=None)
 
     @property
     def plain_rounding(self) -> str:

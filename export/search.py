@@ -42,7 +42,7 @@ class Rung:
     careful: float = 0.0
 
 
-def ladder(rounding: str) -> list[Rung]:
+def ladder(rounding: str, kv_dtype: str = "float32") -> list[Rung]:
     """Schemes, each with at least the bits of the one before."""
     four = [Format(4, size) for size in (128, 64, 32)]
     finest = four[-1]
@@ -50,7 +50,7 @@ def ladder(rounding: str) -> list[Rung]:
     rungs += [Rung("8da4w", Scheme(finest, head, BYTE)) for head in (finest, BYTE)]
     rungs += [Rung("mixed", Scheme(finest, BYTE, BYTE), share) for share in (0.25, 0.5)]
     rungs += [Rung("8da8w", SCHEMES["8da8w"])]
-    return [replace(rung, scheme=replace(rung.scheme, rounding=rounding)) for rung in rungs]
+    return [replace(rung, scheme=replace(rung.scheme, rounding=rounding, kv_dtype=kv_dtype)) for rung in rungs]
 
 
 def stored_bytes(config: ModelConfig, scheme: Scheme) -> int:
@@ -101,7 +101,8 @@ def smallest(planned: Plan, texts: Sequence[Sequence[int]], budget: float, note:
         NothingFitsError: none does.
     """
     config, sized = planned.recipe.config, list[tuple[int, int, Plan]]()
-    for number, rung in enumerate(ladder(planned.recipe.scheme.rounding)):
+    asked = planned.recipe.scheme
+    for number, rung in enumerate(ladder(asked.rounding, asked.kv_dtype)):
         tried = planned.with_scheme(rung.quantize, rung.scheme)
         if rung.careful:
             tried = with_careful(tried, rung.careful, texts)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torch.export import ExportedProgram
 
 from export.metadata import MethodSpec, TensorSpec
 from model.config import ModelConfig
+from model.fused import FusedLlama, Segment
+from model.kv_rows import row_width
 from model.model import Head, Llama
 from preproc.positions import mask_name, names
 
@@ -20,98 +23,141 @@ class GraphOptions:
     Attributes:
         max_seq_len: positions of a text, and the capacity of the caches (T); local blocks' have the window's.
         prefill_chunk: L of `prefill`; 1 for none.
+        attention: "aten", plain operators on whole caches: static, and for every backend; or "fused", one operator that
+            reads as much of the caches as is filled: one method for any number of tokens.
         kv_cache: whether the methods take and extend caches; otherwise each step takes the whole text.
         hidden_states: whether they also return what the last block does, normalised.
     """
 
     max_seq_len: int
     prefill_chunk: int
+    attention: str = "aten"
     kv_cache: bool = True
     hidden_states: bool = False
 
 
-def trace(model: Llama, methods: Iterable[MethodSpec]) -> dict[str, ExportedProgram]:
-    """The whole model as one graph per method. Static shapes: see tests/bench/NOTES.md for what was tried.
+def trace(model: Llama | FusedLlama, methods: Iterable[MethodSpec]) -> dict[str, ExportedProgram]:
+    """The whole model as one graph per method. See tests/bench/NOTES.md for what was tried.
 
     Parts of the model may be lowered already: they are then calls in the graph.
     """
-    with torch.no_grad():
-        return {
-            spec.name: torch.export.export(_Flat(model, spec), tuple(map(_example, spec.inputs))) for spec in methods
-        }
+    return {spec.name: _export(_Flat(model, spec), spec.inputs, spec) for spec in methods}
 
 
-def pieces(config: ModelConfig, careful: Collection[int] = ()) -> dict[str, str]:
+def pieces(config: ModelConfig, fused: bool, careful: Collection[int] = ()) -> dict[str, str]:
     """The parts of the model that a backend can take as one: name -> the first with an equal graph.
 
     Blocks of one kind differ only in their weights.
 
     Args:
+        fused: whether attention is an operator of its own, between segments.
         careful: blocks whose weights are stored in another format than the others'.
     """
-    found, kinds = dict[str, str](), dict[tuple[bool, bool, bool], str]()
-    for layer in range(config.n_layers):
-        kind = (config.is_local(layer), layer in config.nope_layers, layer in careful)
-        found[f"layers.{layer}"] = kinds.setdefault(kind, f"layers.{layer}")
-    return found | {"head": "head"}
+    found, kinds, layers = dict[str, str](), dict[tuple[bool, ...], str](), config.n_layers
+    for number in range(layers + 1 if fused else layers):
+        if fused:
+            name = f"segments.{number}"
+            kind: tuple[bool, ...] = (number == 0, number == layers, number - 1 in careful, number in careful)
+        else:
+            name = f"layers.{number}"
+            kind = (config.is_local(number), number in config.nope_layers, number in careful)
+        found[name] = kinds.setdefault(kind, name)
+    return found if fused else found | {"head": "head"}
+
+
+def parameter_name(config: ModelConfig, piece: str, role: str) -> str:
+    """What a parameter of a piece is called in the model: layers.3.attention.wo.weight."""
+    if not piece.startswith("segments."):
+        return f"{piece}.{role}"
+    side, role = role.split(".", 1)
+    layer = int(piece.removeprefix("segments.")) - (side == "before")
+    return f"head.{role}" if layer == config.n_layers else f"layers.{layer}.{role}"
 
 
 def trace_piece(config: ModelConfig, name: str, module: nn.Module, spec: MethodSpec) -> ExportedProgram:
     """The graph of one of `pieces`, as `spec` calls it.
 
     Args:
-        module: the Block or Head.
+        module: the Block, Head or Segment.
     """
-    inputs = {tensor.name: _example(tensor) for tensor in spec.inputs}
-    x = torch.zeros(1, spec.max_length, config.dim)
-    if name == "head":
-        examples: tuple[Tensor, ...] = (x, inputs["select"])
-    else:
+    inputs = {tensor.name: tensor for tensor in spec.inputs}
+    length = inputs["tokens"].shape[1]
+    taken = [TensorSpec("x", (1, length, config.dim), "float32")]
+    if isinstance(module, Segment) and module.before:
+        taken += [TensorSpec("out", (1, length, config.n_heads * config.head_dim), "float32")]
+    if name == "head" or (isinstance(module, Segment) and isinstance(module.after, Head)):
+        taken += [inputs["select"]]
+    elif not isinstance(module, Segment):
         layer = int(name.removeprefix("layers."))
         wanted = ("cos", "sin", mask_name(config, layer), f"k_cache.{layer}", f"v_cache.{layer}")
-        examples = (x, *(inputs[role] for role in wanted if role in inputs))
+        taken += [inputs[role] for role in wanted if role in inputs]
+    return _export(_FlatPiece(module, rotated="cos" in inputs), taken, spec)
+
+
+def _export(module: nn.Module, inputs: Sequence[TensorSpec], spec: MethodSpec) -> ExportedProgram:
+    axes = [[axis for axis, size in enumerate(tensor.shape) if size == "L"] for tensor in inputs]
     with torch.no_grad():
-        return torch.export.export(_FlatPiece(module, rotated="cos" in inputs), examples)
+        return torch.export.export(
+            module,
+            tuple(_example(tensor, spec.max_length) for tensor in inputs),
+            dynamic_shapes=dynamic_shapes("tensors", axes, spec),
+            prefer_deferred_runtime_asserts_over_guards=any(axes),
+        )
 
 
-def signatures(config: ModelConfig, options: GraphOptions) -> tuple[MethodSpec, ...]:
-    """`decode` (one token) and, unless the chunk is one token, `prefill` (prefill_chunk tokens); without caches only
-    `forward` (max_seq_len tokens). All return the logits of one row.
+def dynamic_shapes(name: str, axes: Sequence[Sequence[int]], spec: MethodSpec) -> dict[str, Any] | None:
+    """For torch.export, of a module whose forward takes *name: each tensor's axes that are the method's length."""
+    if not any(axes):
+        return None
+    length = torch.export.Dim("L", min=spec.min_length, max=spec.max_length)
+    return {name: tuple(dict.fromkeys(found, length) for found in axes)}
+
+
+def signatures(config: ModelConfig, options: GraphOptions, kv_dtype: str = "float32") -> tuple[MethodSpec, ...]:
+    """`decode` (one token) and, unless the chunk is one token, `prefill` (prefill_chunk tokens). Only `forward` where
+    attention is fused (up to prefill_chunk tokens), and without caches (max_seq_len tokens). All return the logits of
+    one row.
     """
-    if not options.kv_cache:
-        return (signature(config, "forward", options.max_seq_len, options),)
+    if options.attention == "fused" or not options.kv_cache:
+        length = options.prefill_chunk if options.kv_cache else options.max_seq_len
+        return (signature(config, "forward", length, options, kv_dtype),)
     lengths = {"decode": 1} | ({"prefill": options.prefill_chunk} if options.prefill_chunk > 1 else {})
-    return tuple(signature(config, name, length, options) for name, length in lengths.items())
+    return tuple(signature(config, name, length, options, kv_dtype) for name, length in lengths.items())
 
 
-def signature(config: ModelConfig, name: str, length: int, options: GraphOptions) -> MethodSpec:
-    """The whole model for `length` tokens."""
+def signature(
+    config: ModelConfig, name: str, length: int, options: GraphOptions, kv_dtype: str = "float32"
+) -> MethodSpec:
+    """The whole model for `length` tokens, or up to so many where attention is fused."""
+    is_fused = options.attention == "fused" and options.kv_cache
+    L: int | Literal["L"] = "L" if is_fused and length > 1 else length
     capacities = [_capacity(config, layer, options) for layer in range(config.n_layers)]
     heads, pairs = config.n_heads if config.positions == "alibi" else 1, config.rotated // 2
     position_inputs = {
-        "positions": TensorSpec("positions", (1, length), "int64"),
-        "cos": TensorSpec("cos", (1, length, pairs), "float32"),
-        "sin": TensorSpec("sin", (1, length, pairs), "float32"),
+        "positions": TensorSpec("positions", (1, L), "int64"),
+        "cos": TensorSpec("cos", (1, L, pairs), "float32"),
+        "sin": TensorSpec("sin", (1, L, pairs), "float32"),
+        "start": TensorSpec("start", (1,), "int64"),
     }
     for layer, capacity in enumerate(capacities):
         mask = mask_name(config, layer)
         position_inputs[mask] = TensorSpec(mask, (heads, length, capacity + length), "float32")
 
-    def rows(role: str, positions: Sequence[int]) -> list[TensorSpec]:
-        shapes = [(config.n_kv_heads, count, config.head_dim) for count in positions]
-        return [TensorSpec(f"{role}.{layer}", shape, "float32") for layer, shape in enumerate(shapes)]
+    def rows(role: str, positions: Sequence[int | Literal["L"]]) -> list[TensorSpec]:
+        shapes = [(config.n_kv_heads, count, row_width(config.head_dim, kv_dtype)) for count in positions]
+        return [TensorSpec(f"{role}.{layer}", shape, kv_dtype) for layer, shape in enumerate(shapes)]
 
-    inputs = [TensorSpec("tokens", (1, length), "int64"), *(position_inputs[role] for role in names(config))]
-    inputs += [TensorSpec("select", (1, length), "float32")]
+    inputs = [TensorSpec("tokens", (1, L), "int64"), *(position_inputs[role] for role in names(config, is_fused))]
+    inputs += [TensorSpec("select", (1, L), "float32")]
     outputs = [TensorSpec("logits", (1, config.vocab_size), "float32")]
     if options.kv_cache:
         inputs += [*rows("k_cache", capacities), *rows("v_cache", capacities)]
-        outputs += [*rows("k_rows", [length] * config.n_layers), *rows("v_rows", [length] * config.n_layers)]
+        outputs += [*rows("k_rows", [L] * config.n_layers), *rows("v_rows", [L] * config.n_layers)]
     if options.hidden_states:
-        outputs += [TensorSpec("hidden", (1, length, config.dim), "float32")]
+        outputs += [TensorSpec("hidden", (1, L, config.dim), "float32")]
     return MethodSpec(
         name=name,
-        min_length=length,
+        min_length=1 if is_fused else length,
         max_length=length,
         rows=1,
         start_layer=0,
@@ -129,13 +175,20 @@ def _capacity(config: ModelConfig, layer: int, options: GraphOptions) -> int:
     return min(options.max_seq_len, window or options.max_seq_len)
 
 
-def step(model: Llama, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def step(model: Llama | FusedLlama, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Runs the model on inputs by the names of a `signature`, and returns its outputs by theirs."""
     config, layers = model.config, range(model.config.n_layers)
-    angles = (inputs["cos"], inputs["sin"]) if "cos" in inputs else None
-    masks = [inputs[mask_name(config, layer)] for layer in layers]
+    tokens, angles, select = (
+        inputs["tokens"],
+        (inputs["cos"], inputs["sin"]) if "cos" in inputs else None,
+        inputs["select"],
+    )
     caches = [[inputs[f"{kind}_cache.{layer}"] for layer in layers] for kind in "kv" if f"{kind}_cache.0" in inputs]
-    found = model(inputs["tokens"], angles, masks, inputs["select"], *caches, positions=inputs.get("positions"))
+    if isinstance(model, FusedLlama):
+        found = model(tokens, angles, inputs["start"], select, *caches, positions=inputs.get("positions"))
+    else:
+        masks = [inputs[mask_name(config, layer)] for layer in layers]
+        found = model(tokens, angles, masks, select, *caches, positions=inputs.get("positions"))
     return {
         "logits": found.logits,
         **{f"k_rows.{layer}": rows for layer, rows in enumerate(found.k_rows)},
@@ -147,7 +200,7 @@ def step(model: Llama, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class _Flat(nn.Module):
     """The model with the flat arguments and results of a `signature`."""
 
-    def __init__(self, model: Llama, spec: MethodSpec) -> None:
+    def __init__(self, model: Llama | FusedLlama, spec: MethodSpec) -> None:
         super().__init__()
         self.model = model
         self.inputs = [tensor.name for tensor in spec.inputs]
@@ -159,19 +212,21 @@ class _Flat(nn.Module):
 
 
 class _FlatPiece(nn.Module):
-    """A block or the head with flat arguments: x, cos and sin if the model has them, and the others in their order."""
+    """A piece with flat arguments; a block's are x, cos and sin if there are any, and the others in their order."""
 
     def __init__(self, module: nn.Module, rotated: bool) -> None:
         super().__init__()
         self.module = module
         self.rotated = rotated
 
-    def forward(self, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        if isinstance(self.module, Head):
-            return self.module(x, *others)
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(self.module, Head | Segment):
+            return self.module(*tensors)
+        x, *others = tensors
         angles, rest = (others[:2], others[2:]) if self.rotated else (None, others)
         return self.module(x, angles, *rest)
 
 
-def _example(spec: TensorSpec) -> Tensor:
-    return torch.zeros([size for size in spec.shape if isinstance(size, int)], dtype=getattr(torch, spec.dtype))
+def _example(spec: TensorSpec, length: int) -> Tensor:
+    shape = [length if size == "L" else size for size in spec.shape]
+    return torch.zeros(shape, dtype=getattr(torch, spec.dtype))

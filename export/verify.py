@@ -69,8 +69,14 @@ class Limits:
     kl: float
 
 
-LIMITS = {"fp32": Limits(max_abs=1e-4, kl=1e-6), "8da": Limits(max_abs=2.0, kl=2e-2)}
-"""Between the file and the eager model, for activations as they are and for such as are rounded to 8 bits."""
+LIMITS = {
+    "float32": Limits(max_abs=1e-4, kl=1e-6),
+    "float16": Limits(max_abs=2e-2, kl=1e-4),
+    "int8": Limits(max_abs=2.0, kl=2e-2),
+}
+"""Between the file and the eager model, by what activations are rounded to on the way: where one lies between two
+steps, the last bit of a float decides.
+"""
 
 MAX_PPL_INCREASE = {8: 0.01, 4: 0.1}
 """See `Quality.limit`; by the fewest bits that any weight has."""
@@ -167,7 +173,7 @@ def verify(file: Path, recipe: Recipe, gate: Gate | None = None) -> Verdict:
     program, gate = Program(file), gate or Gate()
     metadata = program.metadata
     _check_same(metadata, recipe)
-    bits, activations = fewest_bits(recipe.scheme), recipe.scheme.linear.bits or recipe.scheme.head.bits
+    bits = recipe.scheme.fewest_bits
     gate.check(bits is not None, program.tokenizer)
     texts, found = _played(program)
     parts = _parts(program, gate) if bits else []
@@ -175,7 +181,7 @@ def verify(file: Path, recipe: Recipe, gate: Gate | None = None) -> Verdict:
     source = gate.source if program.tokenizer else None
     del program
     expected = reference(recipe.streamed(), texts, [len(rows) for rows in found], metadata.max_seq_len)
-    fidelity = compare(found, expected, LIMITS["8da" if activations else "fp32"])
+    fidelity = compare(found, expected, LIMITS[_rounded(recipe.scheme)])
     del found, expected
     if bits is None:
         return Verdict(metadata, fidelity, None)
@@ -188,9 +194,8 @@ def _check_same(metadata: Metadata, recipe: Recipe) -> None:
         raise InputError(f"the file was made from another model: {metadata.config} is not {recipe.config}")
 
 
-def fewest_bits(scheme: Scheme) -> int | None:
-    """Of any weight; None where all are float32."""
-    return min((form.bits for form in (scheme.linear, scheme.head, scheme.embedding) if form.bits), default=None)
+def _rounded(scheme: Scheme) -> str:
+    return "int8" if scheme.linear.bits or scheme.head.bits else scheme.kv_dtype
 
 
 def _parts(program: Program, gate: Gate) -> list[list[int]]:
@@ -331,7 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
     gate = Gate.of(options.eval_text, options.max_ppl_increase)
     metadata = read_metadata(options.file)
     scheme = Scheme.parse(metadata.provenance["options"]["scheme"])
-    if options.report and fewest_bits(scheme) is None:
+    if options.report and scheme.fewest_bits is None:
         raise InputError(f"--report is for quantised files, and {options.file} is float32; leave it out")
     path = options.checkpoint
     checkpoint = open_checkpoint(fetched(path) if is_hub_name(path) else path)

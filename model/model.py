@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.kv_rows import decode, encode
 
 Angles = tuple[Tensor, Tensor]
 """cos and sin, see `rope`."""
@@ -46,8 +47,7 @@ class Norm(nn.Module):
 
 def last_mean(x: Tensor) -> Tensor:
     """[..., D] -> [..., 1]. The mean runs over two dims of a 4-D view: the one form every backend keeps whole."""
-    D = x.shape[-1]
-    return x.reshape(1, x.numel() // D, 1, D).mean((2, 3), keepdim=True).view(*x.shape[:-1], 1)
+    return x.reshape(1, -1, 1, x.shape[-1]).mean((2, 3), keepdim=True).view(x.shape[0], -1, *x.shape[2:-1], 1)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -70,7 +70,12 @@ def softcap(x: Tensor, cap: float | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (https://arxiv.org/abs/2305.13245) over the cache and the L new rows."""
+    """Grouped-query attention (https://arxiv.org/abs/2305.13245) over the cache and the L new rows: `project`,
+    `attend`, and `wo`.
+
+    Attributes:
+        kv_dtype: keys and values are rounded to what a cache of this dtype would hold, see `model.kv_rows`.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -80,6 +85,7 @@ class Attention(nn.Module):
         self.rotates = config.positions == "rope" and layer not in config.nope_layers
         self.scale = config.attention_scale or config.head_dim**-0.5
         self.softcap = config.attention_softcap
+        self.kv_dtype = "float32"
         self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=config.qkv_bias)
         self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
@@ -87,33 +93,44 @@ class Attention(nn.Module):
         self.q_norm = Norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = Norm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
-    def forward(
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L, D] -> queries [B, L, H*Dh], keys and values [B, L, K*Dh], not rotated yet."""
+        return self._normed(self.q_norm, self.wq(x)), self._normed(self.k_norm, self.wk(x)), self.wv(x)
+
+    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(norm, nn.Identity):
+            return x
+        return norm(x.view(x.shape[0], -1, x.shape[2] // self.head_dim, self.head_dim)).view(x.shape[0], -1, x.shape[2])
+
+    def attend(
         self,
-        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         angles: Angles | None,
         mask: Tensor,
         k_cache: Tensor | None = None,
         v_cache: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attends from the L rows of x to T cached and L new positions.
+        """Attends from L rows to T cached and L new positions.
 
         Args:
-            x: [B, L, D].
+            q, k, v: as `project` returns them.
             angles: cos and sin, [B, L, P] each; None where the model does not rotate.
             mask: [B, L, T+L], or [B*H, L, T+L] where heads differ, added to the scores: 0 or a bias where visible, a
                 large negative number elsewhere.
             k_cache, v_cache: [B*K, T, Dh], keys already rotated; None for T = 0.
 
         Returns:
-            [B, L, D], and the rows to append to the caches, [B*K, L, Dh] each.
+            [B, L, H*Dh], and the rows to append to the caches, [B*K, L, Dh] each.
         """
-        B, L, _ = x.shape
+        B, L, _ = q.shape
         K, G, Dh = self.n_kv_heads, self.group, self.head_dim
         T = 0 if k_cache is None else k_cache.shape[1]
 
-        q = self.q_norm(self.wq(x).view(B, L, K * G, Dh)).transpose(1, 2)  # [B, H, L, Dh]
-        k = self.k_norm(self.wk(x).view(B, L, K, Dh)).transpose(1, 2)  # [B, K, L, Dh]
-        v = self.wv(x).view(B, L, K, Dh).transpose(1, 2)
+        q = q.view(B, L, K * G, Dh).transpose(1, 2)  # [B, H, L, Dh]
+        k = k.view(B, L, K, Dh).transpose(1, 2)  # [B, K, L, Dh]
+        v = v.view(B, L, K, Dh).transpose(1, 2)
         q = q * self.scale
         if self.rotates and angles is not None:
             cos, sin = (table.view(B, 1, L, -1) for table in angles)
@@ -122,6 +139,8 @@ class Attention(nn.Module):
         # A KV head serves its G query heads as G*L rows of one matrix, so nothing is repeated or expanded.
         q = q.reshape(B * K, G * L, Dh)
         k, v = k.reshape(B * K, L, Dh), v.reshape(B * K, L, Dh)
+        if self.kv_dtype != "float32":
+            k, v = (decode(encode(rows, self.kv_dtype)) for rows in (k, v))
 
         # Scores and outputs are taken in two parts, cached and new: the caches are read in place, never concatenated.
         scores = torch.bmm(q, k.transpose(1, 2))
@@ -134,8 +153,7 @@ class Attention(nn.Module):
         else:
             out = torch.bmm(weights[..., :T], v_cache) + torch.bmm(weights[..., T:], v)
 
-        out = out.view(B, K * G, L, Dh).transpose(1, 2).reshape(B, L, K * G * Dh)
-        return self.wo(out), k, v
+        return out.view(B, K * G, L, Dh).transpose(1, 2).reshape(B, L, K * G * Dh), k, v
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -181,12 +199,11 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
-        B, L, _ = x.shape
-        E = len(self.experts)
+        B, E = x.shape[0], len(self.experts)
         logits = self.router(x)
         # Where an expert ranks is how many have larger logits; counting needs no sort, which backends leave outside.
-        larger = logits.view(B * L, 1, E) - logits.view(B * L, E, 1)
-        rank = last_mean((larger * 1e30).clamp(0, 1)).view(B, L, E) * float(E)
+        larger = logits.view(-1, 1, E) - logits.view(-1, E, 1)
+        rank = last_mean((larger * 1e30).clamp(0, 1)).view(B, -1, E) * float(E)
         weights = F.softmax(logits, dim=-1) * (self.chosen - rank).clamp(0, 1)
         weights = weights / (last_mean(weights) * float(E))
         out = self.experts[0](x) * weights[..., :1]
@@ -216,12 +233,19 @@ class Block(nn.Module):
         k_cache: Tensor | None = None,
         v_cache: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Shapes as in `Attention.forward`."""
-        normed = self.attention_norm(x)
-        out, k, v = self.attention(normed, angles, mask, k_cache, v_cache)
-        x = x + self._scaled(self.attention_post_norm(out))
-        out = self.feed_forward(normed if self.ffn_norm is None else self.ffn_norm(x))
-        return x + self._scaled(self.ffn_post_norm(out)), k, v
+        """[B, L, D] -> [B, L, D] and the new rows; the others as in `Attention.attend`."""
+        out, k, v = self.attention.attend(*self.project(x), angles, mask, k_cache, v_cache)
+        return self.finish(x, out), k, v
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before attention; as `Attention.project`."""
+        return self.attention.project(self.attention_norm(x))
+
+    def finish(self, x: Tensor, out: Tensor) -> Tensor:
+        """What comes behind it: the block's input [B, L, D] and attention's result [B, L, H*Dh] -> [B, L, D]."""
+        attended = x + self._scaled(self.attention_post_norm(self.attention.wo(out)))
+        normed = self.attention_norm(x) if self.ffn_norm is None else self.ffn_norm(attended)
+        return attended + self._scaled(self.ffn_post_norm(self.feed_forward(normed)))
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.residual_scale == 1 else x * self.residual_scale
@@ -239,10 +263,9 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, select: Tensor) -> tuple[Tensor, Tensor]:
         """[B, L, D] and one-hot [R, B*L] -> logits [R, V], and x normalised, [B, L, D]."""
-        B, L, D = x.shape
         R = select.shape[0]
         hidden = self.norm(x)
-        rows = torch.bmm(select.view(1, R, B * L), hidden.view(1, B * L, D))
+        rows = torch.bmm(select.view(1, R, -1), hidden.view(1, -1, x.shape[-1]))
         logits = self.output(rows).view(R, -1)
         return softcap(logits if self.scale == 1 else logits * self.scale, self.softcap), hidden
 
@@ -262,8 +285,8 @@ class Step(NamedTuple):
     hidden: Tensor
 
 
-class Llama(nn.Module):
-    """Token ids and position data in, logits and new cache rows out."""
+class Embeddings(nn.Module):
+    """The beginning of a model."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -271,6 +294,20 @@ class Llama(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         if config.positions == "learned":
             self.pos_embeddings = nn.Embedding(config.context, config.dim)
+
+    def embed(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[B, L] -> [B, L, D]: what the first block takes."""
+        x = self.tok_embeddings(tokens)
+        if positions is not None:
+            x = x + self.pos_embeddings(positions)
+        return x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
+
+
+class Llama(Embeddings):
+    """Token ids and position data in, logits and new cache rows out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.head = Head(config)
         if config.tied:
@@ -290,17 +327,13 @@ class Llama(nn.Module):
 
         Args:
             tokens: [B, L], int64.
-            angles: as in `Attention.forward`.
-            masks: one for each block, as in `Attention.forward`; equal ones may be one tensor.
+            angles: as in `Attention.attend`.
+            masks: one for each block, as in `Attention.attend`; equal ones may be one tensor.
             select: [R, B*L], one-hot rows naming the positions whose logits are wanted.
             k_caches, v_caches: n_layers tensors [B*K, T, Dh]; None where nothing is cached.
             positions: [B, L], int64, where positions are learned.
         """
-        x = self.tok_embeddings(tokens)
-        if positions is not None:
-            x = x + self.pos_embeddings(positions)
-        if self.config.embedding_scale != 1:
-            x = x * self.config.embedding_scale
+        x = self.embed(tokens, positions)
         k_rows, v_rows, none = [], [], [None] * self.config.n_layers
         caches = zip(k_caches or none, v_caches or none, strict=True)
         for layer, mask, (k_cache, v_cache) in zip(self.layers, masks, caches, strict=True):

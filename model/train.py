@@ -112,8 +112,8 @@ def row_loss(model: Llama, rows: Tensor, positions: Positions, dropout: float = 
     steps = positions.batch(B, L)
     x = F.dropout(model.tok_embeddings(tokens), dropout)
     for layer in cast(Iterable[Block], model.layers):
-        attended, _, _ = layer.attention(layer.attention_norm(x), *steps)
-        x = x + F.dropout(attended, dropout)
+        out, _, _ = layer.attention.attend(*layer.project(x), *steps)
+        x = x + F.dropout(layer.attention.wo(out), dropout)
         normed = cast(Norm, layer.ffn_norm)(x)
         x = x + F.dropout(layer.feed_forward(normed), dropout)
     logits = model.head.output(model.head.norm(x)).float()

@@ -11,13 +11,14 @@ from model.config import ModelConfig
 from preproc import mask, rope
 
 
-def names(config: ModelConfig) -> list[str]:
+def names(config: ModelConfig, fused: bool = False) -> list[str]:
     """Which of them a model takes: positions where they are learned, cos and sin where they rotate, a mask for the
-    blocks that see everything, and a local_mask for those that see a window.
+    blocks that see everything, and a local_mask for those that see a window. Where attention is fused, start takes the
+    masks' place.
     """
     masks = {mask_name(config, layer) for layer in range(config.n_layers)}
     by_kind = {"learned": ["positions"], "rope": ["cos", "sin"], "alibi": []}
-    return by_kind[config.positions] + sorted(masks, reverse=True)
+    return by_kind[config.positions] + (["start"] if fused else sorted(masks, reverse=True))
 
 
 def mask_name(config: ModelConfig, layer: int) -> str:
@@ -56,8 +57,11 @@ class Positions:
             capacity: of the cache that a mask goes with.
 
         Returns:
-            positions [1, length] int64; cos and sin [1, length, P]; masks [1 or H, length, capacity + length].
+            positions [1, length] and start [1], int64; cos and sin [1, length, P]; masks [1 or H, length, capacity +
+            length].
         """
+        if name == "start":
+            return torch.tensor([position])
         if name == "positions":
             return torch.arange(position, position + length).clamp(max=self.length - 1).unsqueeze(0)
         if name in ("cos", "sin"):
@@ -80,16 +84,18 @@ class PositionInputs:
 
         Args:
             names: of those that the method takes.
-            length: tokens of a step.
+            length: tokens of a step, at most.
             cached: whether the method takes caches.
         """
-        self._length = length
+        self._place = (0, length)
         self._tables = dict[str, tuple[np.ndarray, np.ndarray]]()  # name -> the rows of all positions, the input's own
         self._masks = list[mask.CausalMask]()
-        self._position = 0
+        self._start = np.zeros(1, dtype=np.int64)
         self.tensors = dict[str, Tensor]()
         for name in names:
-            if name in ("positions", "cos", "sin"):
+            if name == "start":
+                self.tensors[name] = torch.from_numpy(self._start)
+            elif name in ("positions", "cos", "sin"):
                 self.tensors[name] = positions.make(name, 0, length, 0)
                 table = {"positions": torch.arange(positions.length), "cos": positions.cos, "sin": positions.sin}[name]
                 self._tables[name] = (table.numpy(), self.tensors[name].numpy()[0])
@@ -99,14 +105,15 @@ class PositionInputs:
                 self._masks.append(mask.CausalMask(length, capacity, window, positions.slopes))
                 self.tensors[name] = self._masks[-1].values
 
-    def move(self, position: int) -> None:
-        """Makes them those of tokens that start at `position`."""
-        if position == self._position:
+    def move(self, position: int, length: int) -> None:
+        """Makes them those of `length` tokens that start at `position`; rows behind these are any."""
+        if (position, length) == self._place:
             return
-        self._position = position
+        self._place = (position, length)
+        self._start[0] = position
         for table, rows in self._tables.values():
-            count = min(self._length, len(table) - position)
+            count = min(length, len(table) - position)
             rows[:count] = table[position : position + count]
-            rows[count:] = table[-1]
+            rows[count:length] = table[-1]
         for each in self._masks:
             each.move(position)

@@ -19,8 +19,8 @@ class KVCache:
     and `commit` writes the rows that it returned. Rows past `position` weigh nothing: the mask hides them.
 
     Attributes:
-        buffers: the graph's inputs by name, k_cache.0 ... v_cache.n, each [B*K, slots, Dh] float32; none where the
-            methods take no cache.
+        buffers: the graph's inputs by name, k_cache.0 ... v_cache.n, each [B*K, slots, W], rows as in `model.kv_rows`;
+            none where the methods take no cache.
         capacity: positions that a text may have.
         position: positions filled so far.
     """
@@ -31,11 +31,12 @@ class KVCache:
             for spec in method.inputs
             if spec.name.startswith(("k_cache.", "v_cache."))
         }
+        (dtype,) = {getattr(torch, spec.dtype) for spec in method.inputs if spec.name in shapes} or {torch.float32}
         self.buffers = dict[str, Tensor]()
         self._groups = list[tuple[Tensor, list[str]]]()  # those of one shape lie in one tensor, and are written at once
         for shape in dict.fromkeys(shapes.values()):
             names = [name for name in shapes if shapes[name] == shape]
-            group = torch.zeros((len(names), *shape))
+            group = torch.zeros((len(names), *shape), dtype=dtype)
             self.buffers |= dict(zip(names, group, strict=True))
             self._groups.append((group, [name.replace("cache", "rows") for name in names]))
         self.capacity = capacity
@@ -62,7 +63,7 @@ class KVCache:
         return self.position
 
     def commit(self, outputs: Mapping[str, Tensor], length: int) -> None:
-        """Appends the first `length` rows of k_rows.* and v_rows.*, [B*K, L, Dh] each; what follows them is padding."""
+        """Appends the first `length` rows of k_rows.* and v_rows.*, [B*K, L, W] each; what follows them is padding."""
         start = self.plan(length)
         end = start + length
         for group, names in self._groups:

@@ -17,9 +17,13 @@ from export.metadata import Metadata, MethodSpec, Requirements, check_file, from
 from model.errors import InputError, listed
 from preproc.tokenizer import Tokenizer, from_bytes
 
-# Kernels of low-bit weights, which register themselves; the bindings come without them, unlike the C++ libraries.
+# Kernels register themselves. Unlike the C++ libraries, the bindings come without those of low-bit weights; attention
+# is ours (setup.py).
 _LIBRARIES = Path(_C.__file__).parents[2] / "lib"
-ctypes.CDLL(str(_LIBRARIES / "libexecutorch_kernels_quantized.so"))
+for _name in ("libexecutorch.so", "libexecutorch_threadpool.so", "libexecutorch_kernels_quantized.so"):
+    ctypes.CDLL(str(_LIBRARIES / _name))
+if _operators := find_spec("runtime._operators"):
+    ctypes.CDLL(str(_operators.origin))
 
 
 class _BackendOption(ctypes.Structure):

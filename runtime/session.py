@@ -96,7 +96,7 @@ class Session:
     def _step(self, binding: "_Binding", tokens: Sequence[int], hidden: list[Tensor]) -> Tensor:
         """Runs up to max_length tokens and returns their last one's logits; their hidden states go to `hidden`."""
         rows = binding.place(self.cache.plan(len(tokens)), tokens)
-        outputs = self._program.step(binding.method, binding.inputs)
+        outputs = self._program.step(binding.method, binding.inputs_of(len(tokens)))
         self.cache.commit(outputs, len(tokens))
         if "hidden" in outputs:
             hidden.append(outputs["hidden"][0, rows].clone())
@@ -108,9 +108,6 @@ class _Binding:
 
     With caches, a step's tokens stand at the start of the input `tokens`, and the caches hold those before them.
     Without, `tokens` holds the text so far, and a step's stand behind it.
-
-    Attributes:
-        inputs: by name.
     """
 
     def __init__(self, method: MethodSpec, metadata: Metadata, cache: KVCache) -> None:
@@ -119,11 +116,23 @@ class _Binding:
         self._cached = bool(cache.buffers)
         self._tokens = torch.zeros((1, length), dtype=torch.int64)
         self._select = torch.zeros((1, length))
-        self.inputs = {"tokens": self._tokens, "select": self._select, **cache.buffers}
-        names = [spec.name for spec in method.inputs if spec.name not in self.inputs]
+        inputs = {"tokens": self._tokens, "select": self._select, **cache.buffers}
+        names = [spec.name for spec in method.inputs if spec.name not in inputs]
         self._positions = PositionInputs(metadata.positions, names, length, self._cached)
-        self.inputs |= self._positions.tensors
+        self._inputs = {length: inputs | self._positions.tensors}
         self._ids, self._rows = self._tokens.numpy()[0], self._select.numpy()[0]  # which cost less to write
+
+    def inputs_of(self, count: int) -> dict[str, Tensor]:
+        """By name, for a step of `count` tokens: the beginnings of the whole inputs where the length is not fixed."""
+        whole, length = self._inputs[self.method.max_length], self._length(count)
+        if length not in self._inputs:
+            dynamic = [spec.name for spec in self.method.inputs if "L" in spec.shape]
+            self._inputs[length] = whole | {name: whole[name][:, :length] for name in dynamic}
+        return self._inputs[length]
+
+    def _length(self, count: int) -> int:
+        """L of a step of `count` tokens."""
+        return max(count, self.method.min_length)
 
     def place(self, position: int, tokens: Sequence[int]) -> slice:
         """Makes the inputs those of `tokens` at `position`, the last of which is selected; zeros pad them.
@@ -133,9 +142,10 @@ class _Binding:
         """
         start = 0 if self._cached else position
         end = start + len(tokens)
+        length = self._length(end)
         self._ids[start:end] = tokens
-        self._ids[end:] = 0
-        self._rows[:] = 0
+        self._ids[end:length] = 0
+        self._rows[:length] = 0
         self._rows[end - 1] = 1
-        self._positions.move(position - start)
+        self._positions.move(position - start, length)
         return slice(start, end)

@@ -117,7 +117,7 @@ def planned(model: Llama, graph: GraphOptions, scheme: Scheme = SCHEMES["fp32"])
     """How to export a model in memory, without a tokenizer."""
     return Plan(
         recipe=Recipe(model.config, model.state_dict(), scheme),
-        methods=signatures(model.config, graph),
+        methods=signatures(model.config, graph, scheme.kv_dtype),
         tokenizer=None,
         provenance={
             "options": asdict(graph) | {"quantize": "", "scheme": scheme.to_json()},

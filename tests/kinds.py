@@ -9,8 +9,11 @@ from torch import Tensor
 
 from export.link import Linked
 from export.metadata import Metadata, MethodSpec, Requirements
+from export.plan import Plan
+from export.scheme import Scheme
 from export.trace import GraphOptions, step
 from model.config import ModelConfig
+from model.fused import FusedLlama
 from model.model import Llama
 from preproc.positions import Positions, names
 from tests.conftest import planned, random_model, write_pte
@@ -26,12 +29,29 @@ OPTIONS = GraphOptions(CONTEXT, CHUNK, hidden_states=True)
 UNCACHED = replace(OPTIONS, kv_cache=False)
 
 
+FUSED = replace(OPTIONS, attention="fused")
+
+
 @dataclass(frozen=True)
 class Kind:
-    """A model and what its methods take and give."""
+    """A model, what its methods take and give, and what its caches are made of."""
 
     config: ModelConfig
     options: GraphOptions = OPTIONS
+    kv_dtype: str = "float32"
+
+    @property
+    def tolerance(self) -> float:
+        """Of logits: a number in a cache may be rounded the other way."""
+        return {"float32": 1e-3, "float16": 1e-2, "int8": 0.3}[self.kv_dtype]
+
+    @property
+    def model(self) -> Llama:
+        """A random one."""
+        model = random_model(self.config)
+        for block in model.layers:
+            block.attention.kv_dtype = self.kv_dtype
+        return model
 
 
 KINDS = {
@@ -45,6 +65,15 @@ KINDS = {
     "learned positions": Kind(replace(PLAIN, positions="learned")),
     "partly rotated": Kind(replace(PLAIN, rotary_dim=4, nope_layers=(1,))),
     "parallel": Kind(replace(PLAIN, parallel=True, norm="layer", norm_bias=True, activation="gelu", gated=False)),
+    "fused": Kind(PLAIN, FUSED),
+    "fused, alternating windows": Kind(replace(WINDOW, local_layers=(0,)), FUSED),
+    "fused, window of one": Kind(replace(WINDOW, sliding_window=1), replace(FUSED, prefill_chunk=1)),
+    "fused, alibi in a window": Kind(replace(WINDOW, positions="alibi", local_layers=(1,)), FUSED),
+    "fused, learned positions": Kind(replace(PLAIN, positions="learned"), FUSED),
+    "fused, partly rotated": Kind(replace(PLAIN, rotary_dim=4, nope_layers=(1,), qk_norm=True), FUSED),
+    "fused, parallel": Kind(replace(PLAIN, parallel=True, norm="layer", attention_softcap=3.0), FUSED),
+    "fused, float16": Kind(PLAIN, FUSED, "float16"),
+    "fused, int8 in a window": Kind(WINDOW, FUSED, "int8"),
     "no cache": Kind(PLAIN, UNCACHED),
     "no cache, alternating windows": Kind(replace(WINDOW, local_layers=(0,)), UNCACHED),
     "no cache, alibi": Kind(replace(PLAIN, positions="alibi"), UNCACHED),
@@ -54,12 +83,16 @@ KINDS = {
 
 def metadata_of(kind: Kind) -> Metadata:
     """What a file of this kind carries, but for what a backend needs."""
-    return planned(random_model(kind.config), kind.options).metadata(Linked(None, Requirements("", (), ()), 0))
+    return _plan(kind).metadata(Linked(None, Requirements("", (), ()), 0))
+
+
+def _plan(kind: Kind) -> Plan:
+    return planned(kind.model, kind.options, Scheme(kv_dtype=kind.kv_dtype))
 
 
 def export_kind(kind: Kind, path: Path, backend: str) -> None:
     """Writes a random model of this kind, the one that `EagerSteps` runs."""
-    write_pte(planned(random_model(kind.config), kind.options), path, backend)
+    write_pte(_plan(kind), path, backend)
 
 
 class EagerSteps:
@@ -67,14 +100,17 @@ class EagerSteps:
 
     def __init__(self, kind: Kind) -> None:
         self.metadata = metadata_of(kind)
-        self.model = random_model(kind.config)
+        self.model = kind.model
+        self._run = FusedLlama(self.model) if kind.options.attention == "fused" else self.model
 
     def step(self, method: MethodSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        length = inputs["tokens"].shape[1]
+        assert method.min_length <= length <= method.max_length
         for spec in method.inputs:
-            given = inputs[spec.name]
-            assert (tuple(given.shape), str(given.dtype)) == (spec.shape, f"torch.{spec.dtype}"), spec.name
+            given, shape = inputs[spec.name], tuple(length if size == "L" else size for size in spec.shape)
+            assert (tuple(given.shape), str(given.dtype)) == (shape, f"torch.{spec.dtype}"), spec.name
             assert given.is_contiguous(), spec.name
-        outputs = step(self.model, {spec.name: inputs[spec.name] for spec in method.inputs})
+        outputs = step(self._run, {spec.name: inputs[spec.name] for spec in method.inputs})
         return {spec.name: outputs[spec.name] for spec in method.outputs}
 
 

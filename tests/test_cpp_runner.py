@@ -25,7 +25,7 @@ from runtime.generate import GenerationOptions, generate, main
 from runtime.program import Program, read_metadata
 from runtime.sampler import Rng
 from runtime.session import Session
-from tests.conftest import MODELS, random_model
+from tests.conftest import MODELS
 from tests.kinds import KINDS, VOCABULARY, export_kind, recomputed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +124,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], P
 
 SHOWN_BY_OTHERS = ("window longer than a chunk", "window longer than the context", "window of one")
 CASES = [(name, "portable") for name in KINDS if name not in SHOWN_BY_OTHERS]
-SLOW_CASES = [pytest.param(name, "xnnpack", marks=pytest.mark.slow) for name in ("alternating windows", "alibi")]
+SLOW_CASES = [
+    pytest.param(name, "xnnpack", marks=pytest.mark.slow) for name in ("alternating windows", "alibi", "fused")
+]
 
 
 @pytest.mark.parametrize(("name", "backend"), [*CASES, *SLOW_CASES])
@@ -132,7 +134,7 @@ def test_runs_models_of_every_kind_as_python_does(
     name: str, backend: str, runner: Path, exported: Callable[[str, str], Path]
 ) -> None:
     """To the end of their context, after prompts shorter and longer than a chunk; and Python's as the eager model."""
-    path, model = exported(name, backend), random_model(KINDS[name].config)
+    path, model = exported(name, backend), KINDS[name].model
     program = Program(path)
     for length in (1, 7, 8, 26):
         prompt = [(5 * i + length) % VOCABULARY for i in range(length)]

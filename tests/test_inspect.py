@@ -47,7 +47,7 @@ def test_the_parts_are_counted_as_the_model_has_them(toy_pte: Path) -> None:
         sum(p.numel() for p in matrices) + TOY.vocab_size * TOY.dim
     )
     assert plan(metadata).weights == matrix_bytes(TOY, FP32), "decode and prefill share them"
-    assert plan(metadata).activations == activation_bytes(TOY, 7, TOY.context)
+    assert plan(metadata).activations == activation_bytes(TOY, 7, TOY.context, fused=True)
     portable = replace(metadata, requirements=replace(metadata.requirements, backends=()))
     assert plan(portable).weights == 0
 
@@ -80,7 +80,7 @@ def test_the_plan_is_what_a_run_takes(name: str, request: pytest.FixtureRequest)
 def test_the_command_prints_all_of_it(toy_pte: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([str(toy_pte)]) == 0
     text = capsys.readouterr().out
-    for part in ("dim 32", "48 positions", "BOS 1, stop [1, 2]", "decode (1), prefill (7)", "XnnpackBackend", "total"):
+    for part in ("dim 32", "48 positions", "BOS 1, stop [1, 2]", "forward (1 to 7)", "XnnpackBackend", "total"):
         assert part in text
     assert command.main([str(toy_pte), "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)

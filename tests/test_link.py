@@ -27,6 +27,14 @@ def test_everything_but_the_embedding_is_in_a_delegate_a_piece(programs: dict[st
     assert made.delegates == 6
 
 
+def test_between_segments_stands_one_operator_a_block() -> None:
+    made = linked(planned(toy_model(), GraphOptions(48, 7, "fused")), "xnnpack")
+    program = made.edge.exported_program("forward")
+    assert [module.backend_id for module in delegates(program)] == ["XnnpackBackend"] * 3
+    called = sorted(operators(program))
+    assert called == ["aten::embedding.out", *["llama_pte::attention.out"] * 2]
+
+
 def test_blocks_share_code_and_methods_share_weights(programs: dict[str, Linked]) -> None:
     """Code differs in the weights' names alone; the same weight has the same name in both methods."""
     by_method = [delegates(programs["xnnpack"].edge.exported_program(name)) for name in ("decode", "prefill")]

@@ -24,6 +24,15 @@ def test_each_kind_of_piece_becomes_code_once_for_each_method() -> None:
     assert {part.parameter for part in codes["prefill", "head"].data} == {"output.weight"}
 
 
+def test_a_segment_is_one_code_for_every_length() -> None:
+    codes = lower(TOY, signatures(TOY, GraphOptions(48, 7, "fused")), "xnnpack", SCHEMES["fp32"])
+    assert set(codes) == {("forward", f"segments.{number}") for number in range(3)}
+    joint = codes["forward", "segments.1"]
+    sides = {part.parameter.split(".")[0] for part in joint.data}
+    assert (sides, len(joint.results)) == ({"before", "after"}, 4)
+    assert {argument for argument in joint.arguments if isinstance(argument, int)} == {0, 1}
+
+
 def test_no_cache_is_copied() -> None:
     """A cache is an argument of the code itself: nothing expands, concatenates, clones or reshapes it before."""
     code = lower(TOY, METHODS, "xnnpack", SCHEMES["fp32"])["prefill", "layers.0"]

@@ -18,11 +18,23 @@ def test_inputs_that_move_are_the_inputs_made_anew(name: str, moves: list[int], 
     assert list(inputs.tensors) == names(config)
     places = {role: tensor.data_ptr() for role, tensor in inputs.tensors.items()}
     for position in [0, *moves]:
-        inputs.move(position)
+        inputs.move(position, length)
         for role, tensor in inputs.tensors.items():
             capacity = min(CONTEXT, config.sliding_window or CONTEXT) if role == "local_mask" else CONTEXT
             assert torch.equal(tensor, positions.make(role, position, length, capacity)), role
     assert {role: tensor.data_ptr() for role, tensor in inputs.tensors.items()} == places, "allocated once"
+
+
+@given(moves=st.lists(st.tuples(st.integers(0, CONTEXT - 1), st.integers(1, CHUNK)), max_size=6))
+def test_where_attention_is_fused_only_the_rows_of_a_step_are_right(moves: list[tuple[int, int]]) -> None:
+    positions = Positions.of(PLAIN, CONTEXT)
+    inputs = PositionInputs(positions, names(PLAIN, fused=True), CHUNK, cached=True)
+    assert list(inputs.tensors) == ["cos", "sin", "start"]
+    for position, length in moves:
+        inputs.move(position, length)
+        assert inputs.tensors["start"].tolist() == [position]
+        for role in ("cos", "sin"):
+            assert torch.equal(inputs.tensors[role][:, :length], positions.make(role, position, length, CONTEXT))
 
 
 def test_without_caches_masks_have_no_columns_for_them() -> None:

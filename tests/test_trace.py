@@ -2,7 +2,8 @@ from dataclasses import replace
 
 import torch
 
-from export.trace import GraphOptions, pieces, signature, signatures, trace
+from export.trace import GraphOptions, parameter_name, pieces, signature, signatures, trace
+from model.fused import FusedLlama
 from tests.conftest import TOY, random_model, toy_model
 
 
@@ -12,11 +13,13 @@ def test_each_method_has_the_signature_that_is_written_down() -> None:
         GraphOptions(16, 1),
         GraphOptions(9, 3, kv_cache=False),
         GraphOptions(9, 3, hidden_states=True),
+        GraphOptions(9, 1, "fused"),
     ]
-    names = [["decode", "prefill"], ["decode"], ["forward"], ["decode", "prefill"]]
+    names = [["decode", "prefill"], ["decode"], ["forward"], ["decode", "prefill"], ["forward"]]
     for option, expected in zip(options, names, strict=True):
         methods = signatures(TOY, option)
-        programs = trace(toy_model(), methods)
+        model = toy_model()
+        programs = trace(FusedLlama(model) if methods[0].is_fused else model, methods)
         assert list(programs) == [method.name for method in methods] == expected
         for method in methods:
             inputs = [torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in method.inputs]
@@ -33,6 +36,19 @@ def test_nothing_in_the_graph_depends_on_a_value() -> None:
     assert "sym_" not in str(program.graph)
 
 
+def test_where_attention_is_fused_one_method_takes_any_length() -> None:
+    (method,) = signatures(TOY, GraphOptions(48, 7, "fused", hidden_states=True))
+    assert (method.min_length, method.max_length) == (1, 7)
+    program = trace(FusedLlama(toy_model()), [method])["forward"].module()
+    for length in (1, 2, 7):
+        shapes = [[length if size == "L" else size for size in spec.shape] for spec in method.inputs]
+        inputs = map(torch.zeros, shapes)
+        types = (getattr(torch, spec.dtype) for spec in method.inputs)
+        outputs = program(*(tensor.to(dtype) for tensor, dtype in zip(inputs, types, strict=True)))
+        expected = [tuple(length if size == "L" else size for size in spec.shape) for spec in method.outputs]
+        assert [tuple(output.shape) for output in outputs] == expected
+
+
 def test_names_say_role_and_layer() -> None:
     method = signature(TOY, "decode", 1, GraphOptions(48, 1))
     assert [spec.name for spec in method.inputs] == [
@@ -40,6 +56,8 @@ def test_names_say_role_and_layer() -> None:
         *("k_cache.0", "k_cache.1", "v_cache.0", "v_cache.1"),
     ]
     assert [spec.name for spec in method.outputs] == ["logits", "k_rows.0", "k_rows.1", "v_rows.0", "v_rows.1"]
+    (fused,) = signatures(TOY, GraphOptions(48, 7, "fused"))
+    assert [spec.name for spec in fused.inputs[:5]] == ["tokens", "cos", "sin", "start", "select"]
 
 
 def test_a_local_block_has_a_ring_and_a_mask_of_the_windows_size() -> None:
@@ -67,7 +85,7 @@ def test_hidden_states_are_the_last_blocks_normalised() -> None:
 
 def test_blocks_of_one_kind_share_a_graph() -> None:
     config = replace(TOY, n_layers=5, sliding_window=8, local_layers=(1, 3), nope_layers=(3, 4))
-    assert pieces(config) == {
+    assert pieces(config, fused=False) == {
         "layers.0": "layers.0",
         "layers.1": "layers.1",
         "layers.2": "layers.0",
@@ -75,3 +93,11 @@ def test_blocks_of_one_kind_share_a_graph() -> None:
         "layers.4": "layers.4",
         "head": "head",
     }
+
+
+def test_segments_differ_only_at_the_ends_and_by_their_formats() -> None:
+    found = pieces(replace(TOY, n_layers=5, sliding_window=8, local_layers=(1, 3)), fused=True, careful=(3,))
+    assert [int(kind.removeprefix("segments.")) for kind in found.values()] == [0, 1, 1, 3, 4, 5]
+    names = [parameter_name(TOY, "segments.1", f"{side}.ffn_norm.weight") for side in ("before", "after")]
+    assert names == ["layers.0.ffn_norm.weight", "layers.1.ffn_norm.weight"]
+    assert parameter_name(TOY, "segments.2", "after.output.weight") == "head.output.weight"

@@ -36,38 +36,20 @@ struct Tile {
     int width;  // head_dim, padded
 };
 
-/// Converts rows to floats, padded to whole vectors; the scale of an int8 row stays apart.
-template <class T>
-Rows gather(Tile& tile, Rows rows, int count) {
-    const int whole = tile.head_dim / kLanes * kLanes;
-    for (int j = 0; j < count; ++j) {
-        const std::byte* from = rows[j];
-        float* to = tile.gathered + j * tile.width;
-        for (int d = 0; d < whole; d += kLanes) store(to + d, load(T(), from + static_cast<size_t>(d) * T::kBytes));
-        if (whole == tile.width) continue;
-        std::byte rest[kLanes * T::kBytes]{};
-        __builtin_memcpy(rest, from + static_cast<size_t>(whole) * T::kBytes,
-                         static_cast<size_t>(tile.head_dim - whole) * T::kBytes);
-        store(to + whole, load(T(), rest));
-    }
-    return {reinterpret_cast<const std::byte*>(tile.gathered), static_cast<size_t>(tile.width) * sizeof(float)};
-}
-
-void gather_scales(const Tile& tile, Rows rows, int count, float* scales) {
-    for (int j = 0; j < count; ++j) __builtin_memcpy(scales + j, rows[j] + tile.head_dim, sizeof(float));
-}
-
 // Scores
 
 /// Scores of R query rows, from keys as they lie in the cache: sums of products, folded across lanes many at a time.
 template <class T, int R>
-INLINE void score_few(Tile& tile, int row, Rows keys, int count) {
+INLINE void score_few(Tile& tile, int row, Rows keys, int count, Rows ahead) {
     constexpr int kKeys = kSumsAtOnce / R;
     const float* q = tile.q + row * tile.width;
     for (int j = 0; j < count; j += kKeys) {
         const std::byte* key[kKeys];
         UNROLL
-        for (int i = 0; i < kKeys; ++i) key[i] = keys[j + i < count ? j + i : count - 1];
+        for (int i = 0; i < kKeys; ++i) {
+            key[i] = keys[j + i < count ? j + i : count - 1];
+            if (row == 0) prefetch(ahead[j + i], ahead.stride);
+        }
         Floats sums[kSumsAtOnce]{};
         for (int d = 0; d < tile.width; d += kLanes) {
             UNROLL
@@ -130,12 +112,12 @@ INLINE void score_packed(Tile& tile, int row, int count) {
 }
 
 template <class T>
-void score(Tile& tile, Rows keys, int count) {
+void score(Tile& tile, Rows keys, int count, Rows ahead) {
     int row = 0;
     if (tile.rows <= kFewRows) {
-        for (; row + 4 <= tile.rows; row += 4) score_few<T, 4>(tile, row, keys, count);
-        for (; row + 2 <= tile.rows; row += 2) score_few<T, 2>(tile, row, keys, count);
-        if (row < tile.rows) score_few<T, 1>(tile, row, keys, count);
+        for (; row + 4 <= tile.rows; row += 4) score_few<T, 4>(tile, row, keys, count, ahead);
+        for (; row + 2 <= tile.rows; row += 2) score_few<T, 2>(tile, row, keys, count, ahead);
+        if (row < tile.rows) score_few<T, 1>(tile, row, keys, count, ahead);
         return;
     }
     pack<T>(tile, keys, count);
@@ -173,7 +155,7 @@ INLINE void weigh(const Attention& attention, Tile& tile, int row, int64_t first
         }
         if (!all) {
             const Ints key = lanes + i * kLanes;
-            x = (key >= begin) & (key < end) ? x : splat(kNothing);
+            x = ((key >= begin) & (key < end)) ? x : splat(kNothing);
         }
         most = greater(x, most);
         store(scores + i * kLanes, x);
@@ -195,7 +177,7 @@ INLINE void weigh(const Attention& attention, Tile& tile, int row, int64_t first
 // Weighted sums
 
 template <class T, int R, int V>
-INLINE void add_values(Tile& tile, int row, Rows values, int count, int d) {
+INLINE void add_values(Tile& tile, int row, Rows values, int count, Rows ahead, int d) {
     Floats sums[R][V];
     float* out = tile.out + row * tile.width + d;
     const float* weights = tile.scores + row * kTileKeys;
@@ -209,6 +191,7 @@ INLINE void add_values(Tile& tile, int row, Rows values, int count, int d) {
         Floats x[V];
         UNROLL
         for (int i = 0; i < V; ++i) x[i] = load(T(), value + static_cast<size_t>(i * kLanes) * T::kBytes);
+        if (row == 0) prefetch(ahead[j] + static_cast<size_t>(d) * T::kBytes, V * kLanes * T::kBytes);
         UNROLL
         for (int r = 0; r < R; ++r) {
             const Floats weight = splat(weights[r * kTileKeys + j]);
@@ -224,27 +207,27 @@ INLINE void add_values(Tile& tile, int row, Rows values, int count, int d) {
 }
 
 template <class T, int R>
-INLINE void add_values_of(Tile& tile, int row, Rows values, int count) {
+INLINE void add_values_of(Tile& tile, int row, Rows values, int count, Rows ahead) {
     constexpr int kVectors = R > 4 ? 2 : kSumsAtOnce / 4;
     int d = 0;
     for (; d + kVectors * kLanes <= tile.width; d += kVectors * kLanes) {
-        add_values<T, R, kVectors>(tile, row, values, count, d);
+        add_values<T, R, kVectors>(tile, row, values, count, ahead, d);
     }
-    for (; d < tile.width; d += kLanes) add_values<T, R, 1>(tile, row, values, count, d);
+    for (; d < tile.width; d += kLanes) add_values<T, R, 1>(tile, row, values, count, ahead, d);
 }
 
 template <class T>
-void add_all_values(Tile& tile, Rows values, int count) {
+void add_all_values(Tile& tile, Rows values, int count, Rows ahead) {
     int row = 0;
     for (; row + kRowsAtOnce <= tile.rows; row += kRowsAtOnce) {
-        add_values_of<T, kRowsAtOnce>(tile, row, values, count);
+        add_values_of<T, kRowsAtOnce>(tile, row, values, count, ahead);
     }
     if (kRowsAtOnce > 4 && row + 4 <= tile.rows) {
-        add_values_of<T, 4>(tile, row, values, count);
+        add_values_of<T, 4>(tile, row, values, count, ahead);
         row += 4;
     }
-    for (; row + 2 <= tile.rows; row += 2) add_values_of<T, 2>(tile, row, values, count);
-    if (row < tile.rows) add_values_of<T, 1>(tile, row, values, count);
+    for (; row + 2 <= tile.rows; row += 2) add_values_of<T, 2>(tile, row, values, count, ahead);
+    if (row < tile.rows) add_values_of<T, 1>(tile, row, values, count, ahead);
 }
 
 // Tasks
@@ -253,22 +236,23 @@ void add_all_values(Tile& tile, Rows values, int count) {
 template <class T>
 void attend_block(const Attention& attention, Tile& tile, Rows keys, Rows values, int64_t first, int count) {
     constexpr bool kScaled = T::kForm == RowForm::kInt8;
+    const Rows next{keys[count], keys.stride};
     const bool padded = tile.width != tile.head_dim;
     if (kScaled) {
-        gather_scales(tile, keys, count, tile.k_scale);
-        gather_scales(tile, values, count, tile.v_scale);
+        gather_scales(keys, count, tile.head_dim, tile.k_scale);
+        gather_scales(values, count, tile.head_dim, tile.v_scale);
     }
     if (padded) {
-        score<Float32>(tile, gather<T>(tile, keys, count), count);
+        score<Float32>(tile, gather<T>(keys, count, tile.head_dim, tile.gathered), count, values);
     } else {
-        score<T>(tile, keys, count);
+        score<T>(tile, keys, count, values);
     }
     for (int row = 0; row < tile.rows; ++row) weigh<kScaled>(attention, tile, row, first, count);
     const bool converted = T::kForm != RowForm::kFloat32 && tile.rows > kFewRows;
     if (padded || converted) {
-        add_all_values<Float32>(tile, gather<T>(tile, values, count), count);
+        add_all_values<Float32>(tile, gather<T>(values, count, tile.head_dim, tile.gathered), count, next);
     } else {
-        add_all_values<T>(tile, values, count);
+        add_all_values<T>(tile, values, count, next);
     }
 }
 

@@ -10,8 +10,11 @@
 #include <executorch/runtime/kernel/operator_registry.h>
 #include <executorch/runtime/kernel/thread_parallel_interface.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
+#include <initializer_list>
 
 #include "attention.h"
 
@@ -132,8 +135,7 @@ bool well_shaped(et::Span<et::EValue*> args, const Attention& a) {
         if (!is(tensor(i), form, {a.batch * a.kv_heads, a.slots, width})) return false;
     }
     for (const Argument i : {kCos, kSin}) {
-        if (a.cos == nullptr && args[i]->isNone()) continue;
-        if (!is(tensor(i), ScalarType::Float, {a.batch, a.length, a.rope_pairs})) return false;
+        if (!args[i]->isNone() && !is(tensor(i), ScalarType::Float, {a.batch, a.length, a.rope_pairs})) return false;
     }
     return is(tensor(kQ), ScalarType::Float, {a.batch, a.length, a.heads * a.head_dim}) &&
            (args[kSlopes]->isNone() || is(tensor(kSlopes), ScalarType::Float, {a.heads})) &&
@@ -151,9 +153,6 @@ void attention_out(et::KernelRuntimeContext& ctx, et::Span<et::EValue*> args) {
     ET_KERNEL_CHECK_MSG(ctx, well_typed(args), InvalidArgument, , "%s: the types are not those of its schema", kName);
     Attention a{};
     ET_KERNEL_CHECK_MSG(ctx, measure(args, a), InvalidArgument, , "%s: impossible sizes or numbers", kName);
-    const auto floats = [&](Argument i) -> const float* {
-        return args[i]->isTensor() ? args[i]->toTensor().const_data_ptr<float>() : nullptr;
-    };
     ET_KERNEL_CHECK_MSG(ctx, well_shaped(args, a), InvalidArgument, , "%s: shapes or dtypes do not match", kName);
     const Tensor& out = args[kOut]->toTensor();
     const Tensor& k_rows = args[kKRows]->toTensor();
@@ -166,9 +165,12 @@ void attention_out(et::KernelRuntimeContext& ctx, et::Span<et::EValue*> args) {
                         InvalidArgument, , "%s: the results do not fit", kName);
     a.position = args[kPosition]->toTensor().const_data_ptr<int64_t>();
     for (int64_t b = 0; b < a.batch; ++b) {
-        ET_KERNEL_CHECK_MSG(ctx, a.position[b] >= 0 && a.position[b] <= kMostPosition, InvalidArgument,
-                            , "%s: impossible position", kName);
+        ET_KERNEL_CHECK_MSG(ctx, a.position[b] >= 0 && a.position[b] <= kMostPosition, InvalidArgument, ,
+                            "%s: impossible position", kName);
     }
+    const auto floats = [&](Argument i) {
+        return args[i]->isTensor() ? args[i]->toTensor().const_data_ptr<float>() : nullptr;
+    };
     a.q = floats(kQ);
     a.k = floats(kK);
     a.v = floats(kV);
@@ -185,7 +187,9 @@ void attention_out(et::KernelRuntimeContext& ctx, et::Span<et::EValue*> args) {
 
 /// A process may hold this file twice, in the C library and in Python's, and registering twice would abort it.
 [[maybe_unused]] const et::Error registered = [] {
-    if (et::registry_has_op_function(kName)) return et::Error::Ok;
+    for (const et::Kernel& kernel : et::get_registered_kernels()) {
+        if (std::strcmp(kernel.name_, kName) == 0) return et::Error::Ok;
+    }
     static const et::Kernel kernel(kName, attention_out);
     return et::register_kernels({&kernel, 1});
 }();

@@ -42,11 +42,13 @@ INLINE Floats load(Float16, const std::byte* from) {
 }
 
 INLINE Floats load(Int8, const std::byte* from) {
-    return (Floats)_mm512_maskz_cvtepi32_ps(
-        0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i*)from)));
+    return (Floats)_mm512_maskz_cvtepi32_ps(0xffff,
+                                            _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i*)from)));
 }
 
-INLINE Halves to_halves(Floats x) { return (Halves)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+INLINE Halves to_halves(Floats x) {
+    return (Halves)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+}
 
 #elif defined(LLAMA_RUNNER_AVX2)
 
@@ -182,6 +184,33 @@ void append(const Attention& attention, int64_t token) {
         rotate(still, token, attention.v + from, row);
         write_row(attention.form, row, head_dim, attention.v_rows + to);
     }
+}
+
+/// Converts rows to floats, padded to whole vectors; the scale of an int8 row stays apart.
+template <class T>
+Rows gather(Rows rows, int count, int head_dim, float* to) {
+    const int whole = head_dim / kLanes * kLanes;
+    const int width = (head_dim + kLanes - 1) / kLanes * kLanes;
+    for (int j = 0; j < count; ++j) {
+        const std::byte* from = rows[j];
+        float* row = to + j * width;
+        for (int d = 0; d < whole; d += kLanes) store(row + d, load(T(), from + static_cast<size_t>(d) * T::kBytes));
+        if (whole == width) continue;
+        std::byte rest[kLanes * T::kBytes]{};
+        __builtin_memcpy(rest, from + static_cast<size_t>(whole) * T::kBytes,
+                         static_cast<size_t>(head_dim - whole) * T::kBytes);
+        store(row + whole, load(T(), rest));
+    }
+    return {reinterpret_cast<const std::byte*>(to), static_cast<size_t>(width) * sizeof(float)};
+}
+
+INLINE void gather_scales(Rows rows, int count, int head_dim, float* scales) {
+    for (int j = 0; j < count; ++j) __builtin_memcpy(scales + j, rows[j] + head_dim, sizeof(float));
+}
+
+/// A decoding step waits for memory: while keys are read their values are fetched, and then the next block's keys.
+INLINE void prefetch(const std::byte* from, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
 }  // namespace

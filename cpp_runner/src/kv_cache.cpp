@@ -37,7 +37,7 @@ Result<void> KVCache::add(const TensorSpec& spec) {
     size_t space = bytes + kAlignment;
     std::align(kAlignment, bytes, start, space);
     buffers_.push_back({spec.name, static_cast<std::byte*>(start), spec.shape[0], spec.shape[1],
-                        static_cast<size_t>(spec.shape[2]) * size_of(spec.dtype)});
+                        static_cast<size_t>(spec.shape[2]) * size_of(spec.dtype), spec.dtype});
     memory_.push_back(std::move(memory));
     return {};
 }
@@ -62,7 +62,7 @@ Result<void> KVCache::commit(std::span<const void* const> rows, int64_t rows_len
     if (!start) return start.error();
     const int64_t end = *start + length;
     for (size_t i = 0; i < buffers_.size(); ++i) {
-        const auto& [name, data, heads, slots, row_bytes] = buffers_[i];
+        const auto& [name, data, heads, slots, row_bytes, dtype] = buffers_[i];
         const auto* source = static_cast<const std::byte*>(rows[i]);
         for (int64_t position = std::max(*start, end - slots); position < end;) {
             const int64_t slot = position % slots;

@@ -1,6 +1,7 @@
 #include "llama_runner/metadata.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -112,6 +113,19 @@ class Reader {
     std::optional<Error> error_;
 };
 
+struct NamedDtype {
+    std::string_view name;
+    Dtype dtype;
+    size_t size;
+};
+
+constexpr std::array kDtypes{
+    NamedDtype{"float32", Dtype::kFloat32, 4},
+    NamedDtype{"float16", Dtype::kFloat16, 2},
+    NamedDtype{"int8", Dtype::kInt8, 1},
+    NamedDtype{"int64", Dtype::kInt64, 8},
+};
+
 TensorSpec tensor_spec(Reader& reader, const json& object, int64_t max_length) {
     TensorSpec spec{reader.text(object, "name"), {}, Dtype::kFloat32};
     int64_t elements = max_length;
@@ -126,11 +140,12 @@ TensorSpec tensor_spec(Reader& reader, const json& object, int64_t max_length) {
         spec.shape.push_back(value);
     }
     const std::string dtype = reader.text(object, "dtype");
-    if (dtype == "int64") {
-        spec.dtype = Dtype::kInt64;
-    } else if (dtype != "float32") {
+    const auto found = std::ranges::find(kDtypes, dtype, &NamedDtype::name);
+    if (found == kDtypes.end()) {
         reader.fail(spec.name + " is " + dtype + ", which this runner does not know: update it");
+        return spec;
     }
+    spec.dtype = found->dtype;
     return spec;
 }
 
@@ -155,7 +170,7 @@ MethodSpec method_spec(Reader& reader, const json& object) {
 
 }  // namespace
 
-size_t size_of(Dtype dtype) { return dtype == Dtype::kInt64 ? sizeof(int64_t) : sizeof(float); }
+size_t size_of(Dtype dtype) { return std::ranges::find(kDtypes, dtype, &NamedDtype::dtype)->size; }
 
 int64_t TensorSpec::elements(int64_t length) const {
     int64_t count = 1;

@@ -67,17 +67,21 @@ Result<const void*> PositionInputs::add(const TensorSpec& spec) {
     const Metadata& metadata = *metadata_;
     const auto is = [&](std::array<int64_t, 3> sizes) { return spec.is(sizes, max_length_, Dtype::kFloat32); };
     const Error wrong{"the shape of the input " + spec.name + " is not what this runner knows; update it"};
+    if (spec.name == "start") {
+        if (!spec.is(std::array{int64_t{1}}, max_length_, Dtype::kInt64)) return wrong;
+        return static_cast<const void*>(start_.get());
+    }
     if (spec.name == "positions") {
         if (!spec.is(std::array{int64_t{1}, max_length_}, max_length_, Dtype::kInt64)) return wrong;
         positions_.resize(static_cast<size_t>(max_length_));
-        write(0);
+        write(0, max_length_);
         return static_cast<const void*>(positions_.data());
     }
     if (spec.name == "cos" || spec.name == "sin") {
         if (!is({1, max_length_, metadata.rope.width})) return wrong;
         cos_.resize(static_cast<size_t>(max_length_ * metadata.rope.width));
         sin_.resize(cos_.size());
-        write(0);
+        write(0, max_length_);
         return static_cast<const void*>(spec.name == "cos" ? cos_.data() : sin_.data());
     }
     if (spec.name == "mask" || spec.name == "local_mask") {
@@ -93,16 +97,18 @@ Result<const void*> PositionInputs::add(const TensorSpec& spec) {
 }
 
 void PositionInputs::move(int64_t position, int64_t length) {
-    if (position != position_) write(position);
+    if (position != position_ || length > length_) write(position, length);
     for (CausalMask& mask : masks_) mask.move(position, length);
 }
 
-void PositionInputs::write(int64_t position) {
-    for (int64_t i = 0; i < std::ssize(positions_); ++i) {
+void PositionInputs::write(int64_t position, int64_t length) {
+    *start_ = position;
+    for (int64_t i = 0; i < std::min(length, std::ssize(positions_)); ++i) {
         positions_[static_cast<size_t>(i)] = std::min(position + i, metadata_->max_seq_len - 1);
     }
-    if (!cos_.empty()) rope_slices(metadata_->rope, position, max_length_, cos_.data(), sin_.data());
+    if (!cos_.empty()) rope_slices(metadata_->rope, position, length, cos_.data(), sin_.data());
     position_ = position;
+    length_ = length;
 }
 
 }  // namespace llama_runner

@@ -110,7 +110,7 @@ struct Loaded {
     std::optional<et::HierarchicalAllocator> planned_memory;
     std::optional<et::MemoryManager> manager;
     std::optional<et::Method> method;
-    std::vector<std::vector<float>> outputs;
+    std::vector<std::unique_ptr<std::max_align_t[]>> outputs;
     std::vector<const void*> output_pointers;
 };
 
@@ -193,10 +193,24 @@ Result<void> set_threads(int64_t threads) {
     return Error{"--threads " + std::to_string(threads) + " is impossible: ExecuTorch here has no thread pool"};
 }
 
+et::etensor::ScalarType scalar_type(Dtype dtype) {
+    using et::etensor::ScalarType;
+    switch (dtype) {
+        case Dtype::kFloat32:
+            return ScalarType::Float;
+        case Dtype::kFloat16:
+            return ScalarType::Half;
+        case Dtype::kInt8:
+            return ScalarType::Char;
+        case Dtype::kInt64:
+            return ScalarType::Long;
+    }
+    return ScalarType::Undefined;
+}
+
 bool matches(const et::Result<et::TensorInfo>& found, const TensorSpec& spec, int64_t length) {
-    const auto type = spec.dtype == Dtype::kInt64 ? et::etensor::ScalarType::Long : et::etensor::ScalarType::Float;
-    return found.ok() && found->scalar_type() == type && found->sizes().size() == spec.shape.size() &&
-           spec.shape.size() <= kMostDimensions &&
+    return found.ok() && found->scalar_type() == scalar_type(spec.dtype) &&
+           found->sizes().size() == spec.shape.size() && spec.shape.size() <= kMostDimensions &&
            found->nbytes() == static_cast<size_t>(spec.elements(length)) * size_of(spec.dtype);
 }
 
@@ -208,15 +222,16 @@ Result<void> prepare(Loaded& loaded, const MethodSpec& spec) {
         whole = matches(meta.input_tensor_meta(i), spec.inputs[i], spec.max_length);
     }
     for (size_t i = 0; whole && i < spec.outputs.size(); ++i) {
-        whole = matches(meta.output_tensor_meta(i), spec.outputs[i], spec.max_length) &&
-                spec.outputs[i].dtype == Dtype::kFloat32;
+        whole = matches(meta.output_tensor_meta(i), spec.outputs[i], spec.max_length);
     }
     if (!whole) return Error{"method " + spec.name + " is not what get_methods says; export the file again"};
     for (size_t i = 0; i < spec.outputs.size(); ++i) {
-        auto& output = loaded.outputs.emplace_back(static_cast<size_t>(spec.outputs[i].elements(spec.max_length)));
-        loaded.output_pointers.push_back(output.data());
-        const auto error = loaded.method->set_output_data_ptr(output.data(), output.size() * sizeof(float), i);
-        if (error != et::Error::Ok) return failure("placing " + spec.outputs[i].name, error);
+        const TensorSpec& output = spec.outputs[i];
+        const size_t bytes = static_cast<size_t>(output.elements(spec.max_length)) * size_of(output.dtype);
+        auto& memory = loaded.outputs.emplace_back(new std::max_align_t[bytes / sizeof(std::max_align_t) + 1]);
+        loaded.output_pointers.push_back(memory.get());
+        const auto error = loaded.method->set_output_data_ptr(memory.get(), bytes, i);
+        if (error != et::Error::Ok) return failure("placing " + output.name, error);
     }
     return {};
 }
@@ -276,7 +291,6 @@ Result<std::unique_ptr<Program>> Program::open(const std::string& path, const Op
 }
 
 Result<std::span<const void* const>> Program::step(size_t method, int64_t length, std::span<const void* const> inputs) {
-    using et::etensor::ScalarType;
     static constexpr std::array<uint8_t, kMostDimensions> kOrder{0, 1, 2, 3, 4, 5, 6, 7};
     const MethodSpec& spec = state_->metadata.methods[method];
     Loaded& loaded = *state_->methods[method];
@@ -286,8 +300,7 @@ Result<std::span<const void* const>> Program::step(size_t method, int64_t length
         std::array<int32_t, kMostDimensions> sizes{};
         std::transform(input.shape.begin(), input.shape.end(), sizes.begin(),
                        [length](int64_t size) { return static_cast<int32_t>(size == kLength ? length : size); });
-        et::etensor::TensorImpl tensor(input.dtype == Dtype::kInt64 ? ScalarType::Long : ScalarType::Float,
-                                       static_cast<ssize_t>(input.shape.size()), sizes.data(),
+        et::etensor::TensorImpl tensor(scalar_type(input.dtype), static_cast<ssize_t>(input.shape.size()), sizes.data(),
                                        const_cast<void*>(inputs[i]), const_cast<uint8_t*>(kOrder.data()));
         const auto error = loaded.method->set_input(et::EValue(et::etensor::Tensor(&tensor)), i);
         if (error != et::Error::Ok) return failure("passing " + input.name, error);

@@ -69,8 +69,8 @@ Result<void> Session::bind_input(Binding& binding, const TensorSpec& spec) {
         data = binding.select.data();
     } else if (const auto found = std::ranges::find(cache_.buffers(), spec.name, &KVCache::Buffer::name);
                found != cache_.buffers().end()) {
-        const auto width = static_cast<int64_t>(found->row_bytes / sizeof(float));
-        known = is({found->heads, found->slots, width}, Dtype::kFloat32);
+        const auto width = static_cast<int64_t>(found->row_bytes / size_of(found->dtype));
+        known = is({found->heads, found->slots, width}, found->dtype);
         data = found->data;
     } else {
         const auto added = binding.positions.add(spec);
@@ -86,18 +86,18 @@ Result<void> Session::bind_input(Binding& binding, const TensorSpec& spec) {
 }
 
 Result<void> Session::bind_outputs(Binding& binding, const MethodSpec& spec) {
-    const auto find = [&](const std::string& name, std::initializer_list<int64_t> sizes) {
+    const auto find = [&](const std::string& name, std::initializer_list<int64_t> sizes, Dtype dtype) {
         const auto found = std::ranges::find(spec.outputs, name, &TensorSpec::name);
-        const bool known = found != spec.outputs.end() && found->is(sizes, spec.max_length, Dtype::kFloat32);
+        const bool known = found != spec.outputs.end() && found->is(sizes, spec.max_length, dtype);
         return known ? static_cast<size_t>(found - spec.outputs.begin()) : spec.outputs.size();
     };
-    binding.logits_output = find("logits", {1, program_->metadata().vocab_size});
+    binding.logits_output = find("logits", {1, program_->metadata().vocab_size}, Dtype::kFloat32);
     bool whole = binding.logits_output < spec.outputs.size();
     for (const KVCache::Buffer& buffer : cache_.buffers()) {
         std::string name = buffer.name;
         name.replace(name.find("cache"), 5, "rows");
-        const auto width = static_cast<int64_t>(buffer.row_bytes / sizeof(float));
-        binding.rows_outputs.push_back(find(name, {buffer.heads, spec.max_length, width}));
+        const auto width = static_cast<int64_t>(buffer.row_bytes / size_of(buffer.dtype));
+        binding.rows_outputs.push_back(find(name, {buffer.heads, spec.max_length, width}, buffer.dtype));
         whole = whole && binding.rows_outputs.back() < spec.outputs.size();
     }
     if (!whole) return Error{"method " + spec.name + " does not return what this runner knows; update it"};
@@ -171,8 +171,9 @@ Result<std::span<const float>> Session::step(Binding& binding, std::span<const i
     const int64_t end = start + valid;
     const int64_t length = std::max(end, binding.min_length);
 
-    std::fill(std::copy(tokens.begin(), tokens.end(), binding.tokens.begin() + start), binding.tokens.end(), 0);
-    std::fill(binding.select.begin(), binding.select.end(), 0.0F);
+    std::fill(std::copy(tokens.begin(), tokens.end(), binding.tokens.begin() + start), binding.tokens.begin() + length,
+              0);
+    std::fill_n(binding.select.begin(), length, 0.0F);
     binding.select[static_cast<size_t>(end - 1)] = 1;
     binding.positions.move(*position - start, length);
     const auto outputs = program_->step(binding.method, length, binding.inputs);

@@ -94,7 +94,7 @@ TEST(Metadata, RefusesImpossibleMethods) {
     for (const char* change : {R"("name": 3)", R"("min_length": 0)", R"("min_length": 9)", R"("max_length": "x")",
                                R"("inputs": [{"name": "a", "shape": [0], "dtype": "float32"}])",
                                R"("inputs": [{"name": "a", "shape": [9999999999, 9999999999], "dtype": "float32"}])",
-                               R"("outputs": [{"name": "a", "shape": [1], "dtype": "float16"}])"}) {
+                               R"("outputs": [{"name": "a", "shape": [1], "dtype": "bfloat16"}])"}) {
         auto methods = nlohmann::json::parse(std::get<std::string>(good()["get_methods"][0]));
         methods[0].update(nlohmann::json::parse("{" + std::string(change) + "}"));
         auto constants = good();

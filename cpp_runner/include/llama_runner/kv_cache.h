@@ -19,17 +19,18 @@ namespace llama_runner {
 /// window, is thereby a ring of the latest rows.
 ///
 /// A step is planned, run and committed: `plan` answers whether the new rows fit, the graph reads the buffers in place,
-/// and `commit` writes the rows that it returned. Rows past `position` weigh nothing: the mask hides them.
+/// and `commit` writes the rows that it returned. Rows past `position` weigh nothing: the graph does not look at them.
 class KVCache {
   public:
     /// One of the graph's inputs: k_cache.0 ... v_cache.n, [heads, slots, row_bytes], 64-byte aligned, owned by the
-    /// cache.
+    /// cache. What a row looks like is known to the operator that reads it, see attention.h.
     struct Buffer {
         std::string name;
         std::byte* data;
         int64_t heads;
         int64_t slots;
         size_t row_bytes;
+        Dtype dtype;
     };
 
     /// Allocates the buffers that `method` takes, all zero. Fails where one has no or too many slots or memory is

@@ -19,7 +19,7 @@ inline constexpr uint32_t kFormatVersion = 1;
 /// Stands in a shape for the method's length.
 inline constexpr int64_t kLength = -1;
 
-enum class Dtype { kFloat32, kInt64 };
+enum class Dtype { kFloat32, kFloat16, kInt8, kInt64 };
 
 /// Bytes of one element.
 size_t size_of(Dtype dtype);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -57,8 +58,9 @@ class CausalMask {
 
 /// All inputs of one method that depend on the position, allocated once and moved from step to step.
 ///
-/// positions [1, L]: their ids, for models that learned an embedding of them; cos, sin [1, L, P]: rotary angles; mask
-/// [1 or H, L, C + L] for blocks that see everything, local_mask for those that see a window. C is the capacity of the
+/// positions [1, L]: their ids, for models that learned an embedding of them; cos, sin [1, L, P]: rotary angles; start
+/// [1]: the first one's position, where attention is fused; otherwise mask [1 or H, L, C + L] for blocks that see
+/// everything, and local_mask for those that see a window. C is the capacity of the
 /// caches that go with it: max_seq_len, at most the window where there is one, and 0 without caches.
 class PositionInputs {
   public:
@@ -70,16 +72,19 @@ class PositionInputs {
     /// Fails where its shape is another.
     Result<const void*> add(const TensorSpec& spec);
 
-    /// Makes them those of `length` tokens that start at `position`.
+    /// Makes them those of `length` tokens that start at `position`; rows behind these are any.
     void move(int64_t position, int64_t length);
 
   private:
-    void write(int64_t position);
+    void write(int64_t position, int64_t length);
 
     const Metadata* metadata_;
     int64_t max_length_;
     bool cached_;
     int64_t position_ = 0;
+    int64_t length_ = 0;
+    /// On the heap, so that it stays where it is when this is moved.
+    std::unique_ptr<int64_t> start_ = std::make_unique<int64_t>(0);
     std::vector<int64_t> positions_;
     std::vector<float> cos_;
     std::vector<float> sin_;

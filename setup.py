@@ -1,0 +1,31 @@
+"""Builds runtime/_operators: kernels that our files call and ExecuTorch lacks. All else stands in pyproject.toml."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+found = find_spec("executorch")
+assert found, "executorch is needed for its headers: pip install executorch==1.5.*"
+assert found.submodule_search_locations
+EXECUTORCH = Path(found.submodule_search_locations[0])
+SOURCES = Path("cpp_runner/src")
+
+setup(
+    ext_modules=[
+        Extension(
+            "runtime._operators",
+            [str(SOURCES / name) for name in ("attention.cpp", "attention_operator.cpp")],
+            depends=list(map(str, SOURCES.glob("attention*.h"))),
+            include_dirs=[
+                str(EXECUTORCH / "include"),
+                str(EXECUTORCH / "include/executorch/runtime/core/portable_type/c10"),
+            ],
+            define_macros=[("C10_USING_CUSTOM_GENERATED_MACROS", None), ("ET_USE_THREADPOOL", None)],
+            libraries=["executorch", "executorch_threadpool"],
+            library_dirs=[str(EXECUTORCH / "lib")],
+            extra_compile_args=["-std=c++20", "-O3", "-fvisibility=hidden"],
+            language="c++",
+        )
+    ]
+)
