@@ -14,6 +14,7 @@ from executorch.exir._serialize.data_serializer import DataEntry
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from executorch.exir.operator.convert import to_out_variant
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
@@ -86,8 +87,8 @@ def link(
 def operators(program: ExportedProgram) -> Iterator[str]:
     """Names of the kernels that a lowered graph calls outside its delegates, such as `aten::embedding.out`."""
     for node in program.graph.nodes:
-        operator = getattr(node.target, "_op", None)
-        if node.op == "call_function" and operator is not None:
+        operator = getattr(node.target, "_op", None)  # of sizes, those are Python's own, and the runtime's too
+        if node.op == "call_function" and isinstance(operator, OpOverload):
             out, _ = to_out_variant(operator)
             yield f"{out._schema.name}.{out._schema.overload_name}"
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,7 +70,7 @@ class KVCache:
         for group, names in self._groups:
             slots = group.shape[2]
             buffers = group.numpy()  # whose slices cost a tenth of a tensor's
-            rows = torch.stack([outputs[name] for name in names]).numpy()
+            rows = np.stack([outputs[name].numpy() for name in names])
             position = max(start, end - slots)
             while position < end:
                 slot = position % slots

@@ -59,9 +59,9 @@ def sample(logits: Tensor, options: SamplingOptions, rng: Rng) -> int:
     One coin is drawn per call unless the temperature is 0. Probabilities are float64, summed from the likeliest
     token down where top_k or top_p order them, and by id otherwise.
     """
-    scores = logits.numpy().astype(np.float64)
     if options.temperature == 0:
-        return int(scores.argmax())
+        return int(logits.numpy().argmax())
+    scores = logits.numpy().astype(np.float64)
     probabilities = np.exp((scores - scores.max()) / options.temperature)
     ids = np.arange(len(scores))
     if options.top_k or options.top_p < 1:

@@ -99,8 +99,13 @@ class Session:
         outputs = self._program.step(binding.method, binding.inputs_of(len(tokens)))
         self.cache.commit(outputs, len(tokens))
         if "hidden" in outputs:
-            hidden.append(outputs["hidden"][0, rows].clone())
-        return outputs["logits"][0].clone()
+            hidden.append(_copy(outputs["hidden"][0, rows]))
+        return _copy(outputs["logits"][0])
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """By numpy: PyTorch would start threads for it, which then wait for more by spinning, where ExecuTorch's compute."""
+    return torch.from_numpy(tensor.numpy().copy())
 
 
 class _Binding:

@@ -35,8 +35,9 @@ ROOT = Path(__file__).parent.parent
 SMALL = replace(TOY, n_layers=1, vocab_size=256)
 RUN_HERE = ("xnnpack", "portable", "openvino")
 NOT_RUN_HERE = ("vulkan", "coreml")
-OUTSIDE = {"xnnpack": ("aten::embedding.out",), "openvino": (), "vulkan": (), "coreml": ()}
-"""The kernels that each leaves to ExecuTorch's own."""
+EMBEDDING = "aten::embedding.out"
+OUTSIDE = {"xnnpack": (EMBEDDING, "llama_pte::attention.out"), "openvino": (), "vulkan": (), "coreml": ()}
+"""The kernels that each leaves to the runtime."""
 REFUSED = {
     "ethos-u": r"--backend ethos-u takes only graphs whose activations are 8-bit integers of calibrated ranges",
     "qnn": r"--backend qnn needs Qualcomm's AI Engine Direct SDK \(QNN\), which is not on PyPI",
