@@ -40,17 +40,20 @@ runner-aarch64: .venv/.ready
 	$(call need,$(CROSS))
 	cd cpp_runner && $(CMAKE) --preset aarch64-linux && $(CMAKE) --build --preset aarch64-linux -j2 --target deploy
 
-# torch comes first and by itself: on Linux the newest build drags in gigabytes of CUDA, and a pinned one need not.
-.venv/.ready: pyproject.toml
+# torch comes first and by itself: on Linux the newest build drags in gigabytes of CUDA, and a pinned one need not. Then
+# what our own build needs, which is thereby not fetched a second time for an environment of its own.
+.venv/.ready: pyproject.toml setup.py $(wildcard cpp_runner/src/attention* cpp_runner/src/bandwidth*)
+	$(call need,g++)
 	@$(PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $(PYTHON) must be 3.10 or newer, with venv (Debian: apt-get install python3-venv)"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0
-	$(PIP) --editable . 'cmake>=3.28,<5'
+	$(PIP) 'setuptools>=77' 'executorch==1.5.*'
+	$(PIP) --no-build-isolation --editable . 'cmake>=3.28,<5'
 	touch $@
 
 .venv/.ready-test: .venv/.ready
-	$(PIP) --editable '.[test]'
+	$(PIP) --no-build-isolation --editable '.[test]'
 	touch $@
 
 define need

@@ -15,8 +15,8 @@ setup(
     ext_modules=[
         Extension(
             "runtime._operators",
-            [str(SOURCES / name) for name in ("attention.cpp", "attention_operator.cpp")],
-            depends=list(map(str, SOURCES.glob("attention*.h"))),
+            [str(SOURCES / name) for name in ("attention.cpp", "attention_operator.cpp", "bandwidth.cpp")],
+            depends=list(map(str, [*SOURCES.glob("attention*.h"), SOURCES / "bandwidth.h"])),
             include_dirs=[
                 str(EXECUTORCH / "include"),
                 str(EXECUTORCH / "include/executorch/runtime/core/portable_type/c10"),

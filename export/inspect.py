@@ -56,7 +56,7 @@ def plan(metadata: Metadata) -> MemoryPlan:
     longest = max(metadata.methods, key=lambda method: method.max_length)
     activations = activation_bytes(config, longest.max_length, metadata.max_seq_len, longest.is_fused)
     return MemoryPlan(
-        weights=packed * matrix_bytes(config, scheme),
+        weights=packed * metadata.matrix_bytes,
         caches=metadata.batch_size * caches,
         activations=metadata.batch_size * activations,
     )

@@ -27,6 +27,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "get_max_seq_len": ("int", "capacity of the KV cache in positions (T): prompt and answer together"),
     "get_max_context_len": ("int", "the same number, under the name ExecuTorch's own runners ask for"),
     "get_vocab_size": ("int", "width of the logits (V)"),
+    "get_matrix_bytes": ("int", "bytes of the matrices that a step multiplies by: what decoding reads for each token"),
     "get_n_layers": ("int", "number of blocks"),
     "get_batch_size": ("int", "sequences the methods take at once (B)"),
     "get_bos_id": ("int", "id that starts a text; -1 where there is none"),
@@ -109,6 +110,7 @@ class Metadata:
     """All that a file carries beside graph and weights, tensors as in FIELDS; bos_id is None where there is no BOS."""
 
     config: ModelConfig
+    matrix_bytes: int
     max_seq_len: int
     batch_size: int
     bos_id: int | None
@@ -141,6 +143,7 @@ def to_constants(metadata: Metadata) -> dict[str, Any]:
         "get_max_seq_len": metadata.max_seq_len,
         "get_max_context_len": metadata.max_seq_len,
         "get_vocab_size": metadata.config.vocab_size,
+        "get_matrix_bytes": metadata.matrix_bytes,
         "get_n_layers": metadata.config.n_layers,
         "get_batch_size": metadata.batch_size,
         "get_bos_id": -1 if metadata.bos_id is None else metadata.bos_id,
@@ -171,6 +174,7 @@ def from_constants(call: Callable[[str], Sequence[Any]]) -> Metadata:
         bos_id = call("get_bos_id")[0]
         return Metadata(
             config=ModelConfig.from_json(json.loads(call("get_config")[0])),
+            matrix_bytes=call("get_matrix_bytes")[0],
             max_seq_len=call("get_max_seq_len")[0],
             batch_size=call("get_batch_size")[0],
             bos_id=None if bos_id < 0 else bos_id,

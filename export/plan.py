@@ -14,7 +14,7 @@ import torch
 
 from export.backends import BACKENDS, check
 from export.calibrate import CalibrationText
-from export.inspect import cache_bytes
+from export.inspect import cache_bytes, matrix_bytes
 from export.link import Linked
 from export.metadata import FORMAT_VERSION, NO_TOKENIZER, Metadata, MethodSpec
 from export.quantize import ROUNDINGS
@@ -108,11 +108,6 @@ class ExportOptions:
             raise InputError(
                 f"--attention {self.attention} is not for --backend {self.backend}; choose from {', '.join(able)}"
             )
-        form = self.attention or able[0]
-        if self.kv_dtype != "fp32" and not (form == "fused" and self.kv_cache):
-            raise InputError(
-                f"--kv-dtype {self.kv_dtype} needs KV caches and --attention fused, here {form}; leave it out"
-            )
         if self.attention == "fused" and not self.kv_cache:
             raise InputError("--attention fused reads KV caches, which --no-kv-cache leaves out; give one of them")
 
@@ -158,6 +153,7 @@ class Plan:
         cos, sin = rope.tables(config, max_seq_len)
         return Metadata(
             config=config,
+            matrix_bytes=matrix_bytes(config, self.recipe.scheme),
             max_seq_len=max_seq_len,
             batch_size=1,
             bos_id=self.provenance["bos_id"],
@@ -255,8 +251,18 @@ def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
             f"--max-seq-len {max_seq_len} needs KV caches of {need / 1e9:.1f} GB, but this machine has "
             f"{have / 1e9:.1f} GB; give less"
         )
-    attention = options.attention or (BACKENDS[options.backend].attention[0] if options.kv_cache else "aten")
+    attention = options.attention or _attention(config, options)
+    if attention == "fused" and config.n_experts:
+        raise InputError("--attention fused is not for mixtures of experts, whose graph has one length; give aten")
+    if attention == "aten" and options.kv_dtype != "fp32":
+        raise InputError(f"--kv-dtype {options.kv_dtype} needs --attention fused, and here it is aten; leave it out")
     return GraphOptions(max_seq_len, chunk, attention, options.kv_cache, options.hidden_states)
+
+
+def _attention(config: ModelConfig, options: ExportOptions) -> str:
+    """The form that is chosen unasked. What weighs experts is sliced, which backends leave outside if it is dynamic."""
+    is_static = config.n_experts or not options.kv_cache
+    return "aten" if is_static else BACKENDS[options.backend].attention[0]
 
 
 def for_length(config: ModelConfig, max_seq_len: int) -> ModelConfig:

@@ -50,6 +50,10 @@ class KVCache:
         """Bytes held by the buffers."""
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
+    def filled_bytes(self, position: int) -> int:
+        """Bytes of the rows of a text of `position` tokens: what a step reads there."""
+        return sum(b.nbytes // b.shape[1] * min(position, b.shape[1]) for b in self.buffers.values())
+
     def plan(self, length: int) -> int:
         """The position at which `length` new rows would start.
 

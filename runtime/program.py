@@ -22,8 +22,9 @@ from preproc.tokenizer import Tokenizer, from_bytes
 _LIBRARIES = Path(_C.__file__).parents[2] / "lib"
 for _name in ("libexecutorch.so", "libexecutorch_threadpool.so", "libexecutorch_kernels_quantized.so"):
     ctypes.CDLL(str(_LIBRARIES / _name))
-if _operators := find_spec("runtime._operators"):
-    ctypes.CDLL(str(_operators.origin))
+_NOT_COMPILED = "llama-pte's own kernels were not compiled; install it again, with a C++ compiler at hand"
+_OPERATORS = find_spec("runtime._operators")
+_OURS = ctypes.CDLL(str(_OPERATORS.origin)) if _OPERATORS else None
 
 
 class _BackendOption(ctypes.Structure):
@@ -88,6 +89,14 @@ class Program:
         """
         outputs = self._methods[method.name].call([inputs[spec.name] for spec in method.inputs], clone_outputs=False)
         return {spec.name: tensor for spec, tensor in zip(method.outputs, outputs, strict=True)}
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second that so many threads together read from memory: what decoding cannot be faster than."""
+    if _OURS is None:
+        raise InputError(_NOT_COMPILED)
+    _OURS.llama_pte_read_bandwidth.restype = ctypes.c_double
+    return float(_OURS.llama_pte_read_bandwidth(ctypes.c_int(threads)))
 
 
 def read_metadata(path: str | Path) -> Metadata:
@@ -175,6 +184,8 @@ def _check_requirements(path: Path, needed: Requirements) -> None:
     backends = lacking(needed.backends)
     operators = {name for name in needed.operators if not name.startswith("executorch_prim::")}
     operators -= set(_C._get_operator_names())
+    if ours := {name for name in operators if name.startswith("llama_pte::")}:
+        raise InputError(f"{path} needs {listed(ours)}, and {_NOT_COMPILED}, or export the file with --attention aten")
     if missing := backends | operators:
         raise InputError(
             f"{path} needs {listed(missing)}, which ExecuTorch {version('executorch')} here lacks; "

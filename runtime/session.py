@@ -104,7 +104,7 @@ class Session:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """By numpy: PyTorch would start threads for it, which then wait for more by spinning, where ExecuTorch's compute."""
+    """By numpy: PyTorch would start threads for it, which then spin for a while where ExecuTorch's are to compute."""
     return torch.from_numpy(tensor.numpy().copy())
 
 

@@ -21,6 +21,7 @@ from export.reference import reference
 from export.scheme import Scheme
 from model.checkpoint import BUILT_IN
 from preproc.tokenizer import from_bytes
+from runtime import bench
 from runtime.generate import GenerationOptions, generate, main
 from runtime.program import Program, read_metadata
 from runtime.sampler import Rng
@@ -107,6 +108,21 @@ def test_prints_what_python_prints(
         assert ours == theirs
     else:
         assert done.stdout == expected
+
+
+def test_measures_what_python_measures(runner: Path, toy_pte: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--prefill", "7", "48", "49", "--decode", "2", "16", "17", "--format", "json"]
+    bench.main([str(toy_pte), *flags])
+    theirs, done = json.loads(capsys.readouterr().out), _run(runner, toy_pte, "--bench", *flags)
+    assert done.returncode == 0, done.stderr
+    ours = json.loads(done.stdout)
+    assert ours.keys() == theirs.keys()
+    for kind, key in (("prefill", "length"), ("decode", "position")):
+        assert [row[key] for row in ours[kind]] == [row[key] for row in theirs[kind]]
+        assert all(row.keys() == theirs[kind][0].keys() and row["tokens_per_second"] > 0 for row in ours[kind])
+    refused = _run(runner, toy_pte, "--bench", "--prefill", "512", "--decode", "1000")
+    assert refused.returncode == 2
+    assert "has room for 48 positions; give smaller numbers to --prefill or --decode" in refused.stderr
 
 
 @pytest.fixture(scope="module")

@@ -73,18 +73,25 @@ def test_a_hugging_face_llama_gives_transformers_own_tokens_and_logits(variant: 
         )
     ids = expected.sequences[0, len(prompt) :].tolist()
     assert greedy(pte, prompt, 64) == ids
-    assert read_metadata(pte).requirements.operators == ("aten::embedding.out",), "all else is XNNPACK's"
+    outside = ("aten::embedding.out", "llama_pte::attention.out")
+    assert read_metadata(pte).requirements.operators == outside, "all else is XNNPACK's"
     session = Session(Program(pte))
     rows = [session.prefill(prompt), *(session.decode(token) for token in ids[:-1])]
     torch.testing.assert_close(torch.stack(rows), torch.cat(expected.logits), atol=1e-4, rtol=0)
 
 
-GREEDY_200_FAST = {("stories260K_v1.bin", "xnnpack", 1), ("stories260K.bin", "portable", 8)}
-GREEDY_200 = itertools.product(("stories260K.bin", "stories260K_v1.bin"), ("xnnpack", "portable"), (1, 8, 32))
+GREEDY_200_FAST = {
+    ("stories260K_v1.bin", "xnnpack", "fused", 8),
+    ("stories260K_v1.bin", "xnnpack", "aten", 1),
+    ("stories260K.bin", "portable", "aten", 8),
+}
+GREEDY_200 = itertools.product(
+    ("stories260K.bin", "stories260K_v1.bin"), ("xnnpack", "portable"), ("fused", "aten"), (1, 8, 32)
+)
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "backend", "chunk"),
+    ("checkpoint", "backend", "attention", "chunk"),
     [pytest.param(*way, marks=() if way in GREEDY_200_FAST else pytest.mark.slow) for way in GREEDY_200],
 )
 def test_stories260k_prints_greedy_200(
@@ -93,11 +100,12 @@ def test_stories260k_prints_greedy_200(
     capfd: pytest.CaptureFixture[str],
     checkpoint: str,
     backend: str,
+    attention: str,
     chunk: int,
 ) -> None:
-    output = MODELS / f"{checkpoint}-{backend}-{chunk}.pte"
+    output = MODELS / f"{checkpoint}-{backend}-{attention}-{chunk}.pte"
     options = replace(stories260k, checkpoint=stories260k.checkpoint.with_name(checkpoint), backend=backend)
-    pte = export_llama(replace(options, prefill_chunk=chunk, output=output))
+    pte = export_llama(replace(options, attention=attention, prefill_chunk=chunk, output=output))
     capfd.readouterr()
     generate.main([str(pte), "--max-new-tokens", "200"])
     assert capfd.readouterr().out == (shared / "stories260K" / "greedy-200.txt").read_text()
@@ -194,6 +202,14 @@ def exits_with(arguments: list[str], main: Callable[[list[str]], int]) -> int | 
         (["--max-seq-len", "16", "--prefill-chunk", "17"], "--prefill-chunk 17 is larger than --max-seq-len 16"),
         (["--backend", "abacus"], "--backend abacus is unknown; choose from xnnpack, portable"),
         (["--quantize", "fp12"], "--quantize fp12 is unknown; choose from fp32"),
+        (["--kv-dtype", "fp8"], "--kv-dtype fp8 is unknown; choose from fp32, fp16, int8"),
+        (["--kv-dtype", "fp16", "--attention", "aten"], "--kv-dtype fp16 needs --attention fused, and here it is aten"),
+        (["--kv-dtype", "int8", "--no-kv-cache"], "--kv-dtype int8 needs --attention fused"),
+        (
+            ["--attention", "fused", "--no-kv-cache"],
+            "--attention fused reads KV caches, which --no-kv-cache leaves out",
+        ),
+        (["--attention", "fused", "--backend", "vulkan"], "--attention fused is not for --backend vulkan; choose from"),
         (["--original-context"], "--original-context needs a model whose context was extended"),
         (["--checkpoint", "absent"], "checkpoint absent does not exist"),
         (["--checkpoint", "cut.bin", "--tokenizer", "none"], "cut.bin is truncated"),

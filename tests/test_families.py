@@ -1,7 +1,7 @@
 """Every family against transformers, which nobody here wrote: random weights, saved by its own save_pretrained."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,17 +164,25 @@ the keys that it has rotated by others."""
 PROMPT = [1, 17, 42, 99, 5, 6, 7, 8, 150, 3, 77]
 
 
-def outside(config: ModelConfig) -> set[str]:
-    """The kernels that make the first block's input."""
+def outside(config: ModelConfig, attention: str) -> set[str]:
+    """The kernels that make the first block's input, and ours."""
     scales = {"aten::mul.out"} if config.embedding_scale != 1 else set()
     adds = {"aten::add.out"} if config.positions == "learned" else set()
-    return {"aten::embedding.out"} | scales | adds
+    ours = {"llama_pte::attention.out"} if attention == "fused" else set()
+    return {"aten::embedding.out"} | scales | adds | ours
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if case.exported else pytest.mark.slow) for name, case in CASES.items()]
-)
-def test_an_export_gives_transformers_own_tokens_and_logits(name: str, tmp_path: Path) -> None:
+def exports() -> Iterator[Any]:
+    """Every case with either form of attention; a mixture of experts has only one."""
+    for name, case in CASES.items():
+        forms = ["aten"] if name.startswith("Mixtral") else ["fused", "aten"]
+        for form in forms:
+            is_fast = case.exported and form == forms[0]
+            yield pytest.param(name, form, marks=() if is_fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "attention"), exports())
+def test_an_export_gives_transformers_own_tokens_and_logits(name: str, attention: str, tmp_path: Path) -> None:
     theirs = hugging_face_model(CASES[name])
     theirs.save_pretrained(tmp_path / "model")
     text, rows = list(PROMPT), list[Tensor]()
@@ -193,13 +201,16 @@ def test_an_export_gives_transformers_own_tokens_and_logits(name: str, tmp_path:
             tokenizer=Path("none"),
             max_seq_len=LENGTH,
             prefill_chunk=7,
-            output=MODELS / f"{name.replace(',', '').replace(' ', '-')}.pte",
+            attention=attention,
+            output=MODELS / f"{name.replace(',', '').replace(' ', '-')}-{attention}.pte",
         )
     )
     program = Program(pte)
     steps = generate(Session(program), PROMPT, GenerationOptions(max_new_tokens=48), Rng(0))
     assert [step.token for step in steps] == ids
-    assert set(program.metadata.requirements.operators) == outside(program.metadata.config), "all else is XNNPACK's"
+    assert set(program.metadata.requirements.operators) == outside(program.metadata.config, attention), (
+        "all else is XNNPACK's"
+    )
     session = Session(program)
     found = [session.prefill(PROMPT), *(session.decode(token) for token in ids[:-1])]
     torch.testing.assert_close(torch.stack(found), torch.stack(rows), atol=1e-4, rtol=0)

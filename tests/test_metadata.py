@@ -7,6 +7,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from export.inspect import matrix_bytes
 from export.metadata import (
     FIELDS,
     FORMAT_VERSION,
@@ -18,6 +19,7 @@ from export.metadata import (
     from_constants,
     to_constants,
 )
+from export.scheme import SCHEMES
 from export.trace import GraphOptions, signatures
 from model.config import ModelConfig, RopeScaling
 from model.errors import InputError
@@ -32,6 +34,7 @@ def metadata(config: ModelConfig, **changes: object) -> Metadata:
     cos, sin = rope.tables(config, 48)
     fields = {
         "config": config,
+        "matrix_bytes": 12345,
         "max_seq_len": 48,
         "batch_size": 1,
         "bos_id": 1,
@@ -77,8 +80,9 @@ def test_a_real_file_carries_the_checkpoint_s_and_the_tokenizer_s_own(toy_pte: P
     found = read_metadata(toy_pte)
     assert found.config == TOY
     assert found.max_seq_len == TOY.context
+    assert found.matrix_bytes == matrix_bytes(TOY, SCHEMES["fp32"])
     assert (found.bos_id, found.stop_ids) == (1, (1, 2))
-    assert [method.name for method in found.methods] == ["decode", "prefill"]
+    assert [method.name for method in found.methods] == ["forward"]
     assert torch.equal(found.rope_cos, rope.tables(TOY, TOY.context)[0])
     assert found.tokenizer_kind == "sentencepiece"
 

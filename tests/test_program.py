@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from export.emit import emit
-from export.metadata import Requirements
+from export.metadata import Requirements, TensorSpec
 from export.trace import GraphOptions
 from export.verify import reference
 from model.errors import InputError
+from runtime import program
 from runtime.program import Program, read_metadata
 from runtime.session import Session
 from tests.conftest import TOY, linked, planned, random_model, toy_model, write_pte
@@ -18,11 +19,17 @@ from tests.conftest import TOY, linked, planned, random_model, toy_model, write_
 
 def test_a_step_takes_and_gives_tensors_by_name(toy_program: Program) -> None:
     method = toy_program.metadata.methods[0]
-    inputs = {spec.name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in method.inputs}
-    outputs = toy_program.step(method, dict(reversed(inputs.items())))
-    assert {name: tuple(tensor.shape) for name, tensor in outputs.items()} == {
-        spec.name: spec.shape for spec in method.outputs
-    }
+
+    def shape(spec: TensorSpec, length: int) -> tuple[int, ...]:
+        return tuple(length if size == "L" else size for size in spec.shape)
+
+    for length in (method.min_length, 3, method.max_length):
+        inputs = {
+            spec.name: torch.zeros(shape(spec, length), dtype=getattr(torch, spec.dtype)) for spec in method.inputs
+        }
+        outputs = toy_program.step(method, dict(reversed(inputs.items())))
+        expected = {spec.name: shape(spec, length) for spec in method.outputs}
+        assert {name: tuple(tensor.shape) for name, tensor in outputs.items()} == expected
 
 
 def test_programs_of_equal_shape_keep_to_their_own_weights(tmp_path: Path) -> None:
@@ -30,8 +37,8 @@ def test_programs_of_equal_shape_keep_to_their_own_weights(tmp_path: Path) -> No
     models = [random_model(TOY, seed) for seed in (0, 1)]
     plans = [planned(model, GraphOptions(48, 1)) for model in models]
     programs = [Program(write_pte(plan, tmp_path / f"{i}.pte", "xnnpack")) for i, plan in enumerate(plans)]
-    for program, model in zip(programs, models, strict=True):
-        torch.testing.assert_close(Session(program).prefill([5]), reference(model, [[5]])[0][0], atol=1e-4, rtol=0)
+    for made, model in zip(programs, models, strict=True):
+        torch.testing.assert_close(Session(made).prefill([5]), reference(model, [[5]])[0][0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("size", [0, 40, 5000, -1])
@@ -49,6 +56,12 @@ def test_a_file_that_needs_what_this_runtime_lacks_is_refused_by_name(toy_pte: P
     emit(linked(planned(toy_model(), GraphOptions(48, 1))), metadata, tmp_path / "other.pte")
     with pytest.raises(InputError, match=r"needs AbacusBackend, toy::add\.out, which .* made with ExecuTorch 9\.9\.9"):
         Program(tmp_path / "other.pte")
+
+
+def test_where_our_own_kernels_were_not_compiled_it_says_so(toy_pte: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program._C, "_get_operator_names", lambda: ["aten::embedding.out"])
+    with pytest.raises(InputError, match=r"needs llama_pte::attention\.out, .* it again, with a C\+\+ compiler"):
+        Program(toy_pte)
 
 
 def test_a_run_says_nothing_but_its_text_and_its_statistics(toy_pte: Path) -> None:

@@ -12,7 +12,8 @@ from export import verify as command
 from export.lockstep import Loss
 from export.quality import TEXT, Comparison, Gate, Quality, Rows, Span, measure, most_tokens, windows
 from export.recipe import Recipe
-from export.scheme import SCHEMES
+from export.scheme import SCHEMES, Scheme
+from export.search import measured
 from export.trace import GraphOptions
 from export.verify import MAX_PPL_INCREASE, verify
 from model.checkpoint import BUILT_IN, open_checkpoint
@@ -152,6 +153,17 @@ def test_the_command_fails_the_export_keeps_the_earlier_file_and_leaves_the_repo
     assert not report["passed"]
     assert report["failure"] in error
     assert report["failure"].split(" (")[0] in (tmp_path / "toy.report.html").read_text()
+
+
+@pytest.mark.parametrize(("kv_dtype", "most"), [("float16", 1e-4), ("int8", 0.005)])
+def test_a_smaller_cache_costs_little(kv_dtype: str, most: float) -> None:
+    made = plan.plan(plan.ExportOptions(max_seq_len=512))
+    assert made.tokenizer
+    recipe = made.recipe.with_scheme(Scheme(kv_dtype=kv_dtype))
+    texts = windows(made.tokenizer.encode(Gate().read()), 1, 512, 2048)
+    found, _ = measured(recipe, texts, 512)
+    assert found.within(most)
+    assert found.mean_kl > 0, "it was rounded"
 
 
 def test_without_a_tokenizer_nothing_is_said_of_perplexity(tmp_path: Path) -> None:

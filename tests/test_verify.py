@@ -76,7 +76,7 @@ def test_a_model_of_other_dimensions_is_refused(toy_pte: Path) -> None:
 def test_differences_are_measured_as_defined() -> None:
     expected = torch.tensor([[0.0, 1.0, 2.0], [3.0, 1.0, 0.0]])
     found = expected + torch.tensor([[0.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
-    report = compare([found], [expected], LIMITS["fp32"])
+    report = compare([found], [expected], LIMITS["float32"])
     p, q = torch.softmax(expected[1].double(), 0), torch.softmax(found[1].double(), 0)
     assert report.max_abs == 4
     assert math.isclose(report.mse, 16 / 6)
@@ -87,8 +87,8 @@ def test_differences_are_measured_as_defined() -> None:
 
 def test_a_nan_fails() -> None:
     logits = torch.tensor([[0.0, 1.0]])
-    assert not compare([logits * math.nan], [logits], LIMITS["fp32"]).passed
-    assert compare([logits], [logits], LIMITS["fp32"]).passed
+    assert not compare([logits * math.nan], [logits], LIMITS["float32"]).passed
+    assert compare([logits], [logits], LIMITS["float32"]).passed
 
 
 def test_the_command_exits_with_0_or_1(toy_pte: Path, toy_bin: Path, tmp_path: Path,

@@ -48,6 +48,14 @@ size_t KVCache::nbytes() const {
     return total;
 }
 
+size_t KVCache::filled_bytes(int64_t position) const {
+    size_t total = 0;
+    for (const Buffer& buffer : buffers_) {
+        total += static_cast<size_t>(buffer.heads * std::min(position, buffer.slots)) * buffer.row_bytes;
+    }
+    return total;
+}
+
 Result<int64_t> KVCache::plan(int64_t length) const {
     if (length < 1 || length > capacity_ - position_) {
         return Error{std::to_string(length) + " tokens do not fit behind the " + std::to_string(position_) +

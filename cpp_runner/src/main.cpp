@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "llama_runner/bench.h"
 #include "llama_runner/generate.h"
 #include "llama_runner/program.h"
 #include "llama_runner/session.h"
@@ -24,6 +25,8 @@ struct Arguments {
     GenerationOptions generation;
     std::string seed = "0";
     Program::Options program;
+    BenchOptions bench;
+    bool is_bench = false;
     bool json = false;
     bool parse_special = false;
 };
@@ -151,6 +154,43 @@ Result<void> run(Arguments& arguments) {
     return {};
 }
 
+nlohmann::ordered_json to_json(const Measured& measured) {
+    auto prefill = nlohmann::ordered_json::array();
+    for (const auto& row : measured.prefill) {
+        prefill.push_back({{"length", row.length}, {"tokens_per_second", row.tokens_per_second}});
+    }
+    auto decode = nlohmann::ordered_json::array();
+    for (const auto& row : measured.decode) {
+        decode.push_back(
+            {{"position", row.position}, {"tokens_per_second", row.tokens_per_second}, {"roofline", row.roofline}});
+    }
+    return {{"load", measured.load},
+            {"first_token", measured.first_token},
+            {"bandwidth", measured.bandwidth},
+            {"peak_bytes", measured.peak_bytes},
+            {"prefill", prefill},
+            {"decode", decode}};
+}
+
+Result<void> run_bench(const Arguments& arguments) {
+    const auto measured = bench(arguments.file, arguments.program, arguments.bench);
+    if (!measured) return measured.error();
+    if (arguments.json) {
+        std::printf("%s\n", to_json(*measured).dump(2).c_str());
+        return {};
+    }
+    std::printf("load %.2f s, then first token %.3f s; memory read at %.1f GB/s; peak memory %.0f MB\n", measured->load,
+                measured->first_token, measured->bandwidth / 1e9, static_cast<double>(measured->peak_bytes) / 1e6);
+    for (const auto& row : measured->prefill) {
+        std::printf("prefill %6lld tokens  %10.1f tok/s\n", static_cast<long long>(row.length), row.tokens_per_second);
+    }
+    for (const auto& row : measured->decode) {
+        std::printf("decode at %6lld       %10.1f tok/s  %5.1f%% of roofline\n", static_cast<long long>(row.position),
+                    row.tokens_per_second, 100 * row.roofline);
+    }
+    return {};
+}
+
 void add_flags(CLI::App& app, Arguments& arguments) {
     app.add_option("file", arguments.file, "the .pte")->required()->type_name("");
     app.add_option("--prompt", arguments.prompt, "text to continue (default: none, only BOS)")->type_name("TEXT");
@@ -173,6 +213,11 @@ void add_flags(CLI::App& app, Arguments& arguments) {
         ->type_name("FORMAT");
     app.add_flag_callback(
         "--no-check", [&] { arguments.program.check = false; }, "skip the checksum, which reads the file through once");
+    app.add_flag("--bench", arguments.is_bench, "measure how fast the file runs here, in place of a text");
+    app.add_option("--prefill", arguments.bench.prefill, "of --bench: lengths of prompts (default: 128 512 2048)")
+        ->type_name("N ...");
+    app.add_option("--decode", arguments.bench.decode, "of --bench: positions (default: 16 1000 4000)")
+        ->type_name("N ...");
     app.add_flag("--parse-special", arguments.parse_special,
                  "take the text of special tokens in the prompt for tokens");
 }
@@ -185,7 +230,8 @@ int main(int count, char** values) {
     app.footer(
         "\nExamples:\n"
         "  llama_runner tiny.pte --prompt \"Once upon a time\"\n"
-        "  llama_runner tiny.pte --prompt \"The dog\" --temperature 0.8 --top-p 0.9 --seed 7 --max-new-tokens 100");
+        "  llama_runner tiny.pte --prompt \"The dog\" --temperature 0.8 --top-p 0.9 --seed 7 --max-new-tokens 100\n"
+        "  llama_runner llama.pte --bench --decode 16 1000");
     Arguments arguments;
     add_flags(app, arguments);
     try {
@@ -197,7 +243,7 @@ int main(int count, char** values) {
         std::fprintf(stderr, "error: %s; see llama_runner --help\n", error.what());
         return kBadInput;
     }
-    if (auto ran = run(arguments); !ran) {
+    if (auto ran = arguments.is_bench ? run_bench(arguments) : run(arguments); !ran) {
         std::fflush(stdout);
         std::fprintf(stderr, "error: %s\n", ran.error().message.c_str());
         return kBadInput;

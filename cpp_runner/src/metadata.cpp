@@ -188,6 +188,7 @@ Result<Metadata> from_constants(const Constants& constants) {
     Metadata metadata{};
     metadata.max_seq_len = reader.integer("get_max_seq_len", 1);
     metadata.vocab_size = reader.integer("get_vocab_size", 1);
+    metadata.matrix_bytes = reader.integer("get_matrix_bytes", 1);
     if (reader.integer("get_batch_size", 1) != 1) reader.fail("this runner takes one sequence at a time");
     if (const int64_t id = reader.integer("get_bos_id", -1); id >= 0) metadata.bos_id = id;
     reader.values("get_eos_ids", [&](std::vector<Constant> ids) {

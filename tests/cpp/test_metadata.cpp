@@ -28,6 +28,7 @@ std::map<std::string, std::vector<Constant>> good() {
         {"get_rope_sin", {table}},
         {"get_alibi_slopes", {ConstantTensor{true, {3}, kTable.data(), 3 * sizeof(float)}}},
         {"get_sliding_window", {int64_t{4}}},
+        {"get_matrix_bytes", {int64_t{1024}}},
         {"get_tokenizer_kind", {std::string("none")}},
     };
 }
@@ -70,6 +71,7 @@ TEST(Metadata, RefusesWhatHasTheWrongForm) {
         {"get_sliding_window", {int64_t{-1}}},
         {"get_alibi_slopes", {ConstantTensor{false, {3}, kTable.data(), 12}}},
         {"get_vocab_size", {std::string("16")}},
+        {"get_matrix_bytes", {int64_t{0}}},
         {"get_batch_size", {int64_t{2}}},
         {"get_bos_id", {}},
         {"get_eos_ids", {std::string("2")}},

@@ -49,6 +49,9 @@ class KVCache {
     /// Bytes held by the buffers.
     size_t nbytes() const;
 
+    /// Bytes of the rows of a text of `position` tokens: what a step reads there.
+    size_t filled_bytes(int64_t position) const;
+
     /// The position at which `length` new rows would start; fails if they do not fit.
     Result<int64_t> plan(int64_t length) const;
 

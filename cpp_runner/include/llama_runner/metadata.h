@@ -71,6 +71,8 @@ struct Metadata {
     /// Positions that a text may have (T): prompt and answer together.
     int64_t max_seq_len;
     int64_t vocab_size;
+    /// Of the matrices that a step multiplies by: decoding reads them for each token, beside the caches.
+    int64_t matrix_bytes;
     std::optional<int64_t> bos_id;
     std::vector<int64_t> stop_ids;
     std::vector<MethodSpec> methods;

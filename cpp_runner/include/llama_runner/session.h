@@ -42,6 +42,9 @@ class Session {
     /// How many tokens it can have.
     int64_t capacity() const { return cache_.capacity(); }
 
+    /// Keys and values of the text so far; without buffers where the program's method takes the whole text.
+    const KVCache& cache() const { return cache_; }
+
     /// Width of the logits.
     int64_t vocab_size() const { return program_->metadata().vocab_size; }
 

@@ -1,0 +1,198 @@
+"""How fast a .pte runs here: prefill and decode by length and position, load, memory, and the share of the roofline.
+
+python -m runtime.bench tiny.pte
+python -m runtime.bench llama.pte --prefill 512 --decode 16 1000 4000 --format json
+python -m runtime.bench llama.pte --plot speed.svg
+"""
+
+from model import command
+
+if __name__ == "__main__":
+    command.start("runtime.bench")
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from model.errors import InputError
+from runtime.program import Program, read_bandwidth
+from runtime.session import Session
+
+PREFILL = (128, 512, 2048)
+"""Lengths of prompts."""
+
+DECODE = (16, 1000, 4000)
+"""Positions."""
+
+STEPS = 32
+"""Tokens decoded at each position: their median time counts."""
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prompt of `length` tokens."""
+
+    length: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One token at a time, behind `position` others.
+
+    Attributes:
+        roofline: share of the speed at which memory could be read for it: all weights, and the caches up to there.
+    """
+
+    position: int
+    tokens_per_second: float
+    roofline: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a file.
+
+    Attributes:
+        load: seconds until the file was ready.
+        first_token: seconds from there to the first token behind a prompt of 16.
+        bandwidth: bytes a second that all threads together read from memory, before.
+        peak_bytes: the most memory that the process held, the mapped file included.
+        prefill, decode: what the context has room for.
+    """
+
+    load: float
+    first_token: float
+    bandwidth: float
+    peak_bytes: int
+    prefill: tuple[Prefill, ...]
+    decode: tuple[Decode, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"load {self.load:.2f} s, then first token {self.first_token:.3f} s; memory read at "
+            f"{self.bandwidth / 1e9:.1f} GB/s; peak memory {self.peak_bytes / 1e6:.0f} MB",
+            *(f"prefill {row.length:>6} tokens  {row.tokens_per_second:10.1f} tok/s" for row in self.prefill),
+            *(
+                f"decode at {row.position:>6}       {row.tokens_per_second:10.1f} tok/s  "
+                f"{row.roofline:6.1%} of roofline"
+                for row in self.decode
+            ),
+        ]
+        return "\n".join(lines)
+
+
+def measure(
+    file: Path, prefill: Sequence[int] = PREFILL, decode: Sequence[int] = DECODE, threads: int | None = None
+) -> Measured:
+    """Runs a file. Each prompt is run twice, and the second run counts.
+
+    Raises:
+        InputError: the file cannot be run, or its context has room for none of the lengths and positions.
+    """
+    bandwidth, start = read_bandwidth(threads or len(os.sched_getaffinity(0))), time.perf_counter()
+    program = Program(file, threads=threads)
+    session, load = Session(program), time.perf_counter() - start
+    vocabulary, capacity = program.metadata.config.vocab_size, session.capacity
+    lengths = [length for length in prefill if length <= capacity]
+    positions = [position for position in decode if position + STEPS <= capacity]
+    if not lengths and not positions:
+        raise InputError(f"{file} has room for {capacity} positions; give smaller numbers to --prefill or --decode")
+
+    def prompt(length: int) -> list[int]:
+        return [7919 * index % vocabulary for index in range(length)]
+
+    def prefilled(length: int) -> float:
+        session.reset()
+        began = time.perf_counter()
+        session.prefill(prompt(length))
+        return time.perf_counter() - began
+
+    def decoded(position: int) -> float:
+        prefilled(position)
+        times = []
+        for _ in range(STEPS):
+            began = time.perf_counter()
+            session.decode(1)
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    first_token = prefilled(min(16, capacity))
+    prompts = tuple(Prefill(length, length / min(prefilled(length), prefilled(length))) for length in lengths)
+    steps = []
+    for position in positions:
+        seconds = decoded(position)
+        moved = program.metadata.matrix_bytes + session.cache.filled_bytes(position)
+        steps.append(Decode(position, 1 / seconds, moved / seconds / bandwidth))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Measured(load, first_token, bandwidth, peak, prompts, tuple(steps))
+
+
+def plot(measured: Measured, path: Path) -> None:
+    """Draws decoding speed over position.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib, which this Python lacks; run: pip install 'llama-pte[bench]'")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([row.position for row in measured.decode], [row.tokens_per_second for row in measured.decode], "o-")
+    axes.set(xlabel="position", ylabel="tokens a second", ylim=(0, None))
+    figure.savefig(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: exit code 0, or 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    measured = measure(options.file, options.prefill, options.decode, options.threads)
+    print(json.dumps(asdict(measured), indent=2) if options.format == "json" else measured)
+    if options.plot:
+        plot(measured, options.plot)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command.parser("runtime.bench", "Measures how fast a .pte runs here.", __doc__)
+    add = parser.add_argument
+    add("file", type=Path, help="the .pte")
+    add(
+        "--prefill",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        default=PREFILL,
+        help=f"lengths (default: {_shown(PREFILL)})",
+    )
+    add(
+        "--decode",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        default=DECODE,
+        help=f"positions (default: {_shown(DECODE)})",
+    )
+    add("--threads", type=int, metavar="N", help="default: one per core")
+    add("--format", choices=("text", "json"), default="text")
+    add("--plot", type=Path, metavar="FILE", help="draw decoding speed over position: .svg, .png or .pdf")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is impossible; give a whole number, 1 or more")
+    return int(text)
+
+
+def _shown(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers))
