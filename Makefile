@@ -9,7 +9,7 @@ CPP := cpp_runner/src/* cpp_runner/include/*.h cpp_runner/include/*/*.h tests/cp
 NATIVE := g++ libcli11-dev nlohmann-json3-dev libxxhash-dev libpcre2-dev libutf8proc-dev libgtest-dev
 CROSS := g++-aarch64-linux-gnu qemu-user-static libpcre2-dev:arm64 libutf8proc-dev:arm64
 
-.PHONY: demo test test-slow lint runner runner-aarch64 clean
+.PHONY: demo test test-slow bench lint runner runner-aarch64 clean
 
 demo: .venv/.ready
 	$(BIN)/python -m export.llama --max-seq-len 512 --output build/tiny.pte
@@ -24,6 +24,9 @@ test: lint runner
 
 test-slow: .venv/.ready-test runner runner-aarch64
 	$(BIN)/python -m pytest --numprocesses 2 -m slow
+
+bench: .venv/.ready-bench runner
+	$(BIN)/python -m tests.bench.peers
 
 lint: .venv/.ready-test
 	$(BIN)/ruff check .
@@ -54,6 +57,10 @@ runner-aarch64: .venv/.ready
 
 .venv/.ready-test: .venv/.ready
 	$(PIP) --no-build-isolation --editable '.[test]'
+	touch $@
+
+.venv/.ready-bench: .venv/.ready
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PIP) --editable '.[bench]'
 	touch $@
 
 define need

@@ -142,7 +142,7 @@ def plot(measured: Measured, path: Path) -> None:
         InputError: matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib, which this Python lacks; run: pip install 'llama-pte[bench]'")
+        raise InputError("--plot needs matplotlib, which this Python lacks; run: pip install 'llama-pte[plot]'")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

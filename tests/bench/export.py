@@ -148,7 +148,7 @@ def ours(checkpoint: Path, output: Path, flags: Sequence[str]) -> list[Stage]:
     return measured(command, r"(open|lower|link|emit|verify) ")
 
 
-def theirs(checkpoint: Path, output: Path) -> list[Stage]:
+def theirs(checkpoint: Path, output: Path, max_seq_len: int = 2048) -> list[Stage]:
     """ExecuTorch's own: 8da4w in groups of 32, 8-bit embedding."""
     settings = {
         "base.model_class": "llama3_2",
@@ -162,8 +162,8 @@ def theirs(checkpoint: Path, output: Path) -> list[Stage]:
         "quantization.embedding_quantize": "'8,0'",
         "backend.xnnpack.enabled": "true",
         "backend.xnnpack.extended_ops": "true",
-        "export.max_seq_length": 2048,
-        "export.max_context_length": 2048,
+        "export.max_seq_length": max_seq_len,
+        "export.max_context_length": max_seq_len,
         "export.output_name": output,
     }
     module = "executorch.extension.llm.export.export_llm"
