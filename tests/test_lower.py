@@ -1,3 +1,4 @@
+import functools
 from dataclasses import replace
 
 import torch
@@ -9,11 +10,18 @@ from export.scheme import BYTE, SCHEMES, Format
 from export.trace import GraphOptions, signatures
 from tests.conftest import TOY
 
-METHODS = signatures(TOY, GraphOptions(48, 7))
+CONFIG = replace(TOY, hidden_dim=64)
+METHODS = signatures(CONFIG, GraphOptions(48, 7))
+
+
+@functools.cache
+def lowered(quantize: str) -> dict[tuple[str, str], Code]:
+    """TOY, with rows of whole groups, in plain operators."""
+    return lower(CONFIG, METHODS, "xnnpack", SCHEMES[quantize])
 
 
 def test_each_kind_of_piece_becomes_code_once_for_each_method() -> None:
-    codes = lower(TOY, METHODS, "xnnpack", SCHEMES["fp32"])
+    codes = lowered("fp32")
     assert set(codes) == {(method, name) for method in ("decode", "prefill") for name in ("layers.0", "head")}
     names = {"attention.wq", "attention.wk", "attention.wv", "attention.wo"}
     names |= {"feed_forward.w1", "feed_forward.w2", "feed_forward.w3"}
@@ -35,7 +43,7 @@ def test_a_segment_is_one_code_for_every_length() -> None:
 
 def test_no_cache_is_copied() -> None:
     """A cache is an argument of the code itself: nothing expands, concatenates, clones or reshapes it before."""
-    code = lower(TOY, METHODS, "xnnpack", SCHEMES["fp32"])["prefill", "layers.0"]
+    code = lowered("fp32")["prefill", "layers.0"]
     assert {argument for argument in code.arguments if isinstance(argument, int)} == set(range(6))
     k_cache, v_cache = 4, 5  # behind x, cos, sin and mask
     assert shapes_of(code)[code.arguments.index(k_cache)] == (2, 48, 8)
@@ -51,14 +59,14 @@ def test_portable_lowers_no_block_by_itself() -> None:
 
 
 def test_bytes_are_stored_as_they_are_with_a_scale_a_row() -> None:
-    code = lower(TOY, METHODS, "xnnpack", SCHEMES["8da8w"])["decode", "head"]
+    code = lowered("8da8w")["decode", "head"]
     weight = nn.Parameter(stored(torch.randn(TOY.vocab_size, TOY.dim), BYTE, "nearest"), requires_grad=False)
     assert [part.nbytes for part in code.data] == [data.nbytes for _, data in parts(weight)]
     assert parts(weight)[1][1].dtype == torch.float32
 
 
 def test_a_quantised_weight_has_its_scales_as_a_part() -> None:
-    code = lower(replace(TOY, hidden_dim=64), METHODS, "xnnpack", SCHEMES["8da4w"])["decode", "head"]
+    code = lowered("8da4w")["decode", "head"]
     rows, columns = TOY.vocab_size, TOY.dim
     assert [(part.parameter, part.number, part.nbytes) for part in code.data] == [
         ("output.weight", 0, rows * columns // 2),
