@@ -1,7 +1,7 @@
 // llama_pte::attention.out, attention.h's attend() as an operator of ExecuTorch:
 //
 //   attention(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? slopes, Tensor k_cache, Tensor v_cache,
-//             Tensor position, float scale, float softcap, int window, *,
+//             Tensor start, float scale, float softcap, int window, *,
 //             Tensor(a!) out, Tensor(b!) k_rows, Tensor(c!) v_rows) -> (Tensor(a!), Tensor(b!), Tensor(c!))
 //
 // Linking this file registers it.
