@@ -16,8 +16,9 @@ setup(
         Extension(
             "runtime._operators",
             [str(SOURCES / name) for name in ("attention.cpp", "attention_operator.cpp", "bandwidth.cpp")],
-            depends=list(map(str, [*SOURCES.glob("attention*.h"), SOURCES / "bandwidth.h"])),
+            depends=[*map(str, SOURCES.glob("*.h")), "cpp_runner/include/llama_runner/clock.h"],
             include_dirs=[
+                "cpp_runner/include",
                 str(EXECUTORCH / "include"),
                 str(EXECUTORCH / "include/executorch/runtime/core/portable_type/c10"),
             ],

@@ -51,8 +51,8 @@ def plan(metadata: Metadata) -> MemoryPlan:
     """Works the plan out from the file's dimensions."""
     config = metadata.config
     packed = "XnnpackBackend" in metadata.requirements.backends
-    scheme = scheme_of(metadata)
-    caches = cache_bytes(config, metadata.max_seq_len, scheme.kv_dtype) if metadata.use_kv_cache else 0
+    kv_dtype = scheme_of(metadata).kv_dtype
+    caches = cache_bytes(config, metadata.max_seq_len, kv_dtype) if metadata.use_kv_cache else 0
     longest = max(metadata.methods, key=lambda method: method.max_length)
     activations = activation_bytes(config, longest.max_length, metadata.max_seq_len, longest.is_fused)
     return MemoryPlan(
@@ -69,8 +69,7 @@ def scheme_of(metadata: Metadata) -> Scheme:
 
 def cache_bytes(config: ModelConfig, positions: int, kv_dtype: str = "float32") -> int:
     """KV caches of one sequence: keys and values of every layer; a local block's hold only the window."""
-    local = min(positions, config.sliding_window or positions)
-    slots = sum(local if config.is_local(layer) else positions for layer in range(config.n_layers))
+    slots = sum(min(positions, config.window(layer) or positions) for layer in range(config.n_layers))
     return 2 * config.n_kv_heads * slots * row_bytes(config.head_dim, kv_dtype)
 
 
@@ -86,7 +85,7 @@ def activation_bytes(config: ModelConfig, length: int, positions: int, fused: bo
     """
     attention = length * (4 * config.n_heads * config.head_dim + 2 * config.dim)
     if not fused:
-        attention += 3 * length * config.n_heads * (positions + length) + length * (positions + length)
+        attention += length * (3 * config.n_heads + 1) * (positions + length)
         attention += 2 * config.n_kv_heads * positions * config.head_dim
     feed_forward = length * (3 * config.hidden_dim + 2 * config.dim)
     rows = 2 * config.n_layers * config.n_kv_heads * length * config.head_dim

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from export.backends import partitioners, quietly
 from export.lower import Code, delegates, parts, to_bytes
 from export.metadata import MethodSpec, Requirements
-from export.recipe import Recipe, piece_names
+from export.recipe import Recipe, embedding_names, piece_names
 from export.scheme import is_shared
 from export.trace import parameter_name, pieces, trace
 
@@ -61,8 +61,7 @@ def link(
     programs = dict[str, ExportedProgram]()
     fused = methods[0].is_fused
     kinds = pieces(recipe.config, fused, recipe.scheme.careful) if codes else {}
-    rest = [name for name in piece_names(recipe.config) if not codes or name.endswith("embeddings")]
-    others = {name: recipe.piece(name) for name in rest}
+    others = {name: recipe.piece(name) for name in (embedding_names if codes else piece_names)(recipe.config)}
     data = _Data(recipe, identity, others["tok_embeddings"])
     for spec in methods:
         lowered = {name: LoweredPiece(name, codes[spec.name, kind], data) for name, kind in kinds.items()}

@@ -204,8 +204,28 @@ def _parser() -> argparse.ArgumentParser:
         "--attention",
         metavar="FORM",
         help="fused: one operator that reads as much of the KV cache as is filled; aten: plain operators on all of it "
-        "(default: fused for xnnpack, aten for the others)",
+        "(default: fused for xnnpack, aten for the others and for mixtures of experts)",
     )
+    _add_scheme_flags(parser)
+    add(
+        "--no-kv-cache",
+        dest="kv_cache",
+        action="store_false",
+        help="one method that takes the whole text at every step, for backends that cannot take caches",
+    )
+    add("--hidden-states", action="store_true", help="also return the last block's result, normalised")
+    add("--original-context", action="store_true", help="keep to the context from before the model's was extended")
+    add("--auto", action="store_true", help="the smallest scheme that keeps perplexity within --max-ppl-increase")
+    add_flags(parser)
+    add("--hub-token", metavar="TOKEN", help="for private and gated models on the hub (default: HF_TOKEN)")
+    add("--cache-dir", type=Path, metavar="FOLDER", help="where downloads are kept (default: the hub's own cache)")
+    add("--force", action="store_true", help="export again even if the output is up to date")
+    return parser
+
+
+def _add_scheme_flags(parser: argparse.ArgumentParser) -> None:
+    """How weights and caches are stored."""
+    add = parser.add_argument
     add("--quantize", default="fp32", help=f"how weights are stored: {' or '.join(SCHEMES)} (default: %(default)s)")
     add("--group-size", type=int, metavar="N", help="4-bit weights that share a scale: 32, 64 or 128 (default: 32)")
     add("--embedding-bits", type=int, metavar="N", help="4 or 8 (default: 8 where anything is quantised)")
@@ -223,17 +243,3 @@ def _parser() -> argparse.ArgumentParser:
         help="round quantised layers by what this text makes of their inputs (GPTQ); its first "
         f"{TOKENS} tokens are looked at",
     )
-    add(
-        "--no-kv-cache",
-        dest="kv_cache",
-        action="store_false",
-        help="one method that takes the whole text at every step, for backends that cannot take caches",
-    )
-    add("--hidden-states", action="store_true", help="also return the last block's result, normalised")
-    add("--original-context", action="store_true", help="keep to the context from before the model's was extended")
-    add("--auto", action="store_true", help="the smallest scheme that keeps perplexity within --max-ppl-increase")
-    add_flags(parser)
-    add("--hub-token", metavar="TOKEN", help="for private and gated models on the hub (default: HF_TOKEN)")
-    add("--cache-dir", type=Path, metavar="FOLDER", help="where downloads are kept (default: the hub's own cache)")
-    add("--force", action="store_true", help="export again even if the output is up to date")
-    return parser

@@ -16,7 +16,7 @@ from torch.fx import Node
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from export.backends import BACKENDS, Backend
-from export.metadata import MethodSpec
+from export.metadata import MethodSpec, TensorSpec
 from export.quantize import by_rows, random
 from export.scheme import FLOAT, Scheme, is_shared
 from export.trace import dynamic_shapes, parameter_name, pieces, trace_piece
@@ -176,22 +176,26 @@ def _data(delegate: LoweredBackendModule, module: nn.Module) -> tuple[Part, ...]
 
 
 class _Shapes(nn.Module):
-    def __init__(self, shapes: list[list[int | None]]) -> None:
+    """Results of these kinds; the length is the first argument's second size."""
+
+    def __init__(self, results: list[TensorSpec]) -> None:
         super().__init__()
-        self.shapes = shapes
+        self.results = results
 
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        length = arguments[0].shape[1]
-        return tuple(
-            arguments[0].new_empty([length if size is None else size for size in shape]) for shape in self.shapes
-        )
+        return tuple(arguments[0].new_empty(result.sizes(arguments[0].shape[1])) for result in self.results)
 
 
 def _stand_in(call: Any, spec: MethodSpec) -> ExportedProgram:
-    """Any size that is not fixed is the method's length, which is the first argument's second size."""
-    values = [node.meta["val"] for node in call.args[1:]]
-    fixed = [[size if isinstance(size, int) else None for size in value.shape] for value in values]
-    arguments = tuple(torch.zeros([spec.max_length if size is None else size for size in shape]) for shape in fixed)
-    axes = [[axis for axis, size in enumerate(shape) if size is None] for shape in fixed]
-    shapes = [[size if isinstance(size, int) else None for size in value.shape] for value in call.meta["val"]]
-    return torch.export.export(_Shapes(shapes), arguments, dynamic_shapes=dynamic_shapes("arguments", axes, spec))
+    arguments = [_spec(node.meta["val"]) for node in call.args[1:]]
+    return torch.export.export(
+        _Shapes([_spec(value) for value in call.meta["val"]]),
+        tuple(argument.zeros(spec.max_length) for argument in arguments),
+        dynamic_shapes=dynamic_shapes("arguments", arguments, spec),
+    )
+
+
+def _spec(value: Tensor) -> TensorSpec:
+    """Any size that is not fixed is the method's length."""
+    shape = tuple(size if isinstance(size, int) else "L" for size in value.shape)
+    return TensorSpec("", shape, str(value.dtype).removeprefix("torch."))

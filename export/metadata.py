@@ -65,6 +65,14 @@ class TensorSpec:
     shape: tuple[int | Literal["L"], ...]
     dtype: str
 
+    def sizes(self, length: int) -> tuple[int, ...]:
+        """The shape at a length."""
+        return tuple(length if size == "L" else size for size in self.shape)
+
+    def zeros(self, length: int) -> Tensor:
+        """A tensor of this kind."""
+        return torch.zeros(self.sizes(length), dtype=getattr(torch, self.dtype))
+
 
 @dataclass(frozen=True)
 class MethodSpec:

@@ -106,10 +106,14 @@ class Recipe:
         return self.model(made)
 
 
+def embedding_names(config: ModelConfig) -> list[str]:
+    """Of those parts of a model that no backend takes."""
+    return ["tok_embeddings"] + ["pos_embeddings"] * (config.positions == "learned")
+
+
 def piece_names(config: ModelConfig) -> list[str]:
     """Of all parts of a model."""
-    embeddings = ["tok_embeddings"] + ["pos_embeddings"] * (config.positions == "learned")
-    return [*embeddings, *(f"layers.{layer}" for layer in range(config.n_layers)), "head"]
+    return [*embedding_names(config), *(f"layers.{layer}" for layer in range(config.n_layers)), "head"]
 
 
 def _embedding(weight: Tensor) -> nn.Module:

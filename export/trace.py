@@ -12,7 +12,7 @@ from export.metadata import MethodSpec, TensorSpec
 from model.config import ModelConfig
 from model.fused import FusedLlama, Segment
 from model.kv_rows import row_width
-from model.model import Head, Llama
+from model.model import Block, Head, Llama
 from preproc.positions import mask_name, names
 
 
@@ -85,9 +85,9 @@ def trace_piece(config: ModelConfig, name: str, module: nn.Module, spec: MethodS
     taken = [TensorSpec("x", (1, length, config.dim), "float32")]
     if isinstance(module, Segment) and module.before:
         taken += [TensorSpec("out", (1, length, config.n_heads * config.head_dim), "float32")]
-    if name == "head" or (isinstance(module, Segment) and isinstance(module.after, Head)):
+    if isinstance(module.after if isinstance(module, Segment) else module, Head):
         taken += [inputs["select"]]
-    elif not isinstance(module, Segment):
+    if isinstance(module, Block):
         layer = int(name.removeprefix("layers."))
         wanted = ("cos", "sin", mask_name(config, layer), f"k_cache.{layer}", f"v_cache.{layer}")
         taken += [inputs[role] for role in wanted if role in inputs]
@@ -95,18 +95,19 @@ def trace_piece(config: ModelConfig, name: str, module: nn.Module, spec: MethodS
 
 
 def _export(module: nn.Module, inputs: Sequence[TensorSpec], spec: MethodSpec) -> ExportedProgram:
-    axes = [[axis for axis, size in enumerate(tensor.shape) if size == "L"] for tensor in inputs]
+    shapes = dynamic_shapes("tensors", inputs, spec)
     with torch.no_grad():
         return torch.export.export(
             module,
-            tuple(_example(tensor, spec.max_length) for tensor in inputs),
-            dynamic_shapes=dynamic_shapes("tensors", axes, spec),
-            prefer_deferred_runtime_asserts_over_guards=any(axes),
+            tuple(tensor.zeros(spec.max_length) for tensor in inputs),
+            dynamic_shapes=shapes,
+            prefer_deferred_runtime_asserts_over_guards=shapes is not None,
         )
 
 
-def dynamic_shapes(name: str, axes: Sequence[Sequence[int]], spec: MethodSpec) -> dict[str, Any] | None:
+def dynamic_shapes(name: str, inputs: Sequence[TensorSpec], spec: MethodSpec) -> dict[str, Any] | None:
     """For torch.export, of a module whose forward takes *name: each tensor's axes that are the method's length."""
+    axes = [[axis for axis, size in enumerate(tensor.shape) if size == "L"] for tensor in inputs]
     if not any(axes):
         return None
     length = torch.export.Dim("L", min=spec.min_length, max=spec.max_length)
@@ -171,18 +172,14 @@ def _capacity(config: ModelConfig, layer: int, options: GraphOptions) -> int:
     """Of a block's cache: a local block's is a ring of the window's size."""
     if not options.kv_cache:
         return 0
-    window = config.sliding_window if config.is_local(layer) else None
-    return min(options.max_seq_len, window or options.max_seq_len)
+    return min(options.max_seq_len, config.window(layer) or options.max_seq_len)
 
 
 def step(model: Llama | FusedLlama, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Runs the model on inputs by the names of a `signature`, and returns its outputs by theirs."""
     config, layers = model.config, range(model.config.n_layers)
-    tokens, angles, select = (
-        inputs["tokens"],
-        (inputs["cos"], inputs["sin"]) if "cos" in inputs else None,
-        inputs["select"],
-    )
+    tokens, select = inputs["tokens"], inputs["select"]
+    angles = (inputs["cos"], inputs["sin"]) if "cos" in inputs else None
     caches = [[inputs[f"{kind}_cache.{layer}"] for layer in layers] for kind in "kv" if f"{kind}_cache.0" in inputs]
     if isinstance(model, FusedLlama):
         found = model(tokens, angles, inputs["start"], select, *caches, positions=inputs.get("positions"))
@@ -225,8 +222,3 @@ class _FlatPiece(nn.Module):
         x, *others = tensors
         angles, rest = (others[:2], others[2:]) if self.rotated else (None, others)
         return self.module(x, angles, *rest)
-
-
-def _example(spec: TensorSpec, length: int) -> Tensor:
-    shape = [length if size == "L" else size for size in spec.shape]
-    return torch.zeros(shape, dtype=getattr(torch, spec.dtype))

@@ -79,7 +79,7 @@ steps, the last bit of a float decides.
 """
 
 MAX_PPL_INCREASE = {8: 0.01, 4: 0.1}
-"""See `Quality.limit`; by the fewest bits that any weight has."""
+"""See `Quality.limit`; by `Scheme.fewest_bits`."""
 
 
 @dataclass(frozen=True)

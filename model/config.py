@@ -218,6 +218,10 @@ class ModelConfig:
         """Whether a block sees only the sliding window."""
         return layer in self.local_layers
 
+    def window(self, layer: int) -> int | None:
+        """Positions that a block sees, itself included; None for all."""
+        return self.sliding_window if self.is_local(layer) else None
+
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> "ModelConfig":
         """The config that `dataclasses.asdict` and JSON made `fields` of.

@@ -11,7 +11,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
 from model.kv_rows import decode, encode
 from model.model import Angles, Attention, Block, Embeddings, Head, Llama, Step, rope, softcap
 from preproc import mask
@@ -137,13 +136,12 @@ class FusedLlama(Embeddings):
         config = model.config
         with torch.device("meta"):
             super().__init__(config)
-        for name, embedding in model.named_children():
-            if name in dict(self.named_children()):
-                setattr(self, name, embedding)
+        for name, _ in list(self.named_children()):
+            setattr(self, name, getattr(model, name))
         blocks = [cast(Block, block) for block in model.layers]
         sides: list[tuple[Block | None, Block | Head]] = list(zip([None, *blocks], [*blocks, model.head], strict=True))
         self.segments = nn.ModuleList(Segment(before, after) for before, after in sides)
-        self._settings = [_settings(config, layer) for layer in range(config.n_layers)]
+        self._settings = [_settings(block.attention, config.window(layer)) for layer, block in enumerate(blocks)]
         self._slopes = mask.alibi_slopes(config) if config.positions == "alibi" else None
 
     def forward(
@@ -172,9 +170,6 @@ class FusedLlama(Embeddings):
         return Step(logits, k_rows, v_rows, hidden)
 
 
-def _settings(config: ModelConfig, layer: int) -> tuple[bool, float, float, int]:
+def _settings(attention: Attention, window: int | None) -> tuple[bool, float, float, int]:
     """Whether a block rotates, and the operator's scale, cap and window."""
-    with torch.device("meta"):
-        attention = Attention(config, layer)
-    window = config.sliding_window if config.is_local(layer) else None
     return attention.rotates, attention.scale, attention.softcap or 0.0, window or 0

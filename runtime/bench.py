@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from model.errors import InputError
+from runtime.clock import median_seconds, seconds
 from runtime.program import Program, read_bandwidth
 from runtime.session import Session
 
@@ -92,47 +92,37 @@ class Measured:
 def measure(
     file: Path, prefill: Sequence[int] = PREFILL, decode: Sequence[int] = DECODE, threads: int | None = None
 ) -> Measured:
-    """Runs a file. Each prompt is run twice, and the second run counts.
+    """Runs a file. Each prompt is run twice, and the faster run counts.
 
     Raises:
         InputError: the file cannot be run, or its context has room for none of the lengths and positions.
     """
     bandwidth, start = read_bandwidth(threads or len(os.sched_getaffinity(0))), time.perf_counter()
     program = Program(file, threads=threads)
-    session, load = Session(program), time.perf_counter() - start
-    vocabulary, capacity = program.metadata.config.vocab_size, session.capacity
-    lengths = [length for length in prefill if length <= capacity]
-    positions = [position for position in decode if position + STEPS <= capacity]
+    session, load, metadata = Session(program), time.perf_counter() - start, program.metadata
+    lengths = [length for length in prefill if length <= session.capacity]
+    positions = [position for position in decode if position + STEPS <= session.capacity]
     if not lengths and not positions:
-        raise InputError(f"{file} has room for {capacity} positions; give smaller numbers to --prefill or --decode")
-
-    def prompt(length: int) -> list[int]:
-        return [7919 * index % vocabulary for index in range(length)]
+        raise InputError(
+            f"{file} has room for {session.capacity} positions; give smaller numbers to --prefill or --decode"
+        )
 
     def prefilled(length: int) -> float:
+        """Seconds that a prompt takes from the start of a text."""
+        prompt = [7919 * index % metadata.config.vocab_size for index in range(length)]
         session.reset()
-        began = time.perf_counter()
-        session.prefill(prompt(length))
-        return time.perf_counter() - began
+        return seconds(lambda: session.prefill(prompt))
 
-    def decoded(position: int) -> float:
-        prefilled(position)
-        times = []
-        for _ in range(STEPS):
-            began = time.perf_counter()
-            session.decode(1)
-            times.append(time.perf_counter() - began)
-        return statistics.median(times)
-
-    first_token = prefilled(min(16, capacity))
-    prompts = tuple(Prefill(length, length / min(prefilled(length), prefilled(length))) for length in lengths)
-    steps = []
+    first_token = prefilled(min(16, session.capacity))
+    prompts = [Prefill(length, length / min(prefilled(length), prefilled(length))) for length in lengths]
+    steps = list[Decode]()
     for position in positions:
-        seconds = decoded(position)
-        moved = program.metadata.matrix_bytes + session.cache.filled_bytes(position)
-        steps.append(Decode(position, 1 / seconds, moved / seconds / bandwidth))
+        prefilled(position)
+        step = median_seconds(lambda: session.decode(1), STEPS)
+        read = metadata.matrix_bytes + session.cache.filled_bytes(position)
+        steps.append(Decode(position, 1 / step, read / step / bandwidth))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Measured(load, first_token, bandwidth, peak, prompts, tuple(steps))
+    return Measured(load, first_token, bandwidth, peak, tuple(prompts), tuple(steps))
 
 
 def plot(measured: Measured, path: Path) -> None:

@@ -17,7 +17,7 @@ class KVCache:
     window, is thereby a ring of the latest rows.
 
     A step is planned, run and committed: `plan` answers whether the new rows fit, the graph reads the buffers in place,
-    and `commit` writes the rows that it returned. Rows past `position` weigh nothing: the mask hides them.
+    and `commit` writes the rows that it returned. Rows past `position` weigh nothing: the graph does not look at them.
 
     Attributes:
         buffers: the graph's inputs by name, k_cache.0 ... v_cache.n, each [B*K, slots, W], rows as in `model.kv_rows`;

@@ -20,8 +20,10 @@ from preproc.tokenizer import Tokenizer, from_bytes
 # Kernels register themselves. Unlike the C++ libraries, the bindings come without those of low-bit weights; attention
 # is ours (setup.py).
 _LIBRARIES = Path(_C.__file__).parents[2] / "lib"
-for _name in ("libexecutorch.so", "libexecutorch_threadpool.so", "libexecutorch_kernels_quantized.so"):
-    ctypes.CDLL(str(_LIBRARIES / _name))
+_EXECUTORCH, *_ = (
+    ctypes.CDLL(str(_LIBRARIES / f"lib{name}.so"))
+    for name in ("executorch", "executorch_threadpool", "executorch_kernels_quantized")
+)
 _NOT_COMPILED = "llama-pte's own kernels were not compiled; install it again, with a C++ compiler at hand"
 _OPERATORS = find_spec("runtime._operators")
 _OURS = ctypes.CDLL(str(_OPERATORS.origin)) if _OPERATORS else None
@@ -39,8 +41,7 @@ class _Options(ctypes.Structure):
 
 def _share_packed_weights() -> None:
     """XNNPACK packs each weight once for all methods, not once for each: half the memory, and less time to load."""
-    library = ctypes.CDLL(str(_LIBRARIES / "libexecutorch.so"))
-    set_option = library._ZN10executorch7runtime10set_optionEPKcNS0_4SpanINS0_13BackendOptionEEE
+    set_option = _EXECUTORCH._ZN10executorch7runtime10set_optionEPKcNS0_4SpanINS0_13BackendOptionEEE
     set_option.argtypes = [ctypes.c_char_p, _Options]
     option = _BackendOption(key=b"weight_cache_enabled", value=b"\1", kind=0)
     error = set_option(b"XnnpackBackend", _Options(ctypes.pointer(option), 1))

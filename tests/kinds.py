@@ -107,8 +107,8 @@ class EagerSteps:
         length = inputs["tokens"].shape[1]
         assert method.min_length <= length <= method.max_length
         for spec in method.inputs:
-            given, shape = inputs[spec.name], tuple(length if size == "L" else size for size in spec.shape)
-            assert (tuple(given.shape), str(given.dtype)) == (shape, f"torch.{spec.dtype}"), spec.name
+            given = inputs[spec.name]
+            assert (tuple(given.shape), str(given.dtype)) == (spec.sizes(length), f"torch.{spec.dtype}"), spec.name
             assert given.is_contiguous(), spec.name
         outputs = step(self._run, {spec.name: inputs[spec.name] for spec in method.inputs})
         return {spec.name: outputs[spec.name] for spec in method.outputs}

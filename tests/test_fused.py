@@ -16,7 +16,7 @@ def random_caches(kind: Kind, position: int) -> dict[str, list[Tensor]]:
     config = kind.config
     caches: dict[str, list[Tensor]] = {"k": [], "v": []}
     for layer in range(config.n_layers):
-        slots = min(CONTEXT, (config.sliding_window if config.is_local(layer) else None) or CONTEXT)
+        slots = min(CONTEXT, config.window(layer) or CONTEXT)
         empty = (held(position, slots) < 0).view(1, slots, 1)
         for found in caches.values():
             cache = torch.randn(config.n_kv_heads, slots, config.head_dim)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from export.emit import emit
-from export.metadata import Requirements, TensorSpec
+from export.metadata import Requirements
 from export.trace import GraphOptions
 from export.verify import reference
 from model.errors import InputError
@@ -19,16 +19,10 @@ from tests.conftest import TOY, linked, planned, random_model, toy_model, write_
 
 def test_a_step_takes_and_gives_tensors_by_name(toy_program: Program) -> None:
     method = toy_program.metadata.methods[0]
-
-    def shape(spec: TensorSpec, length: int) -> tuple[int, ...]:
-        return tuple(length if size == "L" else size for size in spec.shape)
-
     for length in (method.min_length, 3, method.max_length):
-        inputs = {
-            spec.name: torch.zeros(shape(spec, length), dtype=getattr(torch, spec.dtype)) for spec in method.inputs
-        }
+        inputs = {spec.name: spec.zeros(length) for spec in method.inputs}
         outputs = toy_program.step(method, dict(reversed(inputs.items())))
-        expected = {spec.name: shape(spec, length) for spec in method.outputs}
+        expected = {spec.name: spec.sizes(length) for spec in method.outputs}
         assert {name: tuple(tensor.shape) for name, tensor in outputs.items()} == expected
 
 

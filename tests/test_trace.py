@@ -22,7 +22,7 @@ def test_each_method_has_the_signature_that_is_written_down() -> None:
         programs = trace(FusedLlama(model) if methods[0].is_fused else model, methods)
         assert list(programs) == [method.name for method in methods] == expected
         for method in methods:
-            inputs = [torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in method.inputs]
+            inputs = [spec.zeros(method.max_length) for spec in method.inputs]
             outputs = programs[method.name].module()(*inputs)
             assert [tuple(output.shape) for output in outputs] == [spec.shape for spec in method.outputs]
             assert {str(output.dtype) for output in outputs} == {"torch.float32"}
@@ -41,12 +41,8 @@ def test_where_attention_is_fused_one_method_takes_any_length() -> None:
     assert (method.min_length, method.max_length) == (1, 7)
     program = trace(FusedLlama(toy_model()), [method])["forward"].module()
     for length in (1, 2, 7):
-        shapes = [[length if size == "L" else size for size in spec.shape] for spec in method.inputs]
-        inputs = map(torch.zeros, shapes)
-        types = (getattr(torch, spec.dtype) for spec in method.inputs)
-        outputs = program(*(tensor.to(dtype) for tensor, dtype in zip(inputs, types, strict=True)))
-        expected = [tuple(length if size == "L" else size for size in spec.shape) for spec in method.outputs]
-        assert [tuple(output.shape) for output in outputs] == expected
+        outputs = program(*(spec.zeros(length) for spec in method.inputs))
+        assert [tuple(output.shape) for output in outputs] == [spec.sizes(length) for spec in method.outputs]
 
 
 def test_names_say_role_and_layer() -> None:
@@ -77,7 +73,7 @@ def test_masks_of_heads_and_learned_positions_are_inputs() -> None:
 def test_hidden_states_are_the_last_blocks_normalised() -> None:
     model = random_model(TOY)
     (method,) = signatures(TOY, GraphOptions(9, 3, kv_cache=False, hidden_states=True))
-    inputs = {spec.name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in method.inputs}
+    inputs = {spec.name: spec.zeros(method.max_length) for spec in method.inputs}
     inputs["select"][0, 4] = 1
     logits, hidden = trace(model, [method])["forward"].module()(*inputs.values())
     torch.testing.assert_close(logits[0], model.head.output(hidden[0, 4]))

@@ -46,6 +46,12 @@ struct Work {
 
     int64_t group() const { return attention.heads / attention.kv_heads; }
     int64_t rows() const { return group() * attention.length; }  // query rows of a KV head
+    int64_t token(int64_t sequence_head, int64_t row) const {    // of all sequences
+        return sequence_head / attention.kv_heads * attention.length + row / group();
+    }
+    int64_t head(int64_t sequence_head, int64_t row) const {
+        return sequence_head % attention.kv_heads * group() + row % group();
+    }
     int64_t tasks() const { return attention.batch * attention.kv_heads * blocks * chunks; }
     float* partial_row(int64_t sequence_head, int64_t chunk, int64_t row) const {
         return partial + ((sequence_head * chunks + chunk) * rows() + row) * (attention.head_dim + 2);

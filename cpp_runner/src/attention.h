@@ -29,7 +29,7 @@ struct Attention {
     int64_t head_dim;    // Dh, up to kMostHeadDim
     int64_t length;      // L
     int64_t slots;       // T
-    int64_t rope_pairs;  // P: element i turns with element i + P
+    int64_t rope_pairs;  // P: element i turns with element i + P; 0: no rotation
     int64_t window;      // positions a token sees, itself included; 0: all
     float scale;
     float softcap;  // 0: none

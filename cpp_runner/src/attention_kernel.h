@@ -258,21 +258,21 @@ void attend_block(const Attention& attention, Tile& tile, Rows keys, Rows values
 
 void start(const Work& work, Tile& tile, int64_t sequence_head, int64_t row, int rows) {
     const Attention& attention = work.attention;
-    const int64_t b = sequence_head / attention.kv_heads;
+    const int64_t position = attention.position[sequence_head / attention.kv_heads];
     tile.rows = rows;
     tile.head_dim = static_cast<int>(attention.head_dim);
     tile.width = (tile.head_dim + kLanes - 1) / kLanes * kLanes;
     for (int r = 0; r < rows; ++r) {
-        const int64_t i = (row + r) / work.group();
-        const int64_t head = sequence_head % attention.kv_heads * work.group() + (row + r) % work.group();
-        const int64_t token = b * attention.length + i;
+        const int64_t head = work.head(sequence_head, row + r);
+        const int64_t token = work.token(sequence_head, row + r);
+        const float* from = attention.q + (token * attention.heads + head) * attention.head_dim;
         float* q = tile.q + r * tile.width;
-        rotate(attention, token, attention.q + (token * attention.heads + head) * attention.head_dim, q);
+        rotate(attention, token, static_cast<int>(attention.rope_pairs), from, q);
         for (int d = 0; d < tile.width; d += kLanes) store(q + d, load(q + d) * attention.scale);
         tile.sum[r] = Floats{};
         tile.max[r] = kNothing;
         tile.slope[r] = attention.slopes == nullptr ? 0 : attention.slopes[head];
-        tile.position[r] = attention.position[b] + i;
+        tile.position[r] = position + (row + r) / work.group();
     }
     for (int i = 0; i < rows * tile.width; i += kLanes) store(tile.out + i, Floats{});
     for (int i = 0; i < kTileKeys; i += kLanes) {  // a block's last vector may be part of one
@@ -304,7 +304,6 @@ void attend_keys(const Attention& attention, Tile& tile, int64_t sequence_head, 
 /// Writes the tile's results, or what merge() makes them of.
 void finish(const Work& work, Tile& tile, int64_t sequence_head, int64_t chunk, int64_t row) {
     const Attention& attention = work.attention;
-    const int64_t token = sequence_head / attention.kv_heads * attention.length;
     const auto bytes = static_cast<size_t>(attention.head_dim) * sizeof(float);
     for (int r = 0; r < tile.rows; ++r) {
         float* out = tile.out + r * tile.width;
@@ -317,8 +316,7 @@ void finish(const Work& work, Tile& tile, int64_t sequence_head, int64_t chunk, 
             continue;
         }
         for (int d = 0; d < tile.width; d += kLanes) store(out + d, load(out + d) / sum);
-        const int64_t head = sequence_head % attention.kv_heads * work.group() + (row + r) % work.group();
-        const int64_t to = (token + (row + r) / work.group()) * attention.heads + head;
+        const int64_t to = work.token(sequence_head, row + r) * attention.heads + work.head(sequence_head, row + r);
         __builtin_memcpy(attention.out + to * attention.head_dim, out, bytes);
     }
 }
@@ -369,9 +367,8 @@ void merge(const Work& work, int64_t sequence_head) {
             const float of_chunk = work.partial_row(sequence_head, c, row)[0];
             if (of_chunk > max) max = of_chunk;
         }
-        const int64_t token = sequence_head / attention.kv_heads * attention.length + row / work.group();
-        const int64_t head = sequence_head % attention.kv_heads * work.group() + row % work.group();
-        float* out = attention.out + (token * attention.heads + head) * attention.head_dim;
+        const int64_t to = work.token(sequence_head, row) * attention.heads + work.head(sequence_head, row);
+        float* out = attention.out + to * attention.head_dim;
         float sum = 0;
         for (int d = 0; d < head_dim; ++d) out[d] = 0;
         for (int64_t c = 0; c < work.chunks; ++c) {

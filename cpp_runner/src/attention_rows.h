@@ -120,10 +120,9 @@ INLINE void rotate_pair(T a, T b, T cos, T sin, T& turned_a, T& turned_b) {
     turned_b = rounded(b * cos) + rounded(a * sin);
 }
 
-/// Copies a head's row of x, rotated, and pads it with zeros to whole vectors.
-void rotate(const Attention& attention, int64_t token, const float* x, float* y) {
+/// Copies a head's row of x, with so many pairs rotated, and pads it with zeros to whole vectors.
+void rotate(const Attention& attention, int64_t token, int pairs, const float* x, float* y) {
     const auto head_dim = static_cast<int>(attention.head_dim);
-    const int pairs = attention.cos == nullptr ? 0 : static_cast<int>(attention.rope_pairs);
     const float* cos = attention.cos + token * pairs;
     const float* sin = attention.sin + token * pairs;
     int i = 0;
@@ -171,17 +170,15 @@ void write_row(RowForm form, const float* x, int head_dim, std::byte* to) {
 /// Writes one token's k_rows and v_rows.
 void append(const Attention& attention, int64_t token) {
     alignas(64) float row[kMostHeadDim + kLanes];
-    Attention still = attention;
-    still.cos = nullptr;
     const auto head_dim = static_cast<int>(attention.head_dim);
     const auto stride = static_cast<int64_t>(row_bytes(attention.form, head_dim));
     const int64_t b = token / attention.length;
     for (int64_t h = 0; h < attention.kv_heads; ++h) {
         const int64_t from = (token * attention.kv_heads + h) * head_dim;
         const int64_t to = ((b * attention.kv_heads + h) * attention.length + token % attention.length) * stride;
-        rotate(attention, token, attention.k + from, row);
+        rotate(attention, token, static_cast<int>(attention.rope_pairs), attention.k + from, row);
         write_row(attention.form, row, head_dim, attention.k_rows + to);
-        rotate(still, token, attention.v + from, row);
+        rotate(attention, token, 0, attention.v + from, row);
         write_row(attention.form, row, head_dim, attention.v_rows + to);
     }
 }

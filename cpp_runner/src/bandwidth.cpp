@@ -1,11 +1,12 @@
 #include "bandwidth.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <thread>
 #include <vector>
+
+#include "llama_runner/clock.h"
 
 namespace llama_runner {
 
@@ -33,16 +34,16 @@ double read_bandwidth(int threads) {
     std::vector<uint64_t> sums(parts);
     double best = 0;
     for (int pass = 0; pass < kPasses; ++pass) {
-        const auto start = std::chrono::steady_clock::now();
+        const double start = now();
         std::vector<std::thread> readers;
         for (size_t i = 0; i < parts; ++i) {
             readers.emplace_back([&, i] { sums[i] = sum(words.data() + i * (kWords / parts), kWords / parts); });
         }
         for (std::thread& reader : readers) reader.join();
-        const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+        const double taken = now() - start;
         uint64_t read = 0;
         for (const uint64_t part : sums) read += part;  // which also keeps the compiler from leaving the sums out
-        best = std::max(best, static_cast<double>(read * sizeof(uint64_t)) / taken.count());
+        best = std::max(best, static_cast<double>(read * sizeof(uint64_t)) / taken);
     }
     return best;
 }

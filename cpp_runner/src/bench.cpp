@@ -3,10 +3,10 @@
 #include <sys/resource.h>
 
 #include <algorithm>
-#include <chrono>
 #include <thread>
 
 #include "bandwidth.h"
+#include "llama_runner/clock.h"
 #include "llama_runner/session.h"
 
 namespace llama_runner {
@@ -15,8 +15,6 @@ namespace {
 
 constexpr int64_t kSteps = 32;
 constexpr int64_t kShortPrompt = 16;
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 /// Seconds that a prompt of `length` tokens takes from the start of a text.
 Result<double> prefilled(Session& session, int64_t length, int64_t vocab_size) {

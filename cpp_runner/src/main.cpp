@@ -2,12 +2,12 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
-#include <chrono>
 #include <cstdio>
 #include <nlohmann/json.hpp>
 #include <string>
 
 #include "llama_runner/bench.h"
+#include "llama_runner/clock.h"
 #include "llama_runner/generate.h"
 #include "llama_runner/program.h"
 #include "llama_runner/session.h"
@@ -39,8 +39,6 @@ struct Statistics {
     int64_t new_tokens = 0;
     double decode = 0;
 };
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 Error unusable(const std::string& flag, const std::string& value, const std::string& fix) {
     return {"--" + flag + " " + value + " is impossible; " + fix};

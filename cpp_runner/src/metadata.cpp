@@ -143,9 +143,9 @@ TensorSpec tensor_spec(Reader& reader, const json& object, int64_t max_length) {
     const auto found = std::ranges::find(kDtypes, dtype, &NamedDtype::name);
     if (found == kDtypes.end()) {
         reader.fail(spec.name + " is " + dtype + ", which this runner does not know: update it");
-        return spec;
+    } else {
+        spec.dtype = found->dtype;
     }
-    spec.dtype = found->dtype;
     return spec;
 }
 

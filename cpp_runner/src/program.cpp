@@ -228,7 +228,8 @@ Result<void> prepare(Loaded& loaded, const MethodSpec& spec) {
     for (size_t i = 0; i < spec.outputs.size(); ++i) {
         const TensorSpec& output = spec.outputs[i];
         const size_t bytes = static_cast<size_t>(output.elements(spec.max_length)) * size_of(output.dtype);
-        auto& memory = loaded.outputs.emplace_back(new std::max_align_t[bytes / sizeof(std::max_align_t) + 1]);
+        auto& memory = loaded.outputs.emplace_back(
+            std::make_unique_for_overwrite<std::max_align_t[]>(bytes / sizeof(std::max_align_t) + 1));
         loaded.output_pointers.push_back(memory.get());
         const auto error = loaded.method->set_output_data_ptr(memory.get(), bytes, i);
         if (error != et::Error::Ok) return failure("placing " + output.name, error);

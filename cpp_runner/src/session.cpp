@@ -69,8 +69,7 @@ Result<void> Session::bind_input(Binding& binding, const TensorSpec& spec) {
         data = binding.select.data();
     } else if (const auto found = std::ranges::find(cache_.buffers(), spec.name, &KVCache::Buffer::name);
                found != cache_.buffers().end()) {
-        const auto width = static_cast<int64_t>(found->row_bytes / size_of(found->dtype));
-        known = is({found->heads, found->slots, width}, found->dtype);
+        known = is({found->heads, found->slots, found->width()}, found->dtype);
         data = found->data;
     } else {
         const auto added = binding.positions.add(spec);
@@ -96,8 +95,7 @@ Result<void> Session::bind_outputs(Binding& binding, const MethodSpec& spec) {
     for (const KVCache::Buffer& buffer : cache_.buffers()) {
         std::string name = buffer.name;
         name.replace(name.find("cache"), 5, "rows");
-        const auto width = static_cast<int64_t>(buffer.row_bytes / size_of(buffer.dtype));
-        binding.rows_outputs.push_back(find(name, {buffer.heads, spec.max_length, width}, buffer.dtype));
+        binding.rows_outputs.push_back(find(name, {buffer.heads, spec.max_length, buffer.width()}, buffer.dtype));
         whole = whole && binding.rows_outputs.back() < spec.outputs.size();
     }
     if (!whole) return Error{"method " + spec.name + " does not return what this runner knows; update it"};

@@ -24,10 +24,12 @@ from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
+from runtime.clock import median_seconds, seconds
 from tests.bench.export import HIDDEN, SHAPES, SHARED, theirs, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -43,19 +45,19 @@ Result = dict[str, float]
 """What was measured in one process, by row: tokens a second, seconds, bytes."""
 
 
-class Engine:
+class Engine(Protocol):
     """A system with a file opened: a text is prefilled from its start, and decoded on from there."""
 
     def prefill(self, length: int) -> None:
         """Starts a text of so many tokens."""
-        raise NotImplementedError
+        ...
 
     def decode(self) -> None:
         """One token more."""
-        raise NotImplementedError
+        ...
 
 
-class Ours(Engine):
+class Ours:
     """The Python runtime of this project."""
 
     def __init__(self, file: Path, context: int) -> None:
@@ -72,7 +74,7 @@ class Ours(Engine):
         self._session.decode(5)
 
 
-class ExportLlm(Engine):
+class ExportLlm:
     """ExecuTorch's export_llm, run by its Python bindings: its operator needs PyTorch's libraries."""
 
     def __init__(self, file: Path, context: int) -> None:
@@ -96,7 +98,7 @@ class ExportLlm(Engine):
         self._position += count
 
 
-class LlamaCpp(Engine):
+class LlamaCpp:
     """llama.cpp by llama-cpp-python."""
 
     flash = 0
@@ -145,18 +147,10 @@ def work(engine: Callable[[Path, int], Engine], file: Path, context: int) -> Non
     print(flush=True)
     found = Result()
     if context == min(POSITIONS):
-        opened.prefill(PROMPT)
-        start = time.perf_counter()
-        opened.prefill(PROMPT)
-        found[f"prefill {PROMPT}"] = PROMPT / (time.perf_counter() - start)
+        found[f"prefill {PROMPT}"] = PROMPT / min(seconds(lambda: opened.prefill(PROMPT)) for _ in range(2))
     for position in POSITIONS[context]:
         opened.prefill(position)
-        times = []
-        for _ in range(STEPS):
-            start = time.perf_counter()
-            opened.decode()
-            times.append(time.perf_counter() - start)
-        found[f"decode at {position}"] = 1 / statistics.median(times)
+        found[f"decode at {position}"] = 1 / median_seconds(opened.decode, STEPS)
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert peak
     print(json.dumps(found | {"peak memory": int(peak[1]) * 1024}), flush=True)
@@ -180,10 +174,8 @@ def measured(name: str, file: Path, context: int) -> Result:
 
 def measured_cpp(file: Path, context: int) -> Result:
     """What our C++ runner finds."""
-    start = time.perf_counter()
-    subprocess.run([RUNNER, file, "--prompt-ids", ",".join(["5"] * 16), "--max-new-tokens", "1"], check=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    first_token = time.perf_counter() - start
+    first = [RUNNER, file, "--prompt-ids", ",".join(["5"] * 16), "--max-new-tokens", "1"]
+    first_token = seconds(lambda: subprocess.run(first, check=True, capture_output=True))
     flags = ["--prefill", str(PROMPT), "--decode", *map(str, POSITIONS[context]), "--format", "json"]
     found = json.loads(subprocess.run([RUNNER, file, "--bench", *flags], check=True, capture_output=True).stdout)
     result = {f"decode at {row['position']}": row["tokens_per_second"] for row in found["decode"]}

@@ -31,6 +31,9 @@ class KVCache {
         int64_t slots;
         size_t row_bytes;
         Dtype dtype;
+
+        /// Elements of a row.
+        int64_t width() const { return static_cast<int64_t>(row_bytes / size_of(dtype)); }
     };
 
     /// Allocates the buffers that `method` takes, all zero. Fails where one has no or too many slots or memory is
