@@ -60,7 +60,8 @@ runner-aarch64: .venv/.ready
 	touch $@
 
 .venv/.ready-bench: .venv/.ready
-	CMAKE_ARGS=-DGGML_NATIVE=ON $(PIP) --editable '.[bench]'
+	$(PIP) 'scikit-build-core[pyproject]>=0.9.2'
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PIP) --no-build-isolation --editable '.[bench]'
 	touch $@
 
 define need

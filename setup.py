@@ -16,7 +16,7 @@ setup(
         Extension(
             "runtime._operators",
             [str(SOURCES / name) for name in ("attention.cpp", "attention_operator.cpp", "bandwidth.cpp")],
-            depends=[*map(str, SOURCES.glob("*.h")), "cpp_runner/include/llama_runner/clock.h"],
+            depends=[*map(str, SOURCES.glob("*.h")), "cpp_runner/include/llama_runner/meter.h"],
             include_dirs=[
                 "cpp_runner/include",
                 str(EXECUTORCH / "include"),

@@ -13,7 +13,6 @@ if __name__ == "__main__":
 import argparse
 import json
 import os
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from model.errors import InputError
-from runtime.clock import median_seconds, seconds
+from runtime.meter import median_seconds, peak_memory, seconds
 from runtime.program import Program, read_bandwidth
 from runtime.session import Session
 
@@ -32,7 +31,7 @@ DECODE = (16, 1000, 4000)
 """Positions."""
 
 STEPS = 32
-"""Tokens decoded at each position: their median time counts."""
+"""Tokens decoded at each position, fewer where the context ends: their median time counts."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Measured:
     Attributes:
         load: seconds until the file was ready.
         first_token: seconds from there to the first token behind a prompt of 16.
-        bandwidth: bytes a second that all threads together read from memory, before.
+        bandwidth: bytes a second that all threads together read from memory, afterwards.
         peak_bytes: the most memory that the process held, the mapped file included.
         prefill, decode: what the context has room for.
     """
@@ -97,11 +96,11 @@ def measure(
     Raises:
         InputError: the file cannot be run, or its context has room for none of the lengths and positions.
     """
-    bandwidth, start = read_bandwidth(threads or len(os.sched_getaffinity(0))), time.perf_counter()
+    start = time.perf_counter()
     program = Program(file, threads=threads)
     session, load, metadata = Session(program), time.perf_counter() - start, program.metadata
     lengths = [length for length in prefill if length <= session.capacity]
-    positions = [position for position in decode if position + STEPS <= session.capacity]
+    positions = [position for position in decode if position < session.capacity]
     if not lengths and not positions:
         raise InputError(
             f"{file} has room for {session.capacity} positions; give smaller numbers to --prefill or --decode"
@@ -115,14 +114,18 @@ def measure(
 
     first_token = prefilled(min(16, session.capacity))
     prompts = [Prefill(length, length / min(prefilled(length), prefilled(length))) for length in lengths]
-    steps = list[Decode]()
+    steps = list[tuple[int, float]]()
     for position in positions:
         prefilled(position)
-        step = median_seconds(lambda: session.decode(1), STEPS)
+        steps.append((position, median_seconds(lambda: session.decode(1), min(STEPS, session.capacity - position))))
+    peak = peak_memory()
+    bandwidth = read_bandwidth(threads or len(os.sched_getaffinity(0)))  # last: it reads more than a small model holds
+
+    def decoded(position: int, step: float) -> Decode:
         read = metadata.matrix_bytes + session.cache.filled_bytes(position)
-        steps.append(Decode(position, 1 / step, read / step / bandwidth))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Measured(load, first_token, bandwidth, peak, tuple(prompts), tuple(steps))
+        return Decode(position, 1 / step, read / step / bandwidth)
+
+    return Measured(load, first_token, bandwidth, peak, tuple(prompts), tuple(decoded(*step) for step in steps))
 
 
 def plot(measured: Measured, path: Path) -> None:

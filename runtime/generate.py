@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import Literal
 
 from model.errors import InputError
 from preproc.tokenizer import StreamDecoder, Tokenizer
+from runtime.meter import peak_memory
 from runtime.program import Program
 from runtime.sampler import Rng, SamplingOptions, sample
 from runtime.session import Session
@@ -117,7 +117,7 @@ class Statistics:
         return (
             f"load {self.load:.2f} s; prefill {self.prompt_tokens} tokens, {self.prompt_tokens / self.first_token:.1f} "
             f"tok/s; first token {self.load + self.first_token:.2f} s after start of load; decode {decoded} tokens, "
-            f"{decode}; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
+            f"{decode}; peak memory {peak_memory() / 1e6:.0f} MB"
         )
 
 

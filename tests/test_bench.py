@@ -6,16 +6,16 @@ import pytest
 from export.inspect import matrix_bytes
 from export.scheme import SCHEMES
 from model.errors import InputError
-from runtime.bench import STEPS, main, measure
+from runtime.bench import main, measure
 from runtime.program import Program, read_bandwidth
 from runtime.session import Session
 from tests.conftest import TOY
 
 
 def test_what_the_context_has_room_for_is_measured(toy_pte: Path) -> None:
-    found = measure(toy_pte, prefill=(5, TOY.context, TOY.context + 1), decode=(3, TOY.context - STEPS, TOY.context))
+    found = measure(toy_pte, prefill=(5, TOY.context, TOY.context + 1), decode=(3, TOY.context - 1, TOY.context))
     assert [row.length for row in found.prefill] == [5, TOY.context]
-    assert [row.position for row in found.decode] == [3, TOY.context - STEPS]
+    assert [row.position for row in found.decode] == [3, TOY.context - 1]
     assert min(found.load, found.first_token, *(row.tokens_per_second for row in found.prefill)) > 0
     assert found.peak_bytes > 100e6
     assert found.bandwidth > 1e8

@@ -111,7 +111,7 @@ def test_prints_what_python_prints(
 
 
 def test_measures_what_python_measures(runner: Path, toy_pte: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--prefill", "7", "48", "49", "--decode", "2", "16", "17", "--format", "json"]
+    flags = ["--prefill", "7", "48", "49", "--decode", "2", "16", "47", "48", "--format", "json"]
     bench.main([str(toy_pte), *flags])
     theirs, done = json.loads(capsys.readouterr().out), _run(runner, toy_pte, "--bench", *flags)
     assert done.returncode == 0, done.stderr
@@ -120,6 +120,7 @@ def test_measures_what_python_measures(runner: Path, toy_pte: Path, capsys: pyte
     for kind, key in (("prefill", "length"), ("decode", "position")):
         assert [row[key] for row in ours[kind]] == [row[key] for row in theirs[kind]]
         assert all(row.keys() == theirs[kind][0].keys() and row["tokens_per_second"] > 0 for row in ours[kind])
+    assert ours["peak_bytes"] < 150e6, "what measures the bandwidth is counted, too"
     refused = _run(runner, toy_pte, "--bench", "--prefill", "512", "--decode", "1000")
     assert refused.returncode == 2
     assert "has room for 48 positions; give smaller numbers to --prefill or --decode" in refused.stderr

@@ -1,4 +1,6 @@
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from model.model import Llama
 from runtime.program import Program
 from runtime.session import Session, Steps
 from tests.conftest import TOY, toy_model
-from tests.kinds import CHUNK, CONTEXT, KINDS, VOCABULARY, EagerSteps, recomputed
+from tests.kinds import CHUNK, CONTEXT, FUSED, KINDS, PLAIN, VOCABULARY, EagerSteps, Kind, export_kind, recomputed
 
 
 def operations(vocabulary: int, longest: int) -> st.SearchStrategy[list[tuple[str, list[int]]]]:
@@ -102,6 +104,15 @@ def test_the_whole_context_can_be_decoded(name: str, length: int) -> None:
     for token in tokens[length:]:
         player.play("prefill", [token])
     assert player.text == tokens
+
+
+def test_a_thousand_decoded_tokens_agree_with_recomputing_at_every_position(tmp_path: Path) -> None:
+    """From a file, by the operator that attends over the filled part of the caches."""
+    kind = Kind(replace(PLAIN, context=1024), replace(FUSED, max_seq_len=1024))
+    export_kind(kind, tmp_path / "long.pte", "xnnpack")
+    session, tokens = Session(Program(tmp_path / "long.pte")), [31 * i * i % VOCABULARY for i in range(1000)]
+    found = torch.stack([session.decode(token) for token in tokens])
+    torch.testing.assert_close(found, recomputed(kind.model, tokens)[0], atol=1e-3, rtol=1e-4)
 
 
 def test_a_window_can_be_rewound_by_one_and_to_the_start() -> None:

@@ -6,7 +6,7 @@
 #include <thread>
 #include <vector>
 
-#include "llama_runner/clock.h"
+#include "llama_runner/meter.h"
 
 namespace llama_runner {
 

@@ -1,12 +1,10 @@
 #include "llama_runner/bench.h"
 
-#include <sys/resource.h>
-
 #include <algorithm>
 #include <thread>
 
 #include "bandwidth.h"
-#include "llama_runner/clock.h"
+#include "llama_runner/meter.h"
 #include "llama_runner/session.h"
 
 namespace llama_runner {
@@ -26,26 +24,25 @@ Result<double> prefilled(Session& session, int64_t length, int64_t vocab_size) {
     return now() - start;
 }
 
-/// Median seconds that a token takes behind `position` others.
+/// Median seconds that a token takes behind `position` others, of as many as there is room for up to kSteps.
 Result<double> decoded(Session& session, int64_t position, int64_t vocab_size) {
     if (auto filled = prefilled(session, position, vocab_size); !filled) return filled.error();
     std::vector<double> times;
     const int64_t token = 1;
-    for (int64_t i = 0; i < kSteps; ++i) {
+    for (int64_t i = 0; i < std::min(kSteps, session.capacity() - position); ++i) {
         const double start = now();
         if (auto logits = session.prefill({&token, 1}); !logits) return logits.error();
         times.push_back(now() - start);
     }
-    std::ranges::nth_element(times, times.begin() + kSteps / 2);
-    return times[kSteps / 2];
+    const auto middle = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
+    std::ranges::nth_element(times, middle);
+    return *middle;
 }
 
 }  // namespace
 
 Result<Measured> bench(const std::string& path, const Program::Options& options, const BenchOptions& wanted) {
     Measured measured;
-    measured.bandwidth =
-        read_bandwidth(static_cast<int>(options.threads.value_or(std::max(1U, std::thread::hardware_concurrency()))));
     const double start = now();
     auto program = Program::open(path, options);
     if (!program) return program.error();
@@ -66,20 +63,22 @@ Result<Measured> bench(const std::string& path, const Program::Options& options,
         measured.prefill.push_back({length, static_cast<double>(length) / std::min(*once, *twice)});
     }
     for (const int64_t position : wanted.decode) {
-        if (position < 1 || position + kSteps > session->capacity()) continue;
+        if (position < 1 || position >= session->capacity()) continue;
         const auto seconds = decoded(*session, position, vocab_size);
         if (!seconds) return seconds.error();
         const auto moved =
             static_cast<double>(metadata.matrix_bytes) + static_cast<double>(session->cache().filled_bytes(position));
-        measured.decode.push_back({position, 1 / *seconds, moved / *seconds / measured.bandwidth});
+        measured.decode.push_back({position, 1 / *seconds, moved / *seconds});
     }
     if (measured.prefill.empty() && measured.decode.empty()) {
         return Error{path + " has room for " + std::to_string(session->capacity()) +
                      " positions; give smaller numbers to --prefill or --decode"};
     }
-    rusage usage{};
-    getrusage(RUSAGE_SELF, &usage);
-    measured.peak_bytes = int64_t{usage.ru_maxrss} * 1024;
+    measured.peak_bytes = peak_memory();
+    // Last, because what it reads is larger than a small model.
+    measured.bandwidth =
+        read_bandwidth(static_cast<int>(options.threads.value_or(std::max(1U, std::thread::hardware_concurrency()))));
+    for (Measured::Decode& row : measured.decode) row.roofline /= measured.bandwidth;
     return measured;
 }
 

@@ -1,4 +1,3 @@
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -7,8 +6,8 @@
 #include <string>
 
 #include "llama_runner/bench.h"
-#include "llama_runner/clock.h"
 #include "llama_runner/generate.h"
+#include "llama_runner/meter.h"
 #include "llama_runner/program.h"
 #include "llama_runner/session.h"
 
@@ -85,8 +84,6 @@ void print_json(const Transcript& transcript, const Statistics& statistics) {
 }
 
 void print_statistics(const Statistics& statistics) {
-    rusage usage{};
-    getrusage(RUSAGE_SELF, &usage);
     const auto decoded = statistics.new_tokens - 1;
     char decode[32] = "none";
     if (decoded > 0) {
@@ -98,7 +95,7 @@ void print_statistics(const Statistics& statistics) {
                  statistics.load, statistics.prompt_tokens,
                  static_cast<double>(statistics.prompt_tokens) / statistics.first_token,
                  statistics.load + statistics.first_token, static_cast<long long>(decoded), decode,
-                 static_cast<double>(usage.ru_maxrss) / 1024);
+                 static_cast<double>(peak_memory()) / 1e6);
 }
 
 /// Runs to the end; steps go to the transcript where there is one, and are printed otherwise.

@@ -2,14 +2,14 @@
 
 python -m tests.bench.peers                    # makes what is missing in build/bench: the best part of an hour
 python -m tests.bench.peers --rounds 5
+python -m tests.bench.peers --llama2c path/to/run.c path/to/stories260K    # .bin, tok512.bin and tok512.model
 
 All systems take turns, each in a process of its own, so that a machine whose speed drifts slows all alike; what counts
 are the ratios within a round. Random weights in groups of 32, all cores. `make bench` installs what it needs; run
-nothing else meanwhile.
+nothing else meanwhile. The README's table is written anew.
 """
 
 import argparse
-import ctypes
 import itertools
 import json
 import os
@@ -24,143 +24,26 @@ from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-import torch
 
-from runtime.clock import median_seconds, seconds
+from runtime.meter import seconds
+from tests.bench.engines import ENGINES, POSITIONS, PROMPT, THEIRS, Result, decode_row
 from tests.bench.export import HIDDEN, SHAPES, SHARED, theirs, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "bench"
 RUNNER = ROOT / "build" / "host" / "llama_runner"
-PROMPT = 512
-POSITIONS = {2048: (16, 1000), 8192: (4000,)}
-"""--max-seq-len, of all systems alike -> the positions to decode at."""
-STEPS = 32
-"""Tokens decoded at each: their median time counts."""
-
-Result = dict[str, float]
-"""What was measured in one process, by row: tokens a second, seconds, bytes."""
-
-
-class Engine(Protocol):
-    """A system with a file opened: a text is prefilled from its start, and decoded on from there."""
-
-    def prefill(self, length: int) -> None:
-        """Starts a text of so many tokens."""
-        ...
-
-    def decode(self) -> None:
-        """One token more."""
-        ...
-
-
-class Ours:
-    """The Python runtime of this project."""
-
-    def __init__(self, file: Path, context: int) -> None:
-        from runtime.program import Program
-        from runtime.session import Session
-
-        self._session = Session(Program(file))
-
-    def prefill(self, length: int) -> None:
-        self._session.reset()
-        self._session.prefill([5] * length)
-
-    def decode(self) -> None:
-        self._session.decode(5)
-
-
-class ExportLlm:
-    """ExecuTorch's export_llm, run by its Python bindings: its operator needs PyTorch's libraries."""
-
-    def __init__(self, file: Path, context: int) -> None:
-        import executorch.extension.llm.custom_ops.custom_ops
-        import executorch.kernels.quantized  # noqa: F401
-        from executorch.extension.pybindings.portable_lib import _load_for_executorch
-
-        self._model = _load_for_executorch(str(file))
-        self._position = 0
-
-    def prefill(self, length: int) -> None:
-        self._position = 0
-        while self._position < length:
-            self._step(min(length - self._position, PROMPT))
-
-    def decode(self) -> None:
-        self._step(1)
-
-    def _step(self, count: int) -> None:
-        self._model.forward((torch.full((1, count), 5), torch.tensor([self._position])))
-        self._position += count
-
-
-class LlamaCpp:
-    """llama.cpp by llama-cpp-python."""
-
-    flash = 0
-
-    def __init__(self, file: Path, context: int) -> None:
-        import llama_cpp
-
-        self._library = llama_cpp
-        self._quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept: llama.cpp holds only the pointer
-        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
-        llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
-        options = llama_cpp.llama_context_default_params()
-        options.n_ctx, options.n_batch, options.n_ubatch = context, PROMPT, PROMPT
-        options.n_threads = options.n_threads_batch = len(os.sched_getaffinity(0))
-        options.flash_attn_type = self.flash
-        self._context = llama_cpp.llama_init_from_model(model, options)
-
-    def prefill(self, length: int) -> None:
-        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
-        while length > 0:
-            self._step(min(length, PROMPT))
-            length -= PROMPT
-
-    def decode(self) -> None:
-        self._step(1)
-
-    def _step(self, count: int) -> None:
-        tokens = (ctypes.c_int32 * count)(*[5] * count)  # outlives the batch, which only points at it
-        code = self._library.llama_decode(self._context, self._library.llama_batch_get_one(tokens, count))
-        assert code == 0, f"llama_decode failed: {code}"
-        self._library.llama_synchronize(self._context)
-
-
-class LlamaCppFlash(LlamaCpp):
-    """The same with flash attention."""
-
-    flash = 1
-
-
-def work(engine: Callable[[Path, int], Engine], file: Path, context: int) -> None:
-    """Measures one engine in this process: prints a line when the first token is there, and then the result."""
-    opened = engine(file, context)
-    opened.prefill(16)
-    opened.decode()
-    print(flush=True)
-    found = Result()
-    if context == min(POSITIONS):
-        found[f"prefill {PROMPT}"] = PROMPT / min(seconds(lambda: opened.prefill(PROMPT)) for _ in range(2))
-    for position in POSITIONS[context]:
-        opened.prefill(position)
-        found[f"decode at {position}"] = 1 / median_seconds(opened.decode, STEPS)
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert peak
-    print(json.dumps(found | {"peak memory": int(peak[1]) * 1024}), flush=True)
+README = ROOT / "README.md"
+Round = dict[str, Result]
+"""By system."""
 
 
 def measured(name: str, file: Path, context: int) -> Result:
     """What a system finds in a process of its own."""
     start = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.bench.peers", "--worker", name, str(file), str(context)],
+        [sys.executable, "-m", "tests.bench.engines", name, str(file), str(context)],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT,
     )  # fmt: skip
     assert process.stdout
@@ -169,7 +52,7 @@ def measured(name: str, file: Path, context: int) -> Result:
     result = process.stdout.read()
     if process.wait():
         raise SystemExit(f"error: {name} ended with {process.returncode} on {file}")
-    return Result(json.loads(result)) | {"time to first token": first_token}
+    return Result(json.loads(result)) | {FIRST_TOKEN: first_token}
 
 
 def measured_cpp(file: Path, context: int) -> Result:
@@ -178,37 +61,35 @@ def measured_cpp(file: Path, context: int) -> Result:
     first_token = seconds(lambda: subprocess.run(first, check=True, capture_output=True))
     flags = ["--prefill", str(PROMPT), "--decode", *map(str, POSITIONS[context]), "--format", "json"]
     found = json.loads(subprocess.run([RUNNER, file, "--bench", *flags], check=True, capture_output=True).stdout)
-    result = {f"decode at {row['position']}": row["tokens_per_second"] for row in found["decode"]}
-    if context == min(POSITIONS):
+    result = {decode_row(row["position"], context): row["tokens_per_second"] for row in found["decode"]}
+    if context == THEIRS[0]:
         result |= {f"prefill {row['length']}": row["tokens_per_second"] for row in found["prefill"]}
-        result |= {f"roofline at {row['position']}": row["roofline"] for row in found["decode"]}
-    return result | {"peak memory": found["peak_bytes"], "time to first token": first_token}
+        result["roofline"] = found["decode"][0]["roofline"]
+    return result | {"peak memory": found["peak_bytes"], FIRST_TOKEN: first_token}
 
 
 @dataclass(frozen=True)
 class System:
-    """One of those compared: its name, its engine here or our C++ runner, and its file by context."""
+    """One of those compared: its file by context."""
 
-    name: str
-    engine: Callable[[Path, int], Engine] | None
     file: str
+    contexts: tuple[int, ...] = THEIRS
 
-    def run(self, context: int) -> Result:
+    def run(self, name: str, context: int) -> Result:
         file = FOLDER / self.file.format(context=context)
-        return measured(self.name, file, context) if self.engine else measured_cpp(file, context)
+        return measured(name, file, context) if name in ENGINES else measured_cpp(file, context)
 
 
 SYSTEMS = {
-    system.name: system
-    for system in (
-        System("llama_runner", None, "ours-{context}.pte"),
-        System("runtime", Ours, "ours-{context}.pte"),
-        System("export_llm", ExportLlm, "export_llm-{context}.pte"),
-        System("llama.cpp", LlamaCpp, "random.gguf"),
-        System("llama.cpp, flash", LlamaCppFlash, "random.gguf"),
-    )
+    "llama_runner": System("ours-{context}.pte", tuple(POSITIONS)),
+    "runtime": System("ours-{context}.pte"),
+    "export_llm": System("export_llm-{context}.pte"),
+    "llama.cpp": System("random.gguf"),
+    "llama.cpp, flash": System("random.gguf"),
 }
-PEERS = [name for name, system in SYSTEMS.items() if system.engine is not None and system.engine is not Ours]
+PEERS = [name for name in SYSTEMS if name not in ("llama_runner", "runtime")]
+FIRST_TOKEN = "time to first token"
+LESS_IS_BETTER = ("peak memory", FIRST_TOKEN)
 
 
 def prepare() -> None:
@@ -218,10 +99,8 @@ def prepare() -> None:
     if not checkpoint.exists():
         write_checkpoint(FOLDER / "partial", shape, SHAPES[shape]["n_layers"], tied=False).rename(checkpoint)
     for context in POSITIONS:
-        subprocess.run(
-            [sys.executable, "-m", "export.llama", "--checkpoint", checkpoint, "--tokenizer", "none", "--quantize",
-             "8da4w", "--max-seq-len", str(context), "--output", FOLDER / f"ours-{context}.pte"], check=True, cwd=ROOT,
-        )  # fmt: skip
+        export(checkpoint, None, FOLDER / f"ours-{context}.pte", context, "8da4w")
+    for context in THEIRS:
         output = FOLDER / f"export_llm-{context}.pte"
         if not output.exists():
             theirs(checkpoint, FOLDER / "partial.pte", context)
@@ -229,6 +108,13 @@ def prepare() -> None:
     if not (FOLDER / "random.gguf").exists():
         write_gguf(FOLDER / "partial.gguf", shape)
         (FOLDER / "partial.gguf").rename(FOLDER / "random.gguf")
+
+
+def export(checkpoint: Path, tokenizer: Path | None, output: Path, context: int, scheme: str) -> None:
+    """Runs our export, which leaves a file that is as it should be."""
+    flags = ["--max-seq-len", str(context), "--quantize", scheme, "--output", output]
+    command = [sys.executable, "-m", "export.llama", "--checkpoint", checkpoint, "--tokenizer", tokenizer or "none"]
+    subprocess.run([*command, *flags], check=True, cwd=ROOT)
 
 
 def write_gguf(path: Path, shape: str) -> None:
@@ -268,29 +154,125 @@ def write_gguf(path: Path, shape: str) -> None:
     writer.close()
 
 
-def table(rounds: Sequence[dict[str, Result]]) -> str:
-    """Medians, and of each of ours the ratio to the best peer of the same round: median, least and most."""
-    names = [row for row in rounds[0]["runtime"] if not row.startswith("roofline")]
-    lines = ["| | " + " | ".join(SYSTEMS) + " | llama_runner to the best peer | runtime to the best peer |"]
-    lines += ["|---" * (len(SYSTEMS) + 3) + "|"]
-    for row in names:
-        less_is_better = row in ("peak memory", "time to first token")
-        best = [(min if less_is_better else max)(found[peer][row] for peer in PEERS) for found in rounds]
+def stories(source: Path, folder: Path) -> Callable[[], Result]:
+    """What measures stories260K, a model so small that what a step costs beside its products decides.
+
+    Args:
+        source: llama2.c's run.c, compiled as its author does for speed.
+        folder: has stories260K.bin, tok512.bin and tok512.model.
+    """
+    theirs, ours = FOLDER / "llama2c", FOLDER / "stories260K.pte"
+    subprocess.run(["gcc", "-Ofast", "-march=native", source, "-lm", "-o", theirs], check=True)
+    export(folder / "stories260K.bin", folder / "tok512.model", ours, 512, "fp32")
+
+    def run() -> Result:
+        flags = ["-z", folder / "tok512.bin", "-t", "0", "-n", "256"]
+        done = subprocess.run([theirs, folder / "stories260K.bin", *flags], check=True, capture_output=True, text=True)
+        found = re.search(r"achieved tok/s: ([\d.]+)", done.stderr)
+        flags = ["--prompt-ids", "1", "--max-new-tokens", "255", "--temperature", "0", "--format", "json"]
+        done = subprocess.run([RUNNER, ours, *flags], check=True, capture_output=True, text=True)
+        assert found
+        text = json.loads(done.stdout)
+        speed = (len(text["token_ids"]) - 1) / text["timings"]["decode"]
+        return {"llama2.c": float(found[1]), "llama_runner": speed}
+
+    return run
+
+
+def best(found: Round, row: str) -> float:
+    """The best of the others."""
+    values = [found[peer][row] for peer in PEERS]
+    return min(values) if row in LESS_IS_BETTER else max(values)
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a ratio within a round should be: at least `bound`, or at most where less is better."""
+
+    name: str
+    bound: float
+    ratio: Callable[[Round], float]
+    less: bool = False
+
+    def line(self, rounds: Sequence[Round]) -> str:
+        """The ratio's median over the rounds, and its least and most."""
+        ratios = sorted(self.ratio(found) for found in rounds)
+        middle = statistics.median(ratios)
+        reached = middle <= self.bound if self.less else middle >= self.bound
+        spread = f"{middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        bound = f"at {'most' if self.less else 'least'} {self.bound:.2f}"
+        return f"| {self.name} | {spread} | {bound} | {'reached' if reached else 'not reached'} |"
+
+
+def to_best(row: str, bound: float) -> Aim:
+    """Of our C++ runner to the best of the others."""
+    return Aim(
+        f"{row}, llama_runner to the best of the others", bound,
+        lambda found: found["llama_runner"][row] / best(found, row), row in LESS_IS_BETTER,
+    )  # fmt: skip
+
+
+def between(name: str, row: str, mine: str, other: str, bound: float) -> Aim:
+    """Of one system to another."""
+    less = row in LESS_IS_BETTER
+    return Aim(name, bound, lambda found: found[mine][row] / found[other][row], less)
+
+
+AIMS = (
+    to_best(f"prefill {PROMPT}", 1.5),
+    to_best(decode_row(16, 2048), 1.15),
+    to_best(decode_row(1000, 2048), 1.25),
+    to_best(decode_row(4000, 8192), 1.25),
+    to_best("peak memory", 0.9),
+    between("time to first token, both from Python, to export_llm", FIRST_TOKEN, "runtime", "export_llm", 0.5),
+    Aim("decode at 16 to the roofline", 0.85, lambda found: found["llama_runner"]["roofline"]),
+    Aim(
+        "decode at 1,000, exported for 8,192 to exported for 1,024", 0.97,
+        lambda found: found["llama_runner"][decode_row(1000, 8192)] / found["llama_runner"][decode_row(1000, 1024)],
+    ),
+    between("decode at 16, runtime to llama_runner", decode_row(16, 2048), "runtime", "llama_runner", 0.97),
+)  # fmt: skip
+STORIES = Aim(
+    "stories260K, 255 tokens, llama_runner to llama2.c", 0.5,
+    lambda found: found["stories260K"]["llama_runner"] / found["stories260K"]["llama2.c"],
+)  # fmt: skip
+
+
+def table(rounds: Sequence[Round]) -> str:
+    """Medians of what each system was measured at."""
+    lines = ["| | " + " | ".join(SYSTEMS) + " |", "|---" * (len(SYSTEMS) + 1) + "|"]
+    for row in rounds[0]["export_llm"]:
         cells = [_shown(row, statistics.median(found[name][row] for found in rounds)) for name in SYSTEMS]
-        for mine in ("llama_runner", "runtime"):
-            ratios = sorted(found[mine][row] / other for found, other in zip(rounds, best, strict=True))
-            cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    first = f"roofline at {min(itertools.chain(*POSITIONS.values()))}"
-    shares = [found["llama_runner"][first] for found in rounds]
-    lines += ["", f"{first}: {statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%}) by llama_runner"]
     return "\n".join(lines)
 
 
 def _shown(row: str, value: float) -> str:
     if row == "peak memory":
-        return f"{value / 1e6:.0f} MB"
-    return f"{value:.2f} s" if row == "time to first token" else f"{value:.1f} tok/s"
+        return f"{value / 1e6:,.0f} MB"
+    return f"{value:.1f} s" if row == FIRST_TOKEN else f"{value:.1f} tok/s"
+
+
+def report(rounds: Sequence[Round]) -> str:
+    """What was measured, on what, and what each ratio should be."""
+    packages = ("torch", "executorch", "torchao", "llama-cpp-python")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    machine = processor[1] if processor else platform.machine()
+    aims = [*AIMS, STORIES] if "stories260K" in rounds[0] else AIMS
+    return "\n".join([
+        f"{date.today()}, {len(os.sched_getaffinity(0))} cores of {machine}, {versions}; {len(rounds)} rounds:",
+        "", table(rounds), "",
+        "Ratios within a round: median, least and most.", "",
+        "| | ratio | wanted | |", "|---|---|---|---|", *(aim.line(rounds) for aim in aims),
+    ])  # fmt: skip
+
+
+def write_readme(text: str) -> None:
+    """Puts a report in the place of the last one."""
+    begin, end = "<!-- make bench -->\n", "<!-- end of make bench -->"
+    before, rest = README.read_text().split(begin)
+    README.write_text(f"{before}{begin}{text}\n{end}{rest.split(end)[1]}")
 
 
 def main() -> None:
@@ -298,26 +280,23 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m tests.bench.peers", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="times that every system has its turn (default: 3)")
-    parser.add_argument("--worker", nargs=3, metavar=("NAME", "FILE", "CONTEXT"), help=argparse.SUPPRESS)
+    parser.add_argument("--llama2c", nargs=2, type=Path, metavar=("RUN_C", "STORIES260K"), help="compare with it, too")
     options = parser.parse_args()
-    if options.worker:
-        name, file, context = options.worker
-        engine = SYSTEMS[name].engine
-        assert engine
-        work(engine, Path(file), int(context))
-        return
     prepare()
-    rounds = list[dict[str, Result]]()
+    small = stories(*options.llama2c) if options.llama2c else None
+    rounds = list[Round]()
     for number in range(options.rounds):
-        found: dict[str, Result] = {name: {} for name in SYSTEMS}
+        found: Round = {name: {} for name in SYSTEMS}
         for context, (name, system) in itertools.product(POSITIONS, SYSTEMS.items()):
-            print(f"round {number + 1}: {name}, --max-seq-len {context}", file=sys.stderr, flush=True)
-            found[name] = system.run(context) | found[name]  # memory and first token are those of the first context
+            if context in system.contexts:
+                print(f"round {number + 1}: {name}, --max-seq-len {context}", file=sys.stderr, flush=True)
+                found[name] = system.run(name, context) | found[name]  # memory and first token are the first context's
+        if small:
+            found["stories260K"] = small()
         rounds.append(found)
-    packages = ("torch", "executorch", "torchao", "llama-cpp-python")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    print(f"{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {versions}\n")
-    print(table(rounds))
+    text = report(rounds)
+    print(text)
+    write_readme(text)
 
 
 if __name__ == "__main__":

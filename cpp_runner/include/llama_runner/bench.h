@@ -41,8 +41,8 @@ struct Measured {
     std::vector<Decode> decode;
 };
 
-/// Opens a file and runs it: each prompt twice, of which the faster counts, and 32 tokens at each position, of which
-/// the median does.
+/// Opens a file and runs it: each prompt twice, of which the faster counts, and up to 32 tokens at each position, of
+/// which the median does.
 Result<Measured> bench(const std::string& path, const Program::Options& program, const BenchOptions& options);
 
 }  // namespace llama_runner

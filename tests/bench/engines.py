@@ -1,0 +1,152 @@
+"""The systems that `peers` compares, each run in a process of its own: python -m tests.bench.engines NAME FILE CONTEXT.
+
+It prints a line when the first token is there, and at the end what it measured, as JSON.
+"""
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from runtime.meter import median_seconds, peak_memory, seconds
+
+PROMPT = 512
+POSITIONS = {2048: (16, 1000), 8192: (1000, 4000), 1024: (1000,)}
+"""--max-seq-len -> the positions to decode at; the last is for ours alone, whose cost should not grow with it."""
+THEIRS = (2048, 8192)
+STEPS = 16
+"""Tokens decoded at each: their median time counts."""
+
+Result = dict[str, float]
+"""What was measured of one system, by row: tokens a second, seconds, bytes."""
+
+
+class Engine(Protocol):
+    """A system with a file opened: a text is prefilled from its start, and decoded on from there."""
+
+    def prefill(self, length: int) -> None:
+        """Starts a text of so many tokens."""
+        ...
+
+    def decode(self) -> None:
+        """One token more."""
+        ...
+
+
+class Ours:
+    """The Python runtime of this project."""
+
+    def __init__(self, file: Path, context: int) -> None:
+        from runtime.program import Program
+        from runtime.session import Session
+
+        self._session = Session(Program(file))
+
+    def prefill(self, length: int) -> None:
+        self._session.reset()
+        self._session.prefill([5] * length)
+
+    def decode(self) -> None:
+        self._session.decode(5)
+
+
+class ExportLlm:
+    """ExecuTorch's export_llm, run by its Python bindings: its operator needs PyTorch's libraries."""
+
+    def __init__(self, file: Path, context: int) -> None:
+        import executorch.extension.llm.custom_ops.custom_ops
+        import executorch.kernels.quantized  # noqa: F401
+        from executorch.extension.pybindings.portable_lib import _load_for_executorch
+
+        self._model = _load_for_executorch(str(file))
+        self._position = 0
+
+    def prefill(self, length: int) -> None:
+        self._position = 0
+        while self._position < length:
+            self._step(min(length - self._position, PROMPT))
+
+    def decode(self) -> None:
+        self._step(1)
+
+    def _step(self, count: int) -> None:
+        self._model.forward((torch.full((1, count), 5), torch.tensor([self._position])))
+        self._position += count
+
+
+class LlamaCpp:
+    """llama.cpp by llama-cpp-python."""
+
+    flash = 0
+
+    def __init__(self, file: Path, context: int) -> None:
+        import llama_cpp
+
+        self._library = llama_cpp
+        self._quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept: llama.cpp holds only the pointer
+        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx, options.n_batch, options.n_ubatch = context, PROMPT, PROMPT
+        options.n_threads = options.n_threads_batch = len(os.sched_getaffinity(0))
+        options.flash_attn_type = self.flash
+        self._context = llama_cpp.llama_init_from_model(model, options)
+
+    def prefill(self, length: int) -> None:
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        while length > 0:
+            self._step(min(length, PROMPT))
+            length -= PROMPT
+
+    def decode(self) -> None:
+        self._step(1)
+
+    def _step(self, count: int) -> None:
+        tokens = (ctypes.c_int32 * count)(*[5] * count)  # outlives the batch, which only points at it
+        code = self._library.llama_decode(self._context, self._library.llama_batch_get_one(tokens, count))
+        assert code == 0, f"llama_decode failed: {code}"
+        self._library.llama_synchronize(self._context)
+
+
+class LlamaCppFlash(LlamaCpp):
+    """The same with flash attention."""
+
+    flash = 1
+
+
+def decode_row(position: int, context: int) -> str:
+    """The name of a row."""
+    return f"decode at {position:,} of {context:,}"
+
+
+def work(engine: Callable[[Path, int], Engine], file: Path, context: int) -> None:
+    """Measures one engine in this process."""
+    opened = engine(file, context)
+    opened.prefill(16)
+    opened.decode()
+    print(flush=True)
+    found = Result()
+    if context == THEIRS[0]:
+        found[f"prefill {PROMPT}"] = PROMPT / min(seconds(lambda: opened.prefill(PROMPT)) for _ in range(2))
+    for position in POSITIONS[context]:
+        opened.prefill(position)
+        found[decode_row(position, context)] = 1 / median_seconds(opened.decode, STEPS)
+    print(json.dumps(found | {"peak memory": peak_memory()}), flush=True)
+
+
+ENGINES: dict[str, Callable[[Path, int], Engine]] = {
+    "runtime": Ours,
+    "export_llm": ExportLlm,
+    "llama.cpp": LlamaCpp,
+    "llama.cpp, flash": LlamaCppFlash,
+}
+
+
+if __name__ == "__main__":
+    work(ENGINES[sys.argv[1]], Path(sys.argv[2]), int(sys.argv[3]))
