@@ -164,7 +164,7 @@ def theirs(checkpoint: Path, output: Path, max_seq_len: int = 2048) -> list[Stag
         "backend.xnnpack.extended_ops": "true",
         "export.max_seq_length": max_seq_len,
         "export.max_context_length": max_seq_len,
-        "export.output_name": output,
+        "export.output_name": output.resolve(),
     }
     module = "executorch.extension.llm.export.export_llm"
     command = [sys.executable, "-m", module, *(f"{key}={value}" for key, value in settings.items())]
