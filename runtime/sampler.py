@@ -1,9 +1,12 @@
-"""sample(logits, options, rng): the next token, a function of its arguments alone."""
+"""sample(logits, options, rng, recent): the next token, a function of its arguments alone."""
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.errors import InputError
@@ -18,11 +21,25 @@ class SamplingOptions:
         top_k: only the k most likely tokens; 0 for all.
         top_p: only the smallest set of most likely tokens whose probability reaches p (nucleus sampling, Holtzman et
             al. 2020, https://arxiv.org/abs/1904.09751); 1 for all.
+        min_p: only tokens whose probability is at least p times the likeliest's (Nguyen et al. 2024,
+            https://arxiv.org/abs/2407.01082); 0 for all.
+        repetition_penalty: divides the positive logits of tokens in the window and multiplies the negative ones (CTRL,
+            Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1); 1 for none.
+        presence_penalty: taken off the logit of each token in the window, once (as OpenAI defines it); 0 for none.
+        frequency_penalty: taken off as many times as the token occurs in the window; 0 for none.
+        penalty_window: how many of the text's latest tokens, the prompt's included, the three penalties look at.
+        logit_bias: what is added to the logits of some tokens, by their ids.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_window: int = 64
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -31,6 +48,27 @@ class SamplingOptions:
             raise InputError(f"top-k {self.top_k} is impossible; give 0 (all) or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top-p {self.top_p} is impossible; give more than 0, up to 1")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min-p {self.min_p} is impossible; give 0 (all) to 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise InputError(
+                f"repetition-penalty {self.repetition_penalty} is impossible; give more than 0, where 1 is none"
+            )
+        for name, penalty in (("presence", self.presence_penalty), ("frequency", self.frequency_penalty)):
+            if not math.isfinite(penalty):
+                raise InputError(f"{name}-penalty {penalty} is impossible; give a finite number, where 0 is none")
+        if self.penalty_window < 1:
+            raise InputError(f"penalty-window {self.penalty_window} is impossible; give 1 or more")
+        for token, bias in self.logit_bias.items():
+            if token < 0 or not math.isfinite(bias):
+                raise InputError(
+                    f"logit-bias {token}={bias} is impossible; give an id of 0 or more and a finite number"
+                )
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a token's logit depends on the tokens before it."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 class Rng:
@@ -53,16 +91,34 @@ class Rng:
         return ((z ^ (z >> 31)) >> 11) * 2.0**-53
 
 
-def sample(logits: Tensor, options: SamplingOptions, rng: Rng) -> int:
+def sample(
+    logits: Tensor,
+    options: SamplingOptions,
+    rng: Rng,
+    recent: Sequence[int] = (),
+    allowed: NDArray[np.bool_] | None = None,
+) -> int:
     """Draws a token from logits [V] float32; equal logits rank by id, the lower first.
+
+    The stages: logit_bias is added; the penalties follow, first repetition, then presence and frequency; tokens that
+    are not allowed fall away; temperature; of what then is likely, top_k, top_p and min_p, in this order. Temperature 0
+    takes the highest logit after the penalties. All of it is float64.
 
     One coin is drawn per call unless the temperature is 0. Probabilities are float64, summed from the likeliest
     token down where top_k or top_p order them, and by id otherwise.
+
+    Args:
+        recent: the text so far, at least its last penalty_window tokens; read only where there is a penalty.
+        allowed: [V], which tokens may be drawn, at least one; None for all.
     """
+    scores = logits.numpy()
+    if options.logit_bias or options.penalises or allowed is not None:
+        scores = _adjusted(scores, options, recent, allowed)
     if options.temperature == 0:
-        return int(logits.numpy().argmax())
-    scores = logits.numpy().astype(np.float64)
-    probabilities = np.exp((scores - scores.max()) / options.temperature)
+        return int(scores.argmax())
+    scores = scores.astype(np.float64, copy=False)
+    exponents = (scores - scores.max()) / options.temperature
+    probabilities = np.exp(exponents)
     ids = np.arange(len(scores))
     if options.top_k or options.top_p < 1:
         ids = np.argsort(-probabilities, kind="stable")[: options.top_k or None]
@@ -71,5 +127,42 @@ def sample(logits: Tensor, options: SamplingOptions, rng: Rng) -> int:
             sums = np.cumsum(probabilities)
             kept = int(np.searchsorted(sums, options.top_p * sums[-1])) + 1
             ids, probabilities = ids[:kept], probabilities[:kept]
+    if options.min_p > 0:  # in logarithms, which both languages round alike
+        likely = ~(exponents[ids] < math.log(options.min_p))  # so that a NaN stays, and with it one token at least
+        ids, probabilities = ids[likely], probabilities[likely]
     sums = np.cumsum(probabilities)
     return int(ids[min(np.searchsorted(sums, rng.coin() * sums[-1], side="right"), len(ids) - 1)])
+
+
+def _adjusted(
+    logits: NDArray[np.float32], options: SamplingOptions, recent: Sequence[int], allowed: NDArray[np.bool_] | None
+) -> NDArray[np.float64]:
+    """The stages before temperature; see `sample`."""
+    scores = logits.astype(np.float64)
+    for token, bias in options.logit_bias.items():
+        scores[token] += bias
+    if options.penalises:
+        counts = Counter(recent[-options.penalty_window :])
+        ids, times = np.array(list(counts), np.int64), np.array(list(counts.values()), np.float64)
+        repeated, penalty = scores[ids], options.repetition_penalty
+        repeated = np.where(repeated > 0, repeated / penalty, repeated * penalty)
+        scores[ids] = repeated - (options.presence_penalty + options.frequency_penalty * times)
+    if allowed is not None:
+        scores[~allowed] = -math.inf
+    return scores
+
+
+def logprobs(logits: Tensor, token: int, k: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Logarithms of probabilities in softmax(logits), the model's own distribution, of logits [V] float32.
+
+    Returns:
+        that of `token`, and the k likeliest tokens, each with its own; equal logits rank by id, the lower first.
+    """
+    given = logits.numpy()
+    scores = given.astype(np.float64)
+    scores -= scores.max()
+    scores -= math.log(np.cumsum(np.exp(scores))[-1])
+    k = min(k, len(given))
+    likely = np.flatnonzero(given >= np.partition(given, -k)[-k]) if k else np.arange(0)
+    ids = likely[np.argsort(-given[likely], kind="stable")][:k]
+    return float(scores[token]), tuple((int(i), float(scores[i])) for i in ids)

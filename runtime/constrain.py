@@ -1,0 +1,179 @@
+"""Constraint: which tokens may follow, where the text has to be JSON of a schema or match a regular expression.
+
+By llguidance (https://github.com/guidance-ai/llguidance), which follows the text's grammar byte by byte. This module
+tells it what the tokens of a file's own tokenizer stand for.
+"""
+
+import codecs
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.errors import InputError
+from preproc.tokenizer import Tokenizer
+
+JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""As json.dumps writes it. Free white space could go on for ever."""
+
+
+def json_schema(path: Path) -> str:
+    """The grammar of JSON that a file's schema (https://json-schema.org) describes.
+
+    Raises:
+        InputError: there is no such file, it holds no schema, or llguidance is not installed.
+    """
+    _require_library()
+    from llguidance import LLMatcher
+
+    if not path.is_file():
+        raise InputError(f"{path} is no file; give one that holds a JSON schema")
+    try:
+        return LLMatcher.grammar_from_json_schema(json.loads(path.read_bytes()), defaults=JSON_FORM)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path} holds no JSON schema ({_first_line(str(error))}); mend it") from error
+
+
+def regex(pattern: str) -> str:
+    """The grammar of text that matches a regular expression as a whole, in the syntax of Rust's regex crate.
+
+    Raises:
+        InputError: llguidance is not installed.
+    """
+    _require_library()
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_regex(pattern)
+
+
+class Constraint:
+    """What one text may go on with: it moves with the text, token by token.
+
+    Once the grammar can end, the stop tokens are allowed; once it must, they alone are.
+    """
+
+    def __init__(
+        self, grammar: str, tokenizer: Tokenizer | None, stop_ids: Sequence[int], vocab_size: int, prompt: Sequence[int]
+    ) -> None:
+        """Starts behind `prompt`, which the grammar does not see.
+
+        Args:
+            grammar: what `json_schema` or `regex` return.
+            stop_ids: the tokens that end a text.
+            vocab_size: width of the logits, which may be more than the tokenizer's ids.
+
+        Raises:
+            InputError: the grammar cannot be used, or not with this tokenizer and prompt.
+        """
+        from llguidance import LLMatcher, LLTokenizer
+        from llguidance._tokenizer import TokenizerWrapper
+
+        if tokenizer is None or not stop_ids:
+            lacking = "stop token" if tokenizer else "tokenizer"
+            raise InputError(
+                f"the file carries no {lacking}, which constrained text needs; export it from one that does"
+            )
+        self._vocab_size = vocab_size
+        self._lost = _start(tokenizer, prompt, vocab_size)
+        vocabulary = TokenizerWrapper(_Vocabulary(tokenizer, stop_ids, vocab_size))
+        library_tokenizer = LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=list(stop_ids))
+        self._matcher = LLMatcher(library_tokenizer, grammar, log_level=0)
+        self._check("the grammar cannot be used")
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """[V], whether each token may come next.
+
+        Raises:
+            InputError: the vocabulary cannot spell what the grammar wants, or that is too much for llguidance.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check("no token goes on as the grammar wants")
+        allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(bool)
+        if self._lost:
+            allowed[list(self._lost)] = False
+            if not allowed.any():  # llguidance wants one of them, as what the tokenizer would take, where others serve
+                others = (i for i in range(self._vocab_size) if i not in self._lost)
+                allowed[[i for i in others if self._matcher.validate_tokens([i])]] = True
+            if not allowed.any():
+                raise InputError("no token that can open a text goes on as the grammar wants; simplify or mend it")
+        return allowed
+
+    def take(self, token: int) -> None:
+        """Moves on behind a token that was allowed."""
+        self._matcher.consume_token(token)
+        self._lost = set()
+
+    def _check(self, failure: str) -> None:
+        if self._matcher.is_error():
+            raise InputError(f"{failure} ({_first_line(self._matcher.get_error())}); simplify or mend it")
+
+
+class _Vocabulary:
+    """A tokenizer in the form that llguidance wants. Control tokens have no text, and stop tokens only a name."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int], vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self.bos_token_id = None
+        self.eos_token_id = stop_ids[0]
+        self.special_token_ids = list(stop_ids)
+        self.tokens = [tokenizer.piece(token, first=False) for token in range(vocab_size)]
+        self._ids = {piece: token for token, piece in enumerate(self.tokens)}
+        self._longest = max(map(len, self.tokens))
+        for token in stop_ids:
+            self.tokens[token] = f"<stop {token}>".encode()
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids that spell `text` where other text stands before it: what llguidance goes on with where the grammar
+        leaves no choice. As the tokenizer cuts it, so that the model meets what it was trained on; but without what
+        that puts in front of a text, and where it changes the text, by the longest pieces.
+        """
+        for before in ("", "\x02"):
+            ids = self._tokenizer.encode(before + text)
+            for start in range(len(ids)):
+                if b"".join(self.tokens[token] for token in ids[start:]) == text.encode():
+                    return ids[start:]
+        return self._spelled(text.encode())
+
+    def _spelled(self, text: bytes) -> list[int]:
+        ids, start = list[int](), 0
+        while start < len(text):
+            ends = range(min(start + self._longest, len(text)), start, -1)
+            end = next((end for end in ends if text[start:end] in self._ids), None)
+            if end is None:
+                return ids
+            ids.append(self._ids[text[start:end]])
+            start = end
+        return ids
+
+
+def _start(tokenizer: Tokenizer, prompt: Sequence[int], vocab_size: int) -> set[int]:
+    """The tokens that cannot open the text: those that lose their space where nothing stands before them.
+
+    Raises:
+        InputError: the prompt ends inside a character, so that the text would begin there.
+    """
+    before = b"".join(tokenizer.piece(token, first=False) for token in prompt)
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    utf8.decode(before)
+    if utf8.getstate()[0]:
+        raise InputError("the prompt ends inside a character, where no constrained text can begin; complete it")
+    if before:
+        return set()
+    return {i for i in range(vocab_size) if tokenizer.piece(i, first=True) != tokenizer.piece(i, first=False)}
+
+
+def _require_library() -> None:
+    if find_spec("llguidance") is None:
+        raise InputError(
+            "--json-schema and --regex need llguidance, which this Python lacks; "
+            "run: pip install 'llama-pte[constrain]'"
+        )
+
+
+def _first_line(message: str) -> str:
+    """What a message of several lines says is wrong."""
+    lines = message.splitlines()
+    return next((line for line in lines if line.startswith("error: ")), lines[0]).removeprefix("error: ")
