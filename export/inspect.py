@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.metadata import Metadata
+from export.metadata import Metadata, MethodSpec
 from export.scheme import Scheme, kept, matrices
 from model.config import ModelConfig
 from model.kv_rows import row_bytes
@@ -54,7 +54,7 @@ def plan(metadata: Metadata) -> MemoryPlan:
     kv_dtype = scheme_of(metadata).kv_dtype
     caches = cache_bytes(config, metadata.max_seq_len, kv_dtype) if metadata.use_kv_cache else 0
     longest = max(metadata.methods, key=lambda method: method.max_length)
-    activations = activation_bytes(config, longest.max_length, metadata.max_seq_len, longest.is_fused)
+    activations = activation_bytes(config, longest, metadata.max_seq_len)
     return MemoryPlan(
         weights=packed * metadata.matrix_bytes,
         caches=metadata.batch_size * caches,
@@ -78,18 +78,19 @@ def matrix_bytes(config: ModelConfig, scheme: Scheme) -> int:
     return sum(scheme.format(name, shape[1]).nbytes(*shape) for name, shape in matrices(config).items())
 
 
-def activation_bytes(config: ModelConfig, length: int, positions: int, fused: bool) -> int:
-    """The larger of attention's and the feed-forward's working set for `length` tokens of one sequence, the logits, and
-    every layer's new cache rows; where attention is not fused also its scores, the mask, and the packed copy of one
+def activation_bytes(config: ModelConfig, method: MethodSpec, positions: int) -> int:
+    """The larger of attention's and the feed-forward's working set for a method's tokens of one sequence, the logits,
+    and every layer's new cache rows; where attention is not fused also its scores, the mask, and the packed copy of one
     layer's caches that a product takes.
     """
+    length = method.max_length
     attention = length * (4 * config.n_heads * config.head_dim + 2 * config.dim)
-    if not fused:
+    if not method.is_fused:
         attention += length * (3 * config.n_heads + 1) * (positions + length)
         attention += 2 * config.n_kv_heads * positions * config.head_dim
     feed_forward = length * (3 * config.hidden_dim + 2 * config.dim)
     rows = 2 * config.n_layers * config.n_kv_heads * length * config.head_dim
-    return (max(attention, feed_forward) + rows + config.vocab_size) * FLOAT
+    return (max(attention, feed_forward) + rows + method.max_rows * config.vocab_size) * FLOAT
 
 
 def describe(metadata: Metadata, size: int) -> dict[str, Any]:

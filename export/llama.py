@@ -3,6 +3,7 @@
 python -m export.llama --max-seq-len 512
 python -m export.llama --checkpoint path/to/Llama-3.2-1B --max-seq-len 2048 --output llama.pte
 python -m export.llama --checkpoint stories260K.bin --tokenizer tok512.model
+python -m export.llama --run "Once upon a time"
 """
 
 from model import command
@@ -37,6 +38,8 @@ from export.verify import VerificationError, add_flags, verify
 from model.checkpoint import BUILT_IN
 from model.errors import InputError
 from model.kv_rows import KV_DTYPES
+from preproc.chat import NAMED
+from runtime import generate
 from runtime.program import read_metadata
 
 
@@ -156,13 +159,15 @@ def _tokens(count: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: exit code 0 when the file is there and verified, 1 when verification failed, 2 for bad input."""
-    options = ExportOptions(**vars(_parser().parse_args(arguments)))
+    flags = vars(_parser().parse_args(arguments))
+    prompt = flags.pop("run")
     try:
-        print(export_llama(options, ConsoleProgress()))
+        path = export_llama(ExportOptions(**flags), ConsoleProgress())
+        print(path)
     except (VerificationError, NothingFitsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return 0 if prompt is None else generate.main([str(path), "--prompt", prompt])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -182,6 +187,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="SentencePiece, tiktoken or tokenizer.json; `none` for no tokenizer (default: the checkpoint's own)",
+    )
+    add(
+        "--chat-template",
+        metavar="NAME",
+        help=f"how messages become a text: {', '.join(NAMED)}, a file of Jinja, or `none` (default: the checkpoint's "
+        "own)",
     )
     add("--output", type=Path, metavar="FILE", help="default: the checkpoint's name with .pte, in this folder")
     add(
@@ -206,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         help="fused: one operator that reads as much of the KV cache as is filled; aten: plain operators on all of it "
         "(default: fused for xnnpack, aten for the others and for mixtures of experts)",
     )
+    add("--batch-size", type=int, default=1, metavar="N", help="texts that runtime.batch extends at once (default: 1)")
     _add_scheme_flags(parser)
     add(
         "--no-kv-cache",
@@ -219,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(parser)
     add("--hub-token", metavar="TOKEN", help="for private and gated models on the hub (default: HF_TOKEN)")
     add("--cache-dir", type=Path, metavar="FOLDER", help="where downloads are kept (default: the hub's own cache)")
+    add("--run", metavar="PROMPT", help="then continue this text, as runtime.generate does")
     add("--force", action="store_true", help="export again even if the output is up to date")
     return parser
 

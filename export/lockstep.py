@@ -144,7 +144,8 @@ def _heads(recipe: Recipe, hidden: Tensor, take: Callable[[int, Tensor, Tensor],
 
 def _logits(head: nn.Module, x: Tensor) -> Tensor:
     """[B, L, D] -> [B*L, V]."""
-    return head(x, torch.eye(x.shape[0] * x.shape[1]))[0]
+    B, L, _ = x.shape
+    return head(x, torch.eye(L).repeat(B, 1, 1))[0].flatten(0, 1)
 
 
 class _InParts(nn.Module):

@@ -18,7 +18,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from export.backends import BACKENDS, Backend
 from export.metadata import MethodSpec, TensorSpec
 from export.quantize import by_rows, random
-from export.scheme import FLOAT, Scheme, is_shared
+from export.scheme import FLOAT, Scheme, swaps_pairs
 from export.trace import dynamic_shapes, parameter_name, pieces, trace_piece
 from model.config import ModelConfig
 from model.fused import FusedLlama
@@ -118,7 +118,7 @@ def _random_piece(config: ModelConfig, name: str, scheme: Scheme) -> nn.Module:
                 full = parameter_name(config, name, f"{path}.{role}")
                 is_matrix = isinstance(layer, nn.Linear) and role == "weight"
                 form = scheme.format(full, parameter.shape[-1]) if is_matrix else FLOAT
-                if full == "head.output.weight" and is_shared(config, scheme) and form.bits == 4:
+                if full == "head.output.weight" and swaps_pairs(config, scheme):
                     layer = _PairsSwapped(config.dim, config.vocab_size, config.head_bias, device="meta")
                     module.set_submodule(path, layer)
                 setattr(layer, role, nn.Parameter(random(parameter.shape, form), requires_grad=False))
@@ -148,7 +148,7 @@ def _code(graph: ExportedProgram, backend: Backend, module: nn.Module, spec: Met
         arguments=tuple(_argument(lowered, node, inputs) for node in call.args[1:]),
         results=tuple(result.args[1] for result in results),
         data=_data(delegate, module),
-        stand_in=_stand_in(call, spec),
+        stand_in=_stand_in(call, spec, _rows(graph)),
     )
 
 
@@ -176,26 +176,36 @@ def _data(delegate: LoweredBackendModule, module: nn.Module) -> tuple[Part, ...]
 
 
 class _Shapes(nn.Module):
-    """Results of these kinds; the length is the first argument's second size."""
+    """Results of these kinds, whose sizes are those of the arguments."""
 
-    def __init__(self, results: list[TensorSpec]) -> None:
+    def __init__(self, arguments: list[TensorSpec], results: list[TensorSpec]) -> None:
         super().__init__()
         self.results = results
+        found = ((number, spec.shape.index("R")) for number, spec in enumerate(arguments) if "R" in spec.shape)
+        self.rows = next(found, None)
 
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        return tuple(arguments[0].new_empty(result.sizes(arguments[0].shape[1])) for result in self.results)
+        rows = arguments[self.rows[0]].shape[self.rows[1]] if self.rows else 1
+        return tuple(arguments[0].new_empty(result.sizes(arguments[0].shape[1], rows)) for result in self.results)
 
 
-def _stand_in(call: Any, spec: MethodSpec) -> ExportedProgram:
-    arguments = [_spec(node.meta["val"]) for node in call.args[1:]]
+def _stand_in(call: Any, spec: MethodSpec, rows: str | None) -> ExportedProgram:
+    arguments = [_spec(node.meta["val"], rows) for node in call.args[1:]]
     return torch.export.export(
-        _Shapes([_spec(value) for value in call.meta["val"]]),
-        tuple(argument.zeros(spec.max_length) for argument in arguments),
+        _Shapes(arguments, [_spec(value, rows) for value in call.meta["val"]]),
+        tuple(argument.zeros(spec.max_length, spec.max_rows) for argument in arguments),
         dynamic_shapes=dynamic_shapes("arguments", arguments, spec),
     )
 
 
-def _spec(value: Tensor) -> TensorSpec:
-    """Any size that is not fixed is the method's length."""
-    shape = tuple(size if isinstance(size, int) else "L" for size in value.shape)
-    return TensorSpec("", shape, str(value.dtype).removeprefix("torch."))
+def _rows(graph: ExportedProgram) -> str | None:
+    """The symbol of the number of rows in a head's graph, whose `select` alone has a last size that is not fixed."""
+    inputs = set(graph.graph_signature.user_inputs)
+    shapes = [node.meta["val"].shape for node in graph.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    return next((str(shape[1]) for shape in shapes if not isinstance(shape[-1], int)), None)
+
+
+def _spec(value: Tensor, rows: str | None) -> TensorSpec:
+    """Any size that is not fixed is the step's length, but for that of the symbol `rows`."""
+    shape: list[Any] = [size if isinstance(size, int) else "R" if str(size) == rows else "L" for size in value.shape]
+    return TensorSpec("", tuple(shape), str(value.dtype).removeprefix("torch."))

@@ -21,7 +21,7 @@ from model.config import ModelConfig
 from model.errors import InputError
 from preproc.positions import Positions
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 FIELDS: dict[str, tuple[str, str]] = {
     "get_max_seq_len": ("int", "capacity of the KV cache in positions (T): prompt and answer together"),
@@ -44,6 +44,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "get_sliding_window": ("int", "positions that a local block sees, itself included; 0 where all see everything"),
     "get_tokenizer_kind": ("string", "sentencepiece, tiktoken, tokenizer.json or none"),
     "get_tokenizer": ("uint8 [bytes]", "the tokenizer file's own bytes; one zero byte where there is none"),
+    "get_chat_template": ("JSON", "preproc.chat.ChatTemplate: how messages become a text; empty where nothing says"),
 }
 """Constant method -> its type and meaning: all that a file carries beside graph and weights."""
 
@@ -57,21 +58,21 @@ class TensorSpec:
     Attributes:
         name: its role: tokens, select, logits, hidden; what depends on the position, see `preproc.positions`; and
             k_cache.3, v_cache.3, k_rows.3, v_rows.3 for layer 3.
-        shape: sizes; "L" stands for the method's length where that is not fixed.
+        shape: sizes; "L" stands for the length of a step, and "R" for its rows of logits, where they are not fixed.
         dtype: float32 or int64.
     """
 
     name: str
-    shape: tuple[int | Literal["L"], ...]
+    shape: tuple[int | Literal["L", "R"], ...]
     dtype: str
 
-    def sizes(self, length: int) -> tuple[int, ...]:
-        """The shape at a length."""
-        return tuple(length if size == "L" else size for size in self.shape)
+    def sizes(self, length: int, rows: int = 1) -> tuple[int, ...]:
+        """The shape of a step."""
+        return tuple({"L": length, "R": rows}[size] if isinstance(size, str) else size for size in self.shape)
 
-    def zeros(self, length: int) -> Tensor:
+    def zeros(self, length: int, rows: int = 1) -> Tensor:
         """A tensor of this kind."""
-        return torch.zeros(self.sizes(length), dtype=getattr(torch, self.dtype))
+        return torch.zeros(self.sizes(length, rows), dtype=getattr(torch, self.dtype))
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class MethodSpec:
     Attributes:
         name: the ExecuTorch method.
         min_length, max_length: the L it takes; equal where the graph is static.
-        rows: the R rows of logits it returns.
+        max_rows: the most rows of logits (R) that it returns of each sequence; 1 or more.
         start_layer, end_layer: the blocks it runs, end excluded.
         inputs, outputs: in the order of the method's arguments and results.
     """
@@ -92,7 +93,7 @@ class MethodSpec:
     name: str
     min_length: int
     max_length: int
-    rows: int
+    max_rows: int
     start_layer: int
     end_layer: int
     inputs: tuple[TensorSpec, ...]
@@ -115,7 +116,7 @@ class Requirements:
 
 @dataclass(frozen=True)
 class Metadata:
-    """All that a file carries beside graph and weights, tensors as in FIELDS; bos_id is None where there is no BOS."""
+    """All that a file carries beside graph and weights, as in FIELDS; bos_id is None where there is no BOS."""
 
     config: ModelConfig
     matrix_bytes: int
@@ -132,6 +133,12 @@ class Metadata:
     alibi_slopes: Tensor
     tokenizer_kind: str = NO_TOKENIZER
     tokenizer: bytes = b""
+    chat_template: str = ""
+
+    @property
+    def identity(self) -> bytes:
+        """16 bytes, equal for files that were made in the same way from the same checkpoint."""
+        return xxhash.xxh3_128_digest(_json(self.provenance).encode())
 
     @property
     def use_kv_cache(self) -> bool:
@@ -168,6 +175,7 @@ def to_constants(metadata: Metadata) -> dict[str, Any]:
         "get_sliding_window": metadata.config.sliding_window or 0,
         "get_tokenizer_kind": metadata.tokenizer_kind,
         "get_tokenizer": torch.frombuffer(bytearray(metadata.tokenizer or b"\0"), dtype=torch.uint8),
+        "get_chat_template": metadata.chat_template,
     }
 
 
@@ -196,6 +204,7 @@ def from_constants(call: Callable[[str], Sequence[Any]]) -> Metadata:
             alibi_slopes=call("get_alibi_slopes")[0].clone(),
             tokenizer_kind=kind,
             tokenizer=b"" if kind == NO_TOKENIZER else tokenizer.numpy().tobytes(),
+            chat_template=call("get_chat_template")[0],
         )
     except InputError:
         raise
@@ -262,6 +271,10 @@ def check_file(path: Path, *, checksum: bool = True) -> None:
             if is_program:
                 raise InputError(f"{path} is truncated or was not made by llama-pte; copy it again or export it anew")
             raise InputError(f"{path} is no .pte file; export one with `python -m export.llama`")
+        if version < FORMAT_VERSION:
+            raise InputError(
+                f"{path} has format version {version}, and this version reads {FORMAT_VERSION}; export it again"
+            )
         if version > FORMAT_VERSION:
             raise InputError(
                 f"{path} has format version {version}, newer than this version's {FORMAT_VERSION}; "

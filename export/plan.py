@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ import torch
 
 from export.backends import BACKENDS, check
 from export.calibrate import CalibrationText
+from export.chat_template import chosen
 from export.inspect import cache_bytes, matrix_bytes
 from export.link import Linked
 from export.metadata import FORMAT_VERSION, NO_TOKENIZER, Metadata, MethodSpec
 from export.quantize import ROUNDINGS
 from export.recipe import Recipe
-from export.scheme import CALIBRATED, SCHEMES, Scheme, adjusted
+from export.scheme import CALIBRATED, SCHEMES, Scheme, adjusted, swaps_pairs
 from export.trace import GraphOptions, signatures
 from model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
 from model.config import ModelConfig
@@ -27,11 +28,15 @@ from model.errors import InputError
 from model.hub import fetched, is_hub_name
 from model.kv_rows import KV_DTYPES
 from preproc import mask, rope
+from preproc.chat import ChatTemplate
 from preproc.tokenizer import Tokenizer, from_bytes, open_tokenizer
 from runtime.program import lacking
 
 DEFAULT_CONTEXT = 2048
 """The longest max-seq-len that is chosen without being asked for: caches grow with it."""
+
+MAX_ROWS = 8
+"""Logits of so many tokens can be had at once: what checks a guess of several tokens asks for."""
 
 DEFAULT_CHUNK = 128
 """Tokens that prefill takes at once: with fewer, weights are read more often; with more, activations outgrow caches."""
@@ -52,11 +57,13 @@ class ExportOptions:
         quantize: how weights are stored, one of `export.scheme.SCHEMES`.
         group_size, embedding_bits, head_bits, rounding: what differs from it, see `export.scheme.adjusted`.
         calibrate: a text by which the linear layers' weights are rounded, see `export.calibrate`.
+        batch_size: texts that are extended at once, see `runtime.batch`.
         kv_dtype: of the KV caches, one of `model.kv_rows.KV_DTYPES`.
         kv_cache: whether the methods take and extend a KV cache; otherwise each step takes the whole text.
         hidden_states: whether the methods also return the last block's result, normalised.
         original_context: keep to the context that the model had before it was extended.
         auto: choose the smallest scheme that passes, in place of `quantize`.
+        chat_template: a name or file, see `export.chat_template.chosen`; None takes the checkpoint's own.
         eval_text, max_ppl_increase: what a quantised model is held to, see `export.quality.Gate`.
         hub_token, cache_dir: for a name on the hub, see `model.hub.fetched`.
         force: export even if the output is already what would be made.
@@ -75,6 +82,7 @@ class ExportOptions:
     head_bits: int | None = None
     rounding: str = "nearest"
     calibrate: Path | None = None
+    batch_size: int = 1
     kv_dtype: str = "fp32"
     kv_cache: bool = True
     hidden_states: bool = False
@@ -82,6 +90,7 @@ class ExportOptions:
     auto: bool = False
     eval_text: Path | None = None
     max_ppl_increase: float | None = None
+    chat_template: str | None = None
     hub_token: str | None = field(default=None, repr=False)
     cache_dir: Path | None = None
     force: bool = False
@@ -93,6 +102,8 @@ class ExportOptions:
             raise InputError(f"--max-seq-len {self.max_seq_len} is impossible; give 1 or more")
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
             raise InputError(f"--prefill-chunk {self.prefill_chunk} is impossible; give 1 or more")
+        if self.batch_size < 1:
+            raise InputError(f"--batch-size {self.batch_size} is impossible; give 1 or more")
         for flag, value, known in (
             ("quantize", self.quantize, SCHEMES),
             ("rounding", self.rounding, ROUNDINGS),
@@ -138,9 +149,13 @@ class Plan:
 
     def with_scheme(self, quantize: str, scheme: Scheme) -> "Plan":
         """The same export with another scheme, by its name in SCHEMES and what differs from that."""
-        provenance = copy.deepcopy(self.provenance)
-        provenance["options"] |= {"quantize": quantize, "scheme": scheme.to_json()}
-        return replace(self, recipe=self.recipe.with_scheme(scheme), provenance=provenance)
+        provenance, config = copy.deepcopy(self.provenance), self.recipe.config
+        options = provenance["options"]
+        options |= {"quantize": quantize, "scheme": scheme.to_json()}
+        options["max_rows"] = _max_rows(config, scheme, options["attention"])
+        graph = GraphOptions(**{each.name: options[each.name] for each in fields(GraphOptions)})
+        methods = signatures(config, graph, scheme.kv_dtype)
+        return replace(self, recipe=self.recipe.with_scheme(scheme), methods=methods, provenance=provenance)
 
     @property
     def identity(self) -> str:
@@ -155,7 +170,7 @@ class Plan:
             config=config,
             matrix_bytes=matrix_bytes(config, self.recipe.scheme),
             max_seq_len=max_seq_len,
-            batch_size=1,
+            batch_size=self.provenance["options"]["batch_size"],
             bos_id=self.provenance["bos_id"],
             stop_ids=tuple(self.provenance["stop_ids"]),
             methods=self.methods,
@@ -167,6 +182,7 @@ class Plan:
             alibi_slopes=mask.alibi_slopes(config) if config.positions == "alibi" else torch.zeros(config.n_heads),
             tokenizer_kind=self.tokenizer.kind if self.tokenizer else NO_TOKENIZER,
             tokenizer=self.tokenizer.data if self.tokenizer else b"",
+            chat_template=json.dumps(self.provenance["chat_template"]) if self.provenance.get("chat_template") else "",
         )
 
 
@@ -190,6 +206,7 @@ def plan(options: ExportOptions) -> Plan:
         options.rounding,
     )
     scheme = replace(scheme, kv_dtype=KV_DTYPES[options.kv_dtype])
+    graph = replace(graph, max_rows=_max_rows(config, scheme, graph.attention))
     text = CalibrationText.of(options.calibrate) if options.calibrate else None
     if text:
         if not options.auto:
@@ -200,6 +217,7 @@ def plan(options: ExportOptions) -> Plan:
     if output.resolve() in {file.resolve() for file in (*checkpoint.files, options.tokenizer or output.parent)}:
         raise InputError(f"--output {output} is one of the files to read; give another name")
     provenance = _provenance(checkpoint, tokenizer, options, graph, scheme)
+    provenance |= _chat(chosen(options.chat_template, checkpoint, tokenizer), tokenizer, provenance)
     provenance["calibration"] = {"sha256": text.sha256} if text else None
     return Plan(
         recipe=Recipe(config, checkpoint.weights, scheme),
@@ -244,7 +262,7 @@ def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
     chunk = options.prefill_chunk or min(DEFAULT_CHUNK, max_seq_len)
     if chunk > max_seq_len:
         raise InputError(f"--prefill-chunk {chunk} is larger than --max-seq-len {max_seq_len}; give at most that")
-    need = cache_bytes(config, max_seq_len, KV_DTYPES[options.kv_dtype]) if options.kv_cache else 0
+    need = options.kv_cache * options.batch_size * cache_bytes(config, max_seq_len, KV_DTYPES[options.kv_dtype])
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > have:
         raise InputError(
@@ -256,7 +274,22 @@ def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
         raise InputError("--attention fused is not for mixtures of experts, whose graph has one length; give aten")
     if attention == "aten" and options.kv_dtype != "fp32":
         raise InputError(f"--kv-dtype {options.kv_dtype} needs --attention fused, and here it is aten; leave it out")
-    return GraphOptions(max_seq_len, chunk, attention, options.kv_cache, options.hidden_states)
+    if attention == "aten" and options.batch_size > 1:
+        raise InputError(
+            f"--batch-size {options.batch_size} needs --attention fused, and here it is aten; leave it out"
+        )
+    return GraphOptions(
+        max_seq_len,
+        chunk,
+        attention,
+        options.kv_cache,
+        options.hidden_states,
+        options.batch_size,
+    )
+
+
+def _max_rows(config: ModelConfig, scheme: Scheme, attention: str) -> int:
+    return MAX_ROWS if attention == "fused" and not swaps_pairs(config, scheme) else 1
 
 
 def _attention(config: ModelConfig, options: ExportOptions) -> str:
@@ -308,6 +341,13 @@ def _provenance(
         "source": {"sha256": _source_digest()},
         "verified": not lacking([BACKENDS[options.backend].runtime]),
     }
+
+
+def _chat(template: ChatTemplate | None, tokenizer: Tokenizer | None, ids: dict[str, Any]) -> dict[str, Any]:
+    """What a chat template adds to the provenance: itself, and the token that ends an answer, which ends a text."""
+    stop_ids, end_id = ids["stop_ids"], template.end_id(tokenizer, ids["bos_id"]) if template and tokenizer else None
+    ends = [] if end_id is None or end_id in stop_ids else [end_id]
+    return {"chat_template": template.to_json() if template else None, "stop_ids": stop_ids + ends}
 
 
 def _source_digest() -> str:

@@ -24,8 +24,8 @@ def reference(
     lengths = [len(text) for text in texts]
     wanted = [range(end - (count or length), end) for end, length, count in _spans(lengths, rows)]
     inputs = packed(model.config, texts, max_seq_len or max(lengths))
-    inputs["select"] = torch.eye(sum(lengths))[[row for span in wanted for row in span]]
-    return list(torch.split(step(model, inputs)["logits"], [len(span) for span in wanted]))
+    inputs["select"] = torch.eye(sum(lengths))[None, [row for span in wanted for row in span]]
+    return list(torch.split(step(model, inputs)["logits"][0], [len(span) for span in wanted]))
 
 
 def packed(config: ModelConfig, texts: Sequence[Sequence[int]], max_seq_len: int) -> dict[str, Tensor]:

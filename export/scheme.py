@@ -148,6 +148,13 @@ def is_shared(config: ModelConfig, scheme: Scheme) -> bool:
     return config.tied and len({scheme.format(role, config.dim) for role in roles}) == 1
 
 
+def swaps_pairs(config: ModelConfig, scheme: Scheme) -> bool:
+    """Whether the head takes its input in swapped pairs, because its 4-bit weights are stored in the embedding's order.
+    What swaps them is not for a number of rows that is not fixed.
+    """
+    return is_shared(config, scheme) and scheme.format("head.output.weight", config.dim).bits == 4
+
+
 def kept(config: ModelConfig, scheme: Scheme) -> dict[str, Format]:
     """Matrices of another format than the scheme asks for, as their rows are not whole groups or as they matter more:
     name -> format.

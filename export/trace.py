@@ -27,6 +27,9 @@ class GraphOptions:
             reads as much of the caches as is filled: one method for any number of tokens.
         kv_cache: whether the methods take and extend caches; otherwise each step takes the whole text.
         hidden_states: whether they also return what the last block does, normalised.
+        batch_size: texts that a step extends at once (B), each at a position of its own; more than 1 where attention is
+            fused.
+        max_rows: the most rows of logits that a step returns of each text; more than 1 where attention is fused.
     """
 
     max_seq_len: int
@@ -34,6 +37,8 @@ class GraphOptions:
     attention: str = "aten"
     kv_cache: bool = True
     hidden_states: bool = False
+    batch_size: int = 1
+    max_rows: int = 1
 
 
 def trace(model: Llama | FusedLlama, methods: Iterable[MethodSpec]) -> dict[str, ExportedProgram]:
@@ -81,10 +86,10 @@ def trace_piece(config: ModelConfig, name: str, module: nn.Module, spec: MethodS
         module: the Block, Head or Segment.
     """
     inputs = {tensor.name: tensor for tensor in spec.inputs}
-    length = inputs["tokens"].shape[1]
-    taken = [TensorSpec("x", (1, length, config.dim), "float32")]
+    stream = inputs["tokens"].shape
+    taken = [TensorSpec("x", (*stream, config.dim), "float32")]
     if isinstance(module, Segment) and module.before:
-        taken += [TensorSpec("out", (1, length, config.n_heads * config.head_dim), "float32")]
+        taken += [TensorSpec("out", (*stream, config.n_heads * config.head_dim), "float32")]
     if isinstance(module.after if isinstance(module, Segment) else module, Head):
         taken += [inputs["select"]]
     if isinstance(module, Block):
@@ -99,25 +104,27 @@ def _export(module: nn.Module, inputs: Sequence[TensorSpec], spec: MethodSpec) -
     with torch.no_grad():
         return torch.export.export(
             module,
-            tuple(tensor.zeros(spec.max_length) for tensor in inputs),
+            tuple(tensor.zeros(spec.max_length, spec.max_rows) for tensor in inputs),
             dynamic_shapes=shapes,
             prefer_deferred_runtime_asserts_over_guards=shapes is not None,
         )
 
 
 def dynamic_shapes(name: str, inputs: Sequence[TensorSpec], spec: MethodSpec) -> dict[str, Any] | None:
-    """For torch.export, of a module whose forward takes *name: each tensor's axes that are the method's length."""
-    axes = [[axis for axis, size in enumerate(tensor.shape) if size == "L"] for tensor in inputs]
+    """For torch.export, of a module whose forward takes *name: each tensor's axes whose size is not fixed."""
+    axes = [{axis: size for axis, size in enumerate(tensor.shape) if isinstance(size, str)} for tensor in inputs]
     if not any(axes):
         return None
-    length = torch.export.Dim("L", min=spec.min_length, max=spec.max_length)
-    return {name: tuple(dict.fromkeys(found, length) for found in axes)}
+    ranges = {"L": (spec.min_length, spec.max_length), "R": (1, spec.max_rows)}
+    used = {size for found in axes for size in found.values()}
+    sizes = {size: torch.export.Dim(size, min=ranges[size][0], max=ranges[size][1]) for size in used}
+    return {name: tuple({axis: sizes[size] for axis, size in found.items()} for found in axes)}
 
 
 def signatures(config: ModelConfig, options: GraphOptions, kv_dtype: str = "float32") -> tuple[MethodSpec, ...]:
     """`decode` (one token) and, unless the chunk is one token, `prefill` (prefill_chunk tokens). Only `forward` where
     attention is fused (up to prefill_chunk tokens), and without caches (max_seq_len tokens). All return the logits of
-    one row.
+    one row of each text, and where attention is fused of up to max_rows.
     """
     if options.attention == "fused" or not options.kv_cache:
         length = options.prefill_chunk if options.kv_cache else options.max_seq_len
@@ -131,36 +138,39 @@ def signature(
 ) -> MethodSpec:
     """The whole model for `length` tokens, or up to so many where attention is fused."""
     is_fused = options.attention == "fused" and options.kv_cache
+    B = options.batch_size
     L: int | Literal["L"] = "L" if is_fused and length > 1 else length
+    max_rows = min(options.max_rows, length) if is_fused else 1
+    R: int | Literal["R"] = "R" if max_rows > 1 else 1
     capacities = [_capacity(config, layer, options) for layer in range(config.n_layers)]
     heads, pairs = config.n_heads if config.positions == "alibi" else 1, config.rotated // 2
     position_inputs = {
-        "positions": TensorSpec("positions", (1, L), "int64"),
-        "cos": TensorSpec("cos", (1, L, pairs), "float32"),
-        "sin": TensorSpec("sin", (1, L, pairs), "float32"),
-        "start": TensorSpec("start", (1,), "int64"),
+        "positions": TensorSpec("positions", (B, L), "int64"),
+        "cos": TensorSpec("cos", (B, L, pairs), "float32"),
+        "sin": TensorSpec("sin", (B, L, pairs), "float32"),
+        "start": TensorSpec("start", (B,), "int64"),
     }
     for layer, capacity in enumerate(capacities):
         mask = mask_name(config, layer)
         position_inputs[mask] = TensorSpec(mask, (heads, length, capacity + length), "float32")
 
     def rows(role: str, positions: Sequence[int | Literal["L"]]) -> list[TensorSpec]:
-        shapes = [(config.n_kv_heads, count, row_width(config.head_dim, kv_dtype)) for count in positions]
+        shapes = [(B * config.n_kv_heads, count, row_width(config.head_dim, kv_dtype)) for count in positions]
         return [TensorSpec(f"{role}.{layer}", shape, kv_dtype) for layer, shape in enumerate(shapes)]
 
-    inputs = [TensorSpec("tokens", (1, L), "int64"), *(position_inputs[role] for role in names(config, is_fused))]
-    inputs += [TensorSpec("select", (1, L), "float32")]
-    outputs = [TensorSpec("logits", (1, config.vocab_size), "float32")]
+    inputs = [TensorSpec("tokens", (B, L), "int64"), *(position_inputs[role] for role in names(config, is_fused))]
+    inputs += [TensorSpec("select", (B, R, L), "float32")]
+    outputs = [TensorSpec("logits", (B, R, config.vocab_size), "float32")]
     if options.kv_cache:
         inputs += [*rows("k_cache", capacities), *rows("v_cache", capacities)]
         outputs += [*rows("k_rows", [L] * config.n_layers), *rows("v_rows", [L] * config.n_layers)]
     if options.hidden_states:
-        outputs += [TensorSpec("hidden", (1, L, config.dim), "float32")]
+        outputs += [TensorSpec("hidden", (B, L, config.dim), "float32")]
     return MethodSpec(
         name=name,
         min_length=1 if is_fused else length,
         max_length=length,
-        rows=1,
+        max_rows=max_rows,
         start_layer=0,
         end_layer=config.n_layers,
         inputs=tuple(inputs),

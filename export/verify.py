@@ -37,6 +37,7 @@ from model.checkpoint import BUILT_IN, open_checkpoint
 from model.errors import InputError
 from model.hub import fetched, is_hub_name
 from preproc.tokenizer import from_bytes
+from runtime.lanes import Lane
 from runtime.program import Program, read_metadata
 from runtime.session import Session
 
@@ -207,12 +208,17 @@ def _parts(program: Program, gate: Gate) -> list[list[int]]:
     return windows(ids, metadata.bos_id, metadata.max_seq_len, most_tokens(metadata.config))
 
 
+def _text(program: Program) -> Session | Lane:
+    """An empty text."""
+    return Session(program) if program.metadata.batch_size == 1 else Lane(program)
+
+
 def _followed(program: Program, texts: Sequence[Sequence[int]]) -> Tensor:
     """The file's logits behind each token that it is given of the texts, one by one, [N, V]."""
     given = [(token, not index) for text in texts for index, token in enumerate(text[:-1])]
     if not program.metadata.use_kv_cache:
         given = given[:UNCACHED_TOKENS]
-    session, rows = Session(program), torch.empty(len(given), program.metadata.config.vocab_size)
+    session, rows = _text(program), torch.empty(len(given), program.metadata.config.vocab_size)
     for row, (token, is_first) in zip(rows, given, strict=True):
         if is_first:
             session.reset()
@@ -222,7 +228,7 @@ def _followed(program: Program, texts: Sequence[Sequence[int]]) -> Tensor:
 
 def _played(program: Program) -> tuple[list[list[int]], list[Tensor]]:
     """Each prompt with what the file makes of it, and the logits [rows, V] after the prompt and each token of that."""
-    texts, found, session = [], [], Session(program)
+    texts, found, session = [], [], _text(program)
     for prompt in _prompts(program):
         session.reset()
         rows, text = [session.prefill(prompt)], list(prompt)

@@ -262,11 +262,9 @@ class Head(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=config.head_bias)
 
     def forward(self, x: Tensor, select: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, L, D] and one-hot [R, B*L] -> logits [R, V], and x normalised, [B, L, D]."""
-        R = select.shape[0]
+        """[B, L, D] and one-hot [B, R, L] -> logits [B, R, V], and x normalised, [B, L, D]."""
         hidden = self.norm(x)
-        rows = torch.bmm(select.view(1, R, -1), hidden.view(1, -1, x.shape[-1]))
-        logits = self.output(rows).view(R, -1)
+        logits = self.output(torch.bmm(select, hidden))
         return softcap(logits if self.scale == 1 else logits * self.scale, self.softcap), hidden
 
 
@@ -274,7 +272,7 @@ class Step(NamedTuple):
     """What one step returns.
 
     Attributes:
-        logits: [R, V].
+        logits: [B, R, V].
         k_rows, v_rows: n_layers tensors [B*K, L, Dh] each, to append to the caches.
         hidden: [B, L, D], what the last block returns, normalised.
     """
@@ -329,7 +327,7 @@ class Llama(Embeddings):
             tokens: [B, L], int64.
             angles: as in `Attention.attend`.
             masks: one for each block, as in `Attention.attend`; equal ones may be one tensor.
-            select: [R, B*L], one-hot rows naming the positions whose logits are wanted.
+            select: [B, R, L], one-hot rows naming each sequence's positions whose logits are wanted.
             k_caches, v_caches: n_layers tensors [B*K, T, Dh]; None where nothing is cached.
             positions: [B, L], int64, where positions are learned.
         """

@@ -279,14 +279,14 @@ def sample(model: Llama, seeds: Sequence[int], length: int, temperature: float) 
         angles = (cos[position].expand(B, 1, -1), sin[position].expand(B, 1, -1))
         visible = mask.causal(position, 1, length).expand(B, -1, -1)
         masks = [visible] * config.n_layers
-        logits, keys, values, _ = model(tokens[:, -1:], angles, masks, torch.eye(B), *map(tuple, caches))
+        logits, keys, values, _ = model(tokens[:, -1:], angles, masks, torch.ones(B, 1, 1), *map(tuple, caches))
         caches[:, :, :, position] = torch.stack((torch.stack(keys), torch.stack(values))).squeeze(3)
         if temperature:
-            chances = torch.softmax(logits / temperature, dim=-1)
+            chances = torch.softmax(logits[:, 0] / temperature, dim=-1)
             drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(chances, generators, strict=True)]
             tokens = torch.cat((tokens, torch.stack(drawn)), dim=1)
         else:
-            tokens = torch.cat((tokens, logits.argmax(dim=-1, keepdim=True)), dim=1)
+            tokens = torch.cat((tokens, logits.argmax(dim=-1)), dim=1)
     return tokens.tolist()
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig, RopeScaling
+from model.model import rope as apply
 
 
 def inverse_frequencies(config: ModelConfig, length: int) -> Tensor:
@@ -115,6 +116,16 @@ def tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
     angles = torch.outer(positions, inverse_frequencies(config, length))
     factor = attention_factor(config.rope_scaling)
     return angles.cos() * factor, angles.sin() * factor
+
+
+def earlier(keys: Tensor, tables: tuple[Tensor, Tensor], distance: int) -> Tensor:
+    """Rotated keys [..., Dh] as they would be `distance` positions earlier: angles grow in proportion to the position.
+
+    Args:
+        tables: cos and sin of every position, times one factor, which the keys already have.
+    """
+    cos, sin = (table[distance] / tables[0][0] for table in tables)
+    return apply(keys, cos, -sin)
 
 
 def slices(tables: tuple[Tensor, Tensor], position: int, length: int) -> tuple[Tensor, Tensor]:

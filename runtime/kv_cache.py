@@ -1,6 +1,7 @@
 """KVCache: one session's keys and values, allocated once; its bookkeeping is integers."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -45,6 +46,17 @@ class KVCache:
         self._ring = min((shape[1] for shape in shapes.values()), default=capacity)
         self._first = 0  # the earliest position that a ring still holds
 
+    def lane(self, number: int, of: int) -> "KVCache":
+        """The cache of one text among `of` that a step extends at once: in this one's memory, at its own position."""
+        other = copy.copy(self)
+
+        def part(rows: int) -> slice:
+            return slice(number * rows // of, (number + 1) * rows // of)
+
+        other.buffers = {name: buffer[part(len(buffer))] for name, buffer in self.buffers.items()}
+        other._groups = [(group[:, part(group.shape[1])], names) for group, names in self._groups]
+        return other
+
     @property
     def nbytes(self) -> int:
         """Bytes held by the buffers."""
@@ -84,6 +96,48 @@ class KVCache:
                 position += count
         self.position = end
         self._first = max(self._first, end - self._ring)
+
+    def filled(self) -> list[np.ndarray]:
+        """The part of each buffer that a text of `position` tokens may have written, [B*K, count, W]: a view."""
+
+        def count(slots: int) -> int:
+            wrapped = slots < self.capacity and self._first > 0
+            return slots if wrapped else min(self.position, slots)
+
+        return [buffer.numpy()[:, : count(buffer.shape[1])] for buffer in self.buffers.values()]
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """What says, with the buffers, what is cached."""
+        return self.position, self._first
+
+    def restore(self, state: tuple[int, int]) -> list[np.ndarray]:
+        """Takes another cache's state over, and returns what it fills, which is to be written; see `filled`."""
+        self.position, self._first = state
+        return self.filled()
+
+    def room(self, keep: int) -> int:
+        """How many positions behind the first `keep` can be taken out by `slide`; fewer than 1 where a ring, which no
+        longer holds the first, would see them then.
+        """
+        seen = self._ring - 1 if self._ring < self.capacity else 0
+        return self.position - keep - seen
+
+    def slide(self, keep: int, count: int, moved: Callable[[str, np.ndarray], np.ndarray]) -> None:
+        """Takes out `count` positions behind the first `keep`: what follows them moves to earlier ones.
+
+        Args:
+            count: at most `room`.
+            moved: given a buffer's name and rows [B*K, n, W], returns these as they are `count` positions earlier.
+        """
+        assert count <= self.room(keep), f"{count} positions cannot be taken out"
+        for name, buffer in self.buffers.items():
+            slots, rows = buffer.shape[1], buffer.numpy()
+            positions = np.arange(max(keep + count, self.position - slots), self.position)
+            rows[:, (positions - count) % slots] = moved(name, rows[:, positions % slots])
+        if self._first:
+            self._first = max(keep + count, self.position - self._ring) - count
+        self.position -= count
 
     def rewind(self, position: int) -> None:
         """Forgets everything from `position` on.

@@ -20,13 +20,20 @@ from preproc.tokenizer import Tokenizer, from_bytes
 # Kernels register themselves. Unlike the C++ libraries, the bindings come without those of low-bit weights; attention
 # is ours (setup.py).
 _LIBRARIES = Path(_C.__file__).parents[2] / "lib"
-_EXECUTORCH, *_ = (
+_EXECUTORCH, _THREADPOOL, _ = (
     ctypes.CDLL(str(_LIBRARIES / f"lib{name}.so"))
     for name in ("executorch", "executorch_threadpool", "executorch_kernels_quantized")
 )
 _NOT_COMPILED = "llama-pte's own kernels were not compiled; install it again, with a C++ compiler at hand"
 _OPERATORS = find_spec("runtime._operators")
 _OURS = ctypes.CDLL(str(_OPERATORS.origin)) if _OPERATORS else None
+
+
+SMALL = 16_000_000
+"""Bytes of matrices below which waking another thread takes longer than it saves; see tests/bench/NOTES.md."""
+
+_without_threads = _THREADPOOL._ZN10executorch9extension10threadpool17NoThreadPoolGuard11set_enabledEb
+_without_threads.argtypes = [ctypes.c_bool]
 
 
 class _BackendOption(ctypes.Structure):
@@ -63,7 +70,8 @@ class Program:
         """Opens the file: checks it, reads its metadata, and loads its methods.
 
         Args:
-            threads: how many threads ExecuTorch uses, in the whole process; None leaves its choice, one per core.
+            threads: how many threads ExecuTorch uses, in the whole process; None leaves its choice, one per core,
+                and runs a model of less than SMALL bytes in the caller's.
             check: compare the checksum, which reads the file through once.
 
         Raises:
@@ -77,7 +85,9 @@ class Program:
         self.tokenizer: Tokenizer | None = None
         if self.metadata.tokenizer:
             self.tokenizer = from_bytes(self.metadata.tokenizer, self.metadata.tokenizer_kind)
-        self._methods = {spec.name: self._program.load_method(spec.name) for spec in self.metadata.methods}
+        self._is_small = threads is None and self.metadata.matrix_bytes < SMALL
+        with self._threads():
+            self._methods = {spec.name: self._program.load_method(spec.name) for spec in self.metadata.methods}
 
     def step(self, method: MethodSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Runs one method once.
@@ -88,8 +98,21 @@ class Program:
         Returns:
             outputs by the names of `method.outputs`, valid only until the next step of this program.
         """
-        outputs = self._methods[method.name].call([inputs[spec.name] for spec in method.inputs], clone_outputs=False)
+        given = [inputs[spec.name] for spec in method.inputs]
+        with self._threads():
+            outputs = self._methods[method.name].call(given, clone_outputs=False)
         return {spec.name: tensor for spec, tensor in zip(method.outputs, outputs, strict=True)}
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """A small model does without ExecuTorch's threads."""
+        if self._is_small:
+            _without_threads(True)
+        try:
+            yield
+        finally:
+            if self._is_small:
+                _without_threads(False)
 
 
 def read_bandwidth(threads: int) -> float:

@@ -1,15 +1,28 @@
-"""Session: one text in the making: its position, its caches, and the two ways to extend it."""
+"""Session: one text in the making: its tokens, its caches, and the ways to extend, shorten, copy and keep it."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from export.metadata import Metadata, MethodSpec
 from model.errors import InputError
+from model.kv_rows import decode, encode
+from preproc import rope
 from preproc.positions import PositionInputs
+from runtime import snapshot
 from runtime.kv_cache import KVCache
+
+SINKS = 4
+"""Tokens at the start of a text that `Session.slide` keeps, because attention falls back on them (StreamingLLM,
+https://arxiv.org/abs/2309.17453, section 3.2).
+"""
+
+
+_NOTHING: tuple[Sequence[int], dict[str, Tensor], Tensor | None] = ((), {}, None)
 
 
 class Steps(Protocol):
@@ -25,19 +38,34 @@ class Steps(Protocol):
 class Session:
     """A mutable position in a text, over an immutable program. Sessions of one program are independent.
 
+    After an error the session stands where the last whole step left it.
+
     Attributes:
         cache: keys and values of the text so far; without buffers where the program's method takes the whole text.
+        tokens: the ids of the text so far; to be read only.
         hidden: what the last block returned for each token of the latest prefill or decode, normalised, [n, D]
             float32; None before the first and after a failure, and where the program does not return it.
     """
 
     def __init__(self, program: Steps) -> None:
+        """Starts an empty text.
+
+        Raises:
+            InputError: the program extends several texts at once.
+        """
         metadata = program.metadata
+        if metadata.batch_size > 1:
+            raise InputError(
+                f"the file extends {metadata.batch_size} texts at once; use runtime.batch, or export it without "
+                "--batch-size"
+            )
         self._program = program
         self.cache = KVCache(metadata.methods[0], metadata.max_seq_len)
         methods = sorted(metadata.methods, key=lambda method: method.max_length)
-        self._bindings = [_Binding(method, metadata, self.cache) for method in methods]
+        self._bindings = [Binding(method, metadata, self.cache) for method in methods]
+        self.tokens = list[int]()
         self.hidden: Tensor | None = None
+        self._proposed = _NOTHING
 
     @property
     def position(self) -> int:
@@ -56,6 +84,14 @@ class Session:
     def rewind(self, position: int) -> None:
         """Forgets the tokens from `position` on; see `KVCache.rewind`."""
         self.cache.rewind(position)
+        del self.tokens[position:]
+
+    def shorten(self, position: int) -> None:
+        """Forgets the tokens from `position` on, or all where a ring no longer holds what is seen from there."""
+        try:
+            self.rewind(position)
+        except InputError:
+            self.reset()
 
     def prefill(self, tokens: Sequence[int]) -> Tensor:
         """Appends a prompt, chunk by chunk, and returns the logits after its last token, [V] float32.
@@ -63,44 +99,165 @@ class Session:
         Raises:
             InputError: the prompt is empty, does not fit behind the present position, or holds an id that is none.
         """
-        if not tokens:
-            raise InputError("the prompt is empty; give at least one token")
-        vocab_size = self._program.metadata.config.vocab_size
-        if unknown := [token for token in tokens if not 0 <= token < vocab_size]:
-            raise InputError(f"token {unknown[0]} is not in the vocabulary; ids run from 0 to {vocab_size - 1}")
+        return self.extend(tokens)[0]
+
+    def decode(self, token: int) -> Tensor:
+        """Appends one token and returns the logits after it, [V] float32."""
+        return self.prefill((token,))
+
+    def extend(self, tokens: Sequence[int], rows: int = 1) -> Tensor:
+        """Appends tokens, chunk by chunk, and returns the logits after each of the last `rows` of them, [rows, V].
+
+        Up to `MethodSpec.max_rows` of them come out of one step.
+
+        Raises:
+            InputError: as in `prefill`.
+        """
+        assert 1 <= rows <= max(len(tokens), 1), f"{len(tokens)} tokens have no {rows} rows"
+        check_tokens(tokens, self._program.metadata.config.vocab_size)
         if len(tokens) > self.capacity - self.position:
             raise InputError(
                 f"the prompt has {len(tokens)} tokens, but only {self.capacity - self.position} of {self.capacity} "
                 "positions are free; shorten it or export with a larger --max-seq-len"
             )
         self.hidden = None
-        hidden = list[Tensor]()
-        start = 0
+        hidden, logits = list[Tensor](), list[Tensor]()
+        start, wanted_from = 0, len(tokens) - rows
         while start < len(tokens):
             binding = self._binding_for(len(tokens) - start)
-            chunk = tokens[start : start + binding.method.max_length]
-            logits = self._step(binding, chunk, hidden)
-            start += len(chunk)
+            end = min(start + binding.method.max_length, len(tokens), max(wanted_from, start) + binding.method.max_rows)
+            found = self._step(binding, tokens[start:end], max(end - max(wanted_from, start), 1), hidden)
+            if end > wanted_from:
+                logits.append(found)
+            start = end
         self.hidden = torch.cat(hidden) if hidden else None
-        return logits
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
 
-    def decode(self, token: int) -> Tensor:
-        """Appends one token and returns the logits after it, [V] float32."""
-        return self.prefill((token,))
+    def propose(self, tokens: Sequence[int]) -> Tensor:
+        """The logits after each of a few tokens that may come next, at most `max_rows`, [n, V]: of the text as if they
+        were appended. `accept` then appends as many of them as are right.
 
-    def _binding_for(self, length: int) -> "_Binding":
+        Raises:
+            InputError: as in `prefill`.
+        """
+        check_tokens(tokens, self._program.metadata.config.vocab_size)
+        binding = self._binding_for(len(tokens))
+        inputs, span = binding.place(self.cache.plan(len(tokens)), tokens, len(tokens), self.tokens)
+        outputs = self._program.step(binding.method, inputs)
+        rows = {name: _copy(tensor) for name, tensor in outputs.items() if name.startswith(("k_rows.", "v_rows."))}
+        self._proposed = tokens, rows, _copy(outputs["hidden"][0, span]) if "hidden" in outputs else None
+        return _copy(outputs["logits"][0])
+
+    def accept(self, count: int) -> None:
+        """Appends the first `count` of the tokens just proposed, 1 or more."""
+        tokens, rows, hidden = self._proposed
+        assert 1 <= count <= len(tokens), f"of {len(tokens)} proposed tokens {count} cannot be accepted"
+        self.cache.commit(rows, count)
+        self.tokens.extend(tokens[:count])
+        self.hidden = None if hidden is None else hidden[:count]
+        self._proposed = _NOTHING
+
+    @property
+    def max_proposed(self) -> int:
+        """How many tokens `propose` takes; 1 where guessing does not pay."""
+        return max(binding.method.max_rows for binding in self._bindings)
+
+    def restart(self, prompt: Sequence[int]) -> Tensor:
+        """Makes the text a prompt, and returns the logits after it, as `prefill` does. Of what the prompt begins with,
+        as much as the text began with, too, is not run again.
+        """
+        self.shorten(common(self.tokens, prompt[:-1]))
+        return self.prefill(prompt[self.position :])
+
+    def fork(self) -> "Session":
+        """A session of its own that stands where this one does. Only what is filled of the caches is copied: memory
+        behind it is not touched before it is used.
+        """
+        other = Session(self._program)
+        for copy, original in zip(other.cache.restore(self.cache.state), self.cache.filled(), strict=True):
+            copy[...] = original
+        other.tokens = list(self.tokens)
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Keeps the session in a file, which is as large as what is filled of the caches; see `runtime.snapshot`.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        identity = self._program.metadata.identity
+        snapshot.write(Path(path), identity, self.cache.state, self.tokens, self.cache.filled())
+
+    def load(self, path: str | Path) -> None:
+        """Makes the session what was saved, with this model, in Python or C++.
+
+        Raises:
+            InputError: the file is none, damaged, or another model's; the session is then as it was.
+        """
+        self.tokens = snapshot.read(Path(path), self._program.metadata.identity, self.capacity, self.cache.restore)
+        self.hidden = None
+
+    def slide(self) -> int:
+        """Makes room: forgets the older half of the text, but for its first tokens, and moves the rest to earlier
+        positions, as if those had never been. Keys that were rotated for a position are turned back by the difference.
+
+        Returns:
+            how many tokens it forgot.
+
+        Raises:
+            InputError: positions are learned; or the model sees so much of its context that nothing can be spared.
+        """
+        config = self._program.metadata.config
+        if config.positions == "learned" and self.cache.buffers:
+            raise InputError("the model has learned positions, which cached keys cannot change; stop where it is full")
+        count = min((self.position - SINKS) // 2, self.cache.room(SINKS))
+        if count < 1:
+            raise InputError(
+                f"of the {self.position} tokens none can be forgotten, because the model sees all but {SINKS} of them; "
+                "export with a larger --max-seq-len"
+            )
+
+        def moved(name: str, rows: np.ndarray) -> np.ndarray:
+            kind, layer = name.split(".")
+            if kind != "k_cache" or config.positions != "rope" or int(layer) in config.nope_layers:
+                return rows
+            metadata, tensor = self._program.metadata, torch.from_numpy(rows)
+            keys = rope.earlier(decode(tensor), (metadata.rope_cos, metadata.rope_sin), count)
+            return encode(keys, str(tensor.dtype).removeprefix("torch.")).numpy()
+
+        self.cache.slide(SINKS, count, moved)
+        del self.tokens[SINKS : SINKS + count]
+        return count
+
+    def _binding_for(self, length: int) -> "Binding":
         """The shortest method that takes `length` tokens at once, otherwise the longest."""
         fits = (binding for binding in self._bindings if binding.method.max_length >= length)
         return next(fits, self._bindings[-1])
 
-    def _step(self, binding: "_Binding", tokens: Sequence[int], hidden: list[Tensor]) -> Tensor:
-        """Runs up to max_length tokens and returns their last one's logits; their hidden states go to `hidden`."""
-        rows = binding.place(self.cache.plan(len(tokens)), tokens)
-        outputs = self._program.step(binding.method, binding.inputs_of(len(tokens)))
+    def _step(self, binding: "Binding", tokens: Sequence[int], rows: int, hidden: list[Tensor]) -> Tensor:
+        """Runs up to max_length tokens and returns the logits of the last `rows`; hidden states go to `hidden`."""
+        inputs, span = binding.place(self.cache.plan(len(tokens)), tokens, rows, self.tokens)
+        outputs = self._program.step(binding.method, inputs)
         self.cache.commit(outputs, len(tokens))
+        self.tokens.extend(tokens)
         if "hidden" in outputs:
-            hidden.append(_copy(outputs["hidden"][0, rows]))
+            hidden.append(_copy(outputs["hidden"][0, span]))
         return _copy(outputs["logits"][0])
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
+    """Raises:
+    InputError: there are none, or one that is not in the vocabulary.
+    """
+    if not tokens:
+        raise InputError("the prompt is empty; give at least one token")
+    if unknown := [token for token in tokens if not 0 <= token < vocab_size]:
+        raise InputError(f"token {unknown[0]} is not in the vocabulary; ids run from 0 to {vocab_size - 1}")
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -108,8 +265,8 @@ def _copy(tensor: Tensor) -> Tensor:
     return torch.from_numpy(tensor.numpy().copy())
 
 
-class _Binding:
-    """A method and its inputs, which are allocated once and written anew for each step.
+class Binding:
+    """A method and its inputs for one text, which are allocated once and written anew for each step.
 
     With caches, a step's tokens stand at the start of the input `tokens`, and the caches hold those before them.
     Without, `tokens` holds the text so far, and a step's stand behind it.
@@ -120,37 +277,44 @@ class _Binding:
         self.method = method
         self._cached = bool(cache.buffers)
         self._tokens = torch.zeros((1, length), dtype=torch.int64)
-        self._select = torch.zeros((1, length))
+        self._select = torch.zeros(method.max_rows * length)
         inputs = {"tokens": self._tokens, "select": self._select, **cache.buffers}
         names = [spec.name for spec in method.inputs if spec.name not in inputs]
         self._positions = PositionInputs(metadata.positions, names, length, self._cached)
-        self._inputs = {length: inputs | self._positions.tensors}
-        self._ids, self._rows = self._tokens.numpy()[0], self._select.numpy()[0]  # which cost less to write
+        self._whole = inputs | self._positions.tensors
+        self._inputs = dict[tuple[int, int], tuple[dict[str, Tensor], np.ndarray]]()
+        self._ids = self._tokens.numpy()[0]  # which costs less to write
 
-    def inputs_of(self, count: int) -> dict[str, Tensor]:
-        """By name, for a step of `count` tokens: the beginnings of the whole inputs where the length is not fixed."""
-        whole, length = self._inputs[self.method.max_length], self._length(count)
-        if length not in self._inputs:
+    def _inputs_of(self, length: int, rows: int) -> tuple[dict[str, Tensor], np.ndarray]:
+        """By name, for a step: the beginnings of whole inputs where the length is not fixed; and `select`'s rows."""
+        if (length, rows) not in self._inputs:
             dynamic = [spec.name for spec in self.method.inputs if "L" in spec.shape]
-            self._inputs[length] = whole | {name: whole[name][:, :length] for name in dynamic}
-        return self._inputs[length]
+            inputs = self._whole | {name: self._whole[name][:, :length] for name in dynamic if name != "select"}
+            inputs["select"] = self._select[: rows * length].view(1, rows, length)
+            self._inputs[length, rows] = inputs, inputs["select"].numpy()[0]
+        return self._inputs[length, rows]
 
-    def _length(self, count: int) -> int:
-        """L of a step of `count` tokens."""
-        return max(count, self.method.min_length)
+    def place(
+        self, position: int, tokens: Sequence[int], rows: int, before: Sequence[int], length: int = 0
+    ) -> tuple[dict[str, Tensor], slice]:
+        """Makes the inputs those of `tokens` at `position`, the last `rows` of which are selected; zeros pad them.
 
-    def place(self, position: int, tokens: Sequence[int]) -> slice:
-        """Makes the inputs those of `tokens` at `position`, the last of which is selected; zeros pad them.
+        Args:
+            before: the text so far.
+            length: of the step, at least; there may be no tokens then.
 
         Returns:
-            their rows in the outputs.
+            the inputs by name, and the tokens' rows in the outputs.
         """
         start = 0 if self._cached else position
         end = start + len(tokens)
-        length = self._length(end)
+        length = max(end, self.method.min_length, length)
+        self._ids[:start] = before[:start]
         self._ids[start:end] = tokens
         self._ids[end:length] = 0
-        self._rows[:length] = 0
-        self._rows[end - 1] = 1
+        inputs, select = self._inputs_of(length, rows)
+        select[:] = 0
+        for row in range(rows):
+            select[row, end - rows + row] = 1
         self._positions.move(position - start, length)
-        return slice(start, end)
+        return inputs, slice(start, end)

@@ -29,7 +29,7 @@ OPTIONS = GraphOptions(CONTEXT, CHUNK, hidden_states=True)
 UNCACHED = replace(OPTIONS, kv_cache=False)
 
 
-FUSED = replace(OPTIONS, attention="fused")
+FUSED = replace(OPTIONS, attention="fused", max_rows=3)
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,13 @@ class EagerSteps:
         self._run = FusedLlama(self.model) if kind.options.attention == "fused" else self.model
 
     def step(self, method: MethodSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        length = inputs["tokens"].shape[1]
+        length, rows = inputs["tokens"].shape[1], inputs["select"].shape[1]
         assert method.min_length <= length <= method.max_length
         for spec in method.inputs:
             given = inputs[spec.name]
-            assert (tuple(given.shape), str(given.dtype)) == (spec.sizes(length), f"torch.{spec.dtype}"), spec.name
+            assert (tuple(given.shape), str(given.dtype)) == (spec.sizes(length, rows), f"torch.{spec.dtype}"), (
+                spec.name
+            )
             assert given.is_contiguous(), spec.name
         outputs = step(self._run, {spec.name: inputs[spec.name] for spec in method.inputs})
         return {spec.name: outputs[spec.name] for spec in method.outputs}
@@ -119,5 +121,5 @@ def recomputed(model: Llama, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
     length = len(tokens)
     positions = Positions.of(model.config, length)
     inputs = {name: positions.make(name, 0, length, capacity=0) for name in names(model.config)}
-    outputs = step(model, inputs | {"tokens": torch.tensor([tokens]), "select": torch.eye(length)})
-    return outputs["logits"], outputs["hidden"][0]
+    outputs = step(model, inputs | {"tokens": torch.tensor([tokens]), "select": torch.eye(length)[None]})
+    return outputs["logits"][0], outputs["hidden"][0]

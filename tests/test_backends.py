@@ -122,7 +122,7 @@ def eager(text: list[int]) -> Tensor:
     """The model's logits [L, V], without caches."""
     model, positions = random_model(SMALL), Positions.of(SMALL, SMALL.context)
     inputs = {name: positions.make(name, 0, len(text), capacity=0) for name in names(SMALL)}
-    return step(model, inputs | {"tokens": torch.tensor([text]), "select": torch.eye(len(text))})["logits"]
+    return step(model, inputs | {"tokens": torch.tensor([text]), "select": torch.eye(len(text))[None]})["logits"][0]
 
 
 @pytest.mark.parametrize("backend", NOT_RUN_HERE)

@@ -134,7 +134,7 @@ def test_all_texts_at_once_are_what_each_is_alone(name: str, tmp_path: Path, mon
     ours = recipe.frame("head").norm(seen[0])
     model, exact = recipe.streamed(), recipe.unquantised().streamed()
     for text, our in zip(texts, ours, strict=True):
-        inputs = packed(config, [text], config.context) | {"select": torch.eye(len(text))[:1]}
+        inputs = packed(config, [text], config.context) | {"select": torch.eye(len(text))[None, :1]}
         with torch.no_grad():
             hidden, right = (step(each, inputs)["hidden"][0] for each in (model, exact))
         # a rounding of an activation that falls the other way is a step of 1/255

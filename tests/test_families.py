@@ -21,7 +21,7 @@ from model.layouts.families import FAMILIES
 from model.layouts.settings import config_of
 from model.model import Llama
 from preproc.positions import Positions, names
-from runtime.generate import GenerationOptions, generate
+from runtime.generation import GenerationOptions, generate
 from runtime.program import Program
 from runtime.sampler import Rng
 from runtime.session import Session
@@ -43,7 +43,7 @@ def eager(model: Llama, tokens: list[int]) -> Tensor:
     """Ours."""
     positions = Positions.of(model.config, len(tokens))
     inputs = {name: positions.make(name, 0, len(tokens), capacity=0) for name in names(model.config)}
-    return step(model, inputs | {"tokens": torch.tensor([tokens]), "select": torch.eye(len(tokens))})["logits"]
+    return step(model, inputs | {"tokens": torch.tensor([tokens]), "select": torch.eye(len(tokens))[None]})["logits"][0]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -34,7 +34,7 @@ def test_a_fused_model_computes_what_the_plain_one_does(name: str, position: int
     def made(role: str, capacity: int = 0) -> Tensor:
         return positions.make(role, position, length, capacity)
 
-    tokens, select = torch.randint(config.vocab_size, (1, length)), torch.eye(length)
+    tokens, select = torch.randint(config.vocab_size, (1, length)), torch.eye(length)[None]
     angles = (made("cos"), made("sin")) if config.positions == "rope" else None
     ids = made("positions") if "positions" in names(config) else None
     masks = [made(mask_name(config, layer), cache.shape[1]) for layer, cache in enumerate(caches["k"])]

@@ -47,7 +47,7 @@ def test_the_parts_are_counted_as_the_model_has_them(toy_pte: Path) -> None:
         sum(p.numel() for p in matrices) + TOY.vocab_size * TOY.dim
     )
     assert plan(metadata).weights == matrix_bytes(TOY, FP32), "decode and prefill share them"
-    assert plan(metadata).activations == activation_bytes(TOY, 7, TOY.context, fused=True)
+    assert plan(metadata).activations == activation_bytes(TOY, metadata.methods[0], TOY.context)
     portable = replace(metadata, requirements=replace(metadata.requirements, backends=()))
     assert plan(portable).weights == 0
 

@@ -48,6 +48,7 @@ def metadata(config: ModelConfig, **changes: object) -> Metadata:
         "rope_inverse_frequencies": rope.inverse_frequencies(config, config.context),
         "tokenizer_kind": "sentencepiece",
         "tokenizer": b"\n\x00\xff",
+        "chat_template": '{"opening": "<s>"}',
     }
     return Metadata(**(fields | changes))  # type: ignore[arg-type]
 
@@ -62,7 +63,7 @@ def through_a_file(value: object) -> list[object]:
     [
         metadata(TOY),
         metadata(SCALED),
-        metadata(TOY, bos_id=None, stop_ids=(), tokenizer_kind=NO_TOKENIZER, tokenizer=b""),
+        metadata(TOY, bos_id=None, stop_ids=(), tokenizer_kind=NO_TOKENIZER, tokenizer=b"", chat_template=""),
     ],
 )
 def test_what_is_written_is_what_is_read(given_metadata: Metadata) -> None:
@@ -135,6 +136,9 @@ def test_a_newer_version_a_foreign_file_and_an_absent_one_are_told_apart(tmp_pat
     path = tmp_path / "a.pte"
     write(path, PROGRAM, version=FORMAT_VERSION + 1)
     with pytest.raises(InputError, match=f"format version {FORMAT_VERSION + 1}, newer than this version's"):
+        check_file(path)
+    write(path, PROGRAM, version=FORMAT_VERSION - 1)
+    with pytest.raises(InputError, match=f"format version {FORMAT_VERSION - 1}, and this version reads"):
         check_file(path)
     path.write_bytes(PROGRAM)
     with pytest.raises(InputError, match="truncated or was not made by llama-pte"):

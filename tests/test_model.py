@@ -70,7 +70,7 @@ def test_a_batch_with_cached_rows_gives_each_sequence_its_own_logits() -> None:
     for row, (position, text) in enumerate(zip(positions, texts, strict=True)):
         cos, sin = rope.slices(tables, 0, position)
         masks = [mask.causal(0, position, 0).unsqueeze(0)] * TOY.n_layers
-        done = model(torch.tensor([text[:position]]), (cos, sin), masks, torch.eye(position))
+        done = model(torch.tensor([text[:position]]), (cos, sin), masks, torch.eye(position)[None])
         for cache, rows in zip(caches, done.k_rows + done.v_rows, strict=True):
             cache[row * TOY.n_kv_heads : (row + 1) * TOY.n_kv_heads, :position] = rows
     cos, sin = (torch.cat(parts) for parts in zip(*(rope.slices(tables, p, length) for p in positions), strict=True))
@@ -78,10 +78,10 @@ def test_a_batch_with_cached_rows_gives_each_sequence_its_own_logits() -> None:
         torch.tensor([text[-length:] for text in texts]),
         (cos, sin),
         [torch.stack([mask.causal(p, length, capacity) for p in positions])] * TOY.n_layers,
-        torch.eye(2 * length),
+        torch.eye(length).repeat(2, 1, 1),
         caches[: TOY.n_layers],
         caches[TOY.n_layers :],
-    ).logits
+    ).logits.flatten(0, 1)
     expected = torch.cat(reference(model, texts, [length] * len(texts)))
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
@@ -90,9 +90,9 @@ def test_select_names_the_rows_whose_logits_are_returned() -> None:
     model = random_model(replace(TOY, n_layers=1))
     tokens = [5, 6, 7, 8]
     cos, sin = rope.slices(rope.tables(TOY, 4), 0, 4)
-    select = torch.tensor([[0.0, 0, 0, 1], [0, 1, 0, 0]])
+    select = torch.tensor([[[0.0, 0, 0, 1], [0, 1, 0, 0]]])
     step = model(torch.tensor([tokens]), (cos, sin), [mask.causal(0, 4, 0).unsqueeze(0)], select)
-    torch.testing.assert_close(step.logits, reference(model, [tokens])[0][[3, 1]])
+    torch.testing.assert_close(step.logits[0], reference(model, [tokens])[0][[3, 1]])
 
 
 def test_rms_norm_is_torchs() -> None:

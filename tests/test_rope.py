@@ -103,3 +103,13 @@ def test_slices_are_rows_of_the_table_and_repeat_the_last_past_its_end() -> None
     for row, position in enumerate([7, 8, 9, 9, 9]):
         assert torch.equal(cos[0, row], tables[0][position])
         assert torch.equal(sin[0, row], tables[1][position])
+
+
+@pytest.mark.parametrize("kind", ["llama3", "yarn", "longrope"])
+def test_keys_turned_back_are_those_of_earlier_positions(kind: str) -> None:
+    """Also where the tables have a factor, which a key has once."""
+    config = ModelConfig(256, 1, 4, 4, 64, 8, 8, 4096, rope_scaling=KINDS[kind][1])
+    tables = rope.tables(config, 2000)
+    key = torch.randn(3, 1, 64, generator=torch.Generator().manual_seed(0))
+    at = [rope.apply(key, tables[0][position], tables[1][position]) for position in (1700, 1100)]
+    torch.testing.assert_close(rope.earlier(at[0], tables, 600), at[1], atol=2e-4, rtol=1e-4)

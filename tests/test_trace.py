@@ -74,9 +74,9 @@ def test_hidden_states_are_the_last_blocks_normalised() -> None:
     model = random_model(TOY)
     (method,) = signatures(TOY, GraphOptions(9, 3, kv_cache=False, hidden_states=True))
     inputs = {spec.name: spec.zeros(method.max_length) for spec in method.inputs}
-    inputs["select"][0, 4] = 1
+    inputs["select"][0, 0, 4] = 1
     logits, hidden = trace(model, [method])["forward"].module()(*inputs.values())
-    torch.testing.assert_close(logits[0], model.head.output(hidden[0, 4]))
+    torch.testing.assert_close(logits[0, 0], model.head.output(hidden[0, 4]))
 
 
 def test_blocks_of_one_kind_share_a_graph() -> None:

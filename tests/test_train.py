@@ -56,7 +56,7 @@ def test_training_loss_is_the_models_own() -> None:
     L = row.shape[1] - 1
     cos, sin = rope.tables(TOY, L)
     masks = [mask.causal(0, L, 0)[None]] * TOY.n_layers
-    logits = model(row[:, :-1], (cos[None], sin[None]), masks, torch.eye(L)).logits
+    logits = model(row[:, :-1], (cos[None], sin[None]), masks, torch.eye(L)[None]).logits[0]
     expected = torch.nn.functional.cross_entropy(logits, row[0, 1:])
     torch.testing.assert_close(train.row_loss(model, row, train.Positions.of(TOY)), expected)
 
@@ -155,7 +155,7 @@ def test_transformers_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> 
     tokens = torch.randint(3, model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
     cos, sin = rope.tables(model.config, 64)
     masks = [mask.causal(0, 64, 0)[None]] * model.config.n_layers
-    ours = model(tokens, (cos[None], sin[None]), masks, torch.eye(64)).logits
+    ours = model(tokens, (cos[None], sin[None]), masks, torch.eye(64)[None]).logits[0]
     with torch.no_grad():
         expected = theirs(tokens).logits[0]
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)

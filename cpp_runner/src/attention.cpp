@@ -64,6 +64,7 @@ struct Kernel {
     void (*append)(const Attention& attention, int64_t token);
     void (*attend)(const Work& work, int64_t task);
     void (*merge)(const Work& work, int64_t sequence_head);
+    void (*turn)(const Attention& attention, std::byte* row);
 };
 
 }  // namespace
@@ -178,6 +179,13 @@ size_t row_bytes(RowForm form, int64_t head_dim) {
     return count + sizeof(float);
 }
 
+/// How many numbers a row of so many bytes has.
+static int64_t head_dim_of(RowForm form, size_t bytes) {
+    const auto count = static_cast<int64_t>(bytes);
+    if (form == RowForm::kInt8) return count - static_cast<int64_t>(sizeof(float));
+    return count / static_cast<int64_t>(form == RowForm::kFloat16 ? sizeof(uint16_t) : sizeof(float));
+}
+
 std::span<const InstructionSet> instruction_sets() {
     static const Found found = find_sets();
     return {found.sets.data(), found.count};
@@ -218,6 +226,16 @@ void attend(const Attention& attention, ParallelFor parallel_for, InstructionSet
     if (work.chunks > 1) {
         for (int64_t i = 0; i < attention.batch * attention.kv_heads; ++i) context.kernel.merge(work, i);
     }
+}
+
+void turn(RowForm form, std::span<const float> cos, std::span<const float> sin, std::span<std::byte> row) {
+    Attention attention{};
+    attention.form = form;
+    attention.head_dim = head_dim_of(form, row.size());
+    attention.rope_pairs = static_cast<int64_t>(cos.size());
+    attention.cos = cos.data();
+    attention.sin = sin.data();
+    kernel_of(instruction_sets().back()).turn(attention, row.data());
 }
 
 }  // namespace llama_runner

@@ -60,4 +60,7 @@ std::span<const InstructionSet> instruction_sets();
 /// to the bit on every CPU. Needs about 600 KB of stack and no heap.
 void attend(const Attention& attention, ParallelFor parallel_for, InstructionSet set = instruction_sets().back());
 
+/// Rotates a row in a cache's form in place, by the angles of P pairs.
+void turn(RowForm form, std::span<const float> cos, std::span<const float> sin, std::span<std::byte> row);
+
 }  // namespace llama_runner

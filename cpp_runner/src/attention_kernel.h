@@ -381,7 +381,7 @@ void merge(const Work& work, int64_t sequence_head) {
     }
 }
 
-constexpr Kernel kKernel{InstructionSet::LLAMA_RUNNER_SET, append, attend, merge};
+constexpr Kernel kKernel{InstructionSet::LLAMA_RUNNER_SET, append, attend, merge, turn};
 
 #undef INLINE
 #undef UNROLL

@@ -201,6 +201,30 @@ Rows gather(Rows rows, int count, int head_dim, float* to) {
     return {reinterpret_cast<const std::byte*>(to), static_cast<size_t>(width) * sizeof(float)};
 }
 
+/// See attention.h.
+void turn(const Attention& attention, std::byte* row) {
+    alignas(64) float given[kMostHeadDim + kLanes];
+    alignas(64) float turned[kMostHeadDim + kLanes];
+    const auto head_dim = static_cast<int>(attention.head_dim);
+    const Rows rows{row, 0};
+    float scale = 1;
+    switch (attention.form) {
+        case RowForm::kFloat32:
+            gather<Float32>(rows, 1, head_dim, given);
+            break;
+        case RowForm::kFloat16:
+            gather<Float16>(rows, 1, head_dim, given);
+            break;
+        case RowForm::kInt8:
+            gather<Int8>(rows, 1, head_dim, given);
+            __builtin_memcpy(&scale, row + head_dim, sizeof scale);
+            break;
+    }
+    for (int i = 0; i < head_dim; ++i) given[i] *= scale;
+    rotate(attention, 0, static_cast<int>(attention.rope_pairs), given, turned);
+    write_row(attention.form, turned, head_dim, row);
+}
+
 INLINE void gather_scales(Rows rows, int count, int head_dim, float* scales) {
     for (int j = 0; j < count; ++j) __builtin_memcpy(scales + j, rows[j] + head_dim, sizeof(float));
 }

@@ -57,12 +57,12 @@ size_t KVCache::filled_bytes(int64_t position) const {
 }
 
 Result<int64_t> KVCache::plan(int64_t length) const {
-    if (length < 1 || length > capacity_ - position_) {
-        return Error{std::to_string(length) + " tokens do not fit behind the " + std::to_string(position_) +
+    if (length < 1 || length > capacity_ - state_.position) {
+        return Error{std::to_string(length) + " tokens do not fit behind the " + std::to_string(state_.position) +
                      " in the cache, which holds " + std::to_string(capacity_) +
                      "; shorten the prompt or export with a larger --max-seq-len"};
     }
-    return position_;
+    return state_.position;
 }
 
 Result<void> KVCache::commit(std::span<const void* const> rows, int64_t rows_length, int64_t length) {
@@ -83,25 +83,69 @@ Result<void> KVCache::commit(std::span<const void* const> rows, int64_t rows_len
             position += count;
         }
     }
-    position_ = end;
-    first_ = std::max(first_, end - ring_);
+    state_.position = end;
+    state_.first = std::max(state_.first, end - ring_);
     return {};
 }
 
 Result<void> KVCache::rewind(int64_t position) {
-    if (position < 0 || position > position_) {
+    if (position < 0 || position > state_.position) {
         return Error{"cannot rewind to position " + std::to_string(position) + ": the cache holds positions 0 to " +
-                     std::to_string(position_)};
+                     std::to_string(state_.position)};
     }
     if (position == 0) {
-        first_ = 0;
-    } else if (first_ > std::max(position - ring_ + 1, int64_t{0})) {
+        state_.first = 0;
+    } else if (state_.first > std::max(position - ring_ + 1, int64_t{0})) {
         return Error{"cannot rewind to position " + std::to_string(position) + ": the model sees " +
                      std::to_string(ring_) + " positions at a time, and their cache has been written over; rewind to " +
-                     std::to_string(first_ + ring_ - 1) + " or later, or to 0"};
+                     std::to_string(state_.first + ring_ - 1) + " or later, or to 0"};
     }
-    position_ = position;
+    state_.position = position;
     return {};
+}
+
+std::vector<KVCache::Filled> KVCache::filled() const {
+    std::vector<Filled> result;
+    for (const Buffer& buffer : buffers_) {
+        const bool wrapped = buffer.slots < capacity_ && state_.first > 0;
+        const int64_t count = wrapped ? buffer.slots : std::min(state_.position, buffer.slots);
+        result.push_back({buffer.data, buffer.heads, static_cast<size_t>(buffer.slots) * buffer.row_bytes,
+                          static_cast<size_t>(count) * buffer.row_bytes});
+    }
+    return result;
+}
+
+std::vector<KVCache::Filled> KVCache::restore(State state) {
+    state_ = state;
+    return filled();
+}
+
+int64_t KVCache::room(int64_t keep) const {
+    const int64_t seen = ring_ < capacity_ ? ring_ - 1 : 0;
+    return state_.position - keep - seen;
+}
+
+void KVCache::slide(int64_t keep, int64_t count,
+                    const std::function<void(const Buffer&, std::span<std::byte>)>& moved) {
+    const int64_t end = state_.position;
+    std::vector<std::byte> before;
+    for (const Buffer& buffer : buffers_) {
+        const size_t head_bytes = static_cast<size_t>(buffer.slots) * buffer.row_bytes;
+        for (int64_t head = 0; head < buffer.heads; ++head) {
+            std::byte* const data = buffer.data + static_cast<size_t>(head) * head_bytes;
+            before.assign(data, data + head_bytes);  // in a ring, a row may move to where one waits to be moved
+            const auto offset = [&](int64_t position) {
+                return static_cast<size_t>(position % buffer.slots) * buffer.row_bytes;
+            };
+            for (int64_t from = std::max(keep + count, end - buffer.slots); from < end; ++from) {
+                const std::span<std::byte> to(data + offset(from - count), buffer.row_bytes);
+                std::memcpy(to.data(), before.data() + offset(from), to.size());
+                moved(buffer, to);
+            }
+        }
+    }
+    if (state_.first > 0) state_.first = std::max(keep + count, end - ring_) - count;
+    state_.position -= count;
 }
 
 }  // namespace llama_runner

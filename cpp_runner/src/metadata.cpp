@@ -6,6 +6,8 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "checked_file.h"
+
 namespace llama_runner {
 
 namespace {
@@ -126,17 +128,17 @@ constexpr std::array kDtypes{
     NamedDtype{"int64", Dtype::kInt64, 8},
 };
 
-TensorSpec tensor_spec(Reader& reader, const json& object, int64_t max_length) {
+TensorSpec tensor_spec(Reader& reader, const json& object, StepSize most) {
     TensorSpec spec{reader.text(object, "name"), {}, Dtype::kFloat32};
-    int64_t elements = max_length;
+    int64_t elements = 1;
     for (const json& size : reader.member(object, "shape")) {
-        const bool is_length = size == "L";
-        const int64_t value = is_length ? kLength : size.is_number_integer() ? size.get<int64_t>() : 0;
-        if (!is_length && (value < 1 || value > kMostElements / elements)) {
+        const int64_t fixed = size.is_number_integer() ? std::max(size.get<int64_t>(), int64_t{0}) : 0;
+        const int64_t value = size == "L" ? kLength : size == "R" ? kRows : fixed;
+        if (value == 0 || most.of(value) > kMostElements / elements) {
             reader.fail("the shape of " + spec.name + " is impossible");
             break;
         }
-        elements *= is_length ? 1 : value;
+        elements *= most.of(value);
         spec.shape.push_back(value);
     }
     const std::string dtype = reader.text(object, "dtype");
@@ -153,17 +155,19 @@ MethodSpec method_spec(Reader& reader, const json& object) {
     MethodSpec spec{reader.text(object, "name"),
                     reader.integer(object, "min_length"),
                     reader.integer(object, "max_length"),
+                    reader.integer(object, "max_rows"),
                     {},
                     {}};
-    if (spec.min_length < 1 || spec.max_length < spec.min_length || spec.max_length > kMostElements) {
+    if (spec.min_length < 1 || spec.max_length < spec.min_length || spec.max_length > kMostElements ||
+        spec.max_rows < 1 || spec.max_rows > spec.max_length) {
         reader.fail("the lengths of method " + spec.name + " are impossible");
         return spec;
     }
     for (const json& input : reader.member(object, "inputs")) {
-        spec.inputs.push_back(tensor_spec(reader, input, spec.max_length));
+        spec.inputs.push_back(tensor_spec(reader, input, spec.most()));
     }
     for (const json& output : reader.member(object, "outputs")) {
-        spec.outputs.push_back(tensor_spec(reader, output, spec.max_length));
+        spec.outputs.push_back(tensor_spec(reader, output, spec.most()));
     }
     return spec;
 }
@@ -172,15 +176,15 @@ MethodSpec method_spec(Reader& reader, const json& object) {
 
 size_t size_of(Dtype dtype) { return std::ranges::find(kDtypes, dtype, &NamedDtype::dtype)->size; }
 
-int64_t TensorSpec::elements(int64_t length) const {
+int64_t TensorSpec::elements(StepSize step) const {
     int64_t count = 1;
-    for (int64_t size : shape) count *= size == kLength ? length : size;
+    for (const int64_t size : shape) count *= step.of(size);
     return count;
 }
 
-bool TensorSpec::is(std::span<const int64_t> sizes, int64_t length, Dtype type) const {
+bool TensorSpec::is(std::span<const int64_t> sizes, StepSize step, Dtype type) const {
     return dtype == type && std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end(),
-                                       [&](int64_t a, int64_t b) { return (a == kLength ? length : a) == b; });
+                                       [&](int64_t a, int64_t b) { return step.of(a) == b; });
 }
 
 Result<Metadata> from_constants(const Constants& constants) {
@@ -189,7 +193,9 @@ Result<Metadata> from_constants(const Constants& constants) {
     metadata.max_seq_len = reader.integer("get_max_seq_len", 1);
     metadata.vocab_size = reader.integer("get_vocab_size", 1);
     metadata.matrix_bytes = reader.integer("get_matrix_bytes", 1);
-    if (reader.integer("get_batch_size", 1) != 1) reader.fail("this runner takes one sequence at a time");
+    if (reader.integer("get_batch_size", 1) != 1) {
+        reader.fail("it extends several texts at once, which this runner cannot: leave --batch-size out");
+    }
     if (const int64_t id = reader.integer("get_bos_id", -1); id >= 0) metadata.bos_id = id;
     reader.values("get_eos_ids", [&](std::vector<Constant> ids) {
         for (const Constant& id : ids) {
@@ -202,6 +208,13 @@ Result<Metadata> from_constants(const Constants& constants) {
     const json requirements = reader.parsed("get_requirements");
     metadata.requirements = {reader.text(requirements, "executorch"), reader.texts(requirements, "backends"),
                              reader.texts(requirements, "operators")};
+    metadata.identity = digest_of(reader.text("get_provenance"));
+    const json config = reader.parsed("get_config");
+    metadata.positions = reader.text(config, "positions");
+    for (const json& layer : reader.member(config, "nope_layers")) {
+        layer.is_number_integer() ? metadata.nope_layers.push_back(layer.get<int64_t>())
+                                  : reader.fail("nope_layers is no list of whole numbers");
+    }
     int64_t width = 0;
     metadata.rope.cos = reader.floats("get_rope_cos", 2, metadata.rope.width);
     metadata.rope.sin = reader.floats("get_rope_sin", 2, width);
@@ -219,6 +232,7 @@ Result<Metadata> from_constants(const Constants& constants) {
             metadata.tokenizer.assign(static_cast<const char*>(tensor.data), tensor.nbytes);
         });
     }
+    metadata.chat_template = reader.text("get_chat_template");
     if (reader.error()) return *reader.error();
     return metadata;
 }

@@ -13,6 +13,17 @@ void rope_slices(const RopeTables& tables, int64_t position, int64_t length, flo
     }
 }
 
+Angles earlier(const RopeTables& tables, int64_t distance) {
+    Angles angles;
+    for (int64_t i = 0; i < tables.width; ++i) {
+        const auto from = static_cast<size_t>(distance * tables.width + i);
+        const float factor = tables.cos[static_cast<size_t>(i)];  // position 0's cosine is 1
+        angles.cos.push_back(tables.cos[from] / factor);
+        angles.sin.push_back(-tables.sin[from] / factor);
+    }
+    return angles;
+}
+
 CausalMask::CausalMask(int64_t max_length, int64_t capacity, int64_t window, std::span<const float> slopes)
     : heads_(std::max(std::ssize(slopes), std::ptrdiff_t{1})),
       max_length_(max_length),

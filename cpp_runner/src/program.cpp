@@ -2,6 +2,7 @@
 
 #include <executorch/extension/data_loader/mmap_data_loader.h>
 #include <executorch/extension/memory_allocator/malloc_memory_allocator.h>
+#include <executorch/extension/threadpool/threadpool_guard.h>
 #include <executorch/runtime/backend/backend_options_map.h>
 #include <executorch/runtime/backend/interface.h>
 #include <executorch/runtime/executor/program.h>
@@ -208,10 +209,10 @@ et::etensor::ScalarType scalar_type(Dtype dtype) {
     return ScalarType::Undefined;
 }
 
-bool matches(const et::Result<et::TensorInfo>& found, const TensorSpec& spec, int64_t length) {
+bool matches(const et::Result<et::TensorInfo>& found, const TensorSpec& spec, StepSize most) {
     return found.ok() && found->scalar_type() == scalar_type(spec.dtype) &&
            found->sizes().size() == spec.shape.size() && spec.shape.size() <= kMostDimensions &&
-           found->nbytes() == static_cast<size_t>(spec.elements(length)) * size_of(spec.dtype);
+           found->nbytes() == static_cast<size_t>(spec.elements(most)) * size_of(spec.dtype);
 }
 
 /// Refuses a method that is not what its spec says, and gives its outputs their place.
@@ -219,15 +220,15 @@ Result<void> prepare(Loaded& loaded, const MethodSpec& spec) {
     const et::MethodMeta meta = loaded.method->method_meta();
     bool whole = meta.num_inputs() == spec.inputs.size() && meta.num_outputs() == spec.outputs.size();
     for (size_t i = 0; whole && i < spec.inputs.size(); ++i) {
-        whole = matches(meta.input_tensor_meta(i), spec.inputs[i], spec.max_length);
+        whole = matches(meta.input_tensor_meta(i), spec.inputs[i], spec.most());
     }
     for (size_t i = 0; whole && i < spec.outputs.size(); ++i) {
-        whole = matches(meta.output_tensor_meta(i), spec.outputs[i], spec.max_length);
+        whole = matches(meta.output_tensor_meta(i), spec.outputs[i], spec.most());
     }
     if (!whole) return Error{"method " + spec.name + " is not what get_methods says; export the file again"};
     for (size_t i = 0; i < spec.outputs.size(); ++i) {
         const TensorSpec& output = spec.outputs[i];
-        const size_t bytes = static_cast<size_t>(output.elements(spec.max_length)) * size_of(output.dtype);
+        const size_t bytes = static_cast<size_t>(output.elements(spec.most())) * size_of(output.dtype);
         auto& memory = loaded.outputs.emplace_back(
             std::make_unique_for_overwrite<std::max_align_t[]>(bytes / sizeof(std::max_align_t) + 1));
         loaded.output_pointers.push_back(memory.get());
@@ -239,6 +240,21 @@ Result<void> prepare(Loaded& loaded, const MethodSpec& spec) {
 
 }  // namespace
 
+/// Keeps a small model to the caller's thread, while it is loaded and while it runs.
+class Threads {
+  public:
+    explicit Threads([[maybe_unused]] bool is_small) {
+#ifdef ET_USE_THREADPOOL
+        if (is_small) guard_.emplace();
+#endif
+    }
+
+  private:
+#ifdef ET_USE_THREADPOOL
+    std::optional<executorch::extension::threadpool::NoThreadPoolGuard> guard_;
+#endif
+};
+
 struct Program::State {
     explicit State(executorch::extension::MmapDataLoader file) : loader(std::move(file)) {}
 
@@ -247,6 +263,7 @@ struct Program::State {
     Metadata metadata;
     std::unique_ptr<Tokenizer> tokenizer;
     std::vector<std::unique_ptr<Loaded>> methods;
+    bool is_small = false;
 };
 
 Program::Program(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -281,6 +298,8 @@ Result<std::unique_ptr<Program>> Program::open(const std::string& path, const Op
             if (!tokenizer) return tokenizer.error();
             state->tokenizer = *std::move(tokenizer);
         }
+        state->is_small = !options.threads && state->metadata.matrix_bytes < kSmall;
+        const Threads threads(state->is_small);
         for (const MethodSpec& spec : state->metadata.methods) {
             auto loaded = load(*state->program, spec.name.c_str());
             if (!loaded) return loaded.error();
@@ -291,16 +310,17 @@ Result<std::unique_ptr<Program>> Program::open(const std::string& path, const Op
     });
 }
 
-Result<std::span<const void* const>> Program::step(size_t method, int64_t length, std::span<const void* const> inputs) {
+Result<std::span<const void* const>> Program::step(size_t method, StepSize step, std::span<const void* const> inputs) {
     static constexpr std::array<uint8_t, kMostDimensions> kOrder{0, 1, 2, 3, 4, 5, 6, 7};
     const MethodSpec& spec = state_->metadata.methods[method];
     Loaded& loaded = *state_->methods[method];
+    const Threads threads(state_->is_small);
     last_complaint[0] = '\0';
     for (size_t i = 0; i < inputs.size(); ++i) {
         const TensorSpec& input = spec.inputs[i];
         std::array<int32_t, kMostDimensions> sizes{};
         std::transform(input.shape.begin(), input.shape.end(), sizes.begin(),
-                       [length](int64_t size) { return static_cast<int32_t>(size == kLength ? length : size); });
+                       [step](int64_t size) { return static_cast<int32_t>(step.of(size)); });
         et::etensor::TensorImpl tensor(scalar_type(input.dtype), static_cast<ssize_t>(input.shape.size()), sizes.data(),
                                        const_cast<void*>(inputs[i]), const_cast<uint8_t*>(kOrder.data()));
         const auto error = loaded.method->set_input(et::EValue(et::etensor::Tensor(&tensor)), i);

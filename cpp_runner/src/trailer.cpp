@@ -4,9 +4,7 @@
 #include <filesystem>
 #include <memory>
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
-
+#include "checked_file.h"
 #include "llama_runner/metadata.h"
 
 namespace llama_runner {
@@ -24,36 +22,9 @@ struct Trailer {
     uint64_t digest = 0;
 };
 
-uint64_t little_endian(const unsigned char* bytes, int count) {
-    uint64_t value = 0;
-    for (int i = count - 1; i >= 0; --i) value = value << 8 | bytes[i];
-    return value;
-}
-
 Trailer parse(const std::array<unsigned char, Trailer::kSize>& bytes) {
     return {std::memcmp(bytes.data(), "llamapte", 8) == 0, static_cast<uint32_t>(little_endian(&bytes[8], 4)),
             little_endian(&bytes[16], 8), little_endian(&bytes[24], 8)};
-}
-
-struct Close {
-    void operator()(std::FILE* file) const { std::fclose(file); }
-};
-using File = std::unique_ptr<std::FILE, Close>;
-
-/// XXH3-64 of the first `length` bytes; nothing where they cannot be read.
-std::optional<uint64_t> checksum_of(std::FILE* file, uint64_t length) {
-    constexpr size_t kPiece = 1 << 20;
-    std::vector<unsigned char> piece(kPiece);
-    std::unique_ptr<XXH3_state_t, XXH_errorcode (*)(XXH3_state_t*)> state(XXH3_createState(), XXH3_freeState);
-    if (!state || XXH3_64bits_reset(state.get()) != XXH_OK) return std::nullopt;
-    std::rewind(file);
-    while (length > 0) {
-        const size_t count = std::fread(piece.data(), 1, std::min<uint64_t>(length, kPiece), file);
-        if (count == 0) return std::nullopt;
-        XXH3_64bits_update(state.get(), piece.data(), count);
-        length -= count;
-    }
-    return XXH3_64bits_digest(state.get());
 }
 
 }  // namespace
@@ -81,6 +52,10 @@ Result<void> check_file(const std::string& path, bool checksum) {
             return Error{path + " is truncated or was not made by llama-pte; copy it again or export it anew"};
         }
         return Error{path + " is no .pte file; export one with `python -m export.llama`"};
+    }
+    if (trailer.version < kFormatVersion) {
+        return Error{path + " has format version " + std::to_string(trailer.version) + ", and this version reads " +
+                     std::to_string(kFormatVersion) + "; export it again"};
     }
     if (trailer.version > kFormatVersion) {
         return Error{path + " has format version " + std::to_string(trailer.version) + ", newer than this version's " +

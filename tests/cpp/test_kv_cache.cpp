@@ -1,5 +1,7 @@
 #include <gtest/gtest.h>
 
+#include <cstring>
+
 #include "llama_runner/kv_cache.h"
 
 namespace llama_runner {
@@ -11,6 +13,7 @@ MethodSpec two_heads() {
     return {"prefill",
             4,
             4,
+            1,
             {{"v_cache.0", {2, kCapacity, 3}, Dtype::kFloat32},
              {"tokens", {1, 4}, Dtype::kInt64},
              {"k_cache.0", {2, kCapacity, 3}, Dtype::kFloat32}},
@@ -47,7 +50,7 @@ TEST(KVCache, PlansCommitsAndRewinds) {
 /// A cache for one block that sees everything and one that sees three positions.
 KVCache ringed() {
     const MethodSpec spec{
-        "decode", 1, 1, {{"k_cache.0", {1, 9, 1}, Dtype::kFloat32}, {"k_cache.1", {1, 3, 1}, Dtype::kFloat32}}, {}};
+        "decode", 1, 1, 1, {{"k_cache.0", {1, 9, 1}, Dtype::kFloat32}, {"k_cache.1", {1, 3, 1}, Dtype::kFloat32}}, {}};
     auto cache = KVCache::create(spec, 9);
     EXPECT_TRUE(cache);
     return *std::move(cache);
@@ -95,10 +98,35 @@ TEST(KVCache, RingsRewindAsFarAsTheyHold) {
     EXPECT_TRUE(cache.rewind(1));
 }
 
+TEST(KVCache, SlidesWhatIsBehindThePositionsTakenOut) {
+    KVCache cache = ringed();
+    std::vector<float> rows(9);
+    for (size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<float>(i);
+    const std::vector<const void*> pointers(2, rows.data());
+    ASSERT_TRUE(cache.commit(pointers, 9, 9));
+    EXPECT_EQ(cache.room(2), 5) << "the ring must not see the first two";
+    int64_t moved = 0;
+    cache.slide(2, 4, [&](const KVCache::Buffer& buffer, std::span<std::byte> row) {
+        ++moved;
+        float value = 0;
+        std::memcpy(&value, row.data(), sizeof value);
+        if (buffer.name == "k_cache.0") value += 100;
+        std::memcpy(row.data(), &value, sizeof value);
+    });
+    EXPECT_EQ(moved, 3 + 3);
+    EXPECT_EQ(cache.position(), 5);
+    const auto* whole = reinterpret_cast<const float*>(cache.buffers()[0].data);
+    EXPECT_EQ(std::vector<float>(whole, whole + 5), (std::vector<float>{0, 1, 106, 107, 108}));
+    const auto* ring = reinterpret_cast<const float*>(cache.buffers()[1].data);
+    EXPECT_EQ(std::vector<float>(ring, ring + 3), (std::vector<float>{7, 8, 6})) << "positions 3, 4 and 2";
+    EXPECT_TRUE(cache.rewind(4));
+    EXPECT_FALSE(cache.rewind(3)) << "the ring no longer holds what is seen from there";
+}
+
 TEST(KVCache, RefusesShapesItDoesNotKnow) {
     for (const std::vector<int64_t>& shape :
          std::vector<std::vector<int64_t>>{{1, 10, 1}, {1, 0, 1}, {kLength, 3, kLength}, {1, 3}}) {
-        EXPECT_FALSE(KVCache::create({"decode", 1, 1, {{"k_cache.0", shape, Dtype::kFloat32}}, {}}, 9));
+        EXPECT_FALSE(KVCache::create({"decode", 1, 1, 1, {{"k_cache.0", shape, Dtype::kFloat32}}, {}}, 9));
     }
 }
 

@@ -20,9 +20,11 @@ std::map<std::string, std::vector<Constant>> good() {
         {"get_bos_id", {int64_t{-1}}},
         {"get_eos_ids", {int64_t{2}, int64_t{5}}},
         {"get_methods",
-         {std::string(R"([{"name": "decode", "min_length": 1, "max_length": 4, "rows": 1, "start_layer": 0,
+         {std::string(R"([{"name": "decode", "min_length": 1, "max_length": 4, "max_rows": 2, "start_layer": 0,
                            "end_layer": 1, "inputs": [{"name": "mask", "shape": [1, "L", 9], "dtype": "float32"}],
-                           "outputs": [{"name": "logits", "shape": [1, 16], "dtype": "float32"}]}])")}},
+                           "outputs": [{"name": "logits", "shape": [1, "R", 16], "dtype": "float32"}]}])")}},
+        {"get_config", {std::string(R"({"positions": "rope", "nope_layers": [1]})")}},
+        {"get_provenance", {std::string("{}")}},
         {"get_requirements", {std::string(R"({"executorch": "1.5.1", "backends": ["B"], "operators": []})")}},
         {"get_rope_cos", {table}},
         {"get_rope_sin", {table}},
@@ -30,6 +32,7 @@ std::map<std::string, std::vector<Constant>> good() {
         {"get_sliding_window", {int64_t{4}}},
         {"get_matrix_bytes", {int64_t{1024}}},
         {"get_tokenizer_kind", {std::string("none")}},
+        {"get_chat_template", {std::string("{}")}},
     };
 }
 
@@ -50,10 +53,15 @@ TEST(Metadata, ReadsEveryField) {
     EXPECT_EQ(metadata->stop_ids, (std::vector<int64_t>{2, 5}));
     EXPECT_EQ(metadata->methods[0].inputs[0].shape, (std::vector<int64_t>{1, kLength, 9}));
     EXPECT_EQ(metadata->methods[0].inputs[0].elements(4), 36);
+    EXPECT_EQ(metadata->methods[0].outputs[0].elements({4, 2}), 32);
+    EXPECT_EQ(metadata->nope_layers, (std::vector<int64_t>{1}));
+    EXPECT_EQ(metadata->positions, "rope");
+    EXPECT_EQ(metadata->identity[0], 0xdc) << "XXH3-128 of {}";
     EXPECT_EQ(metadata->rope.rows(), 3);
     EXPECT_EQ(metadata->alibi_slopes, (std::vector<float>{1, 2, 3}));
     EXPECT_EQ(metadata->sliding_window, 4);
     EXPECT_EQ(metadata->tokenizer, "");
+    EXPECT_EQ(metadata->chat_template, "{}");
 }
 
 TEST(Metadata, SlopesOfZeroAreNone) {
@@ -94,7 +102,7 @@ TEST(Metadata, RefusesWhatHasTheWrongForm) {
 
 TEST(Metadata, RefusesImpossibleMethods) {
     for (const char* change : {R"("name": 3)", R"("min_length": 0)", R"("min_length": 9)", R"("max_length": "x")",
-                               R"("inputs": [{"name": "a", "shape": [0], "dtype": "float32"}])",
+                               R"("max_rows": 5)", R"("inputs": [{"name": "a", "shape": [0], "dtype": "float32"}])",
                                R"("inputs": [{"name": "a", "shape": [9999999999, 9999999999], "dtype": "float32"}])",
                                R"("outputs": [{"name": "a", "shape": [1], "dtype": "bfloat16"}])"}) {
         auto methods = nlohmann::json::parse(std::get<std::string>(good()["get_methods"][0]));
@@ -111,6 +119,8 @@ TEST(CheckFile, ToldApart) {
     ASSERT_TRUE(check_file(path, true));
     std::string newer = whole;
     newer[newer.size() - 24] = 9;
+    std::string older = whole;
+    older[older.size() - 24] = 1;
     std::string longer = whole;
     longer.insert(1000, "x");
     std::string damaged = whole;
@@ -120,7 +130,8 @@ TEST(CheckFile, ToldApart) {
         {"hello", "is no .pte file"},
         {whole.substr(0, whole.size() - 1), "is truncated or was not made by llama-pte"},
         {whole.substr(0, 100), "is truncated or was not made by llama-pte"},
-        {newer, "has format version 9, newer than this version's 1"},
+        {newer, "has format version 9, newer than this version's 2"},
+        {older, "has format version 1, and this version reads 2; export it again"},
         {longer, "is damaged: "},
         {damaged, "is damaged: its checksum does not match"},
     };

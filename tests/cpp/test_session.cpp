@@ -1,8 +1,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <functional>
+#include <thread>
 
+#include "llama_runner/program.h"
 #include "llama_runner/session.h"
+#include "support.h"
 
 namespace llama_runner {
 namespace {
@@ -16,14 +20,15 @@ MethodSpec method(const std::string& name, int64_t min_length, int64_t max_lengt
     return {name,
             min_length,
             max_length,
+            1,
             {{"v_cache.0", {2, kCapacity, 3}, Dtype::kFloat32},
              {"tokens", {1, length}, Dtype::kInt64},
              {"mask", {1, length, width}, Dtype::kFloat32},
              {"cos", {1, length, 2}, Dtype::kFloat32},
-             {"select", {1, length}, Dtype::kFloat32},
+             {"select", {1, 1, length}, Dtype::kFloat32},
              {"k_cache.0", {2, kCapacity, 3}, Dtype::kFloat32}},
             {{"k_rows.0", {2, length, 3}, Dtype::kFloat32},
-             {"logits", {1, kVocab}, Dtype::kFloat32},
+             {"logits", {1, 1, kVocab}, Dtype::kFloat32},
              {"v_rows.0", {2, length, 3}, Dtype::kFloat32}}};
 }
 
@@ -32,10 +37,11 @@ MethodSpec uncached() {
     return {"forward",
             kCapacity,
             kCapacity,
-            {{"select", {1, kCapacity}, Dtype::kFloat32},
+            1,
+            {{"select", {1, 1, kCapacity}, Dtype::kFloat32},
              {"tokens", {1, kCapacity}, Dtype::kInt64},
              {"mask", {1, kCapacity, kCapacity}, Dtype::kFloat32}},
-            {{"logits", {1, kVocab}, Dtype::kFloat32}, {"hidden", {1, kCapacity, 2}, Dtype::kFloat32}}};
+            {{"logits", {1, 1, kVocab}, Dtype::kFloat32}, {"hidden", {1, kCapacity, 2}, Dtype::kFloat32}}};
 }
 
 /// Stands in for a program: keys and hidden states are the tokens, logits name what was selected: the token, its
@@ -53,8 +59,9 @@ class FakeSteps final : public Steps {
 
     const Metadata& metadata() const override { return metadata_; }
 
-    Result<std::span<const void* const>> step(size_t number, int64_t length,
+    Result<std::span<const void* const>> step(size_t number, StepSize size,
                                               std::span<const void* const> inputs) override {
+        const int64_t length = size.length;
         const MethodSpec& spec = metadata_.methods[number];
         calls.push_back(spec.name);
         if (fails) return Error{"it failed"};
@@ -212,6 +219,185 @@ TEST(Session, HandsInTheWholeTextWhereNothingIsCached) {
     expect_text({1, 2, 0, 0, 0, 0, 0, 0, 0, 0}, {2, 0});
     steps.metadata_.methods[0].max_length = 4;
     EXPECT_FALSE(Session::create(steps)) << "it would not hold a text";
+}
+
+/// Several threads, each with a session of its own, on one program.
+void run_in_threads(Steps& steps, const std::function<void(Session&, int64_t)>& body) {
+    std::vector<std::thread> threads;
+    for (int64_t number = 0; number < 3; ++number) {
+        threads.emplace_back([&steps, &body, number] {
+            auto session = Session::create(steps);
+            ASSERT_TRUE(session) << session.error().message;
+            body(*session, number);
+        });
+    }
+    for (std::thread& thread : threads) thread.join();
+}
+
+TEST(Threads, SessionsOfOneProgramTakeTurns) {
+    FakeSteps steps;
+    run_in_threads(steps, [](Session& session, int64_t number) {
+        for (int64_t i = 0; i < 200; ++i) {
+            if (session.position() == session.capacity()) session.reset();
+            const int64_t token = (7 * number + i) % kVocab;
+            const auto logits = session.decode(token);
+            ASSERT_TRUE(logits);
+            ASSERT_EQ((*logits)[0], static_cast<float>(token));
+            ASSERT_EQ((*logits)[2], static_cast<float>(session.position()));
+        }
+    });
+}
+
+/// Of tiny.pte, after a text.
+Session session_of(Program& program, const std::vector<int64_t>& text) {
+    auto session = Session::create(program);
+    if (!text.empty()) EXPECT_TRUE(session->prefill(text));
+    return *std::move(session);
+}
+
+std::vector<float> logits_after(Program& program, const std::vector<int64_t>& text) {
+    Session session = session_of(program, {});
+    const auto logits = session.prefill(text);
+    return {logits->begin(), logits->end()};
+}
+
+void expect_close(std::span<const float> found, const std::vector<float>& expected) {
+    ASSERT_EQ(found.size(), expected.size());
+    for (size_t i = 0; i < found.size(); ++i) ASSERT_NEAR(found[i], expected[i], 1e-3) << i;
+}
+
+std::unique_ptr<Program> tiny(const std::string& path) {
+    auto program = Program::open(path, {});
+    EXPECT_TRUE(program) << program.error().message;
+    return *std::move(program);
+}
+
+TEST(Threads, EachSessionIsWhatItWouldBeAlone) {
+    REQUIRE_TINY(path);
+    auto program = Program::open(path, {.threads = 1});  // whose threads a sanitizer would not see
+    ASSERT_TRUE(program);
+    const std::vector<int64_t> text = {1, 5, 9, 13, 17, 21};
+    std::vector<std::vector<float>> alone;
+    for (size_t number = 0; number < 3; ++number) {
+        alone.push_back(logits_after(**program, {text.begin() + static_cast<std::ptrdiff_t>(number), text.end()}));
+    }
+    run_in_threads(**program, [&](Session& session, int64_t number) {
+        for (int i = 0; i < 5; ++i) {
+            session.reset();
+            const auto of = std::span(text).subspan(static_cast<size_t>(number));
+            ASSERT_TRUE(session.prefill(of.first(of.size() - 2)));
+            const auto proposed = session.propose(of.last(2).first(1));
+            ASSERT_TRUE(proposed);
+            ASSERT_TRUE(session.accept(1));
+            expect_close(*session.decode(of.back()), alone[static_cast<size_t>(number)]);
+        }
+    });
+}
+
+TEST(Session, ForkedRestartedAndRewoundIsAsIfItWereFresh) {
+    REQUIRE_TINY(path);
+    const auto program = tiny(path);
+    Session session = session_of(*program, {1, 5, 9, 13, 17});
+    auto fork = session.fork();
+    ASSERT_TRUE(fork);
+    ASSERT_TRUE(session.decode(21));
+    expect_close(*fork->decode(33), logits_after(*program, {1, 5, 9, 13, 17, 33}));
+    expect_close(*session.decode(3), logits_after(*program, {1, 5, 9, 13, 17, 21, 3}));
+    expect_close(*session.restart(std::vector<int64_t>{1, 5, 8}), logits_after(*program, {1, 5, 8}));
+    EXPECT_EQ(std::vector<int64_t>(session.tokens().begin(), session.tokens().end()), (std::vector<int64_t>{1, 5, 8}));
+    ASSERT_TRUE(session.rewind(1));
+    expect_close(*session.decode(40), logits_after(*program, {1, 40}));
+    EXPECT_FALSE(session.restart({}));
+}
+
+TEST(Session, GivesSeveralRowsOfLogits) {
+    REQUIRE_TINY(path);
+    const auto program = tiny(path);
+    const auto vocab = static_cast<size_t>(program->metadata().vocab_size);
+    for (const int64_t rows : {1, 3, 8, 19}) {  // within one step, and over several
+        Session session = session_of(*program, {1, 2});
+        std::vector<int64_t> text = {1, 2};
+        std::vector<int64_t> more;
+        for (int64_t i = 0; i < 19; ++i) more.push_back(7 * i + 3);
+        const auto logits = session.extend(more, rows);
+        ASSERT_TRUE(logits);
+        ASSERT_EQ(logits->size(), static_cast<size_t>(rows) * vocab);
+        for (int64_t i = 0; i < std::ssize(more); ++i) {
+            text.push_back(more[static_cast<size_t>(i)]);
+            const int64_t row = i - (std::ssize(more) - rows);
+            if (row >= 0)
+                expect_close(logits->subspan(static_cast<size_t>(row) * vocab, vocab), logits_after(*program, text));
+        }
+    }
+    Session session = session_of(*program, {});
+    EXPECT_FALSE(session.extend(std::vector<int64_t>{1}, 2));
+}
+
+TEST(Session, WhatWasProposedCountsAsFarAsItIsAccepted) {
+    REQUIRE_TINY(path);
+    const auto program = tiny(path);
+    const auto vocab = static_cast<size_t>(program->metadata().vocab_size);
+    Session session = session_of(*program, {1, 5, 9});
+    const auto logits = session.propose(std::vector<int64_t>{13, 17, 21});
+    ASSERT_TRUE(logits);
+    expect_close(logits->subspan(vocab, vocab), logits_after(*program, {1, 5, 9, 13, 17}));
+    ASSERT_TRUE(session.accept(1));
+    EXPECT_EQ(session.position(), 4);
+    expect_close(*session.decode(40), logits_after(*program, {1, 5, 9, 13, 40}));
+}
+
+TEST(Session, IsSavedAndLoaded) {
+    REQUIRE_TINY(path);
+    const auto program = tiny(path);
+    const testing::TemporaryFile file("");
+    ASSERT_TRUE(session_of(*program, {1, 5, 9}).save(file.path()));
+    Session session = session_of(*program, {4, 4, 4, 4});
+    ASSERT_TRUE(session.load(file.path()));
+    EXPECT_EQ(session.position(), 3);
+    expect_close(*session.decode(13), logits_after(*program, {1, 5, 9, 13}));
+
+    const std::string whole = testing::read_file(file.path());
+    std::string foreign = whole;
+    foreign[20] ^= 1;
+    std::string newer = whole;
+    newer[8] = 9;
+    std::string damaged = whole;
+    damaged[100] ^= 1;
+    const std::vector<std::pair<std::string, std::string>> cases = {
+        {"hello", "is no saved session"},
+        {foreign, "was saved with another model"},
+        {newer, "has version 9, and this one reads 1"},
+        {damaged, "is damaged: its checksum does not match"},
+        {whole.substr(0, whole.size() - 1), "is damaged: its checksum does not match"},
+        {whole.substr(0, 48), "is damaged: its checksum does not match"},
+    };
+    for (const auto& [content, message] : cases) {
+        const testing::TemporaryFile bad(content);
+        const auto loaded = session.load(bad.path());
+        ASSERT_FALSE(loaded) << message;
+        EXPECT_NE(loaded.error().message.find(message), std::string::npos) << loaded.error().message;
+        EXPECT_EQ(session.position(), 4);
+    }
+    EXPECT_FALSE(session.load("nowhere"));
+    EXPECT_FALSE(session.save("nowhere/at/all"));
+}
+
+TEST(Session, SlidesAndGoesOn) {
+    REQUIRE_TINY(path);
+    const auto program = tiny(path);
+    Session session = session_of(*program, {});
+    for (int64_t i = 0; i < 3 * session.capacity(); ++i) {
+        if (session.position() == session.capacity()) {
+            const std::vector<int64_t> before(session.tokens().begin(), session.tokens().end());
+            const auto count = session.slide();
+            ASSERT_TRUE(count);
+            EXPECT_EQ(session.position(), session.capacity() - *count);
+            EXPECT_EQ(session.tokens()[kSinks], before[static_cast<size_t>(kSinks + *count)]);
+        }
+        ASSERT_TRUE(session.decode(1 + i * i % 700));
+    }
+    Session empty = session_of(*program, {1, 2, 3, 4});
+    EXPECT_FALSE(empty.slide());
 }
 
 }  // namespace

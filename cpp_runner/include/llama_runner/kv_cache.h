@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -47,7 +48,7 @@ class KVCache {
     int64_t capacity() const { return capacity_; }
 
     /// Positions filled so far.
-    int64_t position() const { return position_; }
+    int64_t position() const { return state_.position; }
 
     /// Bytes held by the buffers.
     size_t nbytes() const;
@@ -62,6 +63,39 @@ class KVCache {
     ///
     /// `rows[i]` belongs to `buffers()[i]`: [heads, rows_length, row_bytes].
     Result<void> commit(std::span<const void* const> rows, int64_t rows_length, int64_t length);
+
+    /// What says, with the buffers, what is cached.
+    struct State {
+        int64_t position = 0;
+        /// The earliest position that a ring still holds.
+        int64_t first = 0;
+    };
+
+    /// The part of a buffer that a text may have written: the first `head_bytes` of each head.
+    struct Filled {
+        std::byte* data;
+        int64_t heads;
+        size_t stride;
+        size_t head_bytes;
+
+        std::span<std::byte> of(int64_t head) const { return {data + static_cast<size_t>(head) * stride, head_bytes}; }
+    };
+
+    State state() const { return state_; }
+
+    /// Of each buffer.
+    std::vector<Filled> filled() const;
+
+    /// Takes another cache's state over, and returns what it fills, which is to be written.
+    std::vector<Filled> restore(State state);
+
+    /// How many positions behind the first `keep` can be taken out by `slide`; fewer than 1 where a ring, which no
+    /// longer holds the first, would see them then.
+    int64_t room(int64_t keep) const;
+
+    /// Takes out `count` positions, at most `room(keep)`, behind the first `keep`: what follows them moves to earlier
+    /// ones. `moved` is given each row in its new place.
+    void slide(int64_t keep, int64_t count, const std::function<void(const Buffer&, std::span<std::byte>)>& moved);
 
     /// Forgets everything from `position` on; fails if it is outside [0, position()], or a ring no longer holds what is
     /// seen from there.
@@ -79,11 +113,9 @@ class KVCache {
     std::vector<Buffer> buffers_;
     std::vector<std::unique_ptr<void, Free>> memory_;
     int64_t capacity_;
-    int64_t position_ = 0;
+    State state_;
     /// Slots of the shortest buffer.
     int64_t ring_;
-    /// The earliest position that a ring still holds.
-    int64_t first_ = 0;
 };
 
 }  // namespace llama_runner

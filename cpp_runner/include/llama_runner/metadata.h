@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -14,30 +15,43 @@
 /// The contract with export (export/metadata.py): what a file carries, under which names, in which format version.
 namespace llama_runner {
 
-inline constexpr uint32_t kFormatVersion = 1;
+inline constexpr uint32_t kFormatVersion = 2;
 
 /// Stands in a shape for the method's length.
 inline constexpr int64_t kLength = -1;
+
+/// And for its rows of logits.
+inline constexpr int64_t kRows = -2;
 
 enum class Dtype { kFloat32, kFloat16, kInt8, kInt64 };
 
 /// Bytes of one element.
 size_t size_of(Dtype dtype);
 
+/// What is not fixed in a step's shapes: how many tokens it takes, and how many rows of logits it returns.
+struct StepSize {
+    StepSize(int64_t of_length, int64_t of_rows = 1) : length(of_length), rows(of_rows) {}
+
+    /// A size of a shape, as a number.
+    int64_t of(int64_t size) const { return size == kLength ? length : size == kRows ? rows : size; }
+
+    int64_t length;
+    int64_t rows;
+};
+
 /// One input or output of a method.
 struct TensorSpec {
     /// Its role: tokens, select, logits, hidden; what depends on the position, see `PositionInputs`; and k_cache.3,
     /// v_cache.3, k_rows.3, v_rows.3 for layer 3.
     std::string name;
-    /// Sizes; kLength where the length is not fixed.
+    /// Sizes; kLength and kRows where they are not fixed.
     std::vector<int64_t> shape;
     Dtype dtype;
 
-    /// Elements at a length of `length`.
-    int64_t elements(int64_t length) const;
+    int64_t elements(StepSize step) const;
 
-    /// Whether these are its sizes, at a length of `length`, and this its type.
-    bool is(std::span<const int64_t> sizes, int64_t length, Dtype type) const;
+    /// Whether these are its sizes, in such a step, and this its type.
+    bool is(std::span<const int64_t> sizes, StepSize step, Dtype type) const;
 };
 
 /// One method of the program: a range of layers for a range of lengths. Inputs are filled by name.
@@ -46,8 +60,13 @@ struct MethodSpec {
     /// The L it takes; equal where the graph is static.
     int64_t min_length;
     int64_t max_length;
+    /// The most rows of logits that it returns.
+    int64_t max_rows;
     std::vector<TensorSpec> inputs;
     std::vector<TensorSpec> outputs;
+
+    /// The largest step.
+    StepSize most() const { return {max_length, max_rows}; }
 };
 
 /// What a runtime must offer before it may load the program.
@@ -77,7 +96,13 @@ struct Metadata {
     std::vector<int64_t> stop_ids;
     std::vector<MethodSpec> methods;
     Requirements requirements;
+    /// 16 bytes, equal for files that were made in the same way from the same checkpoint.
+    std::array<unsigned char, 16> identity;
     RopeTables rope;
+    /// How the model knows them: rope, alibi or learned.
+    std::string positions;
+    /// Blocks that do not rotate although others do.
+    std::vector<int64_t> nope_layers;
     /// [H]: what each head's mask takes off for every position of distance; empty where it takes off nothing.
     std::vector<float> alibi_slopes;
     /// Positions that a local block sees, itself included; 0 where all see everything.
@@ -86,6 +111,8 @@ struct Metadata {
     std::string tokenizer_kind;
     /// The tokenizer file's own bytes; empty where there is none.
     std::string tokenizer;
+    /// How messages become a text, see `ChatTemplate::from_json`; empty where nothing says.
+    std::string chat_template;
 };
 
 /// A tensor that a constant method returns; `data` lives as long as the call that received it.

@@ -19,6 +19,16 @@ inline constexpr float kHidden = -1e9F;
 /// Rows past the table belong to padding, whose results nobody reads; they repeat the last one.
 void rope_slices(const RopeTables& tables, int64_t position, int64_t length, float* cos, float* sin);
 
+/// Of one position: [tables.width] each.
+struct Angles {
+    std::vector<float> cos;
+    std::vector<float> sin;
+};
+
+/// What turns keys to `distance` positions earlier: angles grow in proportion to the position. Tables may be multiplied
+/// by a factor, which keys already have.
+Angles earlier(const RopeTables& tables, int64_t distance);
+
 /// The mask of `length` new tokens that start at `position`: [heads, length, capacity + length] float32, added to the
 /// scores.
 ///

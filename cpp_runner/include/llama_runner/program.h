@@ -11,12 +11,16 @@
 
 namespace llama_runner {
 
+/// Bytes of matrices below which waking another thread takes longer than it saves.
+inline constexpr int64_t kSmall = 16'000'000;
+
 /// A .pte of ours and its methods: checked before it is believed, immutable, shared by any number of sessions, one
 /// step at a time.
 class Program final : public Steps {
   public:
     struct Options {
-        /// How many threads ExecuTorch uses, in the whole process; none leaves its choice, one per core.
+        /// How many threads ExecuTorch uses, in the whole process; none leaves its choice, one per core, and runs a
+        /// model of less than kSmall bytes in the caller's.
         std::optional<int64_t> threads;
         /// Compare the checksum, which reads the file through once.
         bool check = true;
@@ -35,7 +39,7 @@ class Program final : public Steps {
     /// The tokenizer inside the file, or null. Owned by the program.
     const Tokenizer* tokenizer() const;
 
-    Result<std::span<const void* const>> step(size_t method, int64_t length,
+    Result<std::span<const void* const>> step(size_t method, StepSize step,
                                               std::span<const void* const> inputs) override;
 
   private:
