@@ -8,15 +8,17 @@ import binascii
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import sentencepiece
 import tiktoken
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 
 from model.errors import InputError, listed
+from preproc.special_text import Part, Special, SpecialText
 
 SENTENCEPIECE, TIKTOKEN, HUGGING_FACE = "sentencepiece", "tiktoken", "tokenizer.json"
 
@@ -55,6 +57,8 @@ class Tokenizer(Protocol):
         vocab_size: ids run from 0 to vocab_size - 1.
         bos_id: the id that starts a text, or None.
         stop_ids: the ids that end one; may be empty.
+        specials: special token -> its id.
+        fixed: what is not special, and yet a token wherever it stands in a text -> its id.
     """
 
     kind: str
@@ -62,9 +66,15 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
     stop_ids: tuple[int, ...]
+    specials: Mapping[str, int]
+    fixed: Mapping[str, int]
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """Ids of a text, which no BOS is added to; the text of a special token is only text unless `parse_special`."""
+        ...
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        """Ids of a text in parts, whose borders do not show: what lies between two special tokens is encoded as one."""
         ...
 
     def piece(self, token: int, first: bool) -> bytes:
@@ -120,16 +130,15 @@ class SentencePieceTokenizer:
         self.bos_id: int | None = bos if bos >= 0 else None
         self.stop_ids: tuple[int, ...] = (eos,) if eos >= 0 else ()
         control = (i for i in range(self.vocab_size) if self._model.is_control(i))
-        self._control_ids = {self._model.id_to_piece(i): i for i in control}
-        longest_first = sorted(self._control_ids, key=len, reverse=True)
-        self._control_text = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self.specials: Mapping[str, int] = {self._model.id_to_piece(i): i for i in control}
+        self.fixed: Mapping[str, int] = _user_defined(data)
+        self._cutter = SpecialText({text: Special(i) for text, i in self.specials.items()})
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        if not parse_special or not self._control_ids:
-            return self._model.encode(text)
-        parts = (part for part in self._control_text.split(text) if part)
-        ids = ([self._control_ids[part]] if part in self._control_ids else self._model.encode(part) for part in parts)
-        return [token for part in ids for token in part]
+        return self.encode_parts([Part(text, parse_special)])
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        return self._cutter.encode(parts, lambda text, first: self._model.encode(text))
 
     def piece(self, token: int, first: bool) -> bytes:
         if not 0 <= token < self.vocab_size or self._model.is_control(token):
@@ -154,7 +163,10 @@ class TiktokenTokenizer:
         self._encoding = tiktoken.Encoding(
             "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=specials
         )
+        self.specials: Mapping[str, int] = specials
+        self.fixed: Mapping[str, int] = {}
         self._special_ids = frozenset(specials.values())
+        self._cutter = SpecialText({text: Special(i) for text, i in specials.items()})
         self.vocab_size = len(ranks) + len(specials)
         self.bos_id: int | None = specials["<|begin_of_text|>"]
         self.stop_ids: tuple[int, ...] = (specials["<|end_of_text|>"], specials["<|eom_id|>"], specials["<|eot_id|>"])
@@ -165,6 +177,9 @@ class TiktokenTokenizer:
             if parse_special
             else self._encoding.encode_ordinary(text)
         )
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        return self._cutter.encode(parts, lambda text, first: self._encoding.encode_ordinary(text))
 
     def piece(self, token: int, first: bool) -> bytes:
         if not 0 <= token < self.vocab_size or token in self._special_ids:
@@ -185,7 +200,13 @@ class HuggingFaceTokenizer:
         self.vocab_size = self._model.get_vocab_size(with_added_tokens=True)
         self.bos_id: int | None = None
         self.stop_ids: tuple[int, ...] = ()
-        self._special_ids = frozenset(i for i, t in self._model.get_added_tokens_decoder().items() if t.special)
+        added = self._model.get_added_tokens_decoder()
+        specials = {t.content: Special(i, t.lstrip, t.rstrip) for i, t in added.items() if t.special}
+        self.specials: Mapping[str, int] = {text: special.id for text, special in specials.items()}
+        self.fixed: Mapping[str, int] = {t.content: i for i, t in added.items() if not t.special}
+        self._special_ids = frozenset(self.specials.values())
+        self._cutter = SpecialText(specials)
+        self._openers = _openers(self._model.pre_tokenizer)
         self._byte_level = (
             {char: byte for byte, char in _byte_level_alphabet().items()} if "ByteLevel" in _decoders(data) else {}
         )
@@ -193,6 +214,18 @@ class HuggingFaceTokenizer:
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         self._model.encode_special_tokens = not parse_special  # its name for "as plain text"
         return self._model.encode(text, add_special_tokens=False).ids
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        return self._cutter.encode(parts, self._encode_section)
+
+    def _encode_section(self, text: str, first: bool) -> list[int]:
+        for opener in self._openers:
+            opener.prepend_scheme = "first" if first else "never"
+        try:
+            return self.encode(text)
+        finally:
+            for opener in self._openers:
+                opener.prepend_scheme = "first"
 
     def piece(self, token: int, first: bool) -> bytes:
         text = self._model.id_to_token(token)
@@ -206,6 +239,22 @@ class HuggingFaceTokenizer:
             return bytes([int(text[3:-1], 16)])
         text = text.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
         return text.removeprefix(" ").encode() if first else text.encode()
+
+
+def _user_defined(data: bytes) -> dict[str, int]:
+    """The pieces of a SentencePiece model that it cuts out of any text -> their ids."""
+    pieces = sentencepiece_model.ModelProto.FromString(data).pieces
+    return {piece.piece: i for i, piece in enumerate(pieces) if piece.type == piece.USER_DEFINED}
+
+
+def _openers(
+    pre_tokenizer: tokenizers.pre_tokenizers.PreTokenizer | None,
+) -> list[tokenizers.pre_tokenizers.Metaspace]:
+    """The stages of a pre-tokenizer that put a space before what starts the text, and only there."""
+    is_sequence = isinstance(pre_tokenizer, tokenizers.pre_tokenizers.Sequence)
+    stages = list(pre_tokenizer) if is_sequence else [pre_tokenizer]  # type: ignore[call-overload]
+    is_opener = (isinstance(stage, tokenizers.pre_tokenizers.Metaspace) for stage in stages)
+    return [stage for stage, found in zip(stages, is_opener, strict=True) if found and stage.prepend_scheme == "first"]
 
 
 def _tiktoken_ranks(data: bytes) -> dict[bytes, int]:

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "spaces.h"
+
 namespace llama_runner {
 
 void SpecialText::add(std::string text) {
@@ -24,17 +26,38 @@ SpecialText::Match SpecialText::find(std::string_view text, size_t from) const {
     return {text.size(), 0, size()};
 }
 
-Result<void> SpecialText::cut(std::string_view text, const std::function<Result<void>(std::string_view)>& plain,
-                              const std::function<void(size_t)>& special) const {
-    for (size_t from = 0; from < text.size();) {
-        const auto [start, length, index] = find(text, from);
-        if (start > from) {
-            if (auto done = plain(text.substr(from, start - from)); !done) return done;
+void SpecialTokens::add(std::string text, Special special) {
+    ids_.emplace(text, special.id);
+    texts_.add(std::move(text));
+    specials_.push_back(special);
+}
+
+Result<void> SpecialTokens::encode(std::span<const Part> parts, std::vector<int64_t>& ids,
+                                   const std::function<Result<void>(std::string_view, bool)>& encode_section) const {
+    std::string whole;
+    for (const Part& part : parts) whole += part.text;
+    const std::string_view text = whole;
+    size_t done = 0;
+    size_t end = 0;
+    for (size_t i = 0; i < parts.size();) {
+        const bool parse_special = parts[i].parse_special;
+        size_t from = end;
+        for (; i < parts.size() && parts[i].parse_special == parse_special; ++i) end += parts[i].text.size();
+        while (parse_special && from < end) {
+            const auto match = texts_.find(text.substr(0, end), from);
+            from = match.start + match.length;
+            if (match.index == texts_.size() || match.start < done) continue;
+            const Special& special = specials_[match.index];
+            const size_t spaces = special.strips_left ? spaces_before(text.substr(done, match.start - done)) : 0;
+            if (match.start - spaces > done) {
+                auto encoded = encode_section(text.substr(done, match.start - spaces - done), done == 0);
+                if (!encoded) return encoded;
+            }
+            ids.push_back(special.id);
+            done = from + (special.strips_right ? spaces_after(text.substr(from)) : 0);
         }
-        if (index < size()) special(index);
-        from = start + length;
     }
-    return {};
+    return done < text.size() ? encode_section(text.substr(done), done == 0) : Result<void>();
 }
 
 }  // namespace llama_runner

@@ -2,11 +2,13 @@
 
 #include <array>
 #include <functional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "llama_runner/result.h"
+#include "llama_runner/tokenizer.h"
 
 namespace llama_runner {
 
@@ -27,14 +29,35 @@ class SpecialText {
     /// The next match at or after `from`; an empty one at the end of the text where there is none.
     Match find(std::string_view text, size_t from) const;
 
-    /// Hands what lies between the matches to `plain` and each match's index to `special`, in order.
-    Result<void> cut(std::string_view text, const std::function<Result<void>(std::string_view)>& plain,
-                     const std::function<void(size_t)>& special) const;
-
   private:
     std::vector<std::string> texts_;
     /// Indices by first byte, longest text first.
     std::array<std::vector<size_t>, 256> by_first_byte_;
+};
+
+/// A special token, and whether it takes the white space before and behind it along.
+struct Special {
+    int64_t id;
+    bool strips_left = false;
+    bool strips_right = false;
+};
+
+/// Special tokens in a text that comes in parts, some of which may hold them.
+class SpecialTokens {
+  public:
+    void add(std::string text, Special special);
+
+    const TokenIds& ids() const { return ids_; }
+
+    /// Appends the ids of the special tokens in the parts that may hold some, and hands what lies between them to
+    /// `encode_section`: no empty section, each with whether it starts the text.
+    Result<void> encode(std::span<const Part> parts, std::vector<int64_t>& ids,
+                        const std::function<Result<void>(std::string_view, bool)>& encode_section) const;
+
+  private:
+    SpecialText texts_;
+    std::vector<Special> specials_;
+    TokenIds ids_;
 };
 
 }  // namespace llama_runner

@@ -33,6 +33,20 @@ class LazyWeights(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True)
+class ChatSource:
+    """What a checkpoint says about talking with it; None where it says nothing.
+
+    Attributes:
+        template: Jinja that renders messages.
+        bos_token, eos_token: texts that it may ask for.
+    """
+
+    template: str | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that has been opened and checked, its weights still on storage.
 
@@ -44,6 +58,7 @@ class Checkpoint:
         bos_id: the id that starts a text, where the checkpoint says so.
         stop_ids: the ids that end a text, where the checkpoint says so.
         tokenizer: the tokenizer that belongs to it, where there is one: its file, or what makes the bytes of one.
+        chat: how messages become a text.
     """
 
     config: ModelConfig
@@ -53,6 +68,7 @@ class Checkpoint:
     bos_id: int | None = None
     stop_ids: tuple[int, ...] = ()
     tokenizer: Path | Callable[[], bytes] | None = None
+    chat: ChatSource = ChatSource()
 
     def digest(self) -> str:
         """XXH3-128 over the content of all files, in hex: equal checkpoints have equal digests wherever they lie."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.config import ModelConfig, RopeScaling
 from model.errors import InputError
-from model.layouts.common import Checkpoint, Index, Source, Storage, match, token_ids
+from model.layouts.common import ChatSource, Checkpoint, Index, Source, Storage, match, token_ids
 from model.layouts.gguf_file import MAGIC, GGUFTensor, read_gguf
 from model.layouts.gguf_tokenizer import STARTS_TEXTS, TOKENIZER, tokenizer_bytes
 from preproc.rope import llama3_scaled
@@ -70,7 +70,16 @@ def open_gguf(path: Path) -> Checkpoint:
         bos_id=bos[0] if bos and fields.get(f"{TOKENIZER}add_bos_token", starts) else None,
         stop_ids=eos + eot,
         tokenizer=partial(_tokenizer, path, fields) if f"{TOKENIZER}model" in fields else None,
+        chat=_chat(fields, bos, eos),
     )
+
+
+def _chat(fields: dict[str, Any], bos: tuple[int, ...], eos: tuple[int, ...]) -> ChatSource:
+    tokens, template = fields.get(f"{TOKENIZER}tokens"), fields.get("tokenizer.chat_template")
+    texts = (
+        tokens[ids[0]] if ids and isinstance(tokens, list) and ids[0] < len(tokens) else None for ids in (bos, eos)
+    )
+    return ChatSource(template if isinstance(template, str) else None, *texts)
 
 
 def _tokenizer(path: Path, fields: dict[str, Any]) -> bytes:

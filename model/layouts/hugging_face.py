@@ -4,12 +4,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.errors import InputError, listed
-from model.layouts.common import Checkpoint, Index, Source, is_plain, match, read_json, token_ids
+from model.layouts.common import ChatSource, Checkpoint, Index, Source, is_plain, match, read_json, token_ids
 from model.layouts.pickled import load_tensors
 from model.layouts.settings import config_of, family_of
 
@@ -47,7 +48,28 @@ def open_folder(path: Path) -> Checkpoint:
         bos_id=bos[0] if bos else None,
         stop_ids=stop,
         tokenizer=next((p for p in (path / "tokenizer.json", path / "tokenizer.model") if p.is_file()), None),
+        chat=_chat(path),
     )
+
+
+def _chat(path: Path) -> ChatSource:
+    """From tokenizer_config.json, over whose template a chat_template.jinja wins, as in transformers."""
+    file, alone = path / "tokenizer_config.json", path / "chat_template.jinja"
+    settings = read_json(file) if file.is_file() else {}
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if alone.is_file():
+        template = alone.read_text(encoding="utf-8")
+    bos, eos = (_token_text(settings.get(key)) for key in ("bos_token", "eos_token"))
+    return ChatSource(template if isinstance(template, str) else None, bos, eos)
+
+
+def _token_text(value: Any) -> str | None:
+    """A token of tokenizer_config.json: its text, or an object with its text as content."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
 
 
 def _weight_files(path: Path) -> list[Path]:

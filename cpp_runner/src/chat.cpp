@@ -1,0 +1,260 @@
+#include "llama_runner/chat.h"
+
+#include <algorithm>
+#include <cctype>
+#include <nlohmann/json.hpp>
+
+#include "guard.h"
+#include "llama_runner/program.h"
+#include "spaces.h"
+#include "special_text.h"
+#include "text_stages.h"
+
+namespace llama_runner {
+
+namespace {
+
+using nlohmann::json;
+
+/// A message leaves at least a fourth of the context to its answer, unless it is too long by itself.
+constexpr int64_t kAnswerShare = 4;
+
+Error unreadable(const std::string& detail) {
+    return {"the file's chat template cannot be read (" + detail + "); export it again"};
+}
+
+std::string_view name_of(Role role) {
+    return role == Role::kSystem ? "system" : role == Role::kUser ? "user" : "assistant";
+}
+
+/// Whether a token's text is no mere spaces, line ends or punctuation.
+bool is_marker(std::string_view text) {
+    return std::ranges::any_of(text, [](unsigned char c) { return c < 0x80 && std::isalnum(c) != 0; });
+}
+
+Part content_part(std::string_view text, bool strips) { return {std::string(strips ? stripped(text) : text), false}; }
+
+}  // namespace
+
+Result<ChatTemplate> ChatTemplate::from_json(std::string_view text) {
+    const json file = json::parse(text, nullptr, false);
+    const auto has_texts = [](const json& object, std::initializer_list<const char*> keys) {
+        return std::ranges::all_of(keys, [&](const char* key) { return member(object, key).is_string(); });
+    };
+    if (!has_texts(file, {"opening", "answer", "again", "ask"})) return unreadable("a text is missing");
+    ChatTemplate found{.opening = text_member(file, "opening"),
+                       .answer = text_member(file, "answer"),
+                       .again = text_member(file, "again"),
+                       .ask = text_member(file, "ask"),
+                       .strips_user = flag_member(file, "strips_user", false),
+                       .strips_assistant = flag_member(file, "strips_assistant", false),
+                       .system = std::nullopt};
+    if (const json& system = member(file, "system"); !system.is_null()) {
+        if (!has_texts(system, {"before", "behind"})) return unreadable("a text around the system message is missing");
+        found.system = SystemPlace{.before = text_member(system, "before"),
+                                   .behind = text_member(system, "behind"),
+                                   .is_late = flag_member(system, "is_late", false),
+                                   .strips = flag_member(system, "strips", false),
+                                   .joins = flag_member(system, "joins", false),
+                                   .skips_empty = flag_member(system, "skips_empty", false)};
+    }
+    return found;
+}
+
+Result<void> ChatTemplate::check(std::span<const Message> messages) const {
+    const bool has_system = !messages.empty() && messages[0].role == Role::kSystem;
+    const auto turns = messages.subspan(has_system);
+    bool in_turns = turns.size() % 2 == 1;
+    for (size_t i = 0; i < turns.size(); ++i) {
+        in_turns = in_turns && turns[i].role == (i % 2 == 0 ? Role::kUser : Role::kAssistant);
+    }
+    if (!in_turns) {
+        std::string roles;
+        for (const Message& message : messages)
+            roles += (roles.empty() ? "" : ", ") + std::string(name_of(message.role));
+        return Error{"the messages are of " + (roles.empty() ? "nobody" : roles) +
+                     "; give user and assistant in turns, the user first and last, and before them at most one of "
+                     "system"};
+    }
+    if (has_system && !system) return Error{"the chat template takes no system message; leave it out"};
+    return {};
+}
+
+Result<std::vector<Part>> ChatTemplate::parts(std::span<const Message> messages) const {
+    if (auto checked = check(messages); !checked) return checked.error();
+    const Message* given = messages[0].role == Role::kSystem ? &messages[0] : nullptr;
+    const auto turns = messages.subspan(given != nullptr);
+    if (given != nullptr && system->skips_empty && given->content.empty()) given = nullptr;
+    std::vector<Part> found;
+    for (size_t i = 0; i < turns.size(); ++i) {
+        const std::string& content = turns[i].content;
+        if (i % 2 == 1) {
+            found.push_back({answer, true});
+            found.push_back(content_part(content, strips_assistant));
+            continue;
+        }
+        const std::string& before = i == 0 ? opening : again;
+        if (given != nullptr && i == (system->is_late ? turns.size() - 1 : 0)) {
+            add_with_system(before, given->content, content, found);
+        } else {
+            found.push_back({before, true});
+            found.push_back(content_part(content, strips_user));
+        }
+    }
+    found.push_back({ask, true});
+    return found;
+}
+
+void ChatTemplate::add_with_system(const std::string& before, const std::string& system_message,
+                                   const std::string& content, std::vector<Part>& parts) const {
+    if (system->is_late) parts.push_back({before, true});
+    parts.push_back({system->before, true});
+    parts.push_back(content_part(system_message, system->strips));
+    parts.push_back({system->behind, true});
+    parts.push_back(content_part(content, strips_user && !system->joins));
+    if (!system->joins) return;
+    for (size_t i = parts.size() - 1; i >= parts.size() - 3; --i) {
+        parts[i].text = std::string(stripped_right(parts[i].text));
+        if (!parts[i].text.empty()) break;
+    }
+}
+
+Result<std::string> ChatTemplate::text(std::span<const Message> messages) const {
+    const auto found = parts(messages);
+    if (!found) return found.error();
+    std::string whole;
+    for (const Part& part : *found) whole += part.text;
+    return whole;
+}
+
+Result<std::vector<int64_t>> ChatTemplate::encode(std::span<const Message> messages, const Tokenizer& tokenizer) const {
+    const auto found = parts(messages);
+    if (!found) return found.error();
+    std::string own;
+    for (const Part& part : *found) own += part.parse_special ? part.text : "";
+    for (const auto& [marker, id] : tokenizer.fixed()) {
+        if (!is_marker(marker) || own.find(marker) == std::string::npos) continue;
+        for (const Part& part : *found) {
+            if (!part.parse_special && part.text.find(marker) != std::string::npos) {
+                return Error{"a message holds " + marker + ", which stands between messages; leave it out"};
+            }
+        }
+    }
+    return tokenizer.encode_parts(*found);
+}
+
+std::optional<int64_t> ChatTemplate::end_id(const Tokenizer& tokenizer, std::optional<int64_t> bos_id) const {
+    SpecialText texts;
+    std::vector<int64_t> ids;
+    const auto add = [&](const std::string& marker, int64_t id) {
+        texts.add(marker);
+        ids.push_back(id);
+    };
+    for (const auto& [marker, id] : tokenizer.specials()) add(marker, id);
+    for (const auto& [marker, id] : tokenizer.fixed()) {
+        if (is_marker(marker)) add(marker, id);
+    }
+    const size_t index = texts.find(again, 0).index;
+    if (index == texts.size() || ids[index] == bos_id) return std::nullopt;
+    return ids[index];
+}
+
+Chat::Chat(std::unique_ptr<Session> session, const Tokenizer& tokenizer, GenerationOptions options, Rng& rng)
+    : session_(std::move(session)), tokenizer_(&tokenizer), options_(std::move(options)), rng_(&rng) {}
+
+Result<Chat> Chat::create(Program& program, GenerationOptions options, Rng& rng, std::optional<std::string> system) {
+    return guarded([&]() -> Result<Chat> {
+        const Tokenizer* tokenizer = program.tokenizer();
+        const Metadata& metadata = program.metadata();
+        if (tokenizer == nullptr) return Error{"the file carries no tokenizer; export it again with --tokenizer"};
+        if (metadata.chat_template.empty()) {
+            return Error{"the file carries no chat template; export it again with --chat-template"};
+        }
+        auto found = ChatTemplate::from_json(metadata.chat_template);
+        if (!found) return found.error();
+        options.stop_ids = metadata.stop_ids;
+        if (const auto id = found->end_id(*tokenizer, metadata.bos_id)) options.stop_ids.push_back(*id);
+        auto session = Session::create(program);
+        if (!session) return session.error();
+        Chat chat(std::make_unique<Session>(*std::move(session)), *tokenizer, std::move(options), rng);
+        chat.template_ = *std::move(found);
+        if (auto instructed = chat.instruct(std::move(system)); !instructed) return instructed.error();
+        return chat;
+    });
+}
+
+Result<void> Chat::instruct(std::optional<std::string> system) {
+    if (system) {
+        const std::vector<Message> probe = {{Role::kSystem, *system}, {Role::kUser, ""}};
+        if (auto taken = template_.parts(probe); !taken) return taken.error();
+    }
+    system_ = std::move(system);
+    return {};
+}
+
+void Chat::reset() {
+    stop();
+    messages_.clear();
+    forgotten_ = 0;
+}
+
+Result<void> Chat::send(std::string_view message) {
+    return guarded([&]() -> Result<void> {
+        stop();
+        const auto ids = fitting({Role::kUser, std::string(message)});
+        if (!ids) return ids.error();
+        auto generator = Generator::create(*session_, *ids, options_, *rng_, tokenizer_);
+        if (!generator) return generator.error();
+        generator_ = *std::move(generator);
+        asked_ = message;
+        return {};
+    });
+}
+
+/// The ids of the talk with a message, without as many of the oldest turns as it takes.
+Result<std::vector<int64_t>> Chat::fitting(const Message& message) {
+    const int64_t wanted = capacity() / kAnswerShare;
+    const auto room = static_cast<size_t>(capacity() - std::min(wanted, options_.max_new_tokens.value_or(wanted)));
+    std::vector<int64_t> ids;
+    size_t start = 0;
+    for (;; start += 2) {
+        std::vector<Message> talk;
+        if (system_) talk.push_back({Role::kSystem, *system_});
+        talk.insert(talk.end(), messages_.begin() + static_cast<std::ptrdiff_t>(start), messages_.end());
+        talk.push_back(message);
+        auto encoded = template_.encode(talk, *tokenizer_);
+        if (!encoded) return encoded.error();
+        ids = *std::move(encoded);
+        if (ids.size() <= room || start == messages_.size()) break;
+    }
+    if (ids.size() > static_cast<size_t>(capacity())) {
+        return Error{"the message has " + std::to_string(ids.size()) +
+                     " tokens with what the chat template adds, but the context only " + std::to_string(capacity()) +
+                     "; shorten it or export with a larger --max-seq-len"};
+    }
+    forgotten_ = start / 2;
+    messages_.erase(messages_.begin(), messages_.begin() + static_cast<std::ptrdiff_t>(start));
+    return ids;
+}
+
+Result<const Step*> Chat::next() {
+    if (!generator_) return nullptr;
+    const auto step = generator_->next();
+    if (!step || *step == nullptr) {
+        stop();
+    } else {
+        said_ = said_.value_or("") + (*step)->text;
+    }
+    return step;
+}
+
+void Chat::stop() {
+    if (said_) {
+        messages_.push_back({Role::kUser, std::move(asked_)});
+        messages_.push_back({Role::kAssistant, *std::move(said_)});
+    }
+    said_.reset();
+    generator_.reset();
+}
+
+}  // namespace llama_runner

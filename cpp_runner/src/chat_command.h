@@ -1,0 +1,25 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "llama_runner/generate.h"
+#include "llama_runner/program.h"
+#include "llama_runner/result.h"
+
+namespace llama_runner {
+
+/// What `llama_runner FILE --chat` is given.
+struct ChatArguments {
+    std::string file;
+    Program::Options program;
+    GenerationOptions generation;
+    uint64_t seed = 0;
+    std::optional<std::string> system;
+};
+
+/// Talks: a message a line from stdin, answers to stdout, all else to stderr.
+Result<void> run_chat(const ChatArguments& arguments);
+
+}  // namespace llama_runner

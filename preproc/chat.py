@@ -1,0 +1,223 @@
+"""Messages to token ids, by a chat template that is only data, so that any language can apply it.
+
+`export.chat_template` makes one from the Jinja template that a checkpoint brings; NAMED has some by name.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from model.errors import InputError, listed
+from preproc.special_text import Part
+from preproc.tokenizer import Tokenizer
+
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+
+Message = tuple[str, str]
+"""A role and a content."""
+
+
+@dataclass(frozen=True)
+class SystemPlace:
+    """How a system message is given.
+
+    Attributes:
+        before: what stands before it: in place of the text's opening, or behind what opens the last turn where it is
+            given there.
+        behind: what stands between it and the user's content.
+        is_late: whether it is given in the last turn, in place of the first.
+        strips: whether white space around it falls away.
+        joins: whether it and the user's content are one, and white space falls away only behind them.
+        skips_empty: whether an empty one counts as none.
+    """
+
+    before: str
+    behind: str
+    is_late: bool = False
+    strips: bool = False
+    joins: bool = False
+    skips_empty: bool = False
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """What stands between the contents of messages.
+
+    Attributes:
+        opening: what stands before the first user's content where no system message is given.
+        answer: what stands between a user's content and the answer to it.
+        again: what stands between an answer and the user's next content.
+        ask: what stands behind the last user's content, and asks for an answer.
+        strips_user, strips_assistant: whether white space around such contents falls away.
+        system: how a system message is given; None refuses one.
+    """
+
+    opening: str
+    answer: str
+    again: str
+    ask: str
+    strips_user: bool = False
+    strips_assistant: bool = False
+    system: SystemPlace | None = None
+
+    def parts(self, messages: Sequence[Message]) -> list[Part]:
+        """The whole text. Special tokens are only in what comes from the template.
+
+        Raises:
+            InputError: the messages do not take turns, or there is a system message where none can be given.
+        """
+        system, contents = self._checked(messages)
+        parts = list[Part]()
+        for i, content in enumerate(contents):
+            if i % 2:
+                parts += [Part(self.answer, True), _content(content, self.strips_assistant)]
+                continue
+            opening = Part(self.again if i else self.opening, True)
+            late = self.system is not None and self.system.is_late
+            if self.system and system is not None and i == (len(contents) - 1 if late else 0):
+                parts += self._with_system(self.system, opening, system, content)
+            else:
+                parts += [opening, _content(content, self.strips_user)]
+        return [*parts, Part(self.ask, True)]
+
+    def text(self, messages: Sequence[Message]) -> str:
+        """The whole text, as the template's Jinja would make it; see `parts`."""
+        return "".join(part.text for part in self.parts(messages))
+
+    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+        """The ids of the whole text, which no BOS is added to: the template says what opens it.
+
+        Raises:
+            InputError: as in `parts`; or a content holds what the template uses, and the tokenizer knows no other way
+                than to take it for a token.
+        """
+        parts = self.parts(messages)
+        own = "".join(part.text for part in parts if part.parse_special)
+        for text in _markers(tokenizer.fixed):
+            if text in own and any(text in part.text for part in parts if not part.parse_special):
+                raise InputError(f"a message holds {text}, which stands between messages; leave it out")
+        return tokenizer.encode_parts(parts)
+
+    def end_id(self, tokenizer: Tokenizer, bos_id: int | None) -> int | None:
+        """The id that ends an answer: the first token behind it that is no ordinary text."""
+        markers = {**tokenizer.specials, **_markers(tokenizer.fixed)}
+        longest_first = sorted(markers, key=len, reverse=True)
+        found = re.search("|".join(map(re.escape, longest_first)) or "(?!)", self.again)
+        token = markers[found[0]] if found else None
+        return None if token == bos_id else token
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object of JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(text: str) -> "ChatTemplate":
+        """Reads what a file carries.
+
+        Raises:
+            InputError: it is no template.
+        """
+        try:
+            fields = json.loads(text)
+            system = fields.pop("system")
+            return ChatTemplate(**fields, system=SystemPlace(**system) if system else None)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise InputError(f"the file's chat template cannot be read ({error}); export it again") from error
+
+    def _checked(self, messages: Sequence[Message]) -> tuple[str | None, list[str]]:
+        """The system message, where there is one, and the other contents."""
+        roles = [role for role, _ in messages]
+        has_system = roles[:1] == [SYSTEM]
+        turns = roles[has_system:]
+        if len(turns) % 2 == 0 or turns != [ASSISTANT if i % 2 else USER for i in range(len(turns))]:
+            raise InputError(
+                f"the messages are of {', '.join(roles) or 'nobody'}; give user and assistant in turns, the user first "
+                "and last, and before them at most one of system"
+            )
+        if has_system and self.system is None:
+            raise InputError("the chat template takes no system message; leave it out")
+        system = messages[0][1] if has_system else None
+        if self.system and self.system.skips_empty and system == "":
+            system = None
+        return system, [content for _, content in messages[has_system:]]
+
+    def _with_system(self, place: SystemPlace, opening: Part, system: str, content: str) -> list[Part]:
+        before = [*([opening] if place.is_late else ()), Part(place.before, True)]
+        both = [_content(system, place.strips), Part(place.behind, True), _content(content, self.strips_user)]
+        if place.joins:
+            both[2] = Part(content, False)
+            for i in (2, 1, 0):
+                both[i] = both[i]._replace(text=both[i].text.rstrip())
+                if both[i].text:
+                    break
+        return [*before, *both]
+
+
+def _content(text: str, strips: bool) -> Part:
+    return Part(text.strip() if strips else text, False)
+
+
+def _markers(texts: Mapping[str, int]) -> dict[str, int]:
+    """Those that are no mere spaces, line ends or punctuation."""
+    return {text: i for text, i in texts.items() if re.search("[0-9A-Za-z]", text)}
+
+
+def _of_turns(bos: str, before: str, behind: str, assistant: str = ASSISTANT, **options: Any) -> ChatTemplate:
+    """A template whose messages look alike, but for the role's name, which `before` has a {} for."""
+    system = SystemPlace(bos + before.format(SYSTEM), behind + before.format(USER), strips=options["strips_user"])
+    return ChatTemplate(
+        opening=bos + before.format(USER),
+        answer=behind + before.format(assistant),
+        again=behind + before.format(USER),
+        ask=behind + before.format(assistant),
+        **({"system": system} | options),
+    )
+
+
+_TRIMMED: dict[str, Any] = {"strips_user": True, "strips_assistant": True}
+
+NAMED: dict[str, ChatTemplate] = {
+    "llama2": ChatTemplate(
+        opening="<s>[INST] ",
+        answer=" [/INST] ",
+        again=" </s><s>[INST] ",
+        ask=" [/INST]",
+        **_TRIMMED,
+        system=SystemPlace("<s>[INST] <<SYS>>\n", "\n<</SYS>>\n\n", joins=True),
+    ),
+    "llama3": _of_turns("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", **_TRIMMED),
+    "chatml": _of_turns("", "<|im_start|>{}\n", "<|im_end|>\n", strips_user=False),
+    "mistral": ChatTemplate(
+        opening="<s>[INST] ",
+        answer=" [/INST] ",
+        again="</s>[INST] ",
+        ask=" [/INST]",
+        system=SystemPlace("<s>[INST] ", "\n\n"),
+    ),
+    "gemma": _of_turns("<bos>", "<start_of_turn>{}\n", "<end_of_turn>\n", "model", **_TRIMMED, system=None),
+}
+"""The templates of Llama 2 and 3, of ChatML, of Mistral's first Instruct models, and of Gemma."""
+
+_CONTROLS = {
+    "llama2": ("<s>", "</s>"),
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "mistral": ("<s>", "</s>"),
+    "gemma": ("<bos>", "<start_of_turn>", "<end_of_turn>"),
+}
+"""The tokens that each of them needs."""
+
+
+def named(name: str, tokenizer: Tokenizer) -> ChatTemplate:
+    """One of the templates NAMED.
+
+    Raises:
+        InputError: there is none of that name, or the tokenizer lacks one of its tokens.
+    """
+    if name not in NAMED:
+        raise InputError(f"--chat-template {name} is unknown; choose from {', '.join(NAMED)}")
+    if missing := [text for text in _CONTROLS[name] if text not in tokenizer.specials and text not in tokenizer.fixed]:
+        raise InputError(f"--chat-template {name} needs {listed(missing)}, which the tokenizer lacks; give another")
+    return NAMED[name]

@@ -1,0 +1,103 @@
+// The golden file that Python is tested against too (tests/test_chat.py), and what it does not hold.
+
+#include "llama_runner/chat.h"
+#include "llama_runner/program.h"
+#include "support.h"
+
+namespace llama_runner {
+namespace {
+
+using nlohmann::json;
+
+Role role_of(const std::string& name) {
+    return name == "system" ? Role::kSystem : name == "user" ? Role::kUser : Role::kAssistant;
+}
+
+ChatTemplate simple() {
+    return {.opening = "<s>",
+            .answer = ">",
+            .again = "</s><s>",
+            .ask = ">",
+            .strips_user = false,
+            .strips_assistant = false,
+            .system = std::nullopt};
+}
+
+TEST(ChatTemplate, Golden) {
+    const auto tokenizer = from_bytes(testing::read_file(LLAMA_RUNNER_TEST_TOKENIZER));
+    ASSERT_TRUE(tokenizer);
+    const json golden = testing::golden("chat.json");
+    ASSERT_GT(golden["cases"].size(), 50);
+    for (const json& entry : golden["cases"]) {
+        const auto made = ChatTemplate::from_json(entry["template"].dump());
+        ASSERT_TRUE(made) << made.error().message;
+        std::vector<Message> messages;
+        for (const json& message : entry["messages"]) messages.push_back({role_of(message[0]), message[1]});
+        const auto text = made->text(messages);
+        ASSERT_TRUE(text) << text.error().message;
+        EXPECT_EQ(*text, entry["text"].get<std::string>());
+        const auto ids = made->encode(messages, **tokenizer);
+        ASSERT_TRUE(ids) << ids.error().message;
+        EXPECT_EQ(*ids, entry["ids"].get<std::vector<int64_t>>());
+        const auto end_id = made->end_id(**tokenizer, 1);
+        EXPECT_EQ(end_id ? json(*end_id) : json(nullptr), entry["end_id"]);
+    }
+}
+
+TEST(ChatTemplate, RefusesMessagesOutOfTurn) {
+    const std::vector<std::pair<std::vector<Message>, std::string>> cases = {
+        {{}, "the messages are of nobody"},
+        {{{Role::kUser, "a"}, {Role::kAssistant, "b"}}, "the messages are of user, assistant; give user and assistant"},
+        {{{Role::kAssistant, "a"}}, "of assistant;"},
+        {{{Role::kUser, "a"}, {Role::kSystem, "b"}, {Role::kUser, "c"}}, "of user, system, user;"},
+        {{{Role::kSystem, "a"}, {Role::kUser, "b"}}, "the chat template takes no system message; leave it out"},
+    };
+    for (const auto& [messages, message] : cases) {
+        const auto text = simple().text(messages);
+        ASSERT_FALSE(text);
+        EXPECT_NE(text.error().message.find(message), std::string::npos) << text.error().message;
+    }
+}
+
+TEST(ChatTemplate, RefusesDamage) {
+    for (const char* text : {"", "{", "{}", "[]", R"({"opening": "", "answer": "", "again": "", "ask": 1})",
+                             R"({"opening": "", "answer": "", "again": "", "ask": "", "system": {}})"}) {
+        const auto made = ChatTemplate::from_json(text);
+        ASSERT_FALSE(made) << text;
+        EXPECT_TRUE(made.error().message.starts_with("the file's chat template cannot be read (")) << text;
+    }
+}
+
+TEST(ChatTemplate, RefusesATokenThatIsCutOutOfAnyText) {
+    const auto tokenizer = from_bytes(
+        R"({"model": {"vocab": {"a": 0, "b": 1}, "merges": []},
+            "added_tokens": [{"id": 2, "content": "<x>", "special": false}, {"id": 3, "content": "--", "special": false}]})");
+    ASSERT_TRUE(tokenizer) << tokenizer.error().message;
+    ChatTemplate made = simple();
+    made.again = "--<x>";
+    made.ask = "--<x>";
+    const std::vector<Message> sly = {{Role::kUser, "a<x>b"}};
+    const auto ids = made.encode(sly, **tokenizer);
+    ASSERT_FALSE(ids);
+    EXPECT_EQ(ids.error().message, "a message holds <x>, which stands between messages; leave it out");
+    const std::vector<Message> plain = {{Role::kUser, "a--b"}};
+    const auto taken = made.encode(plain, **tokenizer);
+    ASSERT_TRUE(taken);
+    EXPECT_EQ(*taken, (std::vector<int64_t>{0, 3, 1, 3, 2}));
+    EXPECT_EQ(made.end_id(**tokenizer, std::nullopt), 2);
+    EXPECT_EQ(made.end_id(**tokenizer, 2), std::nullopt);
+}
+
+/// chat.pte is made by tests/test_chat.py, which shows that it talks as Python does.
+TEST(Chat, RefusesAFileWithoutATemplate) {
+    REQUIRE_TINY(path);
+    const auto program = Program::open(path, {});
+    ASSERT_TRUE(program);
+    Rng rng(0);
+    const auto chat = Chat::create(**program, {}, rng);
+    ASSERT_FALSE(chat);
+    EXPECT_EQ(chat.error().message, "the file carries no chat template; export it again with --chat-template");
+}
+
+}  // namespace
+}  // namespace llama_runner
