@@ -1,0 +1,265 @@
+"""The web application: OpenAI's endpoints over a worker, and the page to chat in."""
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from model.errors import InputError
+from runtime.generation import Step
+from runtime.openai_reply import Reply
+from runtime.openai_request import Model, Order, RequestError, read_chat, read_completion
+from runtime.sampler import Rng
+from runtime.worker import ClosedError, Job, QueueFullError, Worker
+
+RETRY_AFTER = "1"
+"""Seconds after which one who found the queue full may ask again."""
+
+PAGE = Path(__file__).with_name("chat.html")
+
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may ask what.
+
+    Attributes:
+        api_key: what requests must bring; None lets everybody in.
+        max_body: bytes that a request may have.
+    """
+
+    api_key: str | None
+    max_body: int
+
+
+def create_app(model: Model, worker: Worker, access: Access) -> Starlette:
+    """The application. Who runs it closes the worker."""
+    service = _Service(model, worker, access)
+    routes = [
+        Route("/", service.page),
+        Route("/health", service.health),
+        Route("/v1/models", service.models),
+        Route("/v1/models/{name:path}", service.model),
+        Route("/v1/completions", service.completions, methods=["POST"]),
+        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+    ]
+    handlers: dict[Any, Callable[[Request, Any], Awaitable[Response]]] = {
+        RequestError: _refused,
+        HTTPException: _no_such_endpoint,
+        ClientDisconnect: _nobody_listens,
+        Exception: _failed,
+    }
+    return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(_KeyCheck, access.api_key)])
+
+
+class _Steps:
+    """The steps of a job, as they come. Who is done with them, or no longer wants them, cancels."""
+
+    def __init__(self, order: Order, worker: Worker) -> None:
+        """
+        Raises:
+            RequestError: the worker takes no more.
+        """
+        loop = asyncio.get_running_loop()
+        self._items = asyncio.Queue[Step | Exception]()
+        self._worker = worker
+
+        def deliver(item: Step | Exception) -> None:
+            if not loop.is_closed():  # else nobody is left who waits
+                loop.call_soon_threadsafe(self.put, item)
+
+        self.job = Job(order.prompt, order.options, Rng(order.seed), order.constraint, deliver)
+        try:
+            worker.submit(self.job)
+        except QueueFullError:
+            raise RequestError(429, "too many requests wait already; ask again later", code="queue_full") from None
+        except ClosedError as error:
+            raise _told(error) from None
+
+    def put(self, item: Step | Exception) -> None:
+        self._items.put_nowait(item)
+
+    def cancel(self) -> None:
+        self._worker.cancel(self.job)
+
+    async def __aiter__(self) -> AsyncIterator[Step]:
+        while True:
+            item = await self._items.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+            if item.finish_reason:
+                return
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events of some steps, which are cancelled when it ends, however it does."""
+
+    def __init__(self, events: AsyncIterator[str], steps: _Steps) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._steps = steps
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._steps.cancel()
+
+
+class _Service:
+    """The endpoints."""
+
+    def __init__(self, model: Model, worker: Worker, access: Access) -> None:
+        self._model, self._worker, self._access = model, worker, access
+        self._page = PAGE.read_text(encoding="utf-8")
+
+    async def page(self, request: Request) -> Response:
+        return HTMLResponse(self._page, headers=_PAGE_HEADERS)
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok", **self._worker.counts})
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def model(self, request: Request) -> Response:
+        if (name := request.path_params["name"]) != self._model.name:
+            raise RequestError(404, f"the model {name!r} is not served here", "model", "model_not_found")
+        return JSONResponse(self._described())
+
+    async def completions(self, request: Request) -> Response:
+        return await self._answer(request, read_completion)
+
+    async def chat(self, request: Request) -> Response:
+        return await self._answer(request, read_chat)
+
+    def _described(self) -> dict[str, Any]:
+        model = self._model
+        return {"id": model.name, "object": "model", "created": model.created, "owned_by": "llama-pte"}
+
+    async def _answer(self, request: Request, read: Callable[[bytes, Model], Order]) -> Response:
+        raw = await self._body(request)
+        order = await run_in_threadpool(read, raw, self._model)
+        steps, reply = _Steps(order, self._worker), Reply(order, self._model)
+        if order.stream:
+            return _EventStream(_events(steps, reply), steps)
+        watch = asyncio.create_task(_watch(request, steps))
+        try:
+            told = [step async for step in steps]
+        except (InputError, ClosedError) as error:
+            raise _told(error) from error
+        finally:
+            watch.cancel()
+            steps.cancel()
+        reply.cached = steps.job.cached
+        return JSONResponse(reply.whole(told))
+
+    async def _body(self, request: Request) -> bytes:
+        """
+        Raises:
+            RequestError: it is too large.
+        """
+        limit, body = self._access.max_body, bytearray()
+        async for piece in request.stream():
+            body += piece
+            if len(body) > limit:
+                raise RequestError(413, f"the request has more than {limit} bytes; shorten it", code="body_too_large")
+        return bytes(body)
+
+
+async def _watch(request: Request, steps: _Steps) -> None:
+    """Ends the steps when the client is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    steps.put(ClientDisconnect())
+
+
+async def _events(steps: _Steps, reply: Reply) -> AsyncIterator[str]:
+    try:
+        for chunk in reply.opening():
+            yield _event(chunk)
+        async for step in steps:
+            for chunk in reply.chunks(step):
+                yield _event(chunk)
+    except Exception as error:  # the status is sent already
+        if not isinstance(error, InputError | ClosedError):
+            logging.getLogger(__name__).error("a request failed", exc_info=error)
+        yield _event(_told(error).content)
+        return
+    reply.cached = steps.job.cached
+    for chunk in reply.closing():
+        yield _event(chunk)
+    yield "data: [DONE]\n\n"
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def _told(error: Exception) -> RequestError:
+    """What a client is told of an error. Of one that is ours it learns nothing but that."""
+    if isinstance(error, InputError):
+        return RequestError(400, str(error))
+    if isinstance(error, ClosedError):
+        return RequestError(503, "the server ends; ask again when it is back")
+    return RequestError(500, "the server failed; its log says why")
+
+
+async def _refused(request: Request, error: RequestError) -> Response:
+    headers = {429: {"Retry-After": RETRY_AFTER}, 413: {"Connection": "close"}}.get(error.status)
+    return JSONResponse(error.content, error.status, headers)
+
+
+async def _no_such_endpoint(request: Request, error: HTTPException) -> Response:
+    message = (
+        f"{request.method} {request.url.path} is no endpoint; see /v1/models, /v1/completions, /v1/chat/completions"
+    )
+    return JSONResponse(RequestError(error.status_code, message).content, error.status_code, error.headers)
+
+
+async def _nobody_listens(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=400)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    told = _told(error)
+    return JSONResponse(told.content, told.status)
+
+
+class _KeyCheck:
+    """Lets only those to /v1 who bring the key. The page is open: a browser cannot bring one before it is there."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._expected is not None and scope["path"].startswith("/v1"):
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                content = RequestError(
+                    401, "the API key is missing or wrong; give the server's", code="invalid_api_key"
+                )
+                response = JSONResponse(content.content, content.status, {"WWW-Authenticate": "Bearer"})
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

@@ -1,0 +1,137 @@
+"""The command that serves an exported .pte to OpenAI's clients, and to a browser.
+
+python -m runtime.serve llama.pte
+python -m runtime.serve llama.pte --host 0.0.0.0 --port 8080 --api-key SECRET --sessions 8
+"""
+
+from model import command
+
+if __name__ == "__main__":
+    command.start("runtime.serve")
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.errors import InputError
+from preproc.chat import NAMED, ChatTemplate, named
+from runtime.openai_request import Model
+from runtime.program import Program
+from runtime.worker import Worker
+
+if TYPE_CHECKING:
+    import uvicorn
+
+KEY_VARIABLE = "LLAMA_PTE_API_KEY"
+
+GRACE = 5
+"""Seconds that clients have, once the server ends, to take the end of their answers."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: serves until a signal ends it, which is no failure; exit code 0, or 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    if find_spec("starlette") is None or find_spec("uvicorn") is None:
+        raise InputError(
+            "serving needs starlette and uvicorn, which this Python lacks; run: pip install 'llama-pte[serve]'"
+        )
+    if options.api_key == "":
+        raise InputError("--api-key '' is impossible; give at least one character, or leave it out")
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns where a client leaves during its answer
+    model = open_model(options.file, options.chat_template, options.threads)
+    worker = Worker(model.program, options.sessions, options.max_queue)
+    try:
+        listener = _listener(options.host, options.port)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: None)  # for uvicorn raises them again when it has ended
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        print(f"serving {model.name} at http://{host}:{listener.getsockname()[1]}; Ctrl-C ends", file=sys.stderr)
+        create_server(model, worker, options.api_key, options.max_body).run([listener])
+    finally:
+        worker.close()
+    return 0
+
+
+def open_model(file: Path, template: str | None = None, threads: int | None = None) -> Model:
+    """What is served: a file under its own name.
+
+    Args:
+        template: the name of a chat template, in place of the file's own.
+
+    Raises:
+        InputError: the file cannot be run, carries no tokenizer, or the template does not go with it.
+    """
+    program = Program(file, threads=threads)
+    tokenizer = program.tokenizer
+    if tokenizer is None:
+        raise InputError(f"{file} carries no tokenizer, which a server needs; export it again with --tokenizer")
+    carried = program.metadata.chat_template
+    chosen = ChatTemplate.from_json(carried) if carried else None
+    if template is not None:
+        chosen = named(template, tokenizer)
+    return Model(file.stem, int(file.stat().st_mtime), program, tokenizer, chosen)
+
+
+def create_server(model: Model, worker: Worker, api_key: str | None, max_body: int) -> "uvicorn.Server":
+    """A server that closes the worker when it ends."""
+    import uvicorn
+
+    from runtime.http_app import Access, create_app
+
+    class Server(uvicorn.Server):
+        """Ends the answers first: it would wait for them otherwise."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await asyncio.to_thread(worker.close)
+            await super().shutdown(sockets)
+
+    app = create_app(model, worker, Access(api_key, max_body))
+    config = uvicorn.Config(
+        app, http="h11", ws="none", lifespan="off", log_level="warning", timeout_graceful_shutdown=GRACE
+    )
+    return Server(config)
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """
+    Raises:
+        InputError: nothing can listen there.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--host {host} --port {port} cannot be listened at ({error}); give others") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command.parser("runtime.serve", "Serves an exported .pte to OpenAI's clients.", __doc__)
+    add = parser.add_argument
+    add("file", type=Path, help="the .pte")
+    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (default: %(default)s)")
+    add("--port", type=int, default=8000, help="0 for one that is free (default: %(default)s)")
+    add(
+        "--api-key",
+        metavar="KEY",
+        default=os.environ.get(KEY_VARIABLE) or None,
+        help=f"what clients must bring (default: ${KEY_VARIABLE}, or nothing)",
+    )
+    add("--chat-template", metavar="NAME", help=f"{', '.join(NAMED)} (default: the one in the file)")
+    add("--sessions", type=int, default=4, metavar="N", help="texts kept, and answered in turns (default: %(default)s)")
+    add("--max-queue", type=_count, default=64, metavar="N", help="requests that may wait (default: %(default)s)")
+    add("--max-body", type=_count, default=1 << 20, metavar="BYTES", help="of a request (default: %(default)s)")
+    add("--threads", type=int, metavar="N", help="default: one per core")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is impossible; give a whole number, 0 or more")
+    return int(text)

@@ -1,0 +1,241 @@
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from preproc.chat import NAMED
+from runtime import serve
+from runtime.generate import prompt_ids
+from runtime.generation import GenerationOptions, Step, generate
+from runtime.program import Program
+from runtime.sampler import Rng, SamplingOptions
+from runtime.session import Session
+from tests.serving import MESSAGES, Server, serving
+
+STORY = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_pte: Path) -> Iterator[Server]:
+    with serving(serve.open_model(tiny_pte, "llama2")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_pte: Path) -> Callable[..., list[Step]]:
+    """What generate says, run by a program of its own: a server's belongs to its worker."""
+    program = Program(tiny_pte)
+
+    def said(
+        prompt: str | list[int], tokens: int, seed: int = 0, logprobs: int | None = None, **how: Any
+    ) -> list[Step]:
+        ids = prompt_ids(program, prompt) if isinstance(prompt, str) else prompt
+        options = GenerationOptions(SamplingOptions(**how), tokens, program.metadata.stop_ids, logprobs=logprobs)
+        return list(generate(Session(program), ids, options, Rng(seed), program.tokenizer))
+
+    return said
+
+
+def text_of(steps: list[Step]) -> str:
+    return "".join(step.text for step in steps)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.9, "top_p": 0.8, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+        {"temperature": 1.1, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.3, "logit_bias": {300: 4.0}},
+    ],
+)
+def test_a_completion_is_what_generate_gives(
+    server: Server, expected: Callable[..., list[Step]], how: dict[str, Any]
+) -> None:
+    steps = expected(STORY, 30, seed=5, **how)
+    body: dict[str, Any] = {"prompt": STORY, "max_tokens": 30, "seed": 5, **how}
+    body["logit_bias"] = {str(token): bias for token, bias in how.get("logit_bias", {}).items()}
+    body |= {"prompt": prompt_ids(server.model.program, STORY)} if "top_k" in how else {}
+    answer = server.post("completions", **body).json()
+    assert answer["choices"][0]["text"] == text_of(steps)
+    assert answer["choices"][0]["finish_reason"] == steps[-1].finish_reason
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_stream_tells_what_the_whole_answer_says(server: Server, seed: int) -> None:
+    ask = server.client().chat.completions.create
+    how: Any = {"model": "tiny", "messages": MESSAGES, "temperature": 0.8, "seed": seed, "max_completion_tokens": 40}
+    whole = ask(**how)
+    chunks = list(ask(**how, stream=True, stream_options={"include_usage": True}))
+    said = [choice for chunk in chunks for choice in chunk.choices]
+    assert "".join(choice.delta.content or "" for choice in said) == whole.choices[0].message.content
+    assert said[0].delta.role == "assistant"
+    assert [choice.finish_reason for choice in said] == [None] * (len(said) - 1) + [whole.choices[0].finish_reason]
+    assert chunks[-1].usage
+    assert whole.usage
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_messages_become_the_templates_text(server: Server, expected: Callable[..., list[Step]]) -> None:
+    talk = [("system", "Tell stories."), ("user", "Of a dog, please.")]
+    ids = NAMED["llama2"].encode(talk, server.model.tokenizer)
+    parts: Any = [
+        {**MESSAGES[0], "role": "developer"},
+        {"role": "user", "content": [{"type": "text", "text": talk[1][1]}]},
+    ]
+    for messages in (MESSAGES, parts):
+        answer = server.client().chat.completions.create(
+            model="tiny", messages=messages, temperature=0, max_tokens=20, seed=1
+        )
+        assert answer.choices[0].message.content == text_of(expected(ids, 20))
+        assert answer.usage
+        assert answer.usage.prompt_tokens == len(ids)
+
+
+def test_a_completion_streams_too_and_without_a_limit_has_16_tokens(server: Server) -> None:
+    ask = server.client().completions.create
+    whole = ask(model="tiny", prompt=STORY, temperature=0)
+    chunks = list(ask(model="tiny", prompt=STORY, temperature=0, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert whole.usage
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens) == (5, 16, 21)
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+
+
+def test_one_seed_gives_one_text_and_none_a_new_one(server: Server) -> None:
+    def said(**how: Any) -> str:
+        return server.client().completions.create(model="tiny", prompt=STORY, max_tokens=30, **how).choices[0].text
+
+    assert said(seed=3) == said(seed=3)
+    assert said(seed=3) != said(seed=4)
+    assert len({said() for _ in range(4)}) > 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_ends_before_a_stop_string(server: Server, expected: Callable[..., list[Step]], stream: bool) -> None:
+    text = text_of(expected(STORY, 60))
+    stop = text[40:47]
+    for stops in (stop, [stop, "never said"]):
+        answer: Any = server.client().completions.create(
+            model="tiny", prompt=STORY, temperature=0, max_tokens=60, stop=stops, stream=stream
+        )
+        choices = [chunk.choices[0] for chunk in answer] if stream else [answer.choices[0]]
+        assert "".join(choice.text for choice in choices) == text[: text.index(stop)]
+        assert choices[-1].finish_reason == "stop"
+
+
+def test_logprobs_are_those_of_generate(server: Server, expected: Callable[..., list[Step]]) -> None:
+    steps = expected(STORY, 12, logprobs=3)
+    told = (
+        server.client()
+        .completions.create(model="tiny", prompt=STORY, temperature=0, max_tokens=12, logprobs=3)
+        .choices[0]
+    )
+    assert told.logprobs
+    assert told.logprobs.token_logprobs == pytest.approx([step.logprob for step in steps], abs=1e-4)
+    assert told.logprobs.tokens
+    assert told.logprobs.text_offset
+    assert all(
+        told.text.startswith(*pair) for pair in zip(told.logprobs.tokens, told.logprobs.text_offset, strict=True)
+    )
+    ids = NAMED["llama2"].encode([("user", "Hi")], server.model.tokenizer)
+    steps = expected(ids, 12, logprobs=2)
+    ask: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_tokens": 12}
+    ask |= {"logprobs": True, "top_logprobs": 2}
+    whole = server.client().chat.completions.create(**ask).choices[0].logprobs
+    chunks = server.client().chat.completions.create(**ask, stream=True)
+    streamed = [entry for chunk in chunks if (logs := chunk.choices[0].logprobs) for entry in logs.content or ()]
+    assert whole
+    assert whole.content
+    assert [entry.token for entry in whole.content] == [entry.token for entry in streamed]
+    assert [entry.logprob for entry in streamed] == pytest.approx([step.logprob for step in steps], abs=1e-4)
+    assert [[likely.logprob for likely in entry.top_logprobs] for entry in streamed] == [
+        pytest.approx([value for _, value in step.top_logprobs], abs=1e-4) for step in steps
+    ]
+    assert b"".join(bytes(entry.bytes or ()) for entry in streamed).decode() == text_of(steps)
+
+
+def test_a_response_format_is_kept(server: Server) -> None:
+    schema = {"type": "object", "properties": {"pet": {"enum": ["dog", "cat"]}}, "required": ["pet"]}
+    schema["additionalProperties"] = False  # type: ignore[assignment]
+    form: Any = {"type": "json_schema", "json_schema": {"name": "pet", "schema": schema}}
+    answer = server.client().chat.completions.create(
+        model="tiny", messages=MESSAGES, response_format=form, seed=1, max_tokens=60
+    )
+    jsonschema.validate(json.loads(answer.choices[0].message.content or ""), schema)
+    assert answer.choices[0].finish_reason == "stop"
+    answer = server.client().chat.completions.create(
+        model="tiny", messages=MESSAGES, response_format={"type": "json_object"}, seed=1, max_tokens=20
+    )
+    assert (answer.choices[0].message.content or "").startswith("{")
+
+
+def test_a_talk_that_goes_on_is_not_run_again(server: Server, tiny_pte: Path) -> None:
+    ask = server.client().chat.completions.create
+    first = ask(model="tiny", messages=MESSAGES, temperature=0, max_tokens=30)
+    said = first.choices[0].message.content
+    more: Any = [*MESSAGES, {"role": "assistant", "content": said}, {"role": "user", "content": "Go on."}]
+    second = ask(model="tiny", messages=more, temperature=0, max_tokens=30)
+    assert first.usage
+    assert second.usage
+    assert second.usage.prompt_tokens_details
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens
+    with serving(serve.open_model(tiny_pte, "llama2")) as other:
+        fresh = other.client().chat.completions.create(model="tiny", messages=more, temperature=0, max_tokens=30)
+    assert fresh.choices == second.choices
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "values", "param", "message"),
+    [
+        ("completions", {"prompt": "x", "n": 2}, "n", "n 2 is not possible here; give 1"),
+        ("completions", {"prompt": "x", "echo": True}, "echo", "give false"),
+        ("completions", {"prompt": "x", "temperature": -1}, "temperature", "temperature -1.0 is impossible"),
+        ("completions", {"prompt": "x", "temperature": "hot"}, "temperature", '"hot" is no number'),
+        ("completions", {"prompt": "x", "temperature": 10**400}, "temperature", "is too large"),
+        ("completions", {"prompt": "x", "top_p": 2}, "top_p", "top-p 2.0 is impossible"),
+        ("completions", {"prompt": "x", "top_k": 1.5}, "top_k", "1.5 is no whole number"),
+        ("completions", {"prompt": "x", "max_tokens": 0}, "max_tokens", "max_tokens 0 is impossible; give 1 or more"),
+        ("completions", {"prompt": "x", "logprobs": 21}, "logprobs", "give 0 to 20"),
+        ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", "is no token's id"),
+        ("completions", {"prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias", "99999 is no token"),
+        ("completions", {"prompt": "x", "stop": ["a", ""]}, "stop", "none of them empty"),
+        ("completions", {"prompt": "x", "stop": ["a"] * 17}, "stop", "stop has 17 texts; give at most 16"),
+        ("completions", {"prompt": "x", "seed": True}, "seed", "true is no whole number"),
+        ("completions", {"prompt": "x", "stream": "yes"}, "stream", "neither true nor false"),
+        ("completions", {"prompt": "x", "stream_options": {}}, "stream_options", "of no use without stream"),
+        ("completions", {"prompt": ["a", "b"]}, "prompt", "neither one text nor one list of ids"),
+        ("completions", {}, "prompt", "neither one text nor one list of ids"),
+        ("completions", {"prompt": []}, "prompt", "the prompt is empty"),
+        ("completions", {"prompt": [1, 99999]}, "prompt", "token 99999 is not in the vocabulary"),
+        ("completions", {"prompt": "x", "response_format": {"type": "xml"}}, "response_format", '"xml" is unknown'),
+        ("completions", {"prompt": "x", "response_format": {"type": "json_schema"}}, "response_format", "schema null"),
+        (
+            "completions",
+            {"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}},
+            "response_format",
+            "the grammar cannot be used",
+        ),
+        ("chat/completions", {"messages": []}, "messages", "give at least one"),
+        ("chat/completions", {"messages": ["Hi"]}, "messages", '"Hi" has no role'),
+        ("chat/completions", {"messages": [{"role": "user"}]}, "messages", "the content null is no text"),
+        ("chat/completions", {"messages": [{"role": "tool", "content": ""}]}, "messages", "the messages are of tool"),
+        ("chat/completions", {"messages": MESSAGES, "tools": [{}]}, "tools", "tools [{}] is not possible here"),
+        ("chat/completions", {"messages": MESSAGES, "top_logprobs": 1}, "top_logprobs", "add logprobs: true"),
+    ],
+)
+def test_what_is_impossible_is_refused(
+    server: Server, endpoint: str, values: dict[str, Any], param: str, message: str
+) -> None:
+    answer = server.post(endpoint, **values)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert message in error["message"]
+
+
+def test_unknown_parameters_and_nulls_are_ignored(server: Server) -> None:
+    harmless = {"user": "me", "store": False, "n": 1, "tools": [{}], "tool_choice": "none", "stop": None, "seed": None}
+    assert server.post("completions", prompt="x", max_tokens=1, best_of=1, **harmless).status_code == 200
