@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         default=DECODE,
         help=f"positions (default: {_shown(DECODE)})",
     )
-    add("--threads", type=int, metavar="N", help="default: one per core")
+    add("--threads", type=int, metavar="N", help="default: one per core, and one for a small model")
     add("--format", choices=("text", "json"), default="text")
     add("--plot", type=Path, metavar="FILE", help="draw decoding speed over position: .svg, .png or .pdf")
     return parser

@@ -1,7 +1,8 @@
-"""The command that runs a .pte, and generate(): a text one typed step at a time.
+"""The command that runs a .pte.
 
 python -m runtime.generate tiny.pte --prompt "Once upon a time"
 python -m runtime.generate tiny.pte --prompt "The dog" --temperature 0.8 --top-p 0.9 --seed 7 --max-new-tokens 100
+python -m runtime.generate tiny.pte --prompt "Her name is" --temperature 1 --regex " (Lily|Mia)[.]"
 """
 
 from model import command
@@ -12,80 +13,22 @@ if __name__ == "__main__":
 import argparse
 import io
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from model.errors import InputError
-from preproc.tokenizer import StreamDecoder, Tokenizer
+from runtime.constrain import Constraint, json_schema, regex
+from runtime.flags import add_generation_flags, add_program_flags, generation_options, valid
+from runtime.generation import GenerationOptions, Step, generate
 from runtime.meter import peak_memory
 from runtime.program import Program
-from runtime.sampler import Rng, SamplingOptions, sample
+from runtime.sampler import Rng
 from runtime.session import Session
-
-
-@dataclass(frozen=True)
-class Step:
-    """One generated token.
-
-    Attributes:
-        token: its id.
-        text: the text it completes; empty while a UTF-8 character is open, and for a stop token.
-        finish_reason: "stop" after a stop token, "length" when max_new_tokens or the context is used up, else None.
-    """
-
-    token: int
-    text: str
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How to choose tokens and when to end.
-
-    Attributes:
-        sampling: see `SamplingOptions`.
-        max_new_tokens: None for as many as the context holds.
-        stop_ids: ids that end the text.
-    """
-
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    max_new_tokens: int | None = None
-    stop_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise InputError(f"--max-new-tokens {self.max_new_tokens} is impossible; give 1 or more")
-
-
-def generate(
-    session: Session, prompt: Sequence[int], options: GenerationOptions, rng: Rng, tokenizer: Tokenizer | None = None
-) -> Iterator[Step]:
-    """Appends the prompt and yields what follows it.
-
-    Of P prompt tokens in a context of T, T - P + 1 tokens can follow: the last needs no place of its own.
-
-    Raises:
-        InputError: the prompt is empty or does not fit; see `Session.prefill`.
-    """
-    logits = session.prefill(prompt)
-    decoder = StreamDecoder(tokenizer, prompt) if tokenizer else None
-    count = 0
-    while True:
-        token = sample(logits, options.sampling, rng)
-        count += 1
-        stop = token in options.stop_ids
-        end = stop or count == options.max_new_tokens or session.position == session.capacity
-        text = decoder.add(token) if decoder and not stop else ""
-        if end:
-            yield Step(token, text + (decoder.finish() if decoder else ""), "stop" if stop else "length")
-            return
-        yield Step(token, text)
-        logits = session.decode(token)
+from runtime.speculate import Draft, Drafter, Lookup
 
 
 def prompt_ids(program: Program, text: str, parse_special: bool = False) -> list[int]:
@@ -96,9 +39,8 @@ def prompt_ids(program: Program, text: str, parse_special: bool = False) -> list
     """
     if program.tokenizer is None:
         raise InputError("the file carries no tokenizer; give --prompt-ids, or export again with --tokenizer")
-    text = os.fsencode(text).decode("utf-8", "replace")  # a shell may pass any bytes
     bos_id = program.metadata.bos_id
-    return ([] if bos_id is None else [bos_id]) + program.tokenizer.encode(text, parse_special)
+    return ([] if bos_id is None else [bos_id]) + program.tokenizer.encode(valid(text), parse_special)
 
 
 @dataclass
@@ -141,12 +83,18 @@ def _print_text(steps: Iterator[Step]) -> None:
 
 def _print_json(prompt: list[int], steps: Iterator[Step], statistics: Statistics) -> None:
     done = list(steps)
-    result = {
+    result: dict[str, Any] = {
         "prompt_ids": prompt,
         "token_ids": [step.token for step in done],
         "text": "".join(step.text for step in done),
         "finish_reason": done[-1].finish_reason,
-        "timings": {"load": statistics.load, "prefill": statistics.first_token, "decode": statistics.decode},
+    }
+    if done[0].logprob is not None:
+        result["logprobs"] = [{"logprob": step.logprob, "top_logprobs": step.top_logprobs} for step in done]
+    result["timings"] = {
+        "load": statistics.load,
+        "prefill": statistics.first_token,
+        "decode": statistics.decode,
     }
     print(json.dumps(result, ensure_ascii=False))
 
@@ -154,8 +102,7 @@ def _print_json(prompt: list[int], steps: Iterator[Step], statistics: Statistics
 def main(arguments: list[str] | None = None) -> int:
     """The command: text to stdout, statistics to stderr; exit code 0, or 2 for bad input."""
     options = _parser().parse_args(arguments)
-    sampling = SamplingOptions(options.temperature, options.top_k, options.top_p)
-    generation = GenerationOptions(sampling, options.max_new_tokens)
+    generation = _generation(options)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
     start = time.perf_counter()
@@ -164,13 +111,44 @@ def main(arguments: list[str] | None = None) -> int:
     prompt = options.prompt_ids or prompt_ids(program, options.prompt, options.parse_special)
     statistics = Statistics(load, len(prompt))
     generation = replace(generation, stop_ids=program.metadata.stop_ids)
-    steps = generate(Session(program), prompt, generation, Rng(options.seed), program.tokenizer)
+    constraint = _constraint(options, program, prompt)
+    session = Session(program)
+    if options.session and options.session.exists():
+        session.load(options.session)
+    rng, drafter = Rng(options.seed), _drafter(options, program)
+    steps = generate(session, prompt, generation, rng, program.tokenizer, constraint, drafter)
     if options.format == "json":
         _print_json(prompt, _timed(steps, statistics), statistics)
     else:
         _print_text(_timed(steps, statistics))
+    if options.session:
+        session.save(options.session)
     print(statistics, file=sys.stderr)
     return 0
+
+
+def _generation(options: argparse.Namespace) -> GenerationOptions:
+    if options.logprobs is not None and options.format != "json":
+        raise InputError(f"--logprobs {options.logprobs} is impossible; it cannot be told in a text: add --format json")
+    return replace(generation_options(options), logprobs=options.logprobs, on_full=options.on_full)
+
+
+def _drafter(options: argparse.Namespace, program: Program) -> Drafter | None:
+    if options.draft:
+        draft = Program(options.draft, threads=options.threads, check=not options.no_check)
+        return Draft(draft, program.metadata.config.vocab_size)
+    return Lookup() if options.lookup else None
+
+
+def _constraint(options: argparse.Namespace, program: Program, prompt: list[int]) -> Constraint | None:
+    if options.json_schema:
+        grammar = json_schema(options.json_schema)
+    elif options.regex is not None:
+        grammar = regex(options.regex)
+    else:
+        return None
+    metadata = program.metadata
+    return Constraint(grammar, program.tokenizer, metadata.stop_ids, metadata.config.vocab_size, prompt)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -181,14 +159,23 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (default: none, only BOS)")
     add("--parse-special", action="store_true", help="let the prompt's text name special tokens, such as </s>")
     prompt.add_argument("--prompt-ids", type=_ids, metavar="IDS", help="token ids in place of a text: 1,15043,3186")
-    add("--max-new-tokens", type=int, metavar="N", help="default: as many as the context holds")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: %(default)s)")
-    add("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (default: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens up to probability P")
-    add("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
-    add("--threads", type=int, metavar="N", help="default: one per core")
+    add_generation_flags(parser)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=Path, metavar="FILE", help="only JSON of the schema in this file")
+    form.add_argument("--regex", metavar="PATTERN", help="only text that matches as a whole")
+    add(
+        "--on-full",
+        choices=("stop", "slide"),
+        default="stop",
+        help="where the context is used up: end, or forget the older half of the text and go on (default: stop)",
+    )
+    guess = parser.add_mutually_exclusive_group()
+    guess.add_argument("--lookup", action="store_true", help="guess from what the text repeats: the same, sooner")
+    guess.add_argument("--draft", type=Path, metavar="FILE", help="guess by a smaller model's .pte: the same, sooner")
+    add("--session", type=Path, metavar="FILE", help="go on from what is cached in this file, and keep it there again")
     add("--format", choices=("text", "json"), default="text", help="json: one object with ids, text and timings")
-    add("--no-check", action="store_true", help="skip the checksum, which reads the file through once")
+    add("--logprobs", type=int, metavar="K", help="with --format json, each token's log-probability and the K highest")
+    add_program_flags(parser)
     return parser
 
 

@@ -22,7 +22,8 @@ from export.scheme import Scheme
 from model.checkpoint import BUILT_IN
 from preproc.tokenizer import from_bytes
 from runtime import bench
-from runtime.generate import GenerationOptions, generate, main
+from runtime.generate import main
+from runtime.generation import GenerationOptions, generate
 from runtime.program import Program, read_metadata
 from runtime.sampler import Rng
 from runtime.session import Session
@@ -93,6 +94,17 @@ def test_quantised_files_give_the_eager_models_tokens(
         ["--prompt-ids", "1,20,30", "--temperature", "1.5", "--seed", "18446744073709551615", "--max-new-tokens", "40"],
         ["--prompt", "<s>one</s>", "--parse-special", "--max-new-tokens", "20", "--threads", "1", "--no-check"],
         ["--prompt", "word " * 90, "--max-new-tokens", "10"],
+        ["--prompt", "One day, one day, one day", "--max-new-tokens", "90", "--lookup"],
+        ["--prompt", "One day", "--max-new-tokens", "60", "--lookup", "--temperature", "1", "--seed", "9"],
+        ["--prompt", "One day", "--max-new-tokens", "700", "--on-full", "slide", "--lookup"],
+        ["--prompt", "The dog", "--repetition-penalty", "1.4", "--max-new-tokens", "60", "--format", "json"],
+        ["--presence-penalty", "0.5", "--frequency-penalty", "0.25", "--penalty-window", "20", "--temperature", "0.9"],
+        ["--min-p", "0.05", "--temperature", "1.3", "--seed", "3", "--frequency-penalty=-0.1", "--top-k", "30"],
+        ["--logit-bias", "269=-100", "--logit-bias", "432=2.5e0", "--logit-bias", "269=3", "--max-new-tokens", "40"],
+        ["--prompt", "Lily", "--stop", "mom", "--stop", " play\n", "--stop", "mother", "--format", "json"],
+        ["--prompt", "Caf\u00e9", "--temperature", "2", "--stop", "\u00e9", "--stop", os.fsdecode(b"\xff\xfe")],
+        ["--temperature", "0.8", "--max-new-tokens", "30", "--logprobs", "4", "--min-p", "0.1", "--format", "json"],
+        ["--max-new-tokens", "3", "--logprobs", "0", "--format", "json"],
     ],
 )
 def test_prints_what_python_prints(
@@ -105,9 +117,15 @@ def test_prints_what_python_prints(
     if "json" in flags:
         ours, theirs = json.loads(done.stdout), json.loads(expected)
         assert ours.pop("timings").keys() == theirs.pop("timings").keys()
+        assert _logprobs(ours.pop("logprobs", [])) == pytest.approx(_logprobs(theirs.pop("logprobs", [])), rel=1e-12)
         assert ours == theirs
     else:
         assert done.stdout == expected
+
+
+def _logprobs(rows: list[dict[str, Any]]) -> list[float]:
+    """All of their numbers; the two languages' exp and log differ by a rounding."""
+    return [number for row in rows for number in (row["logprob"], *(n for pair in row["top_logprobs"] for n in pair))]
 
 
 def test_measures_what_python_measures(runner: Path, toy_pte: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +142,24 @@ def test_measures_what_python_measures(runner: Path, toy_pte: Path, capsys: pyte
     refused = _run(runner, toy_pte, "--bench", "--prefill", "512", "--decode", "1000")
     assert refused.returncode == 2
     assert "has room for 48 positions; give smaller numbers to --prefill or --decode" in refused.stderr
+
+
+def test_a_session_goes_from_one_language_to_the_other(
+    runner: Path, tiny_pte: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "session"
+    flags = ["--prompt", "Once upon a time", "--max-new-tokens", "20", "--session", str(file)]
+    main([str(tiny_pte), *flags])
+    kept, expected = file.read_bytes(), capsys.readouterr().out
+    done = _run(runner, tiny_pte, *flags)
+    assert done.stdout == expected, done.stderr
+    assert len(file.read_bytes()) == len(kept)
+    main([str(tiny_pte), *flags])
+    assert capsys.readouterr().out == expected
+    file.write_bytes(kept[:-1])
+    done = _run(runner, tiny_pte, *flags)
+    assert done.returncode == 2
+    assert "is damaged: its checksum does not match; save the session again" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +241,17 @@ def test_hidden_states_come_through_the_c_interface(
         (["--top-p", "0"], "top-p 0.0 is impossible; give more than 0, up to 1"),
         (["--top-k", "-2"], "top-k -2 is impossible; give 0 (all) or more"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0 is impossible; give 1 or more"),
+        (["--min-p", "1.5"], "min-p 1.5 is impossible; give 0 (all) to 1"),
+        (["--repetition-penalty", "0"], "repetition-penalty 0.0 is impossible; give more than 0, where 1 is none"),
+        (["--presence-penalty", "nan"], "presence-penalty nan is impossible; give a finite number, where 0 is none"),
+        (["--frequency-penalty", "inf"], "frequency-penalty inf is impossible; give a finite number, where 0 is none"),
+        (["--penalty-window", "0"], "penalty-window 0 is impossible; give 1 or more"),
+        (["--logit-bias", "99999=1"], "logit-bias 99999 is impossible; ids run from 0 to 2047"),
+        (["--logit-bias", "5"], "'5' is no bias; give an id and a number such as 1724=-2.5"),
+        (["--logit-bias", "5=1=2"], "'5=1=2' is no bias; give an id and a number such as 1724=-2.5"),
+        (["--stop", ""], "--stop '' is impossible; give at least one character"),
+        (["--logprobs", "-1", "--format", "json"], "--logprobs -1 is impossible; give 0 or more"),
+        (["--logprobs", "3"], "--logprobs 3 is impossible; it cannot be told in a text: add --format json"),
         (["--threads", "0"], "--threads 0 is impossible; give 1 or more"),
         (["--seed", "x"], "--seed x is impossible"),
         (["--prompt-ids", "1,99999"], "token 99999 is not in the vocabulary; ids run from 0 to 2047"),
@@ -299,11 +346,26 @@ def test_aarch64_runs_four_bit_weights_as_this_machine_does(
     assert there.stdout == here.stdout, there.stderr
 
 
+def _built(preset: str, *targets: str) -> Path:
+    """Another build of the C++ runner."""
+    build = ROOT / "build" / preset
+    for command in (["--preset", preset], ["--build", str(build), "-j2", *targets]):
+        subprocess.run([CMAKE, *command], cwd=ROOT / "cpp_runner", check=True, capture_output=True)
+    return build
+
+
+@pytest.mark.slow
+def test_sessions_in_threads_do_not_race(tiny_pte: Path) -> None:
+    build = _built("threads", "--target", "llama_runner_tests")
+    done = _run(build / "tests" / "llama_runner_tests", "--gtest_filter=Threads.*")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[  PASSED  ] 2 tests" in done.stdout
+    assert "WARNING: ThreadSanitizer" not in done.stderr
+
+
 @pytest.mark.slow
 def test_fuzzing_finds_errors_and_no_crash(tiny_pte: Path) -> None:
-    build = ROOT / "build" / "sanitize"
-    for command in (["--preset", "sanitize"], ["--build", str(build), "-j2"]):
-        subprocess.run([CMAKE, *command], cwd=ROOT / "cpp_runner", check=True, capture_output=True)
+    build = _built("sanitize")
     tested = _run(CMAKE.with_name("ctest"), "--test-dir", build, "--output-on-failure")
     assert tested.returncode == 0, tested.stdout
     folder = ROOT / "tests" / "cpp"

@@ -26,7 +26,7 @@ from export.recipe import Recipe
 from model.checkpoint import BUILT_IN, open_checkpoint
 from model.errors import InputError, run_command
 from runtime import generate
-from runtime.generate import GenerationOptions
+from runtime.generation import GenerationOptions
 from runtime.program import Program, read_metadata
 from runtime.sampler import Rng
 from runtime.session import Session
@@ -116,6 +116,17 @@ def test_the_built_in_model_exports_and_tells_a_story(tiny_pte: Path, capfd: pyt
     words = capfd.readouterr().out.split()
     assert len(words) > 30
     assert len(set(words)) > 15
+
+
+def test_one_command_goes_from_checkpoint_to_text(tiny_pte: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is exported already is only run."""
+    before = tiny_pte.stat().st_mtime_ns
+    assert command.main(["--max-seq-len", "512", "--output", str(tiny_pte), "--run", "Once upon a time"]) == 0
+    assert tiny_pte.stat().st_mtime_ns == before
+    path, text = capsys.readouterr().out.split("\n", 1)
+    assert path == str(tiny_pte)
+    generate.main([str(tiny_pte), "--prompt", "Once upon a time"])
+    assert text == capsys.readouterr().out
 
 
 def test_a_second_identical_export_is_skipped_and_a_different_one_is_not(

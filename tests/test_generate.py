@@ -1,16 +1,20 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model.checkpoint import BUILT_IN
 from model.errors import InputError
 from preproc.tokenizer import StreamDecoder, open_tokenizer
 from runtime import generate as command
-from runtime.generate import GenerationOptions, Step, generate
+from runtime.generation import GenerationOptions, Step, StopFilter, generate
 from runtime.program import Program
 from runtime.sampler import Rng, SamplingOptions
 from runtime.session import Session
@@ -51,6 +55,77 @@ def test_one_seed_gives_one_text_and_another_a_different_one(toy_program: Progra
     assert ids(toy_program, [1], options, seed=3) != ids(toy_program, [1], options, seed=4)
 
 
+@given(
+    pieces=st.lists(st.text("ab☃", max_size=5), max_size=8),
+    stops=st.lists(st.text("ab☃", min_size=1, max_size=4), max_size=3),
+)
+def test_a_stop_filter_gives_the_text_before_the_first_stop_string_and_at_no_time_more(
+    pieces: list[str], stops: list[str]
+) -> None:
+    text = "".join(pieces)
+    expected = text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+    stop_filter = StopFilter(stops)
+    taken = given_out = ""
+    for piece in pieces:
+        taken += piece
+        given_out += stop_filter.add(piece)
+        assert expected.startswith(given_out)
+        if not stop_filter.stopped:
+            held = taken.removeprefix(given_out)
+            assert not held or any(stop.startswith(held) for stop in stops) or any(stop in held for stop in stops)
+            assert len(held) < max(map(len, stops), default=1)
+    assert given_out + stop_filter.finish() == expected
+    assert stop_filter.stopped == any(stop in text for stop in stops)
+
+
+@given(text=st.text("ab☃", max_size=12), stops=st.lists(st.text("ab☃", min_size=1, max_size=4), max_size=3),
+       cuts=st.sets(st.integers(1, 11)))  # fmt: skip
+def test_what_a_stop_filter_gives_does_not_depend_on_the_cuts(text: str, stops: list[str], cuts: set[int]) -> None:
+    edges = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
+    in_pieces, whole = StopFilter(stops), StopFilter(stops)
+    said = "".join(in_pieces.add(text[a:b]) for a, b in pairwise(edges)) + in_pieces.finish()
+    assert (said, in_pieces.stopped) == (whole.add(text) + whole.finish(), whole.stopped)
+
+
+def test_a_stop_string_ends_the_text_before_it(toy_program: Program) -> None:
+    sampling = SamplingOptions(temperature=1.5)
+    text = "".join(step.text for step in ids(toy_program, [1], GenerationOptions(sampling, 30)))
+    stop = text[len(text) // 2 :][:7]
+    steps = ids(toy_program, [1], GenerationOptions(sampling, 30, stop_strings=(stop, "never said")))
+    assert "".join(step.text for step in steps) == text[: text.find(stop)]
+    assert [step.finish_reason for step in steps] == [None] * (len(steps) - 1) + ["stop"]
+
+
+def test_a_stop_string_without_a_tokenizer_is_refused(toy_program: Program) -> None:
+    steps = generate(Session(toy_program), [1], GenerationOptions(stop_strings=("x",)), Rng(0))
+    with pytest.raises(InputError, match="--stop 'x' needs a tokenizer"):
+        next(steps)
+
+
+def test_penalties_look_back_on_the_prompt_and_what_followed(toy_program: Program) -> None:
+    steps = ids(toy_program, [1, 2, 3], GenerationOptions(SamplingOptions(presence_penalty=1e6, penalty_window=100)))
+    tokens = [1, 2, 3, *(step.token for step in steps)]
+    assert len(set(tokens)) == len(tokens) == TOY.context + 1
+
+
+def test_a_bias_beyond_the_vocabulary_is_refused(toy_program: Program) -> None:
+    with pytest.raises(InputError, match="logit-bias 2048 is impossible; ids run from 0 to 2047"):
+        ids(toy_program, [1], GenerationOptions(SamplingOptions(logit_bias={2047: 1.0, 2048: 1.0})))
+
+
+def test_log_probabilities_are_the_models_own_whatever_the_sampler_does(toy_program: Program) -> None:
+    biased = SamplingOptions(temperature=2.0, top_k=3, repetition_penalty=2.0, logit_bias={7: 3.0})
+    steps = ids(toy_program, [1, 2], GenerationOptions(biased, max_new_tokens=6, logprobs=4))
+    session = Session(toy_program)
+    logits = session.prefill([1, 2])
+    for step in steps:
+        expected = torch.log_softmax(logits.double(), 0)
+        assert step.logprob == pytest.approx(float(expected[step.token]), rel=1e-12)
+        assert [token for token, _ in step.top_logprobs] == expected.topk(4).indices.tolist()
+        assert [value for _, value in step.top_logprobs] == pytest.approx(expected.topk(4).values.tolist(), rel=1e-12)
+        logits = session.decode(step.token)
+
+
 @pytest.mark.parametrize("prompt", ["", "Once upon", "The dog \N{SNOWMAN}"])
 def test_the_text_goes_on_where_the_prompt_ends(toy_program: Program, prompt: str) -> None:
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(BUILT_IN / "tokenizer.model"))
@@ -80,10 +155,38 @@ def test_the_command_prints_text_or_json_and_its_statistics(toy_pte: Path, capfd
         assert part in text.err
 
 
+def test_the_command_takes_every_option_of_the_sampler(toy_pte: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ["--prompt-ids", "1,2", "--max-new-tokens", "5", "--format", "json", "--temperature", "0.9", "--top-k", "9"]
+    flags += ["--top-p", "0.9", "--min-p", "0.01", "--repetition-penalty", "1.5", "--presence-penalty", "0.5"]
+    flags += ["--frequency-penalty", "-0.25", "--penalty-window", "3", "--logit-bias", "5=4.5", "--logit-bias", "6=4"]
+    assert command.main([str(toy_pte), *flags, "--logprobs", "2"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    program = Program(toy_pte)
+    sampling = SamplingOptions(0.9, 9, 0.9, 0.01, 1.5, 0.5, -0.25, 3, {5: 4.5, 6: 4.0})
+    steps = ids(program, [1, 2], GenerationOptions(sampling, 5, program.metadata.stop_ids, logprobs=2))
+    assert result["token_ids"] == [step.token for step in steps]
+    assert [row["logprob"] for row in result["logprobs"]] == [step.logprob for step in steps]
+    assert [row["top_logprobs"] for row in result["logprobs"]] == [
+        [list(pair) for pair in step.top_logprobs] for step in steps
+    ]
+
+
+@pytest.mark.parametrize("value", ["5", "x=1", "5=x", "=", "5=1=2"])
+def test_a_bias_that_is_none_is_refused(value: str, toy_pte: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command.main([str(toy_pte), "--logit-bias", value])
+    assert caught.value.code == 2
+    assert f"'{value}' is no bias; give an id and a number such as 1724=-2.5" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["--stop", ""], "--stop '' is impossible; give at least one character"),
+        (["--logprobs", "-1", "--format", "json"], "--logprobs -1 is impossible; give 0 or more"),
+        (["--logprobs", "3"], "--logprobs 3 is impossible; it cannot be told in a text: add --format json"),
+        (["--logit-bias", "99999=1"], "logit-bias 99999 is impossible; ids run from 0 to 2047"),
         (["--threads", "0"], "--threads 0"),
         (["--temperature", "-1"], "temperature -1.0"),
         (["--prompt-ids", "1,99999"], "token 99999 is not in the vocabulary"),

@@ -1,18 +1,24 @@
 """Python against the golden files that the C++ runner reads too (tests/cpp/test_golden.cpp)."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+import sentencepiece
 import torch
 
 from export.plan import ExportOptions
 from model.checkpoint import BUILT_IN, open_checkpoint
-from runtime.generate import GenerationOptions, generate, prompt_ids
+from preproc.tokenizer import open_tokenizer
+from runtime.generate import prompt_ids
+from runtime.generation import GenerationOptions, StopFilter, generate
 from runtime.program import Program
-from runtime.sampler import Rng, SamplingOptions, sample
+from runtime.sampler import Rng, SamplingOptions, logprobs, sample
 from runtime.session import Session
 from tests.kinds import recomputed
+from tests.prescribed import steps_of
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -22,7 +28,9 @@ def _golden(name: str) -> Any:
 
 
 def _sampling(case: dict[str, Any]) -> SamplingOptions:
-    return SamplingOptions(case["temperature"], case["top_k"], case["top_p"])
+    given = {name: case[name] for name in vars(SamplingOptions()) if name in case}
+    bias = {int(token): value for token, value in case.get("logit_bias", {}).items()}
+    return SamplingOptions(**(given | {"logit_bias": bias}))
 
 
 def test_coins() -> None:
@@ -36,7 +44,61 @@ def test_sampler() -> None:
     for case in golden["cases"]:
         rng = Rng(case["seed"])
         logits = torch.tensor(golden["logits"][case["logits"]])
-        assert [sample(logits, _sampling(case), rng) for _ in case["tokens"]] == case["tokens"], case
+        recent = list(case.get("recent", ()))
+        for token in case["tokens"]:
+            assert sample(logits, _sampling(case), rng, recent) == token, case
+            recent.append(token)
+
+
+def test_logprobs() -> None:
+    golden = _golden("sampler.json")
+    for row in golden["logprobs"]:
+        logprob, top = logprobs(torch.tensor(golden["logits"][row["logits"]]), row["token"], row["k"])
+        assert logprob == pytest.approx(row["logprob"], rel=1e-12, abs=1e-12)
+        assert [token for token, _ in top] == [token for token, _ in row["top_logprobs"]]
+        expected = [value for _, value in row["top_logprobs"]]
+        assert [value for _, value in top] == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def test_finish() -> None:
+    tokenizer = open_tokenizer(BUILT_IN / "tokenizer.model")
+    for case in _golden("finish.json")["cases"]:
+        assert steps_of(case, tokenizer) == [tuple(step) for step in case["steps"]], case["name"]
+
+
+def _one_each(text: str) -> str:
+    """SentencePiece has a U+FFFD for each byte that is no character's, Python's codec one for what begins alike."""
+    return re.sub("\N{REPLACEMENT CHARACTER}+", "\N{REPLACEMENT CHARACTER}", text)
+
+
+def test_finish_is_what_sentencepiece_decodes_up_to_the_first_stop_string() -> None:
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(BUILT_IN / "tokenizer.model"))
+    reasons = set()
+    for case in _golden("finish.json")["cases"]:
+        tokens = [token for token, _, _ in case["steps"]]
+        before, whole = (_one_each(theirs.decode(ids)) for ids in (case["prompt"], case["prompt"] + tokens))
+        text = whole.removeprefix(before.rstrip("\N{REPLACEMENT CHARACTER}"))
+        first = min((text.find(stop) for stop in case["stop_strings"] if stop in text), default=len(text))
+        assert _one_each("".join(said for _, said, _ in case["steps"])) == text[:first], case["name"]
+        stopped = first < len(text) or tokens[-1] in case["stop_ids"]
+        assert [reason for _, _, reason in case["steps"]][:-1] == [None] * (len(tokens) - 1)
+        assert case["steps"][-1][2] == ("stop" if stopped else "length"), case["name"]
+        full = len(case["prompt"]) + len(tokens) - 1 == case["capacity"]
+        reasons.add((stopped, tokens[-1] in case["stop_ids"], len(tokens) == case["max_new_tokens"], full))
+    assert reasons >= {
+        (True, True, False, False),
+        (True, False, False, False),
+        (True, False, True, False),
+        (False, False, True, False),
+        (False, False, False, True),
+    }
+
+
+def test_stop_filter() -> None:
+    for case in _golden("finish.json")["filters"]:
+        stop_filter = StopFilter(case["stop_strings"])
+        given = [*(stop_filter.add(piece) for piece in case["pieces"]), stop_filter.finish()]
+        assert (given, stop_filter.stopped) == (case["given"], case["stopped"]), case
 
 
 def _check_generation(golden: dict[str, Any], path: Path) -> None:

@@ -96,7 +96,9 @@ set(CMAKE_POLICY_DEFAULT_CMP0077 NEW)
 add_subdirectory("${LLAMA_RUNNER_SENTENCEPIECE}" sentencepiece EXCLUDE_FROM_ALL SYSTEM)
 add_library(llama_runner_sentencepiece INTERFACE)
 target_link_libraries(llama_runner_sentencepiece INTERFACE sentencepiece-static)
-target_include_directories(llama_runner_sentencepiece SYSTEM INTERFACE "${LLAMA_RUNNER_SENTENCEPIECE}/src")
+target_include_directories(
+  llama_runner_sentencepiece SYSTEM
+  INTERFACE "${LLAMA_RUNNER_SENTENCEPIECE}/src" "${LLAMA_RUNNER_SENTENCEPIECE}/third_party/protobuf-lite")
 
 # Header-only: nlohmann-json, CLI11, xxHash. Copied out of the system's folder, which a cross compiler must not see.
 

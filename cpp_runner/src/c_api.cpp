@@ -124,8 +124,8 @@ int llama_runner_next(llama_runner_session* session, llama_runner_step* step) {
     if (*next == nullptr) return 0;
     const FinishReason reason = (*next)->finish_reason;
     *step = {(*next)->token, (*next)->text.c_str(), (*next)->text.size(),
-             reason == FinishReason::kNone        ? LLAMA_RUNNER_GOES_ON
-             : reason == FinishReason::kStopToken ? LLAMA_RUNNER_STOP
-                                                  : LLAMA_RUNNER_LENGTH};
+             reason == FinishReason::kNone   ? LLAMA_RUNNER_GOES_ON
+             : reason == FinishReason::kStop ? LLAMA_RUNNER_STOP
+                                             : LLAMA_RUNNER_LENGTH};
     return 1;
 }

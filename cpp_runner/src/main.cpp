@@ -1,10 +1,13 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <charconv>
 #include <cstdio>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "chat_command.h"
 #include "llama_runner/bench.h"
 #include "llama_runner/generate.h"
 #include "llama_runner/meter.h"
@@ -22,10 +25,13 @@ struct Arguments {
     std::string prompt;
     std::optional<std::vector<int64_t>> prompt_ids;
     GenerationOptions generation;
+    std::string session;
     std::string seed = "0";
     Program::Options program;
     BenchOptions bench;
     bool is_bench = false;
+    bool is_chat = false;
+    std::optional<std::string> system;
     bool json = false;
     bool parse_special = false;
 };
@@ -54,6 +60,34 @@ Result<uint64_t> seed_of(const std::string& text) {
     return seed;
 }
 
+/// As the shell gave it, but valid UTF-8.
+std::string valid(const std::string& text) {
+    std::string found;
+    Utf8Decoder utf8;
+    utf8.add(text, found);
+    utf8.finish(found);
+    return found;
+}
+
+template <typename Number>
+bool read_number(std::string_view text, Number& number) {
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+    return error == std::errc() && end == text.data() + text.size();
+}
+
+/// Reads ID=VALUE into `bias`; false where it is something else.
+bool read_bias(std::string_view text, std::map<int64_t, double>& bias) {
+    const size_t equals = text.find('=');
+    int64_t token = 0;
+    double value = 0;
+    if (equals == std::string::npos || !read_number(text.substr(0, equals), token) ||
+        !read_number(text.substr(equals + 1), value)) {
+        return false;
+    }
+    bias[token] = value;
+    return true;
+}
+
 void print_text(const Step& step) {
     std::fwrite(step.text.data(), 1, step.text.size(), stdout);
     std::fflush(stdout);
@@ -65,21 +99,27 @@ struct Transcript {
     std::vector<int64_t> token_ids;
     std::string text;
     std::string finish_reason;
+    nlohmann::ordered_json logprobs = nullptr;
 
     void add(const Step& step) {
         token_ids.push_back(step.token);
         text += step.text;
+        if (step.logprob) {
+            auto top = nlohmann::ordered_json::array();
+            for (const LogProb& likely : step.top_logprobs) top.push_back({likely.token, likely.logprob});
+            logprobs.push_back({{"logprob", *step.logprob}, {"top_logprobs", top}});
+        }
         if (const auto reason = name_of(step.finish_reason)) finish_reason = *reason;
     }
 };
 
 void print_json(const Transcript& transcript, const Statistics& statistics) {
-    const nlohmann::ordered_json result = {
-        {"prompt_ids", transcript.prompt_ids},
-        {"token_ids", transcript.token_ids},
-        {"text", transcript.text},
-        {"finish_reason", transcript.finish_reason},
-        {"timings", {{"load", statistics.load}, {"prefill", statistics.first_token}, {"decode", statistics.decode}}}};
+    nlohmann::ordered_json result = {{"prompt_ids", transcript.prompt_ids},
+                                     {"token_ids", transcript.token_ids},
+                                     {"text", transcript.text},
+                                     {"finish_reason", transcript.finish_reason}};
+    if (!transcript.logprobs.is_null()) result["logprobs"] = transcript.logprobs;
+    result["timings"] = {{"load", statistics.load}, {"prefill", statistics.first_token}, {"decode", statistics.decode}};
     std::printf("%s\n", result.dump().c_str());
 }
 
@@ -124,6 +164,10 @@ Result<void> run_steps(Generator& generator, Transcript* transcript, Statistics&
 
 Result<void> run(Arguments& arguments) {
     if (auto checked = arguments.generation.check(); !checked) return checked;
+    if (arguments.generation.logprobs && !arguments.json) {
+        return unusable("logprobs", std::to_string(*arguments.generation.logprobs),
+                        "it cannot be told in a text: add --format json");
+    }
     const auto seed = seed_of(arguments.seed);
     if (!seed) return seed.error();
     Rng rng(*seed);
@@ -139,14 +183,17 @@ Result<void> run(Arguments& arguments) {
     statistics.prompt_tokens = prompt->size();
     auto session = Session::create(**program);
     if (!session) return session.error();
+    if (!arguments.session.empty() && std::filesystem::exists(arguments.session)) {
+        if (auto loaded = session->load(arguments.session); !loaded) return loaded;
+    }
     arguments.generation.stop_ids = (*program)->metadata().stop_ids;
     auto generator = Generator::create(*session, *prompt, arguments.generation, rng, (*program)->tokenizer());
     if (!generator) return generator.error();
-    Transcript transcript{.prompt_ids = *prompt, .token_ids = {}, .text = {}, .finish_reason = {}};
+    Transcript transcript{.prompt_ids = *prompt, .token_ids = {}, .text = {}, .finish_reason = {}, .logprobs = {}};
     if (auto ran = run_steps(*generator, arguments.json ? &transcript : nullptr, statistics); !ran) return ran;
     if (arguments.json) print_json(transcript, statistics);
     print_statistics(statistics);
-    return {};
+    return arguments.session.empty() ? Result<void>() : session->save(arguments.session);
 }
 
 nlohmann::ordered_json to_json(const Measured& measured) {
@@ -167,7 +214,7 @@ nlohmann::ordered_json to_json(const Measured& measured) {
             {"decode", decode}};
 }
 
-Result<void> run_bench(const Arguments& arguments) {
+Result<void> run_bench(Arguments& arguments) {
     const auto measured = bench(arguments.file, arguments.program, arguments.bench);
     if (!measured) return measured.error();
     if (arguments.json) {
@@ -186,6 +233,37 @@ Result<void> run_bench(const Arguments& arguments) {
     return {};
 }
 
+Result<void> talk(Arguments& arguments) {
+    const auto seed = seed_of(arguments.seed);
+    if (!seed) return seed.error();
+    return run_chat(ChatArguments{arguments.file, arguments.program, arguments.generation, *seed, arguments.system});
+}
+
+void add_penalties(CLI::App& app, SamplingOptions& sampling) {
+    const auto add = [&](const char* flag, double& value, const char* help) {
+        return app.add_option(flag, value, help);
+    };
+    add("--repetition-penalty", sampling.repetition_penalty, "divides logits of recent tokens (1: none)")
+        ->type_name("R");
+    add("--presence-penalty", sampling.presence_penalty, "taken off logits of recent tokens (0: none)")->type_name("A");
+    add("--frequency-penalty", sampling.frequency_penalty, "the same, as often as they occurred")->type_name("A");
+    app.add_option("--penalty-window", sampling.penalty_window, "how many tokens are recent (default: 64)")
+        ->type_name("N");
+    app.add_option_function<std::vector<std::string>>(
+           "--logit-bias",
+           [&](const std::vector<std::string>& given) {
+               for (const std::string& text : given) {
+                   if (!read_bias(text, sampling.logit_bias)) {
+                       throw CLI::ValidationError(
+                           "--logit-bias", "'" + text + "' is no bias; give an id and a number such as 1724=-2.5");
+                   }
+               }
+           },
+           "added to a token's logit; may be given repeatedly")
+        ->allow_extra_args(false)
+        ->type_name("ID=VALUE");
+}
+
 void add_flags(CLI::App& app, Arguments& arguments) {
     app.add_option("file", arguments.file, "the .pte")->required()->type_name("");
     app.add_option("--prompt", arguments.prompt, "text to continue (default: none, only BOS)")->type_name("TEXT");
@@ -199,13 +277,38 @@ void add_flags(CLI::App& app, Arguments& arguments) {
     app.add_option("--temperature", sampling.temperature, "0 takes the likeliest token (default: 0)")->type_name("T");
     app.add_option("--top-k", sampling.top_k, "only the K likeliest tokens (default: all)")->type_name("K");
     app.add_option("--top-p", sampling.top_p, "only the likeliest tokens up to probability P")->type_name("P");
+    app.add_option("--min-p", sampling.min_p, "only tokens P times as likely as the likeliest, or more")
+        ->type_name("P");
+    add_penalties(app, sampling);
+    app.add_option_function<std::string>(
+           "--on-full",
+           [&arguments](const std::string& given) { arguments.generation.slides_when_full = given == "slide"; },
+           "where the context is used up: end, or forget the older half of the text and go on (default: stop)")
+        ->check(CLI::IsMember({"stop", "slide"}));
+    app.add_flag_callback(
+        "--lookup", [&arguments] { arguments.generation.lookup.emplace(); },
+        "guess from what the text repeats: the same, sooner");
+    app.add_option("--session", arguments.session, "go on from what is cached in this file, and keep it there again")
+        ->type_name("FILE");
+    app.add_option_function<std::vector<std::string>>(
+           "--stop",
+           [&](const std::vector<std::string>& given) {
+               for (const std::string& text : given) arguments.generation.stop_strings.push_back(valid(text));
+           },
+           "end before this text; may be given repeatedly")
+        ->allow_extra_args(false)
+        ->type_name("TEXT");
     app.add_option("--seed", arguments.seed, "of the random numbers (default: 0)")->type_name("N");
-    app.add_option("--threads", arguments.program.threads, "default: one per core")->type_name("N");
+    app.add_option("--threads", arguments.program.threads, "default: one per core, and one for a small model")
+        ->type_name("N");
     app.add_option_function<std::string>(
            "--format", [&](const std::string& format) { arguments.json = format == "json"; },
            "text or json: one object with ids, text and timings (default: text)")
         ->check(CLI::IsMember({"text", "json"}))
         ->type_name("FORMAT");
+    app.add_option("--logprobs", arguments.generation.logprobs,
+                   "with --format json, each token's log-probability and the K highest")
+        ->type_name("K");
     app.add_flag_callback(
         "--no-check", [&] { arguments.program.check = false; }, "skip the checksum, which reads the file through once");
     app.add_flag("--bench", arguments.is_bench, "measure how fast the file runs here, in place of a text");
@@ -215,6 +318,12 @@ void add_flags(CLI::App& app, Arguments& arguments) {
         ->type_name("N ...");
     app.add_flag("--parse-special", arguments.parse_special,
                  "take the text of special tokens in the prompt for tokens");
+    auto* chat = app.add_flag("--chat", arguments.is_chat, "talk: a message a line from stdin, in place of a text");
+    app.add_option("--system", arguments.system, "of --chat: the system message")->needs(chat)->type_name("TEXT");
+    for (const char* other : {"--prompt", "--prompt-ids", "--parse-special", "--format", "--logprobs", "--bench",
+                              "--session", "--lookup", "--on-full"}) {
+        chat->excludes(app.get_option(other));
+    }
 }
 
 }  // namespace
@@ -226,6 +335,7 @@ int main(int count, char** values) {
         "\nExamples:\n"
         "  llama_runner tiny.pte --prompt \"Once upon a time\"\n"
         "  llama_runner tiny.pte --prompt \"The dog\" --temperature 0.8 --top-p 0.9 --seed 7 --max-new-tokens 100\n"
+        "  llama_runner llama.pte --chat --system \"Answer in one sentence.\"\n"
         "  llama_runner llama.pte --bench --decode 16 1000");
     Arguments arguments;
     add_flags(app, arguments);
@@ -238,7 +348,8 @@ int main(int count, char** values) {
         std::fprintf(stderr, "error: %s; see llama_runner --help\n", error.what());
         return kBadInput;
     }
-    if (auto ran = arguments.is_bench ? run_bench(arguments) : run(arguments); !ran) {
+    const auto command = arguments.is_bench ? run_bench : arguments.is_chat ? talk : run;
+    if (auto ran = command(arguments); !ran) {
         std::fflush(stdout);
         std::fprintf(stderr, "error: %s\n", ran.error().message.c_str());
         return kBadInput;

@@ -1,6 +1,7 @@
 #include "llama_runner/tokenizer.h"
 
 #include "guard.h"
+#include "special_text.h"
 #include "tokenizer_kinds.h"
 
 namespace llama_runner {
@@ -20,17 +21,42 @@ std::string_view kind_of(std::string_view data) {
     return data.starts_with('\n') ? "sentencepiece" : "";
 }
 
+std::string valid(std::string_view text) {
+    std::string found;
+    found.reserve(text.size());
+    Utf8Decoder utf8;
+    utf8.add(text, found);
+    utf8.finish(found);
+    return found;
+}
+
 }  // namespace
 
 Result<std::vector<int64_t>> Tokenizer::encode(std::string_view text, bool parse_special) const {
-    return guarded([&]() -> Result<std::vector<int64_t>> {
-        std::string valid;
-        valid.reserve(text.size());
-        Utf8Decoder utf8;
-        utf8.add(text, valid);
-        utf8.finish(valid);
-        return encode_plain(valid, parse_special);
+    return guarded([&] { return encode_plain(valid(text), parse_special); });
+}
+
+Result<std::vector<int64_t>> Tokenizer::encode_parts(std::span<const Part> parts) const {
+    return guarded([&] {
+        std::vector<Part> found;
+        for (const Part& part : parts) found.push_back({valid(part.text), part.parse_special});
+        return encode_valid(found);
     });
+}
+
+const TokenIds& Tokenizer::specials() const { return special_tokens().ids(); }
+
+Result<std::vector<int64_t>> Tokenizer::encode_plain(std::string_view text, bool parse_special) const {
+    const Part whole{std::string(text), parse_special};
+    return encode_valid({&whole, 1});
+}
+
+Result<std::vector<int64_t>> Tokenizer::encode_valid(std::span<const Part> parts) const {
+    std::vector<int64_t> ids;
+    const auto encoded = special_tokens().encode(
+        parts, ids, [&](std::string_view section, bool first) { return encode_section(section, first, ids); });
+    if (!encoded) return encoded.error();
+    return ids;
 }
 
 std::string_view Tokenizer::piece(int64_t token, bool first) const {

@@ -4,6 +4,7 @@
 #include <unordered_map>
 
 #include "bpe.h"
+#include "spaces.h"
 #include "special_text.h"
 #include "text_stages.h"
 #include "tokenizer_kinds.h"
@@ -167,55 +168,6 @@ struct AddedTokens {
     std::vector<AddedToken> tokens;
 };
 
-/// tokenizers' White_Space, in UTF-8.
-constexpr std::string_view kWhiteSpaces[] = {" ",
-                                             "\t",
-                                             "\n",
-                                             "\v",
-                                             "\f",
-                                             "\r",
-                                             "\xC2\x85",
-                                             "\xC2\xA0",
-                                             "\xE1\x9A\x80",
-                                             "\xE2\x80\x80",
-                                             "\xE2\x80\x81",
-                                             "\xE2\x80\x82",
-                                             "\xE2\x80\x83",
-                                             "\xE2\x80\x84",
-                                             "\xE2\x80\x85",
-                                             "\xE2\x80\x86",
-                                             "\xE2\x80\x87",
-                                             "\xE2\x80\x88",
-                                             "\xE2\x80\x89",
-                                             "\xE2\x80\x8A",
-                                             "\xE2\x80\xA8",
-                                             "\xE2\x80\xA9",
-                                             "\xE2\x80\xAF",
-                                             "\xE2\x81\x9F",
-                                             "\xE3\x80\x80"};
-
-/// Bytes of the white space that ends a text.
-size_t spaces_before(std::string_view text) {
-    const size_t whole = text.size();
-    const auto ends = [&](std::string_view space) { return text.ends_with(space); };
-    for (;;) {
-        const auto space = std::find_if(std::begin(kWhiteSpaces), std::end(kWhiteSpaces), ends);
-        if (space == std::end(kWhiteSpaces)) return whole - text.size();
-        text.remove_suffix(space->size());
-    }
-}
-
-/// Bytes of the white space that starts a text.
-size_t spaces_after(std::string_view text) {
-    size_t length = 0;
-    const auto starts = [&](std::string_view space) { return text.substr(length).starts_with(space); };
-    for (;;) {
-        const auto space = std::find_if(std::begin(kWhiteSpaces), std::end(kWhiteSpaces), starts);
-        if (space == std::end(kWhiteSpaces)) return length;
-        length += space->size();
-    }
-}
-
 class JsonTokenizer final : public Tokenizer {
   public:
     Result<void> open(const json& file) {
@@ -237,17 +189,16 @@ class JsonTokenizer final : public Tokenizer {
   protected:
     Result<std::vector<int64_t>> encode_plain(std::string_view text, bool parse_special) const override {
         std::vector<int64_t> ids;
-        const auto encode_normalized = [&](Section section) -> Result<void> {
-            for (const Normalizer& normalizer : normalizers_) {
-                if (auto done = normalizer(section.text); !done) return done;
-            }
-            return cut(normalized_, section, parse_special, ids,
-                       [&](Section part) { return encode_section(std::move(part), ids); });
-        };
-        const auto done = cut(raw_, {std::string(text), true}, parse_special, ids, encode_normalized);
+        const auto done = encode_raw({std::string(text), true}, parse_special, ids);
         if (!done) return done.error();
         return ids;
     }
+
+    Result<void> encode_section(std::string_view text, bool first, std::vector<int64_t>& ids) const override {
+        return encode_raw({std::string(text), first}, false, ids);
+    }
+
+    const SpecialTokens& special_tokens() const override { return special_tokens_; }
 
   private:
     /// Appends the ids of the added tokens in `section` and hands what lies between them to `encode_rest`.
@@ -274,7 +225,18 @@ class JsonTokenizer final : public Tokenizer {
         }
     }
 
-    Result<void> encode_section(Section section, std::vector<int64_t>& ids) const {
+    Result<void> encode_raw(const Section& section, bool parse_special, std::vector<int64_t>& ids) const {
+        const auto encode_normalized = [&](Section part) -> Result<void> {
+            for (const Normalizer& normalizer : normalizers_) {
+                if (auto done = normalizer(part.text); !done) return done;
+            }
+            return cut(normalized_, part, parse_special, ids,
+                       [&](Section words) { return encode_words(std::move(words), ids); });
+        };
+        return cut(raw_, section, parse_special, ids, encode_normalized);
+    }
+
+    Result<void> encode_words(Section section, std::vector<int64_t>& ids) const {
         std::vector<Section> parts;
         parts.push_back(std::move(section));
         for (const PreTokenizer& stage : stages_) {
@@ -310,7 +272,12 @@ class JsonTokenizer final : public Tokenizer {
         const AddedToken token{id_of(text), flag_member(entry, "special", false), flag_member(entry, "lstrip", false),
                                flag_member(entry, "rstrip", false)};
         added_.emplace(text, token.id);
-        if (token.special) specials_.insert(token.id);
+        if (token.special) {
+            special_ids_.insert(token.id);
+            special_tokens_.add(text, {token.id, token.strip_left, token.strip_right});
+        } else {
+            fixed_.emplace(text, token.id);
+        }
         const bool normalized = flag_member(entry, "normalized", !token.special);
         for (const Normalizer& normalizer : normalizers_) {
             if (!normalized) break;
@@ -344,7 +311,7 @@ class JsonTokenizer final : public Tokenizer {
             bytes.emplace(byte_level_ ? byte_level_alphabet()[value] : byte_name(value), static_cast<char>(byte));
         }
         for (size_t id = 0; id < tokens.size(); ++id) {
-            const bool visible = tokens[id] != nullptr && !specials_.contains(static_cast<int64_t>(id));
+            const bool visible = tokens[id] != nullptr && !special_ids_.contains(static_cast<int64_t>(id));
             visible ? add_text_piece(*tokens[id], bytes) : add_piece("", false);
         }
     }
@@ -372,7 +339,8 @@ class JsonTokenizer final : public Tokenizer {
     AddedTokens normalized_;
     std::unordered_map<std::string, int64_t> added_;
     int64_t next_id_ = 0;
-    std::set<int64_t> specials_;
+    std::set<int64_t> special_ids_;
+    SpecialTokens special_tokens_;
     bool byte_level_ = false;
 };
 

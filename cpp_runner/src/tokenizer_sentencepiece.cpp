@@ -1,3 +1,4 @@
+#include <builtin_pb/sentencepiece_model.pb.h>
 #include <sentencepiece_processor.h>
 
 #include "special_text.h"
@@ -20,8 +21,7 @@ class SentencePieceTokenizer final : public Tokenizer {
             const std::string& piece = model_.IdToPiece(id);
             if (model_.IsControl(id)) {
                 add_piece("", false);
-                specials_.add(piece);
-                special_ids_.push_back(id);
+                special_tokens_.add(piece, {id});
             } else if (model_.IsByte(id)) {
                 const char byte = static_cast<char>(std::strtol(piece.c_str() + 1, nullptr, 16));  // "<0x0A>"
                 add_piece({&byte, 1}, false);
@@ -30,22 +30,14 @@ class SentencePieceTokenizer final : public Tokenizer {
             } else {
                 add_piece(replaced(piece, kSpaceMark, " "), true);
             }
+            const auto kind = model_.model_proto().pieces(id).type();
+            if (kind == sentencepiece::ModelProto::SentencePiece::USER_DEFINED) fixed_.emplace(piece, id);
         }
         return {};
     }
 
   protected:
-    Result<std::vector<int64_t>> encode_plain(std::string_view text, bool parse_special) const override {
-        std::vector<int64_t> ids;
-        const auto plain = [&](std::string_view part) { return encode_part(part, ids); };
-        const auto special = [&](size_t index) { ids.push_back(special_ids_[index]); };
-        const auto done = parse_special ? specials_.cut(text, plain, special) : plain(text);
-        if (!done) return done.error();
-        return ids;
-    }
-
-  private:
-    Result<void> encode_part(std::string_view text, std::vector<int64_t>& ids) const {
+    Result<void> encode_section(std::string_view text, bool, std::vector<int64_t>& ids) const override {
         std::vector<int> part;
         const auto status = model_.Encode({text.data(), text.size()}, &part);
         if (!status.ok()) return Error{std::string("the text cannot be encoded (") + status.error_message() + ")"};
@@ -53,9 +45,11 @@ class SentencePieceTokenizer final : public Tokenizer {
         return {};
     }
 
+    const SpecialTokens& special_tokens() const override { return special_tokens_; }
+
+  private:
     sentencepiece::SentencePieceProcessor model_;
-    SpecialText specials_;
-    std::vector<int64_t> special_ids_;
+    SpecialTokens special_tokens_;
 };
 
 }  // namespace

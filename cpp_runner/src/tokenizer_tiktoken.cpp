@@ -79,9 +79,8 @@ class TiktokenTokenizer final : public Tokenizer {
         for (const std::string& token : tokens) add_piece(token, false);
         for (size_t i = 0; i < kSpecials; ++i) {
             add_piece("", false);
-            specials_.add(special(i));
+            special_tokens_.add(special(i), {static_cast<int64_t>(tokens.size() + i)});
         }
-        first_special_ = static_cast<int64_t>(tokens.size());
         ranks_.reserve(tokens.size());
         for (size_t i = 0; i < tokens.size(); ++i) {
             ranks_.emplace(piece(static_cast<int64_t>(i), false), static_cast<uint32_t>(i));
@@ -101,23 +100,16 @@ class TiktokenTokenizer final : public Tokenizer {
     }
 
   protected:
-    Result<std::vector<int64_t>> encode_plain(std::string_view text, bool parse_special) const override {
-        std::vector<int64_t> ids;
-        const auto plain = [&](std::string_view part) { return encode_part(part, ids); };
-        const auto special = [&](size_t index) { ids.push_back(first_special_ + static_cast<int64_t>(index)); };
-        const auto done = parse_special ? specials_.cut(text, plain, special) : plain(text);
-        if (!done) return done.error();
-        return ids;
-    }
-
-  private:
-    Result<void> encode_part(std::string_view text, std::vector<int64_t>& ids) const {
+    Result<void> encode_section(std::string_view text, bool, std::vector<int64_t>& ids) const override {
         const auto words = pattern_.find_all(text);
         if (!words) return words.error();
         for (const auto& [start, end] : *words) encode_word(text.substr(start, end - start), ids);
         return {};
     }
 
+    const SpecialTokens& special_tokens() const override { return special_tokens_; }
+
+  private:
     static Result<void> read_ranks(std::string_view data, std::vector<std::string>& tokens) {
         std::vector<std::pair<std::string, uint32_t>> lines;
         while (!data.empty()) {
@@ -156,8 +148,7 @@ class TiktokenTokenizer final : public Tokenizer {
 
     std::unordered_map<std::string_view, uint32_t> ranks_;
     Regex pattern_;
-    SpecialText specials_;
-    int64_t first_special_ = 0;
+    SpecialTokens special_tokens_;
 };
 
 }  // namespace

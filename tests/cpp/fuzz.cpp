@@ -12,6 +12,7 @@
 #include <functional>
 #include <iterator>
 
+#include "llama_runner/chat.h"
 #include "llama_runner/metadata.h"
 #include "llama_runner/program.h"
 #include "llama_runner/sampler.h"
@@ -100,10 +101,23 @@ bool try_metadata(Mutator& mutate) {
         if (key == "get_tokenizer_kind") return take({mutate("tokenizer.json")}), Result<void>();
         if (key == "get_rope_cos" || key == "get_rope_sin") return take({table}), Result<void>();
         if (key == "get_alibi_slopes") return take({ConstantTensor{true, {8}, kTable.data(), 32}}), Result<void>();
+        if (key == "get_chat_template") return take({std::string("{}")}), Result<void>();
         if (key == "get_tokenizer") return take({table}), Result<void>();
         return take({static_cast<int64_t>(mutate.below(100) == 0 ? -1 : 1)}), Result<void>();
     };
     return static_cast<bool>(from_constants(constants));
+}
+
+bool try_template(Mutator& mutate) {
+    static const std::string kTemplate =
+        R"({"opening": "<s>", "answer": "a", "again": "</s><s>", "ask": "", "strips_user": true, "strips_assistant": )"
+        R"(true, "system": {"before": "<s>", "behind": "\n", "joins": true, "is_late": true, "skips_empty": true}})";
+    const auto made = ChatTemplate::from_json(mutate(kTemplate));
+    const std::vector<Message> messages = {{Role::kSystem, mutate(" \xC2\xA0\n")},
+                                           {Role::kUser, mutate(" \x1C")},
+                                           {Role::kAssistant, mutate("a \xE2\x80\xA8")},
+                                           {Role::kUser, mutate(" ")}};
+    return made && made->text(messages);
 }
 
 /// A damaged file must be refused.
@@ -131,7 +145,7 @@ int main(int count, char** arguments) {
         for (const std::string& tokenizer : tokenizers) {
             opened += try_tokenizer(mutate(tokenizer), mutate("Once upon 12 \xF0\x9F\x99\x82 <s>"), mutate);
         }
-        for (int i = 0; i < 20; ++i) opened += try_metadata(mutate);
+        for (int i = 0; i < 20; ++i) opened += try_metadata(mutate) + try_template(mutate);
         passed = rounds % 8 != 0 || !try_file(program, path, mutate);
     }
     std::filesystem::remove(path);

@@ -122,7 +122,19 @@ int main(int arguments, char** values) {
     if (!session || !prompt) return 2;
     const int64_t tokens = std::min(kMostTokens, session->capacity() - std::ssize(*prompt));
     Rng rng(1);
-    const GenerationOptions options{{0.8, 40, 0.9}, tokens + 1, {}};
+    const GenerationOptions options{{.temperature = 0.8,
+                                     .top_k = 40,
+                                     .top_p = 0.9,
+                                     .min_p = 0.01,
+                                     .repetition_penalty = 1.1,
+                                     .presence_penalty = 0.1,
+                                     .frequency_penalty = 0.1,
+                                     .logit_bias = {{1, 0.5}}},
+                                    tokens + 1,
+                                    {},
+                                    (*program)->tokenizer() != nullptr ? std::vector<std::string>{" the end of it all"}
+                                                                       : std::vector<std::string>{},
+                                    5};
     auto generator = Generator::create(*session, *prompt, options, rng, (*program)->tokenizer());
     if (!generator || !decode(*generator, tokens)) return 2;
     // Counting must be seen to work.

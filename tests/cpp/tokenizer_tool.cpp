@@ -2,9 +2,11 @@
 //
 //     tokenizer_tool FILE < requests > answers
 //
-// A request is an operation (e: encode, s: encode with special tokens, d: decode), a length (uint32) and so many bytes:
-// a text, or ids (int32 each). An answer is a length and so many bytes: ids, or a text. Numbers are little-endian.
+// A request is an operation (e: encode, s: encode with special tokens, p: encode parts, d: decode), a length (uint32)
+// and so many bytes: a text, or ids (int32 each). Between parts stands the byte 0xFF; the first, third ... may hold
+// special tokens. An answer is a length and so many bytes: ids, or a text. Numbers are little-endian.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
@@ -22,6 +24,16 @@ void answer(const void* data, size_t bytes) {
     if (bytes > 0) std::fwrite(data, 1, bytes, stdout);
 }
 
+std::vector<Part> parts_of(std::string_view request) {
+    std::vector<Part> parts;
+    for (size_t from = 0; from <= request.size();) {
+        const size_t end = std::min(request.find('\xFF', from), request.size());
+        parts.push_back({std::string(request.substr(from, end - from)), parts.size() % 2 == 0});
+        from = end + 1;
+    }
+    return parts;
+}
+
 bool serve(const Tokenizer& tokenizer, char operation, const std::string& request) {
     if (operation == 'd') {
         std::vector<int64_t> ids;
@@ -32,7 +44,8 @@ bool serve(const Tokenizer& tokenizer, char operation, const std::string& reques
         answer(text.data(), text.size());
         return true;
     }
-    const auto ids = tokenizer.encode(request, operation == 's');
+    const auto ids =
+        operation == 'p' ? tokenizer.encode_parts(parts_of(request)) : tokenizer.encode(request, operation == 's');
     if (!ids) {
         std::fprintf(stderr, "%s\n", ids.error().message.c_str());
         return false;

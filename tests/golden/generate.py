@@ -4,18 +4,26 @@ python -m tests.golden.generate
 """
 
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from export.chat_template import reduced
 from export.llama import export_llama
 from export.plan import ExportOptions
 from model.checkpoint import BUILT_IN
-from runtime.generate import GenerationOptions, generate, prompt_ids
+from preproc.chat import NAMED
+from preproc.tokenizer import Tokenizer, open_tokenizer
+from runtime.generate import prompt_ids
+from runtime.generation import GenerationOptions, StopFilter, generate
 from runtime.program import Program
-from runtime.sampler import Rng, SamplingOptions, sample
+from runtime.sampler import Rng, SamplingOptions, logprobs, sample
 from runtime.session import Session
+from tests.chat_templates import PUBLIC
+from tests.prescribed import steps_of
 
 GOLDEN = Path(__file__).parent
 MODELS = GOLDEN.parent.parent / "build" / "models"
@@ -32,7 +40,28 @@ OPTIONS = [
     SamplingOptions(temperature=1.0, top_k=1),
     SamplingOptions(temperature=1.0, top_k=1000, top_p=1e-9),
 ]
+PENALISED = [
+    SamplingOptions(temperature=1.0, min_p=0.2),
+    SamplingOptions(temperature=1.5, top_k=9, top_p=0.95, min_p=0.05),
+    SamplingOptions(repetition_penalty=1.3),
+    SamplingOptions(presence_penalty=0.75, penalty_window=3),
+    SamplingOptions(temperature=0.9, frequency_penalty=0.3, penalty_window=8),
+    SamplingOptions(temperature=0.7, repetition_penalty=0.8, presence_penalty=-0.2, frequency_penalty=0.1),
+    SamplingOptions(temperature=1.2, top_p=0.9, min_p=0.01, repetition_penalty=1.7, frequency_penalty=0.6),
+]
+"""Each is drawn with tokens before it, and a second time with biases, too."""
+RECENT = [0, 3, 0, 5, 0, 2, 1, 6]
 DRAWS = 12
+CONTENTS = [
+    "Once upon a time",
+    "\n  two\tlines \n\u3000\n and space \x1c\u2029 ",
+    "\u00e9t\u00e9 \u65e5\u672c \U0001f642 naïve",
+    "",
+    "</s><s>[INST] sly [/INST]</s>",
+    " \n",
+    "Lily had a dog. <|im_end|>",
+]
+"""What is said in chats."""
 RUNS = [
     ("", SamplingOptions(), 0, 200),
     ("", SamplingOptions(temperature=0.8), 7, 120),
@@ -54,8 +83,40 @@ def _logits() -> list[list[float]]:
     return [row.tolist() for row in rows]
 
 
+def _shown(options: SamplingOptions) -> dict[str, Any]:
+    """Those that every case has, and whatever else is not as usual."""
+    usual = vars(SamplingOptions())
+    always = ("temperature", "top_k", "top_p")
+    return {name: value for name, value in vars(options).items() if name in always or value != usual[name]}
+
+
+def _penalised(number: int, logits: list[float]) -> list[dict[str, Any]]:
+    """Tokens drawn one after the other, each of which the next one looks back on."""
+    cases = []
+    biases: list[dict[int, float]] = [{}, {0: -1.5, len(logits) - 1: 0.625}]
+    for options in (replace(options, logit_bias=bias) for options in PENALISED for bias in biases):
+        rng, start = Rng(number), [token % len(logits) for token in RECENT]
+        recent = list(start)
+        for _ in range(DRAWS):
+            recent.append(sample(torch.tensor(logits), options, rng, recent))
+        case = {"logits": number, "seed": number, "recent": start, "tokens": recent[len(start) :]}
+        cases.append(case | _shown(options))
+    return cases
+
+
+def _logprobs() -> list[dict[str, Any]]:
+    rows = []
+    for number, logits in enumerate(_logits()):
+        for token, k in ((0, 0), (len(logits) - 1, 1), (len(logits) // 2, 5), (0, 1000)):
+            logprob, top = logprobs(torch.tensor(logits), token, k)
+            rows.append({"logits": number, "token": token, "k": k, "logprob": logprob, "top_logprobs": top})
+    return rows
+
+
 def sampler() -> dict[str, Any]:
-    """Coins of the generator, and tokens drawn one after the other from one row of logits."""
+    """Coins of the generator, tokens drawn one after the other from one row of logits, and logarithms of probabilities
+    in it.
+    """
     seeds = [0, 1, 7, 2**32, 2**63, 2**64 - 1]
     coins = []
     for seed in seeds:
@@ -66,8 +127,83 @@ def sampler() -> dict[str, Any]:
         for options in OPTIONS:
             rng = Rng(number)
             tokens = [sample(torch.tensor(logits), options, rng) for _ in range(DRAWS)]
-            cases.append({"logits": number, "seed": number, "tokens": tokens, **vars(options)})
-    return {"coins": coins, "logits": _logits(), "cases": cases}
+            cases.append({"logits": number, "seed": number, "tokens": tokens, **_shown(options)})
+    for number, logits in enumerate(_logits()):
+        cases += _penalised(number, logits)
+    return {"coins": coins, "logits": _logits(), "cases": cases, "logprobs": _logprobs()}
+
+
+def _ends(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Every way in which a text ends, and characters split over tokens. What the model says, and what stops it."""
+    (stop,) = tokenizer.stop_ids
+    byte = {tokenizer.piece(token, first=False): token for token in reversed(range(tokenizer.vocab_size))}
+    once, snowman = tokenizer.encode("Once upon a time, there was"), [byte[bytes([b])] for b in "\N{SNOWMAN}".encode()]
+    half = [*once[:4], *snowman[:2]]
+    split = [*once[:2], *snowman, *once[2:]]
+    return [
+        {"name": "a stop token", "tokens": [*once, stop]},
+        {"name": "a stop token at once", "tokens": [stop]},
+        {"name": "max_new_tokens", "tokens": once, "max_new_tokens": 3},
+        {"name": "the context is full", "tokens": once, "capacity": 5},
+        {"name": "a stop string within a token", "tokens": once, "stop_strings": ["pon"]},
+        {"name": "a stop string that ends a token", "tokens": once, "stop_strings": ["upon"]},
+        {"name": "a stop string over several tokens", "tokens": once, "stop_strings": ["n a time, t"]},
+        {"name": "a stop string that is the text's beginning", "tokens": once, "stop_strings": ["Once up"]},
+        {"name": "the earlier of two", "tokens": once, "stop_strings": ["there", "time"]},
+        {"name": "one inside another", "tokens": once, "stop_strings": ["upon a time", "on"]},
+        {"name": "one inside another that never comes", "tokens": once, "stop_strings": ["upon a house", "on"]},
+        {"name": "one inside another, at the end", "tokens": [*once[:3], stop], "stop_strings": ["upon a house", "on"]},
+        {"name": "held back and given out", "tokens": [*once, stop], "stop_strings": ["upon a house", "there!"]},
+        {
+            "name": "held back until max_new_tokens",
+            "tokens": once,
+            "stop_strings": ["a time, therefore"],
+            "max_new_tokens": 6,
+        },
+        {"name": "held back until a stop token", "tokens": [*once, stop], "stop_strings": ["was not"]},
+        {"name": "held back until the context is full", "tokens": once, "stop_strings": ["time!"], "capacity": 4},
+        {"name": "stopped by the last token", "tokens": once, "stop_strings": ["upon"], "max_new_tokens": 2},
+        {"name": "a character over three tokens", "tokens": [*split, stop]},
+        {"name": "a stop string that such a character ends", "tokens": split, "stop_strings": ["on\N{SNOWMAN}"]},
+        {"name": "a stop string that is one", "tokens": split, "stop_strings": ["\N{SNOWMAN}"]},
+        {"name": "a stop string that begins with one", "tokens": split, "stop_strings": ["\N{SNOWMAN} a t"]},
+        {"name": "another character of the same first bytes", "tokens": [*split, stop], "stop_strings": ["\N{CLOUD}"]},
+        {"name": "a character left open by a stop token", "tokens": [*half, stop]},
+        {"name": "a character left open by max_new_tokens", "tokens": half, "max_new_tokens": len(half)},
+        {"name": "a character left open by the context", "tokens": half, "capacity": len(half)},
+        {"name": "bytes that are none", "tokens": [*once[:2], snowman[1], *half[4:], *once[2:], stop]},
+        {
+            "name": "a stop string of what is no character",
+            "tokens": [*half, *once],
+            "stop_strings": ["\N{REPLACEMENT CHARACTER} "],
+        },
+        {"name": "a character that the prompt began", "prompt": half, "tokens": [snowman[2], *once, stop]},
+        {
+            "name": "a stop string across the prompt's end",
+            "prompt": once[:4],
+            "tokens": [*once[4:], stop],
+            "stop_strings": ["time, there"],
+        },
+    ]
+
+
+def finish() -> dict[str, Any]:
+    """Each step of texts whose tokens are prescribed, and random texts in pieces through a StopFilter."""
+    tokenizer = open_tokenizer(BUILT_IN / "tokenizer.model")
+    usual = {"prompt": [1], "capacity": 40, "max_new_tokens": None, "stop_strings": []}
+    cases = []
+    for case in (usual | case for case in _ends(tokenizer)):
+        case |= {"stop_ids": list(tokenizer.stop_ids), "vocab_size": tokenizer.vocab_size}
+        cases.append(case | {"steps": steps_of(case, tokenizer)})
+    draw = random.Random(1)
+    filters = []
+    for _ in range(150):
+        stops = ["".join(draw.choices("ab\N{SNOWMAN}", k=draw.randint(1, 4))) for _ in range(draw.randint(0, 3))]
+        pieces = ["".join(draw.choices("ab\N{SNOWMAN}", k=draw.randint(0, 4))) for _ in range(draw.randint(1, 6))]
+        stop_filter = StopFilter(stops)
+        given = [*(stop_filter.add(piece) for piece in pieces), stop_filter.finish()]
+        filters.append({"stop_strings": stops, "pieces": pieces, "given": given, "stopped": stop_filter.stopped})
+    return {"cases": cases, "filters": filters}
 
 
 def generation(path: Path) -> dict[str, Any]:
@@ -78,9 +214,29 @@ def generation(path: Path) -> dict[str, Any]:
         ids = prompt_ids(program, prompt)
         options = GenerationOptions(sampling, length, program.metadata.stop_ids)
         steps = list(generate(Session(program), ids, options, Rng(seed), program.tokenizer))
-        run = {"prompt": prompt, "prompt_ids": ids, "seed": seed, "max_new_tokens": length, **vars(sampling)}
+        run = {"prompt": prompt, "prompt_ids": ids, "seed": seed, "max_new_tokens": length, **_shown(sampling)}
         runs.append(run | {"ids": [step.token for step in steps], "text": "".join(step.text for step in steps)})
     return {"checkpoint": program.metadata.provenance["checkpoint"], "runs": runs}
+
+
+def chat() -> dict[str, Any]:
+    """Conversations under each template that is known by name, and those of public models, with the built-in tokenizer.
+
+    Their special tokens are its BOS and EOS, and whatever else is one elsewhere is ordinary text.
+    """
+    tokenizer = open_tokenizer(BUILT_IN / "tokenizer.model")
+    public = {name: reduced(public.source, "<s>", "</s>") for name, public in PUBLIC.items()}
+    cases = []
+    for template in (NAMED | public).values():
+        for number in range(6):
+            contents = [CONTENTS[(number + 2 * i) % len(CONTENTS)] for i in range(1 + 2 * (number % 3))]
+            messages = [("assistant" if i % 2 else "user", content) for i, content in enumerate(contents)]
+            if template.system and number % 2:
+                messages = [("system", CONTENTS[number]), *messages]
+            case = {"template": template.to_json(), "messages": messages, "text": template.text(messages)}
+            end_id = template.end_id(tokenizer, tokenizer.bos_id)
+            cases.append(case | {"ids": template.encode(messages, tokenizer), "end_id": end_id})
+    return {"cases": cases}
 
 
 def write(name: str, content: dict[str, Any]) -> None:
@@ -95,6 +251,8 @@ def write(name: str, content: dict[str, Any]) -> None:
 def main() -> None:
     """Writes all golden files; stories260K's only where ../shared/data has it."""
     write("sampler.json", sampler())
+    write("chat.json", chat())
+    write("finish.json", finish())
     tiny = ExportOptions(checkpoint=BUILT_IN, max_seq_len=512, output=MODELS / "tiny.pte")
     write("tiny.json", generation(export_llama(tiny)))
     if STORIES.is_dir():

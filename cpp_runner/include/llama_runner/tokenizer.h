@@ -1,6 +1,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -11,6 +13,17 @@
 #include "llama_runner/result.h"
 
 namespace llama_runner {
+
+/// A part of a text, in which the text of a special token is that token, or is only text.
+struct Part {
+    std::string text;
+    bool parse_special;
+};
+
+/// Text of a token -> its id.
+using TokenIds = std::map<std::string, int64_t, std::less<>>;
+
+class SpecialTokens;
 
 /// Text to ids and back: SentencePiece, tiktoken and Hugging Face tokenizer.json behind one interface. Immutable.
 class Tokenizer {
@@ -24,6 +37,15 @@ class Tokenizer {
     ///
     /// The text of a special token is only text unless `parse_special`.
     Result<std::vector<int64_t>> encode(std::string_view text, bool parse_special = false) const;
+
+    /// Ids of a text in parts, whose borders do not show: what lies between two special tokens is encoded as one.
+    Result<std::vector<int64_t>> encode_parts(std::span<const Part> parts) const;
+
+    /// Special tokens.
+    const TokenIds& specials() const;
+
+    /// What is not special, and yet a token wherever it stands in a text.
+    const TokenIds& fixed() const { return fixed_; }
 
     /// The bytes one id stands for, as part of a text; empty for control tokens and ids that are none. Owned by the
     /// tokenizer.
@@ -39,19 +61,23 @@ class Tokenizer {
         bool dummy_space;
     };
 
-    struct Special {
-        std::string text;
-        int64_t id;
-    };
+    /// Ids of valid UTF-8.
+    virtual Result<std::vector<int64_t>> encode_plain(std::string_view text, bool parse_special) const;
 
-    /// Ids of valid UTF-8, `first` if it opens the text; specials that `encode` cuts out are not in it.
-    virtual Result<std::vector<int64_t>> encode_plain(std::string_view text, bool parse_special) const = 0;
+    /// Appends the ids of valid UTF-8 without special tokens, `first` if it starts the text.
+    virtual Result<void> encode_section(std::string_view text, bool first, std::vector<int64_t>& ids) const = 0;
+
+    virtual const SpecialTokens& special_tokens() const = 0;
 
     /// Adds the piece of the next id.
     void add_piece(std::string_view bytes, bool may_start_with_dummy_space);
 
     std::string bytes_;
     std::vector<Piece> pieces_;
+    TokenIds fixed_;
+
+  private:
+    Result<std::vector<int64_t>> encode_valid(std::span<const Part> parts) const;
 };
 
 /// Opens a tokenizer from its file's bytes. Kind: sentencepiece, tiktoken or tokenizer.json; found from the content
