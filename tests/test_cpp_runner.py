@@ -176,9 +176,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], P
 
 
 SHOWN_BY_OTHERS = ("window longer than a chunk", "window longer than the context", "window of one")
-CASES = [(name, "portable") for name in KINDS if name not in SHOWN_BY_OTHERS]
+MINUTES = ("fused, alternating windows", "fused, alibi in a window", "fused, learned positions", "fused, parallel")
+CASES = [(name, "portable") for name in KINDS if name not in (*SHOWN_BY_OTHERS, *MINUTES)]
 SLOW_CASES = [
-    pytest.param(name, "xnnpack", marks=pytest.mark.slow) for name in ("alternating windows", "alibi", "fused")
+    *(pytest.param(name, "portable", marks=pytest.mark.slow) for name in MINUTES),
+    *(pytest.param(name, "xnnpack", marks=pytest.mark.slow) for name in ("alternating windows", "alibi", "fused")),
 ]
 
 

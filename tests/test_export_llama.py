@@ -332,6 +332,7 @@ def killed(toy_bin: Path, output: Path, backend: str, plans: list[str]) -> list[
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_an_export_killed_at_any_stage_leaves_the_earlier_file_whole(toy_bin: Path, tmp_path: Path) -> None:
     output = tmp_path / "toy.pte"
     output.write_bytes(b"earlier")

@@ -65,6 +65,7 @@ def test_the_smallest_inside_the_budget_is_taken(text: Path) -> None:
         smallest(planned, texts, 1e-6, tried.append)
 
 
+@pytest.mark.slow
 def test_a_mixed_file_says_which_blocks_have_more_bits(text: Path) -> None:
     options = ExportOptions(max_seq_len=128, quantize="mixed", eval_text=text, output=MODELS / "mixed.pte")
     planned = decided(plan(options), Gate.of(text, None), False, print)

@@ -113,7 +113,7 @@ class Player:
             torch.testing.assert_close(self.session.hidden, hidden[-len(tokens) :], atol=self._tolerance, rtol=1e-4)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(operations=operations(TOY.vocab_size, 20))
 def test_any_order_of_operations_gives_what_recomputing_from_scratch_gives(
     toy_program: Program, operations: list[tuple[str, list[int]]]
