@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 import xxhash
@@ -284,9 +284,14 @@ def check_file(path: Path, *, checksum: bool = True) -> None:
             raise InputError(f"{path} is damaged: {size - _TRAILER.size} bytes of {length} are there; copy it again")
         if checksum:
             stream.seek(0)
-            found, left = xxhash.xxh3_64(), length
-            while left and (piece := stream.read(min(left, 1 << 22))):
-                found.update(piece)
-                left -= len(piece)
-            if found.intdigest() != digest:
+            if checksum_of(stream, length) != digest:
                 raise InputError(f"{path} is damaged: its checksum does not match; copy it again or export it anew")
+
+
+def checksum_of(stream: BinaryIO, length: int) -> int:
+    """XXH3-64 of the next `length` bytes, or of as many as there are."""
+    found, left = xxhash.xxh3_64(), length
+    while left > 0 and (piece := stream.read(min(left, 1 << 22))):
+        found.update(piece)
+        left -= len(piece)
+    return found.intdigest()

@@ -345,9 +345,10 @@ def _provenance(
 
 def _chat(template: ChatTemplate | None, tokenizer: Tokenizer | None, ids: dict[str, Any]) -> dict[str, Any]:
     """What a chat template adds to the provenance: itself, and the token that ends an answer, which ends a text."""
-    stop_ids, end_id = ids["stop_ids"], template.end_id(tokenizer, ids["bos_id"]) if template and tokenizer else None
-    ends = [] if end_id is None or end_id in stop_ids else [end_id]
-    return {"chat_template": template.to_json() if template else None, "stop_ids": stop_ids + ends}
+    if template is None or tokenizer is None:
+        return {"chat_template": None}
+    stop_ids = template.stop_ids(tokenizer, ids["bos_id"], ids["stop_ids"])
+    return {"chat_template": template.to_json(), "stop_ids": list(stop_ids)}
 
 
 def _source_digest() -> str:

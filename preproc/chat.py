@@ -108,6 +108,11 @@ class ChatTemplate:
         token = markers[found[0]] if found else None
         return None if token == bos_id else token
 
+    def stop_ids(self, tokenizer: Tokenizer, bos_id: int | None, others: Sequence[int]) -> tuple[int, ...]:
+        """The ids that end a text where messages are answered: those that do anyway, and `end_id`."""
+        end_id = self.end_id(tokenizer, bos_id)
+        return (*others, *(() if end_id is None or end_id in others else (end_id,)))
+
     def to_json(self) -> dict[str, Any]:
         """As an object of JSON."""
         return asdict(self)

@@ -24,7 +24,7 @@ from typing import Any
 from model.errors import InputError
 from runtime.flags import add_generation_flags, add_program_flags, generation_options
 from runtime.generate import prompt_ids
-from runtime.generation import Generation, GenerationOptions, Step
+from runtime.generation import Generation, GenerationOptions, Step, told
 from runtime.lanes import Lanes
 from runtime.meter import peak_memory
 from runtime.program import Program
@@ -166,12 +166,7 @@ def _ids(prompt: dict[str, Any], program: Program) -> Sequence[int] | InputError
 def _to_json(result: Result) -> dict[str, Any]:
     if result.error is not None:
         return {"number": result.number, "error": result.error}
-    return {
-        "number": result.number,
-        "token_ids": [step.token for step in result.steps],
-        "text": "".join(step.text for step in result.steps),
-        "finish_reason": result.steps[-1].finish_reason,
-    }
+    return {"number": result.number, **told(result.steps)}
 
 
 def main(arguments: list[str] | None = None) -> int:

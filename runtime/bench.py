@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from model.errors import InputError
+from runtime.flags import add_threads_flag
 from runtime.meter import median_seconds, peak_memory, seconds
 from runtime.program import Program, read_bandwidth
 from runtime.session import Session
@@ -175,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         default=DECODE,
         help=f"positions (default: {_shown(DECODE)})",
     )
-    add("--threads", type=int, metavar="N", help="default: one per core, and one for a small model")
+    add_threads_flag(parser)
     add("--format", choices=("text", "json"), default="text")
     add("--plot", type=Path, metavar="FILE", help="draw decoding speed over position: .svg, .png or .pdf")
     return parser

@@ -65,9 +65,9 @@ class Chat:
             )
         self.template = template or ChatTemplate.from_json(program.metadata.chat_template)
         self._tokenizer = program.tokenizer
-        end_id = self.template.end_id(self._tokenizer, program.metadata.bos_id)
-        stop_ids = program.metadata.stop_ids
-        self._options = replace(options, stop_ids=stop_ids if end_id is None else (*stop_ids, end_id))
+        metadata = program.metadata
+        stop_ids = self.template.stop_ids(self._tokenizer, metadata.bos_id, metadata.stop_ids)
+        self._options = replace(options, stop_ids=stop_ids)
         self._rng = rng
         self._session = Session(program)
         self.messages = list[Message]()

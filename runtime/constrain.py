@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +28,23 @@ def json_schema(path: Path) -> str:
         InputError: there is no such file, it holds no schema, or llguidance is not installed.
     """
     _require_library()
-    from llguidance import LLMatcher
-
     if not path.is_file():
         raise InputError(f"{path} is no file; give one that holds a JSON schema")
     try:
-        return LLMatcher.grammar_from_json_schema(json.loads(path.read_bytes()), defaults=JSON_FORM)  # type: ignore[arg-type]
+        return json_grammar(json.loads(path.read_bytes()))
     except (TypeError, ValueError) as error:
         raise InputError(f"{path} holds no JSON schema ({_first_line(str(error))}); mend it") from error
+
+
+def json_grammar(schema: Any) -> str:
+    """The same of a schema that has been read.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_json_schema(schema, defaults=JSON_FORM)  # type: ignore[arg-type]
 
 
 def regex(pattern: str) -> str:

@@ -28,9 +28,13 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_program_flags(parser: argparse.ArgumentParser) -> None:
     """How to open the file."""
-    add = parser.add_argument
-    add("--threads", type=int, metavar="N", help="default: one per core, and one for a small model")
-    add("--no-check", action="store_true", help="skip the checksum, which reads the file through once")
+    add_threads_flag(parser)
+    parser.add_argument("--no-check", action="store_true", help="skip the checksum, which reads the file through once")
+
+
+def add_threads_flag(parser: argparse.ArgumentParser) -> None:
+    """See `runtime.program.Program`."""
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one per core, and one for a small model")
 
 
 def generation_options(flags: argparse.Namespace) -> GenerationOptions:

@@ -23,7 +23,7 @@ from typing import Any
 from model.errors import InputError
 from runtime.constrain import Constraint, json_schema, regex
 from runtime.flags import add_generation_flags, add_program_flags, generation_options, valid
-from runtime.generation import GenerationOptions, Step, generate
+from runtime.generation import GenerationOptions, Step, generate, told
 from runtime.meter import peak_memory
 from runtime.program import Program
 from runtime.sampler import Rng
@@ -83,12 +83,7 @@ def _print_text(steps: Iterator[Step]) -> None:
 
 def _print_json(prompt: list[int], steps: Iterator[Step], statistics: Statistics) -> None:
     done = list(steps)
-    result: dict[str, Any] = {
-        "prompt_ids": prompt,
-        "token_ids": [step.token for step in done],
-        "text": "".join(step.text for step in done),
-        "finish_reason": done[-1].finish_reason,
-    }
+    result: dict[str, Any] = {"prompt_ids": prompt, **told(done)}
     if done[0].logprob is not None:
         result["logprobs"] = [{"logprob": step.logprob, "top_logprobs": step.top_logprobs} for step in done]
     result["timings"] = {

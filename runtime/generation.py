@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -185,7 +185,7 @@ def generate(
     """
     generation = Generation(prompt, options, rng, tokenizer, constraint)
     logits = session.restart(prompt)
-    _check_ids(options.sampling, len(logits))
+    check_ids(options.sampling, len(logits))
     steps = [generation.take(logits, session.position == session.capacity)]
     while True:
         yield from steps
@@ -211,7 +211,19 @@ def _next(session: Session, generation: Generation, drafter: Drafter | None) -> 
     return steps
 
 
-def _check_ids(options: SamplingOptions, vocab_size: int) -> None:
+def told(steps: Sequence[Step]) -> dict[str, Any]:
+    """A whole text as JSON's types: its ids, what they say, and why it ended."""
+    return {
+        "token_ids": [step.token for step in steps],
+        "text": "".join(step.text for step in steps),
+        "finish_reason": steps[-1].finish_reason,
+    }
+
+
+def check_ids(options: SamplingOptions, vocab_size: int) -> None:
+    """Raises:
+    InputError: logit_bias has an id that is not in the vocabulary.
+    """
     for token in options.logit_bias:
         if token >= vocab_size:
             raise InputError(f"logit-bias {token} is impossible; ids run from 0 to {vocab_size - 1}")

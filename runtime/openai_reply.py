@@ -22,6 +22,7 @@ class Reply:
         self._order, self._model = order, model
         self._id = f"{'chatcmpl' if order.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._created = int(time.time())
+        self._fingerprint = f"fp_{model.metadata.identity.hex()[:12]}"
         self._steps = 0
         self._length = 0
         self.cached = 0
@@ -77,7 +78,7 @@ class Reply:
             "object": kind,
             "created": self._created,
             "model": self._model.name,
-            "system_fingerprint": f"fp_{self._model.metadata.identity.hex()[:12]}",
+            "system_fingerprint": self._fingerprint,
             "choices": choices,
         }
 

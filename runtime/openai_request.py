@@ -16,7 +16,7 @@ from export.metadata import Metadata
 from model.errors import InputError
 from preproc.chat import NAMED, SYSTEM, ChatTemplate, Message
 from preproc.tokenizer import Tokenizer
-from runtime.constrain import JSON_FORM, Constraint
+from runtime.constrain import Constraint, json_grammar
 from runtime.generate import prompt_ids
 from runtime.generation import GenerationOptions
 from runtime.program import Program
@@ -217,9 +217,7 @@ class _Values:
         messages = [_message(each) for each in value]
         with _blamed_on("messages"):
             ids = template.encode(messages, model.tokenizer)
-        stop_ids, end_id = model.metadata.stop_ids, template.end_id(model.tokenizer, model.metadata.bos_id)
-        if end_id is not None and end_id not in stop_ids:
-            stop_ids = (*stop_ids, end_id)
+        stop_ids = template.stop_ids(model.tokenizer, model.metadata.bos_id, model.metadata.stop_ids)
         return self._fitting("messages", ids, model), stop_ids
 
     def options(self, logprobs: int | None, max_new_tokens: int | None, stop_ids: tuple[int, ...]) -> GenerationOptions:
@@ -305,9 +303,7 @@ class _Values:
             refuse(
                 "response_format", "the server lacks llguidance for it; run there: pip install 'llama-pte[constrain]'"
             )
-        from llguidance import LLMatcher
-
-        return LLMatcher.grammar_from_json_schema(schema, defaults=JSON_FORM)  # type: ignore[arg-type]
+        return json_grammar(schema)
 
 
 def _object(raw: bytes) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from model.errors import InputError
 from preproc.chat import NAMED, ChatTemplate, named
+from runtime.flags import add_threads_flag
 from runtime.openai_request import Model
 from runtime.program import Program
 from runtime.worker import Worker
@@ -127,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sessions", type=int, default=4, metavar="N", help="texts kept, and answered in turns (default: %(default)s)")
     add("--max-queue", type=_count, default=64, metavar="N", help="requests that may wait (default: %(default)s)")
     add("--max-body", type=_count, default=1 << 20, metavar="BYTES", help="of a request (default: %(default)s)")
-    add("--threads", type=int, metavar="N", help="default: one per core")
+    add_threads_flag(parser)
     return parser
 
 

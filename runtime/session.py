@@ -142,8 +142,7 @@ class Session:
         """
         check_tokens(tokens, self._program.metadata.config.vocab_size)
         binding = self._binding_for(len(tokens))
-        inputs, span = binding.place(self.cache.plan(len(tokens)), tokens, len(tokens), self.tokens)
-        outputs = self._program.step(binding.method, inputs)
+        outputs, span = self._run(binding, tokens, len(tokens))
         rows = {name: _copy(tensor) for name, tensor in outputs.items() if name.startswith(("k_rows.", "v_rows."))}
         self._proposed = tokens, rows, _copy(outputs["hidden"][0, span]) if "hidden" in outputs else None
         return _copy(outputs["logits"][0])
@@ -152,8 +151,7 @@ class Session:
         """Appends the first `count` of the tokens just proposed, 1 or more."""
         tokens, rows, hidden = self._proposed
         assert 1 <= count <= len(tokens), f"of {len(tokens)} proposed tokens {count} cannot be accepted"
-        self.cache.commit(rows, count)
-        self.tokens.extend(tokens[:count])
+        self._commit(rows, tokens[:count])
         self.hidden = None if hidden is None else hidden[:count]
         self._proposed = _NOTHING
 
@@ -236,13 +234,21 @@ class Session:
 
     def _step(self, binding: "Binding", tokens: Sequence[int], rows: int, hidden: list[Tensor]) -> Tensor:
         """Runs up to max_length tokens and returns the logits of the last `rows`; hidden states go to `hidden`."""
-        inputs, span = binding.place(self.cache.plan(len(tokens)), tokens, rows, self.tokens)
-        outputs = self._program.step(binding.method, inputs)
-        self.cache.commit(outputs, len(tokens))
-        self.tokens.extend(tokens)
+        outputs, span = self._run(binding, tokens, rows)
+        self._commit(outputs, tokens)
         if "hidden" in outputs:
             hidden.append(_copy(outputs["hidden"][0, span]))
         return _copy(outputs["logits"][0])
+
+    def _run(self, binding: "Binding", tokens: Sequence[int], rows: int) -> tuple[dict[str, Tensor], slice]:
+        """Runs up to max_length tokens, and returns the outputs and which of their rows are these tokens'."""
+        inputs, span = binding.place(self.cache.plan(len(tokens)), tokens, rows, self.tokens)
+        return self._program.step(binding.method, inputs), span
+
+    def _commit(self, outputs: Mapping[str, Tensor], tokens: Sequence[int]) -> None:
+        """Appends the first tokens of a step that was run."""
+        self.cache.commit(outputs, len(tokens))
+        self.tokens.extend(tokens)
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:

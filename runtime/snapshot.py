@@ -16,13 +16,13 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
+from export.metadata import checksum_of
 from model.errors import InputError
 
 VERSION = 1
 _MAGIC = b"llamakvs"
 _HEADER = struct.Struct("<8sII16sqq")
 _CHECKSUM = struct.Struct("<Q")
-_PIECE = 1 << 22
 
 
 def write(
@@ -91,11 +91,9 @@ def _checked_header(stream: BinaryIO, path: Path, identity: bytes, capacity: int
         raise InputError(f"{path} has version {version}, and this one reads {VERSION}; save the session again")
     if whose != identity:
         raise InputError(f"{path} was saved with another model; give the .pte that it was made with")
-    checksum, left = xxhash.xxh3_64(header), size - _HEADER.size - _CHECKSUM.size
-    while left > 0 and (piece := stream.read(min(left, _PIECE))):
-        checksum.update(piece)
-        left -= len(piece)
-    if left or stream.read() != _CHECKSUM.pack(checksum.intdigest()) or not 0 <= position <= capacity:
+    stream.seek(0)
+    found = checksum_of(stream, size - _CHECKSUM.size)
+    if stream.read() != _CHECKSUM.pack(found) or not 0 <= position <= capacity:
         raise InputError(f"{path} is damaged: its checksum does not match; save the session again")
     stream.seek(_HEADER.size)
     return position, first

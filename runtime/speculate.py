@@ -5,7 +5,6 @@ the model's own logits with its own coin, as without a guess, and the guess only
 there already (speculative sampling, https://arxiv.org/abs/2211.17192, with a draft that is certain of its tokens).
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from model.errors import InputError
@@ -15,7 +14,7 @@ from runtime.session import Session, Steps
 class Drafter(Protocol):
     """Something that guesses."""
 
-    def guess(self, text: Sequence[int], count: int) -> list[int]:
+    def guess(self, text: list[int], count: int) -> list[int]:
         """Up to `count` tokens that may follow the text."""
         ...
 
@@ -29,8 +28,7 @@ class Lookup:
         """`longest`: of the latest tokens that are looked for; if they do not occur, fewer are."""
         self._longest = longest
 
-    def guess(self, text: Sequence[int], count: int) -> list[int]:
-        text = list(text)
+    def guess(self, text: list[int], count: int) -> list[int]:
         for length in range(min(self._longest, len(text) - 1), 0, -1):
             wanted = text[-length:]
             for start in range(len(text) - length - 1, -1, -1):
@@ -52,7 +50,7 @@ class Draft:
             raise InputError(f"the draft has {ours} ids where the model has {vocab_size}; give one with its tokenizer")
         self._session = Session(program)
 
-    def guess(self, text: Sequence[int], count: int) -> list[int]:
+    def guess(self, text: list[int], count: int) -> list[int]:
         if len(text) + count > self._session.capacity:
             return []
         guessed = [int(self._session.restart(text).numpy().argmax())]

@@ -27,6 +27,8 @@ from tests.checkpoints import write_llama2c
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = Path(os.environ.get("LLAMA_RUNNER_BUILD", ROOT / "build" / "host"))
 MODELS = Path(__file__).parent.parent / "build" / "models"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
@@ -55,6 +57,15 @@ def stories260k(shared: Path) -> ExportOptions:
 def stories_pte(stories260k: ExportOptions) -> Path:
     """stories260K with XNNPACK and the default chunk."""
     return exported(replace(stories260k, output=MODELS / "stories260K.pte"))
+
+
+@pytest.fixture(scope="session")
+def runner() -> Path:
+    """The C++ command."""
+    path = BUILD / "llama_runner"
+    if not path.exists():
+        pytest.fail(f"{path} does not exist; build it first (make runner)")
+    return path
 
 
 @pytest.fixture(scope="session")

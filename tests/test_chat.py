@@ -32,9 +32,8 @@ from runtime.generation import GenerationOptions, Step, generate
 from runtime.program import Program
 from runtime.sampler import Rng, SamplingOptions
 from runtime.session import Session
-from tests.conftest import MODELS, exported
+from tests.conftest import MODELS, ROOT, exported
 from tests.kinds import CONTEXT, KINDS, EagerSteps
-from tests.test_cpp_runner import BUILD, ROOT
 from tests.test_cpp_tokenizers import TOKENIZERS, TOOL, _fuzzed, _run, _unpack
 
 GOLDEN = Path(__file__).parent / "golden" / "chat.json"
@@ -299,14 +298,6 @@ def test_lines_are_edited_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 # --- C++ -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def runner() -> Path:
-    path = BUILD / "llama_runner"
-    if not path.exists():
-        pytest.fail(f"{path} does not exist; build it first (make runner)")
-    return path
 
 
 @pytest.mark.parametrize(

@@ -27,22 +27,12 @@ from runtime.generation import GenerationOptions, generate
 from runtime.program import Program, read_metadata
 from runtime.sampler import Rng
 from runtime.session import Session
-from tests.conftest import MODELS
+from tests.conftest import BUILD, MODELS, ROOT
 from tests.kinds import KINDS, VOCABULARY, export_kind, recomputed
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILD = Path(os.environ.get("LLAMA_RUNNER_BUILD", ROOT / "build" / "host"))
 AARCH64 = ROOT / "build" / "aarch64-linux"
 CMAKE = ROOT / ".venv" / "bin" / "cmake"
 CROSS_ROOT = Path("/usr/aarch64-linux-gnu")
-
-
-@pytest.fixture(scope="module")
-def runner() -> Path:
-    path = BUILD / "llama_runner"
-    if not path.exists():
-        pytest.fail(f"{path} does not exist; build it first (make runner)")
-    return path
 
 
 def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,6 @@
 """The C++ runner's tokenizers against sentencepiece, tiktoken and tokenizers, over thousands of fuzzed strings."""
 
 import json
-import os
 import random
 import struct
 import subprocess
@@ -15,10 +14,9 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 
 from model.checkpoint import BUILT_IN
 from preproc.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS, decode, from_bytes
+from tests.conftest import BUILD, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data" / "tokenizers"
-BUILD = Path(os.environ.get("LLAMA_RUNNER_BUILD", ROOT / "build" / "host"))
 TOOL = BUILD / "tests" / "tokenizer_tool"
 STRINGS = 5000
 

@@ -60,15 +60,6 @@ Result<uint64_t> seed_of(const std::string& text) {
     return seed;
 }
 
-/// As the shell gave it, but valid UTF-8.
-std::string valid(const std::string& text) {
-    std::string found;
-    Utf8Decoder utf8;
-    utf8.add(text, found);
-    utf8.finish(found);
-    return found;
-}
-
 template <typename Number>
 bool read_number(std::string_view text, Number& number) {
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
@@ -293,7 +284,7 @@ void add_flags(CLI::App& app, Arguments& arguments) {
     app.add_option_function<std::vector<std::string>>(
            "--stop",
            [&](const std::vector<std::string>& given) {
-               for (const std::string& text : given) arguments.generation.stop_strings.push_back(valid(text));
+               for (const std::string& text : given) arguments.generation.stop_strings.push_back(valid_utf8(text));
            },
            "end before this text; may be given repeatedly")
         ->allow_extra_args(false)

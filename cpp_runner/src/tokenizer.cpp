@@ -21,25 +21,16 @@ std::string_view kind_of(std::string_view data) {
     return data.starts_with('\n') ? "sentencepiece" : "";
 }
 
-std::string valid(std::string_view text) {
-    std::string found;
-    found.reserve(text.size());
-    Utf8Decoder utf8;
-    utf8.add(text, found);
-    utf8.finish(found);
-    return found;
-}
-
 }  // namespace
 
 Result<std::vector<int64_t>> Tokenizer::encode(std::string_view text, bool parse_special) const {
-    return guarded([&] { return encode_plain(valid(text), parse_special); });
+    return guarded([&] { return encode_plain(valid_utf8(text), parse_special); });
 }
 
 Result<std::vector<int64_t>> Tokenizer::encode_parts(std::span<const Part> parts) const {
     return guarded([&] {
         std::vector<Part> found;
-        for (const Part& part : parts) found.push_back({valid(part.text), part.parse_special});
+        for (const Part& part : parts) found.push_back({valid_utf8(part.text), part.parse_special});
         return encode_valid(found);
     });
 }

@@ -40,4 +40,13 @@ void Utf8Decoder::finish(std::string& text) {
     low_ = 0x80, high_ = 0xBF;
 }
 
+std::string valid_utf8(std::string_view text) {
+    std::string found;
+    found.reserve(text.size());
+    Utf8Decoder utf8;
+    utf8.add(text, found);
+    utf8.finish(found);
+    return found;
+}
+
 }  // namespace llama_runner

@@ -6,10 +6,15 @@
 
 #include "llama_runner/program.h"
 #include "llama_runner/session.h"
-#include "support.h"
+#include "tiny_session.h"
 
 namespace llama_runner {
 namespace {
+
+using testing::expect_close;
+using testing::logits_after;
+using testing::session_of;
+using testing::tiny;
 
 constexpr int64_t kCapacity = 10;
 constexpr int64_t kVocab = 16;
@@ -248,30 +253,6 @@ TEST(Threads, SessionsOfOneProgramTakeTurns) {
     });
 }
 
-/// Of tiny.pte, after a text.
-Session session_of(Program& program, const std::vector<int64_t>& text) {
-    auto session = Session::create(program);
-    if (!text.empty()) EXPECT_TRUE(session->prefill(text));
-    return *std::move(session);
-}
-
-std::vector<float> logits_after(Program& program, const std::vector<int64_t>& text) {
-    Session session = session_of(program, {});
-    const auto logits = session.prefill(text);
-    return {logits->begin(), logits->end()};
-}
-
-void expect_close(std::span<const float> found, const std::vector<float>& expected) {
-    ASSERT_EQ(found.size(), expected.size());
-    for (size_t i = 0; i < found.size(); ++i) ASSERT_NEAR(found[i], expected[i], 1e-3) << i;
-}
-
-std::unique_ptr<Program> tiny(const std::string& path) {
-    auto program = Program::open(path, {});
-    EXPECT_TRUE(program) << program.error().message;
-    return *std::move(program);
-}
-
 TEST(Threads, EachSessionIsWhatItWouldBeAlone) {
     REQUIRE_TINY(path);
     auto program = Program::open(path, {.threads = 1});  // whose threads a sanitizer would not see
@@ -344,42 +325,6 @@ TEST(Session, WhatWasProposedCountsAsFarAsItIsAccepted) {
     ASSERT_TRUE(session.accept(1));
     EXPECT_EQ(session.position(), 4);
     expect_close(*session.decode(40), logits_after(*program, {1, 5, 9, 13, 40}));
-}
-
-TEST(Session, IsSavedAndLoaded) {
-    REQUIRE_TINY(path);
-    const auto program = tiny(path);
-    const testing::TemporaryFile file("");
-    ASSERT_TRUE(session_of(*program, {1, 5, 9}).save(file.path()));
-    Session session = session_of(*program, {4, 4, 4, 4});
-    ASSERT_TRUE(session.load(file.path()));
-    EXPECT_EQ(session.position(), 3);
-    expect_close(*session.decode(13), logits_after(*program, {1, 5, 9, 13}));
-
-    const std::string whole = testing::read_file(file.path());
-    std::string foreign = whole;
-    foreign[20] ^= 1;
-    std::string newer = whole;
-    newer[8] = 9;
-    std::string damaged = whole;
-    damaged[100] ^= 1;
-    const std::vector<std::pair<std::string, std::string>> cases = {
-        {"hello", "is no saved session"},
-        {foreign, "was saved with another model"},
-        {newer, "has version 9, and this one reads 1"},
-        {damaged, "is damaged: its checksum does not match"},
-        {whole.substr(0, whole.size() - 1), "is damaged: its checksum does not match"},
-        {whole.substr(0, 48), "is damaged: its checksum does not match"},
-    };
-    for (const auto& [content, message] : cases) {
-        const testing::TemporaryFile bad(content);
-        const auto loaded = session.load(bad.path());
-        ASSERT_FALSE(loaded) << message;
-        EXPECT_NE(loaded.error().message.find(message), std::string::npos) << loaded.error().message;
-        EXPECT_EQ(session.position(), 4);
-    }
-    EXPECT_FALSE(session.load("nowhere"));
-    EXPECT_FALSE(session.save("nowhere/at/all"));
 }
 
 TEST(Session, SlidesAndGoesOn) {

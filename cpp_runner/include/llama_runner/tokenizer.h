@@ -102,6 +102,9 @@ class Utf8Decoder {
     unsigned char high_ = 0xBF;
 };
 
+/// A text in which what was invalid UTF-8 is U+FFFD.
+std::string valid_utf8(std::string_view text);
+
 /// Turns ids into text one at a time, never giving out half a UTF-8 character.
 class StreamDecoder {
   public:
