@@ -24,7 +24,7 @@ from typing import Any
 from model.errors import InputError
 from runtime.flags import add_generation_flags, add_program_flags, generation_options
 from runtime.generate import prompt_ids
-from runtime.generation import Generation, GenerationOptions, Step, told
+from runtime.generation import Generation, GenerationOptions, Step, check_ids, told
 from runtime.lanes import Lanes
 from runtime.meter import peak_memory
 from runtime.program import Program
@@ -62,7 +62,11 @@ def batch(
 
     A prompt that cannot be run, or an error in its place, becomes a result; the others go on. Each has random numbers
     of its own, from the same seed, so that it is what `generate` makes of it.
+
+    Raises:
+        InputError: an option needs what is not there.
     """
+    check_ids(options.sampling, program.metadata.config.vocab_size)
     lanes, active, done = Lanes(program), dict[int, _Active](), dict[int, Result]()
     waiting = enumerate(prompts)
     given = 0

@@ -50,6 +50,12 @@ def test_a_bad_prompt_is_reported_in_its_place_and_the_others_go_on(three_toys: 
     assert list(batch(program, [], options)) == []
 
 
+def test_a_bias_for_a_token_that_is_not_there_is_refused(three_toys: Path) -> None:
+    options = GenerationOptions(SamplingOptions(logit_bias={TOY.vocab_size: 1.0}))
+    with pytest.raises(InputError, match=f"logit-bias {TOY.vocab_size} is impossible"):
+        list(batch(Program(three_toys), PROMPTS, options))
+
+
 def test_the_command_takes_lines_and_objects(
     three_toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
