@@ -33,12 +33,12 @@ class KVCache:
             for spec in method.inputs
             if spec.name.startswith(("k_cache.", "v_cache."))
         }
-        (dtype,) = {getattr(torch, spec.dtype) for spec in method.inputs if spec.name in shapes} or {torch.float32}
+        (dtype,) = {spec.dtype for spec in method.inputs if spec.name in shapes} or {"float32"}
         self.buffers = dict[str, Tensor]()
         self._groups = list[tuple[Tensor, list[str]]]()  # those of one shape lie in one tensor, and are written at once
         for shape in dict.fromkeys(shapes.values()):
             names = [name for name in shapes if shapes[name] == shape]
-            group = torch.zeros((len(names), *shape), dtype=dtype)
+            group = torch.from_numpy(np.zeros((len(names), *shape), dtype))  # by numpy, which touches no memory yet
             self.buffers |= dict(zip(names, group, strict=True))
             self._groups.append((group, [name.replace("cache", "rows") for name in names]))
         self.capacity = capacity
