@@ -19,7 +19,7 @@ from export.metadata import Metadata, MethodSpec
 from export.scheme import Scheme, kept, matrices
 from model.config import ModelConfig
 from model.kv_rows import row_bytes
-from runtime.program import read_metadata
+from runtime.program import files, read_metadata
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -53,12 +53,10 @@ def plan(metadata: Metadata) -> MemoryPlan:
     packed = "XnnpackBackend" in metadata.requirements.backends
     kv_dtype = scheme_of(metadata).kv_dtype
     caches = cache_bytes(config, metadata.max_seq_len, kv_dtype) if metadata.use_kv_cache else 0
-    longest = max(metadata.methods, key=lambda method: method.max_length)
-    activations = activation_bytes(config, longest, metadata.max_seq_len)
     return MemoryPlan(
         weights=packed * metadata.matrix_bytes,
         caches=metadata.batch_size * caches,
-        activations=metadata.batch_size * activations,
+        activations=metadata.activation_bytes,
     )
 
 
@@ -73,9 +71,9 @@ def cache_bytes(config: ModelConfig, positions: int, kv_dtype: str = "float32") 
     return 2 * config.n_kv_heads * slots * row_bytes(config.head_dim, kv_dtype)
 
 
-def matrix_bytes(config: ModelConfig, scheme: Scheme) -> int:
-    """The matrices that a step multiplies by: all of the layers', and the head."""
-    return sum(scheme.format(name, shape[1]).nbytes(*shape) for name, shape in matrices(config).items())
+def matrix_bytes(config: ModelConfig, scheme: Scheme, span: range | None = None) -> int:
+    """The matrices that a step multiplies by, or a shard's part of it: all of the blocks', and the head."""
+    return sum(scheme.format(name, shape[1]).nbytes(*shape) for name, shape in matrices(config, span).items())
 
 
 def activation_bytes(config: ModelConfig, method: MethodSpec, positions: int) -> int:
@@ -132,10 +130,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command: exit code 0, or 2 for bad input."""
     description = "Prints what a .pte carries and the memory that running it takes."
     parser = command.parser("export.inspect", description, __doc__)
-    parser.add_argument("file", type=Path, help="the .pte")
+    parser.add_argument("file", type=Path, help="the .pte, or the folder of its shards")
     parser.add_argument("--format", choices=("text", "json"), default="text")
     options = parser.parse_args(arguments)
-    found = describe(read_metadata(options.file), options.file.stat().st_size)
+    found = describe(read_metadata(options.file), sum(file.stat().st_size for file in files(options.file)))
     print(json.dumps(found, indent=2) if options.format == "json" else _text(options.file, found))
     return 0
 

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import IO
@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from export.backends import partitioners, quietly
-from export.lower import Code, delegates, parts, to_bytes
+from export.lower import Code, Codes, delegates, parts, to_bytes
 from export.metadata import MethodSpec, Requirements
 from export.recipe import Recipe, embedding_names, piece_names
 from export.scheme import is_shared
@@ -47,26 +47,26 @@ class Linked:
 
 def link(
     recipe: Recipe,
-    methods: tuple[MethodSpec, ...],
-    codes: Mapping[tuple[str, str], Code],
+    methods: Sequence[MethodSpec],
+    codes: Codes,
     backend: str,
     identity: str,
 ) -> Linked:
-    """Puts each method together. Weights of lowered pieces stay on storage until the file is written.
+    """Puts each method of a shard together. Weights of lowered pieces stay on storage until the file is written.
 
     Args:
         identity: of the export, different where any weight may be: XNNPACK takes weights of one name for the same, in
             all the files that a process has open.
     """
     programs = dict[str, ExportedProgram]()
-    fused = methods[0].is_fused
-    kinds = pieces(recipe.config, fused, recipe.scheme.careful) if codes else {}
-    others = {name: recipe.piece(name) for name in (embedding_names if codes else piece_names)(recipe.config)}
-    data = _Data(recipe, identity, others["tok_embeddings"])
+    span, fused = methods[0].span, methods[0].is_fused
+    kinds = pieces(recipe.config, span, fused, recipe.scheme.careful) if codes else {}
+    others = {name: recipe.piece(name) for name in (embedding_names if codes else piece_names)(recipe.config, span)}
+    data = _Data(recipe, identity, others.get("tok_embeddings"))
     for spec in methods:
         lowered = {name: LoweredPiece(name, codes[spec.name, kind], data) for name, kind in kinds.items()}
         made = others | lowered
-        programs |= trace(recipe.fused(made) if fused else recipe.model(made), [spec])
+        programs |= trace(recipe.fused(made, span) if fused else recipe.model(made, span), [spec])
     with quietly():
         partitioner = [] if codes else partitioners(backend)
         edge = to_edge_transform_and_lower(programs, partitioner=dict.fromkeys(programs, partitioner))
@@ -116,11 +116,11 @@ class LoweredPiece(nn.Module):
 class _Data:
     """What the backend stores of each weight, made when it is asked for."""
 
-    def __init__(self, recipe: Recipe, identity: str, embedding: nn.Module) -> None:
+    def __init__(self, recipe: Recipe, identity: str, embedding: nn.Module | None) -> None:
         self.recipe = recipe
         self.identity = identity
         self.shared = dict[str, Tensor]()
-        self._constants = list(embedding.state_dict().values())
+        self._constants = list(embedding.state_dict().values()) if embedding else []
         self._last: tuple[str, list[Tensor]] = ("", [])
 
     def weight(self, piece: str, role: str) -> Tensor:
@@ -129,7 +129,8 @@ class _Data:
 
     def constant(self, name: str, number: int, nbytes: int) -> Tensor | None:
         """The embedding's tensor that a part of a parameter is, byte for byte, if it is one."""
-        if name != "head.output.weight" or not is_shared(self.recipe.config, self.recipe.scheme):
+        is_here = self._constants and is_shared(self.recipe.config, self.recipe.scheme)
+        if name != "head.output.weight" or not is_here:
             return None
         constant = self._constants[number]
         return constant if constant.nbytes == nbytes else None

@@ -16,16 +16,16 @@ import gc
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from export.backends import BACKENDS, lowering
 from export.calibrate import TOKENS, calibrate
+from export.cut import Cut
 from export.emit import emit, replacing
 from export.link import link
 from export.lower import lower
@@ -40,7 +40,7 @@ from model.errors import InputError
 from model.kv_rows import KV_DTYPES
 from preproc.chat import NAMED
 from runtime import generate
-from runtime.program import read_metadata
+from runtime.program import files, read_metadata
 
 
 class Progress:
@@ -73,7 +73,8 @@ class ConsoleProgress(Progress):
 
 
 def export_llama(options: ExportOptions, progress: Progress | None = None) -> Path:
-    """Runs all stages and returns the path of the file, which is complete and verified, or as it was before.
+    """Runs all stages and returns the path of the file, which is complete and verified, or as it was before; or of the
+    folder of shards, in which each is.
 
     A file for a backend that cannot be run here is not verified, and says so: provenance["verified"].
 
@@ -93,20 +94,21 @@ def export_llama(options: ExportOptions, progress: Progress | None = None) -> Pa
         progress.note(warning)
     planned = decided(planned, gate, options.auto, progress.note)
     output = planned.output
-    if not options.force and _is_already(output, planned.provenance):
+    if not options.force and _is_already(planned):
         progress.note(f"{output} is already this export; --force makes it again")
         return output
-    with replacing(output) as temporary, _calibrated(planned, progress) as planned:
-        _write(planned, options.backend, temporary, progress)
+    with _replacing(planned) as temporaries, _calibrated(planned, progress) as planned:
+        _write(planned, options.backend, temporaries, progress)
         gc.collect()
         with progress.stage("verify") as result:
             if not planned.provenance["verified"]:
                 absent = BACKENDS[options.backend].runtime
                 result.append(f"skipped: {absent} is not in this machine's ExecuTorch; check the file on the device")
                 return output
-            verdict = verify(temporary, planned.recipe, gate)
+            verdict = verify(temporaries, planned.recipe, gate)
             result.append(str(verdict))
-        saved = verdict.save(output, temporary.stat().st_size) if verdict.quality else None
+        size = sum(temporary.stat().st_size for temporary in temporaries)
+        saved = verdict.save(output, size) if verdict.quality else None
         if verdict.failure:
             see = f"; {saved} has the details" if saved else ""
             raise VerificationError(f"{verdict.failure}; {output} was not written{see}")
@@ -129,26 +131,39 @@ def _calibrated(planned: Plan, progress: Progress) -> Iterator[Plan]:
         yield replace(planned, recipe=recipe)
 
 
-def _write(planned: Plan, backend: str, path: Path, progress: Progress) -> None:
-    recipe, methods = planned.recipe, planned.methods
+def _write(planned: Plan, backend: str, paths: Sequence[Path], progress: Progress) -> None:
+    recipe, shards = planned.recipe, planned.shards
     with progress.stage("lower") as result:
-        codes = lower(recipe.config, methods, backend, recipe.scheme)
+        codes = lower(recipe.config, shards, backend, recipe.scheme)
         result.append(f"{backend}, {len(codes)} different parts")
-        result.extend(f"{method.name} takes {_tokens(method.max_length)}" for method in methods)
-    gc.collect()  # graphs refer to themselves, and hold as much as their weights
-    with progress.stage("link") as result:
-        linked = link(recipe, methods, codes, backend, planned.identity)
-        outside = ", ".join(linked.requirements.operators)
-        result.append(f"{linked.delegates} delegates; kernels outside: {outside}")
-    gc.collect()
-    with progress.stage("emit") as result:
-        emit(linked, planned.metadata(linked), path)
-        result.append(f"{path.stat().st_size / 1e6:.1f} MB")
+        result.extend(f"{method.name} takes {_tokens(method.max_length)}" for method in shards[0])
+    for number, (methods, path) in enumerate(zip(shards, paths, strict=True), 1):
+        gc.collect()  # graphs refer to themselves, and hold as much as their weights
+        name = f" {number}" if len(shards) > 1 else ""
+        with progress.stage(f"link{name}") as result:
+            linked = link(recipe, methods, codes, backend, planned.identity)
+            outside = ", ".join(linked.requirements.operators)
+            result.append(f"{linked.delegates} delegates; kernels outside: {outside}")
+        gc.collect()
+        with progress.stage(f"emit{name}") as result:
+            emit(linked, planned.metadata(linked, methods), path)
+            result.append(f"{path.stat().st_size / 1e6:.1f} MB")
 
 
-def _is_already(output: Path, provenance: dict[str, Any]) -> bool:
+@contextmanager
+def _replacing(planned: Plan) -> Iterator[list[Path]]:
+    """Temporary files that take the outputs' places; shards of an earlier cut go."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(replacing(output)) for output in planned.outputs]
+    if not planned.cut.is_whole:
+        for path in set(planned.output.glob("*-of-*.pte")) - set(planned.outputs):
+            path.unlink()
+
+
+def _is_already(planned: Plan) -> bool:
+    output = planned.output
     try:
-        return output.is_file() and read_metadata(output).provenance == provenance
+        return set(files(output)) == set(planned.outputs) and read_metadata(output).provenance == planned.provenance
     except InputError:
         return False
 
@@ -160,6 +175,7 @@ def _tokens(count: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command: exit code 0 when the file is there and verified, 1 when verification failed, 2 for bad input."""
     flags = vars(_parser().parse_args(arguments))
+    flags["cut"] = Cut(flags.pop("shards"), flags.pop("shard_bytes"))
     prompt = flags.pop("run")
     try:
         path = export_llama(ExportOptions(**flags), ConsoleProgress())
@@ -194,7 +210,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"how messages become a text: {', '.join(NAMED)}, a file of Jinja, or `none` (default: the checkpoint's "
         "own)",
     )
-    add("--output", type=Path, metavar="FILE", help="default: the checkpoint's name with .pte, in this folder")
+    add(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="a file, or the folder of shards (default: the checkpoint's name with .pte or .shards, in this folder)",
+    )
     add(
         "--max-seq-len",
         type=int,
@@ -218,6 +239,19 @@ def _parser() -> argparse.ArgumentParser:
         "(default: fused for xnnpack, aten for the others and for mixtures of experts)",
     )
     add("--batch-size", type=int, default=1, metavar="N", help="texts that runtime.batch extends at once (default: 1)")
+    add(
+        "--shards",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cut the model by blocks into N files in a folder (default: 1)",
+    )
+    add(
+        "--shard-bytes",
+        type=command.byte_count,
+        metavar="SIZE",
+        help="or into as few as have at most so many bytes of matrices each, such as 200MB",
+    )
     _add_scheme_flags(parser)
     add(
         "--no-kv-cache",

@@ -1,6 +1,7 @@
 """lower: each kind of block becomes a backend's code, once; the weights are named, so that others can be put in."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,19 +65,21 @@ class Code:
     stand_in: ExportedProgram
 
 
-def lower(
-    config: ModelConfig, methods: tuple[MethodSpec, ...], backend: str, scheme: Scheme
-) -> dict[tuple[str, str], Code]:
-    """(method, piece) -> its code, for the first of each kind of `export.trace.pieces`; none if the backend does not
-    work by block.
-    """
-    codes = {}
-    if BACKENDS[backend].by_block:
-        for name in sorted(set(pieces(config, methods[0].is_fused, scheme.careful).values())):
-            module = _random_piece(config, name, scheme)
-            for spec in methods:
-                graph = trace_piece(config, name, module, spec)
-                codes[spec.name, name] = _code(graph, BACKENDS[backend], module, spec)
+Codes = Mapping[tuple[str, str], Code]
+"""(method, kind of `export.trace.pieces`) -> its code."""
+
+
+def lower(config: ModelConfig, shards: Sequence[Sequence[MethodSpec]], backend: str, scheme: Scheme) -> Codes:
+    """The code of each kind of piece that the shards have, once; none if the backend does not work by block."""
+    codes = dict[tuple[str, str], Code]()
+    for methods in shards if BACKENDS[backend].by_block else ():
+        span, is_fused = methods[0].span, methods[0].is_fused
+        for name, kind in pieces(config, span, is_fused, scheme.careful).items():
+            if (methods[0].name, kind) not in codes:
+                module = _random_piece(config, span, name, scheme)
+                for spec in methods:
+                    graph = trace_piece(config, name, module, spec)
+                    codes[spec.name, kind] = _code(graph, BACKENDS[backend], module, spec)
     is_same_node.cache_clear()  # it would hold every graph compared, with its weights, for good
     return codes
 
@@ -107,9 +110,9 @@ def delegates(program: ExportedProgram) -> list[LoweredBackendModule]:
     return [module for _, module, _ in get_lowered_submodules(program.graph_module)]
 
 
-def _random_piece(config: ModelConfig, name: str, scheme: Scheme) -> nn.Module:
+def _random_piece(config: ModelConfig, span: range, name: str, scheme: Scheme) -> nn.Module:
     with torch.device("meta"):
-        model = Llama(config)
+        model = Llama(config, span)
         module = (FusedLlama(model) if name.startswith("segments.") else model).get_submodule(name)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -118,7 +121,7 @@ def _random_piece(config: ModelConfig, name: str, scheme: Scheme) -> nn.Module:
                 full = parameter_name(config, name, f"{path}.{role}")
                 is_matrix = isinstance(layer, nn.Linear) and role == "weight"
                 form = scheme.format(full, parameter.shape[-1]) if is_matrix else FLOAT
-                if full == "head.output.weight" and swaps_pairs(config, scheme):
+                if full == "head.output.weight" and swaps_pairs(config, span, scheme):
                     layer = _PairsSwapped(config.dim, config.vocab_size, config.head_bias, device="meta")
                     module.set_submodule(path, layer)
                 setattr(layer, role, nn.Parameter(random(parameter.shape, form), requires_grad=False))

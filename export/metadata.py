@@ -7,8 +7,9 @@ newer one before anything else is believed.
 
 import dataclasses
 import json
+import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -21,13 +22,14 @@ from model.config import ModelConfig
 from model.errors import InputError
 from preproc.positions import Positions
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 FIELDS: dict[str, tuple[str, str]] = {
     "get_max_seq_len": ("int", "capacity of the KV cache in positions (T): prompt and answer together"),
     "get_max_context_len": ("int", "the same number, under the name ExecuTorch's own runners ask for"),
     "get_vocab_size": ("int", "width of the logits (V)"),
     "get_matrix_bytes": ("int", "bytes of the matrices that a step multiplies by: what decoding reads for each token"),
+    "get_activation_bytes": ("int", "an upper estimate of what the longest step takes beside weights and caches"),
     "get_n_layers": ("int", "number of blocks"),
     "get_batch_size": ("int", "sequences the methods take at once (B)"),
     "get_bos_id": ("int", "id that starts a text; -1 where there is none"),
@@ -50,14 +52,17 @@ FIELDS: dict[str, tuple[str, str]] = {
 
 NO_TOKENIZER = "none"
 
+STREAM = "stream"
+"""The tensor that a shard hands to the next: the residual stream between two blocks."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:
     """One input or output of a method.
 
     Attributes:
-        name: its role: tokens, select, logits, hidden; what depends on the position, see `preproc.positions`; and
-            k_cache.3, v_cache.3, k_rows.3, v_rows.3 for layer 3.
+        name: its role: tokens, select, logits, hidden; what depends on the position, see `preproc.positions`;
+            k_cache.3, v_cache.3, k_rows.3, v_rows.3 for layer 3; and stream, which a shard hands to the next.
         shape: sizes; "L" stands for the length of a step, and "R" for its rows of logits, where they are not fixed.
         dtype: float32 or int64.
     """
@@ -69,6 +74,11 @@ class TensorSpec:
     def sizes(self, length: int, rows: int = 1) -> tuple[int, ...]:
         """The shape of a step."""
         return tuple({"L": length, "R": rows}[size] if isinstance(size, str) else size for size in self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Of one whose size does not depend on the step."""
+        return math.prod(self.sizes(1)) * int(getattr(torch, self.dtype).itemsize)
 
     def zeros(self, length: int, rows: int = 1) -> Tensor:
         """A tensor of this kind."""
@@ -100,6 +110,11 @@ class MethodSpec:
     outputs: tuple[TensorSpec, ...]
 
     @property
+    def span(self) -> range:
+        """The blocks it runs."""
+        return range(self.start_layer, self.end_layer)
+
+    @property
     def is_fused(self) -> bool:
         """Whether attention is one operator, which is told where a step starts in place of a mask."""
         return any(spec.name == "start" for spec in self.inputs)
@@ -120,6 +135,7 @@ class Metadata:
 
     config: ModelConfig
     matrix_bytes: int
+    activation_bytes: int
     max_seq_len: int
     batch_size: int
     bos_id: int | None
@@ -141,6 +157,17 @@ class Metadata:
         return xxhash.xxh3_128_digest(_json(self.provenance).encode())
 
     @property
+    def span(self) -> range:
+        """The blocks that the methods run: fewer than config.n_layers in a shard."""
+        return self.methods[0].span
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the KV caches."""
+        caches = (spec for spec in self.methods[0].inputs if spec.name.startswith(("k_cache.", "v_cache.")))
+        return sum(spec.nbytes for spec in caches)
+
+    @property
     def use_kv_cache(self) -> bool:
         """Whether the methods take and extend a KV cache."""
         return any(spec.name.startswith("k_cache.") for spec in self.methods[0].inputs)
@@ -159,6 +186,7 @@ def to_constants(metadata: Metadata) -> dict[str, Any]:
         "get_max_context_len": metadata.max_seq_len,
         "get_vocab_size": metadata.config.vocab_size,
         "get_matrix_bytes": metadata.matrix_bytes,
+        "get_activation_bytes": metadata.activation_bytes,
         "get_n_layers": metadata.config.n_layers,
         "get_batch_size": metadata.batch_size,
         "get_bos_id": -1 if metadata.bos_id is None else metadata.bos_id,
@@ -191,6 +219,7 @@ def from_constants(call: Callable[[str], Sequence[Any]]) -> Metadata:
         return Metadata(
             config=ModelConfig.from_json(json.loads(call("get_config")[0])),
             matrix_bytes=call("get_matrix_bytes")[0],
+            activation_bytes=call("get_activation_bytes")[0],
             max_seq_len=call("get_max_seq_len")[0],
             batch_size=call("get_batch_size")[0],
             bos_id=None if bos_id < 0 else bos_id,
@@ -210,6 +239,66 @@ def from_constants(call: Callable[[str], Sequence[Any]]) -> Metadata:
         raise
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise InputError(f"the file's metadata cannot be read ({error}); export it again") from error
+
+
+def joined(shards: Mapping[Path, Metadata]) -> Metadata:
+    """What the whole carries of which these are the shards, whose order does not matter; of one file, what it carries.
+
+    Raises:
+        InputError: names the file that is not of the same export, is there twice, or is missing.
+    """
+    (path, first), *others = sorted(shards.items(), key=lambda each: each[1].span.start)
+    for other_path, other in others:
+        if other.identity != first.identity:
+            raise InputError(
+                f"{other_path} is not of the same export as {path}; keep the shards of one export together"
+            )
+    end = 0
+    for shard_path, shard in ((path, first), *others):
+        if shard.span.start < end:
+            raise InputError(f"{shard_path} has blocks from {shard.span.start} on, which another shard has; remove one")
+        _check_reached(path, end, shard.span.start)
+        end = shard.span.stop
+    _check_reached(path, end, first.config.n_layers)
+    if not others:
+        return first
+    parts = [first, *(other for _, other in others)]
+    requirements = [part.requirements for part in parts]
+    return dataclasses.replace(
+        first,
+        matrix_bytes=sum(part.matrix_bytes for part in parts),
+        activation_bytes=max(part.activation_bytes for part in parts),
+        methods=tuple(_whole(specs) for specs in zip(*(part.methods for part in parts), strict=True)),
+        requirements=Requirements(
+            executorch=requirements[0].executorch,
+            backends=tuple(sorted({name for each in requirements for name in each.backends})),
+            operators=tuple(sorted({name for each in requirements for name in each.operators})),
+        ),
+    )
+
+
+def _check_reached(path: Path, end: int, start: int) -> None:
+    if end < start:
+        raise InputError(
+            f"the shard with blocks {end} to {start - 1} is missing beside {path}; copy it there or export again"
+        )
+
+
+def _whole(specs: Sequence[MethodSpec]) -> MethodSpec:
+    """The method that runs these one after another: what it takes and gives, but for what is handed between them."""
+
+    def union(found: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
+        """As in a whole file, all keys stand behind the rest, and all values behind them."""
+        specs = {spec.name: spec for spec in found if spec.name != STREAM}.values()
+        return tuple(sorted(specs, key=lambda spec: spec.name[0] if "." in spec.name else ""))
+
+    return dataclasses.replace(
+        specs[0],
+        max_rows=specs[-1].max_rows,
+        end_layer=specs[-1].end_layer,
+        inputs=union(tensor for spec in specs for tensor in spec.inputs),
+        outputs=union(tensor for spec in specs for tensor in spec.outputs),
+    )
 
 
 def _json(value: Any) -> str:

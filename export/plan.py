@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 from export.backends import BACKENDS, check
 from export.calibrate import CalibrationText
 from export.chat_template import chosen
-from export.inspect import cache_bytes, matrix_bytes
+from export.cut import Cut
+from export.inspect import activation_bytes, cache_bytes, matrix_bytes
 from export.link import Linked
 from export.metadata import FORMAT_VERSION, NO_TOKENIZER, Metadata, MethodSpec
 from export.quantize import ROUNDINGS
@@ -49,7 +50,7 @@ class ExportOptions:
     Attributes:
         checkpoint: a file or folder of any layout that `model.checkpoint` knows, or a name on the Hugging Face hub.
         tokenizer: a tokenizer file; None takes the checkpoint's own, "none" exports without one.
-        output: the .pte to write; None names it after the checkpoint, in the current folder.
+        output: the .pte to write, or the folder of shards; None names it after the checkpoint, in the current folder.
         max_seq_len: capacity of the KV cache; None takes the checkpoint's context, at most DEFAULT_CONTEXT.
         prefill_chunk: tokens that prefill takes at once; None takes DEFAULT_CHUNK, or max_seq_len where that is less.
         backend: one of `export.backends.BACKENDS`.
@@ -58,6 +59,7 @@ class ExportOptions:
         group_size, embedding_bits, head_bits, rounding: what differs from it, see `export.scheme.adjusted`.
         calibrate: a text by which the linear layers' weights are rounded, see `export.calibrate`.
         batch_size: texts that are extended at once, see `runtime.batch`.
+        cut: into shards, each a file in the folder `output`.
         kv_dtype: of the KV caches, one of `model.kv_rows.KV_DTYPES`.
         kv_cache: whether the methods take and extend a KV cache; otherwise each step takes the whole text.
         hidden_states: whether the methods also return the last block's result, normalised.
@@ -83,6 +85,7 @@ class ExportOptions:
     rounding: str = "nearest"
     calibrate: Path | None = None
     batch_size: int = 1
+    cut: Cut = field(default_factory=Cut)
     kv_dtype: str = "fp32"
     kv_cache: bool = True
     hidden_states: bool = False
@@ -129,17 +132,19 @@ class Plan:
 
     Attributes:
         recipe: the model.
-        methods: what the file will have.
-        tokenizer: what it will carry, or None.
+        graph: what the methods take and give.
+        cut: into which shards.
+        tokenizer: what the first of them will carry, or None.
         provenance: all that decides what is written: files made from equal provenance are equal.
-        output: the file to write.
+        output: the file or folder to write.
         summary: the checkpoint in words.
         warnings: what a person should know before.
         texts: tokens to calibrate with; none where the scheme does without.
     """
 
     recipe: Recipe
-    methods: tuple[MethodSpec, ...]
+    graph: GraphOptions
+    cut: Cut
     tokenizer: Tokenizer | None
     provenance: dict[str, Any]
     output: Path
@@ -149,39 +154,54 @@ class Plan:
 
     def with_scheme(self, quantize: str, scheme: Scheme) -> "Plan":
         """The same export with another scheme, by its name in SCHEMES and what differs from that."""
-        provenance, config = copy.deepcopy(self.provenance), self.recipe.config
-        options = provenance["options"]
-        options |= {"quantize": quantize, "scheme": scheme.to_json()}
-        options["max_rows"] = _max_rows(config, scheme, options["attention"])
-        graph = GraphOptions(**{each.name: options[each.name] for each in fields(GraphOptions)})
-        methods = signatures(config, graph, scheme.kv_dtype)
-        return replace(self, recipe=self.recipe.with_scheme(scheme), methods=methods, provenance=provenance)
+        graph = _with_rows(self.graph, self.recipe.config, scheme, self.cut)
+        provenance = copy.deepcopy(self.provenance)
+        provenance["options"] |= asdict(graph) | {"quantize": quantize, "scheme": scheme.to_json()}
+        return replace(self, recipe=self.recipe.with_scheme(scheme), graph=graph, provenance=provenance)
+
+    @property
+    def shards(self) -> tuple[tuple[MethodSpec, ...], ...]:
+        """The methods of each shard; of one, where the model is not cut."""
+        config, scheme = self.recipe.config, self.recipe.scheme
+        spans = self.cut.spans(config, scheme)
+        return tuple(signatures(config, self.graph, scheme.kv_dtype, span) for span in spans)
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The file of each shard."""
+        if self.cut.is_whole:
+            return (self.output,)
+        count = len(self.shards)
+        return tuple(self.output / f"{number}-of-{count}.pte" for number in range(1, count + 1))
 
     @property
     def identity(self) -> str:
         """Equal for exports that are the same byte for byte."""
         return hashlib.sha256(json.dumps(self.provenance, sort_keys=True).encode()).hexdigest()
 
-    def metadata(self, linked: Linked) -> Metadata:
-        """What the file carries beside graph and weights."""
-        config, max_seq_len = self.recipe.config, self.provenance["options"]["max_seq_len"]
+    def metadata(self, linked: Linked, methods: tuple[MethodSpec, ...]) -> Metadata:
+        """What the file of one of the shards carries beside graph and weights."""
+        config, max_seq_len = self.recipe.config, self.graph.max_seq_len
         cos, sin = rope.tables(config, max_seq_len)
+        tokenizer = self.tokenizer if methods[0].start_layer == 0 else None
         return Metadata(
             config=config,
-            matrix_bytes=matrix_bytes(config, self.recipe.scheme),
+            matrix_bytes=matrix_bytes(config, self.recipe.scheme, methods[0].span),
+            activation_bytes=self.graph.batch_size
+            * max(activation_bytes(config, spec, max_seq_len) for spec in methods),
             max_seq_len=max_seq_len,
-            batch_size=self.provenance["options"]["batch_size"],
+            batch_size=self.graph.batch_size,
             bos_id=self.provenance["bos_id"],
             stop_ids=tuple(self.provenance["stop_ids"]),
-            methods=self.methods,
+            methods=methods,
             requirements=linked.requirements,
             provenance=self.provenance,
             rope_cos=cos,
             rope_sin=sin,
             rope_inverse_frequencies=rope.inverse_frequencies(config, max_seq_len),
             alibi_slopes=mask.alibi_slopes(config) if config.positions == "alibi" else torch.zeros(config.n_heads),
-            tokenizer_kind=self.tokenizer.kind if self.tokenizer else NO_TOKENIZER,
-            tokenizer=self.tokenizer.data if self.tokenizer else b"",
+            tokenizer_kind=tokenizer.kind if tokenizer else NO_TOKENIZER,
+            tokenizer=tokenizer.data if tokenizer else b"",
             chat_template=json.dumps(self.provenance["chat_template"]) if self.provenance.get("chat_template") else "",
         )
 
@@ -206,14 +226,15 @@ def plan(options: ExportOptions) -> Plan:
         options.rounding,
     )
     scheme = replace(scheme, kv_dtype=KV_DTYPES[options.kv_dtype])
-    graph = replace(graph, max_rows=_max_rows(config, scheme, graph.attention))
+    graph = _with_rows(graph, config, scheme, options.cut)
     text = CalibrationText.of(options.calibrate) if options.calibrate else None
     if text:
         if not options.auto:
             text.check(scheme)
         scheme = replace(scheme, rounding=CALIBRATED)
     check(options.backend, quantised=any(form.bits for form in (scheme.linear, scheme.head, scheme.embedding)))
-    output = options.output or (Path(f"{options.checkpoint.name}.pte") if named else _default_output(path))
+    suffix = "pte" if options.cut.is_whole else "shards"
+    output = options.output or Path(f"{options.checkpoint.name if named else _name(path)}.{suffix}")
     if output.resolve() in {file.resolve() for file in (*checkpoint.files, options.tokenizer or output.parent)}:
         raise InputError(f"--output {output} is one of the files to read; give another name")
     provenance = _provenance(checkpoint, tokenizer, options, graph, scheme)
@@ -221,7 +242,8 @@ def plan(options: ExportOptions) -> Plan:
     provenance["calibration"] = {"sha256": text.sha256} if text else None
     return Plan(
         recipe=Recipe(config, checkpoint.weights, scheme),
-        methods=signatures(config, graph, scheme.kv_dtype),
+        graph=graph,
+        cut=options.cut,
         tokenizer=tokenizer,
         provenance=provenance,
         output=output,
@@ -288,8 +310,10 @@ def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
     )
 
 
-def _max_rows(config: ModelConfig, scheme: Scheme, attention: str) -> int:
-    return MAX_ROWS if attention == "fused" and not swaps_pairs(config, scheme) else 1
+def _with_rows(graph: GraphOptions, config: ModelConfig, scheme: Scheme, cut: Cut) -> GraphOptions:
+    """The same for as many rows of logits as its head can give."""
+    last = cut.spans(config, scheme)[-1]
+    return replace(graph, max_rows=1 if graph.attention == "aten" or swaps_pairs(config, last, scheme) else MAX_ROWS)
 
 
 def _attention(config: ModelConfig, options: ExportOptions) -> str:
@@ -316,10 +340,10 @@ def _warnings(config: ModelConfig, max_seq_len: int) -> tuple[str, ...]:
     return (f"warning: --max-seq-len {max_seq_len} is beyond the {config.context} the model was trained for{scaling}",)
 
 
-def _default_output(checkpoint: Path) -> Path:
-    """The checkpoint's name; a folder's may hold dots of its own, as in Llama-3.2-1B."""
+def _name(checkpoint: Path) -> str:
+    """A folder's may hold dots of its own, as in Llama-3.2-1B."""
     path = Path(os.path.abspath(checkpoint))  # not resolved: a link's name says more than its target's
-    return Path(f"{path.name if path.is_dir() else path.stem}.pte")
+    return path.name if path.is_dir() else path.stem
 
 
 def _provenance(

@@ -83,18 +83,18 @@ class Recipe:
             piece.attention.kv_dtype = self.scheme.kv_dtype
         return piece.eval().requires_grad_(False)
 
-    def model(self, made: Mapping[str, nn.Module]) -> Llama:
-        """The whole model of `piece_names` that are made already, and may be lowered."""
+    def model(self, made: Mapping[str, nn.Module], span: range | None = None) -> Llama:
+        """The model, or a shard of it, of `piece_names` that are made already, and may be lowered."""
         with torch.device("meta"):
-            model = Llama(self.config)
+            model = Llama(self.config, span)
         for name in made:
             model.set_submodule(name, made[name])
         return model.eval()
 
-    def fused(self, made: Mapping[str, nn.Module]) -> FusedLlama:
+    def fused(self, made: Mapping[str, nn.Module], span: range | None = None) -> FusedLlama:
         """The same with attention as an operator, of such pieces, or of embeddings and segments."""
         segments = {name for name in made if name.startswith("segments.")}
-        model = FusedLlama(self.model({name: made[name] for name in made.keys() - segments}))
+        model = FusedLlama(self.model({name: made[name] for name in made.keys() - segments}, span))
         for name in segments:
             model.set_submodule(name, made[name])
         return model.eval()
@@ -106,14 +106,18 @@ class Recipe:
         return self.model(made)
 
 
-def embedding_names(config: ModelConfig) -> list[str]:
-    """Of those parts of a model that no backend takes."""
+def embedding_names(config: ModelConfig, span: range | None = None) -> list[str]:
+    """Of those parts of a model, or of a shard of it, that no backend takes."""
+    if span is not None and span.start > 0:
+        return []
     return ["tok_embeddings"] + ["pos_embeddings"] * (config.positions == "learned")
 
 
-def piece_names(config: ModelConfig) -> list[str]:
-    """Of all parts of a model."""
-    return [*embedding_names(config), *(f"layers.{layer}" for layer in range(config.n_layers)), "head"]
+def piece_names(config: ModelConfig, span: range | None = None) -> list[str]:
+    """Of all parts of a model, or of a shard of it."""
+    span = range(config.n_layers) if span is None else span
+    head = ["head"] if span.stop == config.n_layers else []
+    return [*embedding_names(config, span), *(f"layers.{layer}" for layer in span), *head]
 
 
 def _embedding(weight: Tensor) -> nn.Module:

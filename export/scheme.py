@@ -148,11 +148,13 @@ def is_shared(config: ModelConfig, scheme: Scheme) -> bool:
     return config.tied and len({scheme.format(role, config.dim) for role in roles}) == 1
 
 
-def swaps_pairs(config: ModelConfig, scheme: Scheme) -> bool:
-    """Whether the head takes its input in swapped pairs, because its 4-bit weights are stored in the embedding's order.
-    What swaps them is not for a number of rows that is not fixed.
+def swaps_pairs(config: ModelConfig, span: range, scheme: Scheme) -> bool:
+    """Whether the head takes its input in swapped pairs, because its 4-bit weights are stored in the embedding's order;
+    which they are not where the embedding is in another shard. What swaps them is not for a number of rows that is not
+    fixed.
     """
-    return is_shared(config, scheme) and scheme.format("head.output.weight", config.dim).bits == 4
+    is_here = span == range(config.n_layers) and is_shared(config, scheme)
+    return is_here and scheme.format("head.output.weight", config.dim).bits == 4
 
 
 def kept(config: ModelConfig, scheme: Scheme) -> dict[str, Format]:
@@ -167,9 +169,9 @@ def kept(config: ModelConfig, scheme: Scheme) -> dict[str, Format]:
     return found
 
 
-def matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Names and shapes [out, in] of what a step multiplies by."""
+def matrices(config: ModelConfig, span: range | None = None) -> dict[str, tuple[int, int]]:
+    """Names and shapes [out, in] of what a step multiplies by, or the blocks `span` and what belongs to them."""
     with torch.device("meta"):
-        layers = dict(Llama(config).named_modules()).items()
+        layers = dict(Llama(config, span).named_modules()).items()
     found = {f"{name}.weight": layer.weight.shape for name, layer in layers if isinstance(layer, nn.Linear)}
     return {name: (shape[0], shape[1]) for name, shape in found.items()}

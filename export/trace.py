@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from export.metadata import MethodSpec, TensorSpec
+from export.metadata import STREAM, MethodSpec, TensorSpec
 from model.config import ModelConfig
 from model.fused import FusedLlama, Segment
 from model.kv_rows import row_width
@@ -49,25 +49,26 @@ def trace(model: Llama | FusedLlama, methods: Iterable[MethodSpec]) -> dict[str,
     return {spec.name: _export(_Flat(model, spec), spec.inputs, spec) for spec in methods}
 
 
-def pieces(config: ModelConfig, fused: bool, careful: Collection[int] = ()) -> dict[str, str]:
-    """The parts of the model that a backend can take as one: name -> the first with an equal graph.
-
-    Blocks of one kind differ only in their weights.
+def pieces(config: ModelConfig, span: range, fused: bool, careful: Collection[int] = ()) -> dict[str, str]:
+    """The parts of a shard that a backend can take as one: name -> kind, equal where only the weights differ.
 
     Args:
+        span: the shard's blocks.
         fused: whether attention is an operator of its own, between segments.
         careful: blocks whose weights are stored in another format than the others'.
     """
-    found, kinds, layers = dict[str, str](), dict[tuple[bool, ...], str](), config.n_layers
-    for number in range(layers + 1 if fused else layers):
+    found = dict[str, str]()
+    for number in range(span.start, span.stop + fused):
+        before, after = fused and number > span.start, number < span.stop
+        ends = number == config.n_layers
         if fused:
-            name = f"segments.{number}"
-            kind: tuple[bool, ...] = (number == 0, number == layers, number - 1 in careful, number in careful)
+            kind = {"before": before, "after": after, "head": ends}
+            kind |= {"careful_before": before and number - 1 in careful, "careful_after": after and number in careful}
         else:
-            name = f"layers.{number}"
-            kind = (config.is_local(number), number in config.nope_layers, number in careful)
-        found[name] = kinds.setdefault(kind, name)
-    return found if fused else found | {"head": "head"}
+            local, unrotated = config.is_local(number), number in config.nope_layers
+            kind = {"block": True, "local": local, "unrotated": unrotated, "careful": number in careful}
+        found[f"{'segments' if fused else 'layers'}.{number}"] = " ".join(name for name in kind if kind[name])
+    return found if fused or span.stop < config.n_layers else found | {"head": "head"}
 
 
 def parameter_name(config: ModelConfig, piece: str, role: str) -> str:
@@ -86,7 +87,7 @@ def trace_piece(config: ModelConfig, name: str, module: nn.Module, spec: MethodS
         module: the Block, Head or Segment.
     """
     inputs = {tensor.name: tensor for tensor in spec.inputs}
-    stream = inputs["tokens"].shape
+    stream = inputs["tokens" if "tokens" in inputs else STREAM].shape[:2]
     taken = [TensorSpec("x", (*stream, config.dim), "float32")]
     if isinstance(module, Segment) and module.before:
         taken += [TensorSpec("out", (*stream, config.n_heads * config.head_dim), "float32")]
@@ -121,61 +122,92 @@ def dynamic_shapes(name: str, inputs: Sequence[TensorSpec], spec: MethodSpec) ->
     return {name: tuple({axis: sizes[size] for axis, size in found.items()} for found in axes)}
 
 
-def signatures(config: ModelConfig, options: GraphOptions, kv_dtype: str = "float32") -> tuple[MethodSpec, ...]:
+def signatures(
+    config: ModelConfig, options: GraphOptions, kv_dtype: str = "float32", span: range | None = None
+) -> tuple[MethodSpec, ...]:
     """`decode` (one token) and, unless the chunk is one token, `prefill` (prefill_chunk tokens). Only `forward` where
     attention is fused (up to prefill_chunk tokens), and without caches (max_seq_len tokens). All return the logits of
     one row of each text, and where attention is fused of up to max_rows.
+
+    Args:
+        span: the blocks of a shard, whose methods take and return the stream [B, L, D] between blocks where the model
+            does not begin or end there; None for the whole model.
     """
     if options.attention == "fused" or not options.kv_cache:
-        length = options.prefill_chunk if options.kv_cache else options.max_seq_len
-        return (signature(config, "forward", length, options, kv_dtype),)
-    lengths = {"decode": 1} | ({"prefill": options.prefill_chunk} if options.prefill_chunk > 1 else {})
-    return tuple(signature(config, name, length, options, kv_dtype) for name, length in lengths.items())
+        lengths = {"forward": options.prefill_chunk if options.kv_cache else options.max_seq_len}
+    else:
+        lengths = {"decode": 1} | ({"prefill": options.prefill_chunk} if options.prefill_chunk > 1 else {})
+    return tuple(signature(config, name, length, options, kv_dtype, span) for name, length in lengths.items())
 
 
 def signature(
-    config: ModelConfig, name: str, length: int, options: GraphOptions, kv_dtype: str = "float32"
+    config: ModelConfig,
+    name: str,
+    length: int,
+    options: GraphOptions,
+    kv_dtype: str = "float32",
+    span: range | None = None,
 ) -> MethodSpec:
-    """The whole model for `length` tokens, or up to so many where attention is fused."""
+    """One method of `signatures`, for `length` tokens, or up to so many where attention is fused."""
+    span = range(config.n_layers) if span is None else span
     is_fused = options.attention == "fused" and options.kv_cache
     B = options.batch_size
-    L: int | Literal["L"] = "L" if is_fused and length > 1 else length
+    L = _length(length, is_fused)
     max_rows = min(options.max_rows, length) if is_fused else 1
     R: int | Literal["R"] = "R" if max_rows > 1 else 1
-    capacities = [_capacity(config, layer, options) for layer in range(config.n_layers)]
-    heads, pairs = config.n_heads if config.positions == "alibi" else 1, config.rotated // 2
-    position_inputs = {
-        "positions": TensorSpec("positions", (B, L), "int64"),
-        "cos": TensorSpec("cos", (B, L, pairs), "float32"),
-        "sin": TensorSpec("sin", (B, L, pairs), "float32"),
-        "start": TensorSpec("start", (B,), "int64"),
-    }
-    for layer, capacity in enumerate(capacities):
-        mask = mask_name(config, layer)
-        position_inputs[mask] = TensorSpec(mask, (heads, length, capacity + length), "float32")
+    stream = TensorSpec(STREAM, (B, L, config.dim), "float32")
 
-    def rows(role: str, positions: Sequence[int | Literal["L"]]) -> list[TensorSpec]:
-        shapes = [(B * config.n_kv_heads, count, row_width(config.head_dim, kv_dtype)) for count in positions]
-        return [TensorSpec(f"{role}.{layer}", shape, kv_dtype) for layer, shape in enumerate(shapes)]
+    def rows(role: str, counts: Sequence[int | Literal["L"]]) -> list[TensorSpec]:
+        shapes = [(B * config.n_kv_heads, count, row_width(config.head_dim, kv_dtype)) for count in counts]
+        return [TensorSpec(f"{role}.{layer}", shape, kv_dtype) for layer, shape in zip(span, shapes, strict=True)]
 
-    inputs = [TensorSpec("tokens", (B, L), "int64"), *(position_inputs[role] for role in names(config, is_fused))]
-    inputs += [TensorSpec("select", (B, R, L), "float32")]
-    outputs = [TensorSpec("logits", (B, R, config.vocab_size), "float32")]
+    inputs = [TensorSpec("tokens", (B, L), "int64") if span.start == 0 else stream]
+    inputs += _position_inputs(config, span, length, options, is_fused)
+    outputs = list[TensorSpec]()
+    if span.stop == config.n_layers:
+        inputs += [TensorSpec("select", (B, R, L), "float32")]
+        outputs += [TensorSpec("logits", (B, R, config.vocab_size), "float32")]
+    else:
+        outputs += [stream]
     if options.kv_cache:
+        capacities = [_capacity(config, layer, options) for layer in span]
         inputs += [*rows("k_cache", capacities), *rows("v_cache", capacities)]
-        outputs += [*rows("k_rows", [L] * config.n_layers), *rows("v_rows", [L] * config.n_layers)]
-    if options.hidden_states:
+        outputs += [*rows("k_rows", [L] * len(span)), *rows("v_rows", [L] * len(span))]
+    if options.hidden_states and span.stop == config.n_layers:
         outputs += [TensorSpec("hidden", (B, L, config.dim), "float32")]
     return MethodSpec(
         name=name,
         min_length=1 if is_fused else length,
         max_length=length,
         max_rows=max_rows,
-        start_layer=0,
-        end_layer=config.n_layers,
+        start_layer=span.start,
+        end_layer=span.stop,
         inputs=tuple(inputs),
         outputs=tuple(outputs),
     )
+
+
+def _length(length: int, is_fused: bool) -> int | Literal["L"]:
+    """L, in a shape."""
+    return "L" if is_fused and length > 1 else length
+
+
+def _position_inputs(
+    config: ModelConfig, span: range, length: int, options: GraphOptions, is_fused: bool
+) -> list[TensorSpec]:
+    """Those of `preproc.positions` that a shard's blocks ask for."""
+    B, L, pairs = options.batch_size, _length(length, is_fused), config.rotated // 2
+    found = {
+        "positions": TensorSpec("positions", (B, L), "int64"),
+        "cos": TensorSpec("cos", (B, L, pairs), "float32"),
+        "sin": TensorSpec("sin", (B, L, pairs), "float32"),
+        "start": TensorSpec("start", (B,), "int64"),
+    }
+    heads = config.n_heads if config.positions == "alibi" else 1
+    for layer in span:
+        mask = mask_name(config, layer)
+        found[mask] = TensorSpec(mask, (heads, length, _capacity(config, layer, options) + length), "float32")
+    return [found[name] for name in names(config, is_fused, span)]
 
 
 def _capacity(config: ModelConfig, layer: int, options: GraphOptions) -> int:
@@ -187,20 +219,21 @@ def _capacity(config: ModelConfig, layer: int, options: GraphOptions) -> int:
 
 def step(model: Llama | FusedLlama, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Runs the model on inputs by the names of a `signature`, and returns its outputs by theirs."""
-    config, layers = model.config, range(model.config.n_layers)
-    tokens, select = inputs["tokens"], inputs["select"]
+    span, select, positions = model.span, inputs.get("select"), inputs.get("positions")
+    x = inputs["tokens" if model.begins else STREAM]
     angles = (inputs["cos"], inputs["sin"]) if "cos" in inputs else None
-    caches = [[inputs[f"{kind}_cache.{layer}"] for layer in layers] for kind in "kv" if f"{kind}_cache.0" in inputs]
+    cached = f"k_cache.{span.start}" in inputs
+    caches = [[inputs[f"{kind}_cache.{layer}"] for layer in span] for kind in "kv" if cached]
     if isinstance(model, FusedLlama):
-        found = model(tokens, angles, inputs["start"], select, *caches, positions=inputs.get("positions"))
+        found = model(x, angles, inputs["start"], select, *caches, positions=positions)
     else:
-        masks = [inputs[mask_name(config, layer)] for layer in layers]
-        found = model(tokens, angles, masks, select, *caches, positions=inputs.get("positions"))
+        masks = [inputs[mask_name(model.config, layer)] for layer in span]
+        found = model(x, angles, masks, select, *caches, positions=positions)
+    others = {"logits": found.logits, "hidden": found.hidden, STREAM: found.stream}
     return {
-        "logits": found.logits,
-        **{f"k_rows.{layer}": rows for layer, rows in enumerate(found.k_rows)},
-        **{f"v_rows.{layer}": rows for layer, rows in enumerate(found.v_rows)},
-        "hidden": found.hidden,
+        **{f"k_rows.{layer}": rows for layer, rows in zip(span, found.k_rows, strict=True)},
+        **{f"v_rows.{layer}": rows for layer, rows in zip(span, found.v_rows, strict=True)},
+        **{name: value for name, value in others.items() if value is not None},
     }
 
 

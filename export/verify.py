@@ -38,7 +38,7 @@ from model.errors import InputError
 from model.hub import fetched, is_hub_name
 from preproc.tokenizer import from_bytes
 from runtime.lanes import Lane
-from runtime.program import Program, read_metadata
+from runtime.program import Program, files, read_metadata
 from runtime.session import Session
 
 PROMPTS = (
@@ -159,12 +159,13 @@ class Verdict:
         return write_report(output, content)
 
 
-def verify(file: Path, recipe: Recipe, gate: Gate | None = None) -> Verdict:
+def verify(file: Path | Sequence[Path], recipe: Recipe, gate: Gate | None = None) -> Verdict:
     """Compares the rows after each prompt and each decoded token, and of a quantised file those of a text.
 
     The file is run first and closed before the models, whose pieces are read one after another, take memory.
 
     Args:
+        file: the .pte, the folder of its shards, or these.
         recipe: what the file was made from.
         gate: what a quantised model is held to; None for the built-in text and the scheme's limit.
 
@@ -352,5 +353,5 @@ def main(arguments: list[str] | None = None) -> int:
         verdict = verify(options.file, recipe, gate)
     print(f"{options.file}: {verdict}: {'passed' if verdict.failure is None else f'FAILED: {verdict.failure}'}")
     if options.report:
-        print(verdict.save(options.file, options.file.stat().st_size))
+        print(verdict.save(options.file, sum(file.stat().st_size for file in files(options.file))))
     return 0 if verdict.failure is None else 1

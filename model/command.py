@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 from importlib import import_module
 from typing import NoReturn
@@ -35,3 +36,12 @@ def parser(module: str, description: str, doc: str | None) -> argparse.ArgumentP
         epilog="\n  ".join(["examples:", *examples]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def byte_count(text: str) -> int:
+    """A flag's number of bytes, such as 400MB, 1.5GB or 64MiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT])(i?)B?|B?)", text, re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text} is no size; give one such as 400MB or 2GiB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(unit.lower()) + 1 if unit else 0))

@@ -97,26 +97,26 @@ def _out_shapes(*_: object, out: Tensor, k_rows: Tensor, v_rows: Tensor) -> tupl
 
 
 class Segment(nn.Module):
-    """What lies between two attentions: the end of one block, if it is not the first, and the beginning of the next
-    one, or the head behind the last.
+    """What lies between two attentions: the end of one block, if it is not the first here, and the beginning of the
+    next one, or the head behind the last, if the model ends here.
     """
 
-    def __init__(self, before: Block | None, after: Block | Head) -> None:
+    def __init__(self, before: Block | None, after: Block | Head | None) -> None:
         super().__init__()
         self.before = before
         self.after = after
 
-    def forward(
-        self, x: Tensor, out: Tensor | None = None, select: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor] | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, out: Tensor | None = None, select: Tensor | None = None) -> tuple[Tensor, ...]:
         """Takes the stream [B, L, D] as the attention before found it, and that attention's result.
 
         Returns:
             the next attention's q, k and v, and, if it is not the first, the stream as that finds it; or what the head
-            returns.
+            returns; or the stream alone.
         """
         if self.before is not None and out is not None:
             x = self.before.finish(x, out)
+        if self.after is None:
+            return (x,)
         if isinstance(self.after, Head):
             assert select is not None, "the head needs to know which rows are wanted"
             return self.after(x, select)
@@ -125,49 +125,55 @@ class Segment(nn.Module):
 
 
 class FusedLlama(Embeddings):
-    """A Llama in segments. Its pieces are those of the model it is made from.
+    """A Llama, or a shard of one, in segments. Its pieces are those of the model it is made from.
 
     Attributes:
-        segments: n_layers + 1 of them.
+        segments: one more than blocks, by the number of the block that begins in each, or would.
     """
 
     def __init__(self, model: Llama) -> None:
         """Takes the embeddings of `model`, and its blocks and head as segments."""
         config = model.config
         with torch.device("meta"):
-            super().__init__(config)
+            super().__init__(config, model.span)
         for name, _ in list(self.named_children()):
             setattr(self, name, getattr(model, name))
-        blocks = [cast(Block, block) for block in model.layers]
-        sides: list[tuple[Block | None, Block | Head]] = list(zip([None, *blocks], [*blocks, model.head], strict=True))
-        self.segments = nn.ModuleList(Segment(before, after) for before, after in sides)
-        self._settings = [_settings(block.attention, config.window(layer)) for layer, block in enumerate(blocks)]
+        blocks = [cast(Block, block) for block in model.layers.values()]
+        last = model.head if model.ends else None
+        sides: list[tuple[Block | None, Block | Head | None]] = list(zip([None, *blocks], [*blocks, last], strict=True))
+        numbers = range(self.span.start, self.span.stop + 1)
+        self.segments = nn.ModuleDict({str(i): Segment(*both) for i, both in zip(numbers, sides, strict=True)})
+        self._settings = [_settings(b.attention, config.window(i)) for i, b in zip(self.span, blocks, strict=True)]
         self._slopes = mask.alibi_slopes(config) if config.positions == "alibi" else None
 
     def forward(
         self,
-        tokens: Tensor,
+        x: Tensor,
         angles: Angles | None,
         start: Tensor,
-        select: Tensor,
+        select: Tensor | None,
         k_caches: Sequence[Tensor],
         v_caches: Sequence[Tensor],
         positions: Tensor | None = None,
     ) -> Step:
         """One step; `start` as in `attention`, the others as in `Llama.forward`."""
-        x = self.embed(tokens, positions)
-        q, k, v = self.segments[0](x)
+        if self.begins:
+            x = self.embed(x, positions)
+        first, *others, last = self.segments.values()
+        q, k, v = first(x)
         k_rows, v_rows = [], []
-        for layer, (rotates, *settings) in enumerate(self._settings):
+        for number, (rotates, *settings) in enumerate(self._settings):
             cos, sin = angles if rotates and angles else (None, None)
-            caches = (k_caches[layer], v_caches[layer])
+            caches = (k_caches[number], v_caches[number])
             out, k, v = torch.ops.llama_pte.attention(q, k, v, cos, sin, self._slopes, *caches, start, *settings)
             k_rows.append(k)
             v_rows.append(v)
-            if layer + 1 < self.config.n_layers:
-                q, k, v, x = self.segments[layer + 1](x, out)
-        logits, hidden = self.segments[-1](x, out, select)
-        return Step(logits, k_rows, v_rows, hidden)
+            if number < len(others):
+                q, k, v, x = others[number](x, out)
+        if not self.ends:
+            return Step(k_rows, v_rows, stream=last(x, out)[0])
+        logits, hidden = last(x, out, select)
+        return Step(k_rows, v_rows, logits, hidden)
 
 
 def _settings(attention: Attention, window: int | None) -> tuple[bool, float, float, int]:

@@ -269,29 +269,48 @@ class Head(nn.Module):
 
 
 class Step(NamedTuple):
-    """What one step returns.
+    """What one step of a model, or of some of its blocks, returns.
 
     Attributes:
-        logits: [B, R, V].
-        k_rows, v_rows: n_layers tensors [B*K, L, Dh] each, to append to the caches.
-        hidden: [B, L, D], what the last block returns, normalised.
+        k_rows, v_rows: a tensor [B*K, L, Dh] for each block, to append to the caches.
+        logits: [B, R, V]; None where the model does not end here.
+        hidden: [B, L, D], what the last block returns, normalised; None where the model does not end here.
+        stream: [B, L, D], what the next block takes; None where the model ends here.
     """
 
-    logits: Tensor
     k_rows: list[Tensor]
     v_rows: list[Tensor]
-    hidden: Tensor
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    stream: Tensor | None = None
 
 
 class Embeddings(nn.Module):
-    """The beginning of a model."""
+    """The beginning of a model.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Attributes:
+        span: the blocks that are here: all of the model's, or a shard's, which lacks embeddings unless it begins with
+            block 0, and the head unless it ends with the last.
+    """
+
+    def __init__(self, config: ModelConfig, span: range | None = None) -> None:
         super().__init__()
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        if config.positions == "learned":
-            self.pos_embeddings = nn.Embedding(config.context, config.dim)
+        self.span = range(config.n_layers) if span is None else span
+        if self.begins:
+            self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+            if config.positions == "learned":
+                self.pos_embeddings = nn.Embedding(config.context, config.dim)
+
+    @property
+    def begins(self) -> bool:
+        """Whether the model begins here."""
+        return self.span.start == 0
+
+    @property
+    def ends(self) -> bool:
+        """Whether the model ends here."""
+        return self.span.stop == self.config.n_layers
 
     def embed(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """[B, L] -> [B, L, D]: what the first block takes."""
@@ -302,21 +321,22 @@ class Embeddings(nn.Module):
 
 
 class Llama(Embeddings):
-    """Token ids and position data in, logits and new cache rows out."""
+    """Token ids and position data in, logits and new cache rows out; or a shard of that."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.head = Head(config)
-        if config.tied:
+    def __init__(self, config: ModelConfig, span: range | None = None) -> None:
+        super().__init__(config, span)
+        self.layers = nn.ModuleDict({str(layer): Block(config, layer) for layer in self.span})
+        if self.ends:
+            self.head = Head(config)
+        if self.begins and self.ends and config.tied:
             self.head.output.weight = self.tok_embeddings.weight
 
     def forward(
         self,
-        tokens: Tensor,
+        x: Tensor,
         angles: Angles | None,
         masks: Sequence[Tensor],
-        select: Tensor,
+        select: Tensor | None,
         k_caches: Sequence[Tensor | None] | None = None,
         v_caches: Sequence[Tensor | None] | None = None,
         positions: Tensor | None = None,
@@ -324,19 +344,23 @@ class Llama(Embeddings):
         """One step: L tokens of each sequence.
 
         Args:
-            tokens: [B, L], int64.
+            x: tokens [B, L], int64; or the stream [B, L, D] of the block before, where the model does not begin here.
             angles: as in `Attention.attend`.
             masks: one for each block, as in `Attention.attend`; equal ones may be one tensor.
-            select: [B, R, L], one-hot rows naming each sequence's positions whose logits are wanted.
-            k_caches, v_caches: n_layers tensors [B*K, T, Dh]; None where nothing is cached.
+            select: [B, R, L], one-hot rows naming each sequence's positions whose logits are wanted; None where the
+                model does not end here.
+            k_caches, v_caches: a tensor [B*K, T, Dh] for each block; None where nothing is cached.
             positions: [B, L], int64, where positions are learned.
         """
-        x = self.embed(tokens, positions)
-        k_rows, v_rows, none = [], [], [None] * self.config.n_layers
+        if self.begins:
+            x = self.embed(x, positions)
+        k_rows, v_rows, none = [], [], [None] * len(self.span)
         caches = zip(k_caches or none, v_caches or none, strict=True)
-        for layer, mask, (k_cache, v_cache) in zip(self.layers, masks, caches, strict=True):
+        for layer, mask, (k_cache, v_cache) in zip(self.layers.values(), masks, caches, strict=True):
             x, k, v = layer(x, angles, mask, k_cache, v_cache)
             k_rows.append(k)
             v_rows.append(v)
+        if not self.ends:
+            return Step(k_rows, v_rows, stream=x)
         logits, hidden = self.head(x, select)
-        return Step(logits, k_rows, v_rows, hidden)
+        return Step(k_rows, v_rows, logits, hidden)

@@ -111,7 +111,7 @@ def row_loss(model: Llama, rows: Tensor, positions: Positions, dropout: float = 
     B, L = tokens.shape
     steps = positions.batch(B, L)
     x = F.dropout(model.tok_embeddings(tokens), dropout)
-    for layer in cast(Iterable[Block], model.layers):
+    for layer in cast(Iterable[Block], model.layers.values()):
         out, _, _ = layer.attention.attend(*layer.project(x), *steps)
         x = x + F.dropout(layer.attention.wo(out), dropout)
         normed = cast(Norm, layer.ffn_norm)(x)

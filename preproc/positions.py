@@ -11,13 +11,15 @@ from model.config import ModelConfig
 from preproc import mask, rope
 
 
-def names(config: ModelConfig, fused: bool = False) -> list[str]:
-    """Which of them a model takes: positions where they are learned, cos and sin where they rotate, a mask for the
-    blocks that see everything, and a local_mask for those that see a window. Where attention is fused, start takes the
-    masks' place.
+def names(config: ModelConfig, fused: bool = False, span: range | None = None) -> list[str]:
+    """Which of them a model takes, or the blocks `span` of it: positions at its beginning where they are learned, cos
+    and sin where they rotate, a mask for the blocks that see everything, and a local_mask for those that see a window.
+    Where attention is fused, start takes the masks' place.
     """
-    masks = {mask_name(config, layer) for layer in range(config.n_layers)}
-    by_kind = {"learned": ["positions"], "rope": ["cos", "sin"], "alibi": []}
+    span = range(config.n_layers) if span is None else span
+    masks = {mask_name(config, layer) for layer in span}
+    learned = ["positions"] if span.start == 0 else []
+    by_kind = {"learned": learned, "rope": ["cos", "sin"], "alibi": []}
     return by_kind[config.positions] + (["start"] if fused else sorted(masks, reverse=True))
 
 

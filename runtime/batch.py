@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import InputError
-from runtime.flags import add_generation_flags, add_program_flags, generation_options
+from runtime.flags import add_generation_flags, add_program_flags, generation_options, open_program
 from runtime.generate import prompt_ids
 from runtime.generation import Generation, GenerationOptions, Step, check_ids, told
 from runtime.lanes import Lanes
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     generation = generation_options(options)
-    program = Program(options.file, threads=options.threads, check=not options.no_check)
+    program = open_program(options, options.file)
     generation = replace(generation, stop_ids=program.metadata.stop_ids)
     prompts = read_prompts(options.prompts_file, program)
     start, count, failed = time.perf_counter(), 0, 0

@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser("runtime.bench", "Measures how fast a .pte runs here.", __doc__)
     add = parser.add_argument
-    add("file", type=Path, help="the .pte")
+    add("file", type=Path, help="the .pte, or the folder of its shards")
     add(
         "--prefill",
         type=_positive,

@@ -21,7 +21,7 @@ from types import FrameType
 
 from model.errors import InputError
 from preproc.chat import ASSISTANT, NAMED, SYSTEM, USER, ChatTemplate, Message, named
-from runtime.flags import add_generation_flags, add_program_flags, generation_options, valid
+from runtime.flags import add_generation_flags, add_program_flags, generation_options, open_program, valid
 from runtime.generation import GenerationOptions, Step, generate
 from runtime.program import Program
 from runtime.sampler import Rng
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command: answers to stdout, all else to stderr; exit code 0, or 2 for bad input."""
     options = _parser().parse_args(arguments)
     how = generation_options(options)
-    program = Program(options.file, threads=options.threads, check=not options.no_check)
+    program = open_program(options, options.file)
     template = None
     if options.chat_template and program.tokenizer:
         template = named(options.chat_template, program.tokenizer)
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser("runtime.chat", "Talks with an exported .pte.", __doc__)
     add = parser.add_argument
-    add("file", type=Path, help="the .pte")
+    add("file", type=Path, help="the .pte, or the folder of its shards")
     add("--system", metavar="TEXT", help="the system message: how to answer (default: what the template says, if any)")
     add("--chat-template", metavar="NAME", help=f"{', '.join(NAMED)} (default: the one in the file)")
     add_generation_flags(parser)

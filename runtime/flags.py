@@ -3,8 +3,11 @@
 import argparse
 import os
 from dataclasses import fields
+from pathlib import Path
 
+from model import command
 from runtime.generation import GenerationOptions
+from runtime.program import Program
 from runtime.sampler import SamplingOptions
 
 
@@ -30,6 +33,22 @@ def add_program_flags(parser: argparse.ArgumentParser) -> None:
     """How to open the file."""
     add_threads_flag(parser)
     parser.add_argument("--no-check", action="store_true", help="skip the checksum, which reads the file through once")
+    parser.add_argument(
+        "--memory-budget",
+        type=command.byte_count,
+        metavar="SIZE",
+        help="what this process may hold, such as 2GB; of a model in shards, those that do not fit are read for each "
+        "step (default: no limit)",
+    )
+
+
+def open_program(flags: argparse.Namespace, file: Path) -> Program:
+    """The file, as `add_program_flags` says.
+
+    Raises:
+        InputError: see `Program`.
+    """
+    return Program(file, threads=flags.threads, check=not flags.no_check, memory_budget=flags.memory_budget)
 
 
 def add_threads_flag(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from model.errors import InputError
 from runtime.constrain import Constraint, json_schema, regex
-from runtime.flags import add_generation_flags, add_program_flags, generation_options, valid
+from runtime.flags import add_generation_flags, add_program_flags, generation_options, open_program, valid
 from runtime.generation import GenerationOptions, Step, generate, told
 from runtime.meter import peak_memory
 from runtime.program import Program
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
     start = time.perf_counter()
-    program = Program(options.file, threads=options.threads, check=not options.no_check)
+    program = open_program(options, options.file)
     load = time.perf_counter() - start
     prompt = options.prompt_ids or prompt_ids(program, options.prompt, options.parse_special)
     statistics = Statistics(load, len(prompt))
@@ -130,7 +130,7 @@ def _generation(options: argparse.Namespace) -> GenerationOptions:
 
 def _drafter(options: argparse.Namespace, program: Program) -> Drafter | None:
     if options.draft:
-        draft = Program(options.draft, threads=options.threads, check=not options.no_check)
+        draft = open_program(options, options.draft)
         return Draft(draft, program.metadata.config.vocab_size)
     return Lookup() if options.lookup else None
 
@@ -149,7 +149,7 @@ def _constraint(options: argparse.Namespace, program: Program, prompt: list[int]
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser("runtime.generate", "Runs an exported .pte.", __doc__)
     add = parser.add_argument
-    add("file", type=Path, help="the .pte")
+    add("file", type=Path, help="the .pte, or the folder of its shards")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (default: none, only BOS)")
     add("--parse-special", action="store_true", help="let the prompt's text name special tokens, such as </s>")

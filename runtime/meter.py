@@ -23,7 +23,18 @@ def median_seconds(call: Callable[[], object], count: int) -> float:
 
 def peak_memory() -> int:
     """The most memory in bytes that this process held, mapped files included."""
-    status = Path("/proc/self/status")  # on Linux resource would answer for the process, too, that started this one
-    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+def memory() -> int:
+    """Bytes that this process holds, mapped files included; where the system does not say, the most it held."""
+    return _status("VmRSS") or peak_memory()
+
+
+def _status(name: str) -> int | None:
+    """What Linux says of this process; resource would answer for the one, too, that started it."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"{name}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None

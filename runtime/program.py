@@ -2,20 +2,22 @@
 
 import ctypes
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401  ExecuTorch's bindings need its libraries loaded
+import torch  # before ExecuTorch's bindings, which need its libraries loaded
 from executorch.extension.pybindings import _C  # the bindings alone: portable_lib imports all of exir, 140 MB and 2 s
 from torch import Tensor
 
-from export.metadata import Metadata, MethodSpec, Requirements, check_file, from_constants
+from export.metadata import STREAM, Metadata, MethodSpec, Requirements, check_file, from_constants, joined
 from model.errors import InputError, listed
 from preproc.tokenizer import Tokenizer, from_bytes
+from runtime.meter import memory
+from runtime.residency import MARGIN, kept
 
 # Kernels register themselves. Unlike the C++ libraries, the bindings come without those of low-bit weights; attention
 # is ours (setup.py).
@@ -31,6 +33,9 @@ _OURS = ctypes.CDLL(str(_OPERATORS.origin)) if _OPERATORS else None
 
 SMALL = 16_000_000
 """Bytes of matrices below which waking another thread takes longer than it saves; see tests/bench/NOTES.md."""
+
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""glibc's, which keeps what is freed for later unless it is told not to."""
 
 _without_threads = _THREADPOOL._ZN10executorch9extension10threadpool17NoThreadPoolGuard11set_enabledEb
 _without_threads.argtypes = [ctypes.c_bool]
@@ -59,35 +64,63 @@ _share_packed_weights()
 
 
 class Program:
-    """A .pte of ours and its methods.
+    """A model of ours, ready to be run: a .pte and its methods, or the shards of one, each of which runs its blocks.
 
     Attributes:
-        metadata: all that the file carries beside graph and weights.
+        metadata: all that the file carries beside graph and weights; of shards, what the whole would.
         tokenizer: the tokenizer inside the file, or None.
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None, check: bool = True) -> None:
-        """Opens the file: checks it, reads its metadata, and loads its methods.
+    def __init__(
+        self,
+        path: str | Path | Sequence[Path],
+        *,
+        threads: int | None = None,
+        check: bool = True,
+        memory_budget: int | None = None,
+    ) -> None:
+        """Opens the file, the folder of shards, or these: checks them, reads their metadata, and loads their methods.
 
         Args:
             threads: how many threads ExecuTorch uses, in the whole process; None leaves its choice, one per core,
                 and runs a model of less than SMALL bytes in the caller's.
             check: compare the checksum, which reads the file through once.
+            memory_budget: bytes that this process may hold, with one session. Shards for which there is no room are
+                loaded for each step; see `runtime.residency`. None keeps all.
 
         Raises:
-            InputError: not a whole file of ours, or this runtime lacks what it needs.
+            InputError: the budget is too little; not a whole file of ours, shards that do not make one model, or this
+                runtime lacks what it needs.
         """
-        path = Path(path)
-        check_file(path, checksum=check)
+        paths = files(Path(path)) if isinstance(path, str | Path) else path
+        for each in paths:
+            check_file(each, checksum=check)
         _start_threads(threads)
-        self._program, self.metadata = _open(path)
-        _check_requirements(path, self.metadata.requirements)
+        shards = [Shard(each) for each in paths]
+        self.metadata = joined({shard.path: shard.metadata for shard in shards})
+        _check_requirements(paths[0], self.metadata.requirements)
         self.tokenizer: Tokenizer | None = None
         if self.metadata.tokenizer:
             self.tokenizer = from_bytes(self.metadata.tokenizer, self.metadata.tokenizer_kind)
         self._is_small = threads is None and self.metadata.matrix_bytes < SMALL
+        self._shards = sorted(shards, key=lambda shard: shard.metadata.span.start)
+        self._kept = self._chosen(memory_budget)
         with self._threads():
-            self._methods = {spec.name: self._program.load_method(spec.name) for spec in self.metadata.methods}
+            for shard in self._kept:
+                shard.load()
+
+    def _chosen(self, memory_budget: int | None) -> list["Shard"]:
+        """The shards that stay."""
+        if memory_budget is None:
+            return self._shards
+        taken = memory() + self.metadata.activation_bytes + self.metadata.cache_bytes
+        sizes = [int(MARGIN * shard.metadata.matrix_bytes) for shard in self._shards]
+        return [self._shards[number] for number in sorted(kept(sizes, memory_budget - taken))]
+
+    @property
+    def bytes_loaded(self) -> int:
+        """Bytes of matrices that are loaded anew for each step."""
+        return sum(shard.metadata.matrix_bytes for shard in self._shards if shard not in self._kept)
 
     def step(self, method: MethodSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Runs one method once.
@@ -98,10 +131,15 @@ class Program:
         Returns:
             outputs by the names of `method.outputs`, valid only until the next step of this program.
         """
-        given = [inputs[spec.name] for spec in method.inputs]
+        given, outputs = dict(inputs), dict[str, Tensor]()
         with self._threads():
-            outputs = self._methods[method.name].call(given, clone_outputs=False)
-        return {spec.name: tensor for spec, tensor in zip(method.outputs, outputs, strict=True)}
+            for shard, following in zip(self._shards, [*self._shards[1:], self._shards[0]], strict=True):
+                if following not in self._kept:
+                    following.read_ahead()
+                outputs |= shard.run(method.name, given) if shard in self._kept else shard.run_once(method.name, given)
+                if STREAM in outputs:
+                    given[STREAM] = outputs.pop(STREAM)
+        return outputs
 
     @contextmanager
     def _threads(self) -> Iterator[None]:
@@ -115,6 +153,59 @@ class Program:
                 _without_threads(False)
 
 
+class Shard:
+    """One file: some blocks of a model, or all.
+
+    Attributes:
+        path: of the file.
+        metadata: all that it carries beside graph and weights.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens the file and reads its metadata."""
+        self.path = path
+        self._program, self.metadata = _open(path)
+        self._methods = dict[str, Any]()
+
+    def load(self) -> None:
+        """Loads its methods, which takes the memory for its weights."""
+        self._methods = {spec.name: self._program.load_method(spec.name) for spec in self.metadata.methods}
+
+    def read_ahead(self) -> None:
+        """Has the system read the file while something else is computed."""
+        if hasattr(os, "posix_fadvise"):
+            with self.path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    def run_once(self, method: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Loads the methods, runs one of them as `run` does, and gives their memory back."""
+        self.load()
+        outputs = {name: torch.from_numpy(tensor.numpy().copy()) for name, tensor in self.run(method, inputs).items()}
+        self._methods.clear()
+        if _trim:
+            _trim(0)
+        return outputs
+
+    def run(self, method: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Runs one method on those of the inputs that it takes, as `Program.step` does."""
+        spec = next(spec for spec in self.metadata.methods if spec.name == method)
+        outputs = self._methods[method].call([inputs[each.name] for each in spec.inputs], clone_outputs=False)
+        return {each.name: tensor for each, tensor in zip(spec.outputs, outputs, strict=True)}
+
+
+def files(path: Path) -> list[Path]:
+    """The .pte, or those in a folder of shards.
+
+    Raises:
+        InputError: the folder has none.
+    """
+    if not path.is_dir():
+        return [path]
+    if found := sorted(path.glob("*.pte")):
+        return found
+    raise InputError(f"the folder {path} has no .pte files; give one with shards, or a .pte")
+
+
 def read_bandwidth(threads: int) -> float:
     """Bytes a second that so many threads together read from memory: what decoding cannot be faster than."""
     if _OURS is None:
@@ -124,13 +215,16 @@ def read_bandwidth(threads: int) -> float:
 
 
 def read_metadata(path: str | Path) -> Metadata:
-    """Reads what a file carries without loading its methods.
+    """Reads what a file carries, or what the whole would whose shards a folder has, without loading its methods.
 
     Raises:
-        InputError: not a whole file of ours.
+        InputError: not a whole file of ours, or shards that do not make one model.
     """
-    check_file(Path(path))
-    return _open(Path(path))[1]
+    found = {}
+    for each in files(Path(path)):
+        check_file(each)
+        found[each] = _open(each)[1]
+    return joined(found)
 
 
 def _open(path: Path) -> tuple[Any, Metadata]:

@@ -115,7 +115,7 @@ def _listener(host: str, port: int) -> socket.socket:
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser("runtime.serve", "Serves an exported .pte to OpenAI's clients.", __doc__)
     add = parser.add_argument
-    add("file", type=Path, help="the .pte")
+    add("file", type=Path, help="the .pte, or the folder of its shards")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (default: %(default)s)")
     add("--port", type=int, default=8000, help="0 for one that is free (default: %(default)s)")
     add(

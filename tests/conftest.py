@@ -10,6 +10,7 @@ import torch
 import xxhash
 from hypothesis import settings
 
+from export.cut import Cut
 from export.emit import emit
 from export.link import Linked, link
 from export.llama import export_llama
@@ -17,7 +18,7 @@ from export.lower import lower
 from export.plan import ExportOptions, Plan
 from export.recipe import Recipe
 from export.scheme import SCHEMES, Scheme
-from export.trace import GraphOptions, signatures
+from export.trace import GraphOptions
 from model.checkpoint import BUILT_IN
 from model.config import ModelConfig
 from model.model import Llama
@@ -128,7 +129,8 @@ def planned(model: Llama, graph: GraphOptions, scheme: Scheme = SCHEMES["fp32"])
     """How to export a model in memory, without a tokenizer."""
     return Plan(
         recipe=Recipe(model.config, model.state_dict(), scheme),
-        methods=signatures(model.config, graph, scheme.kv_dtype),
+        graph=graph,
+        cut=Cut(),
         tokenizer=None,
         provenance={
             "options": asdict(graph) | {"quantize": "", "scheme": scheme.to_json()},
@@ -152,14 +154,14 @@ def _digest(model: Llama) -> str:
 def linked(plan: Plan, backend: str = "portable") -> Linked:
     """The program of a plan."""
     recipe = plan.recipe
-    codes = lower(recipe.config, plan.methods, backend, recipe.scheme)
-    return link(recipe, plan.methods, codes, backend, plan.identity)
+    codes = lower(recipe.config, plan.shards, backend, recipe.scheme)
+    return link(recipe, plan.shards[0], codes, backend, plan.identity)
 
 
 def write_pte(plan: Plan, path: Path, backend: str = "portable") -> Path:
     """The file of a plan, by the pipeline's own stages."""
     program = linked(plan, backend)
-    emit(program, plan.metadata(program), path)
+    emit(program, plan.metadata(program, plan.shards[0]), path)
     return path
 
 

@@ -49,7 +49,7 @@ class Kind:
     def model(self) -> Llama:
         """A random one."""
         model = random_model(self.config)
-        for block in model.layers:
+        for block in model.layers.values():
             block.attention.kv_dtype = self.kv_dtype
         return model
 
@@ -83,7 +83,8 @@ KINDS = {
 
 def metadata_of(kind: Kind) -> Metadata:
     """What a file of this kind carries, but for what a backend needs."""
-    return _plan(kind).metadata(Linked(None, Requirements("", (), ()), 0))
+    plan = _plan(kind)
+    return plan.metadata(Linked(None, Requirements("", (), ()), 0), plan.shards[0])
 
 
 def _plan(kind: Kind) -> Plan:

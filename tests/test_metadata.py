@@ -35,6 +35,7 @@ def metadata(config: ModelConfig, **changes: object) -> Metadata:
     fields = {
         "config": config,
         "matrix_bytes": 12345,
+        "activation_bytes": 678,
         "max_seq_len": 48,
         "batch_size": 1,
         "bos_id": 1,

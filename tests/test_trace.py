@@ -81,19 +81,32 @@ def test_hidden_states_are_the_last_blocks_normalised() -> None:
 
 def test_blocks_of_one_kind_share_a_graph() -> None:
     config = replace(TOY, n_layers=5, sliding_window=8, local_layers=(1, 3), nope_layers=(3, 4))
-    assert pieces(config, fused=False) == {
-        "layers.0": "layers.0",
-        "layers.1": "layers.1",
-        "layers.2": "layers.0",
-        "layers.3": "layers.3",
-        "layers.4": "layers.4",
+    assert pieces(config, range(5), fused=False) == {
+        "layers.0": "block",
+        "layers.1": "block local",
+        "layers.2": "block",
+        "layers.3": "block local unrotated",
+        "layers.4": "block unrotated",
         "head": "head",
     }
+    assert pieces(config, range(1, 3), fused=False) == {"layers.1": "block local", "layers.2": "block"}
 
 
 def test_segments_differ_only_at_the_ends_and_by_their_formats() -> None:
-    found = pieces(replace(TOY, n_layers=5, sliding_window=8, local_layers=(1, 3)), fused=True, careful=(3,))
-    assert [int(kind.removeprefix("segments.")) for kind in found.values()] == [0, 1, 1, 3, 4, 5]
+    config = replace(TOY, n_layers=5, sliding_window=8, local_layers=(1, 3))
+    found = pieces(config, range(5), fused=True, careful=(3,))
+    assert list(found.values()) == [
+        "after",
+        "before after",
+        "before after",
+        "before after careful_after",
+        "before after careful_before",
+        "before head",
+    ]
+    assert pieces(config, range(3, 4), True, (3,)) == {
+        "segments.3": "after careful_after",
+        "segments.4": "before careful_before",
+    }
     names = [parameter_name(TOY, "segments.1", f"{side}.ffn_norm.weight") for side in ("before", "after")]
     assert names == ["layers.0.ffn_norm.weight", "layers.1.ffn_norm.weight"]
     assert parameter_name(TOY, "segments.2", "after.output.weight") == "head.output.weight"

@@ -64,7 +64,7 @@ def test_any_tensor_scaled_by_a_hundredth_is_noticed(made: tuple[Path, Llama]) -
 def test_two_swapped_layers_are_noticed(made: tuple[Path, Llama]) -> None:
     file, model = made
     other = changed(model)
-    other.layers[0], other.layers[1] = other.layers[1], other.layers[0]
+    other.layers["0"], other.layers["1"] = other.layers["1"], other.layers["0"]
     assert verdict(file, other).failure
 
 
@@ -98,7 +98,7 @@ def test_the_command_exits_with_0_or_1(toy_pte: Path, toy_bin: Path, tmp_path: P
     assert command.main([str(toy_pte), "--checkpoint", str(toy_bin)]) == 0
     assert "passed" in capsys.readouterr().out
     other = changed(toy_model())
-    other.layers[0].feed_forward.w2.weight.mul_(1.01)
+    other.layers["0"].feed_forward.w2.weight.mul_(1.01)
     assert command.main([str(toy_pte), "--checkpoint", str(write_llama2c(other, tmp_path / "b.bin", 1))]) == 1
     assert "FAILED" in capsys.readouterr().out
 

@@ -256,7 +256,7 @@ void add_penalties(CLI::App& app, SamplingOptions& sampling) {
 }
 
 void add_flags(CLI::App& app, Arguments& arguments) {
-    app.add_option("file", arguments.file, "the .pte")->required()->type_name("");
+    app.add_option("file", arguments.file, "the .pte, or the folder of its shards")->required()->type_name("");
     app.add_option("--prompt", arguments.prompt, "text to continue (default: none, only BOS)")->type_name("TEXT");
     app.add_option("--prompt-ids", arguments.prompt_ids, "token ids in place of a text: 1,15043,3186")
         ->delimiter(',')
@@ -292,6 +292,11 @@ void add_flags(CLI::App& app, Arguments& arguments) {
     app.add_option("--seed", arguments.seed, "of the random numbers (default: 0)")->type_name("N");
     app.add_option("--threads", arguments.program.threads, "default: one per core, and one for a small model")
         ->type_name("N");
+    app.add_option("--memory-budget", arguments.program.memory_budget,
+                   "what this process may hold, such as 2GB; of a model in shards, those that do not fit are read for "
+                   "each step (default: no limit)")
+        ->transform(CLI::AsSizeValue(true))
+        ->type_name("SIZE");
     app.add_option_function<std::string>(
            "--format", [&](const std::string& format) { arguments.json = format == "json"; },
            "text or json: one object with ids, text and timings (default: text)")

@@ -157,11 +157,16 @@ MethodSpec method_spec(Reader& reader, const json& object) {
                     reader.integer(object, "max_length"),
                     reader.integer(object, "max_rows"),
                     {},
-                    {}};
+                    {},
+                    reader.integer(object, "start_layer"),
+                    reader.integer(object, "end_layer")};
     if (spec.min_length < 1 || spec.max_length < spec.min_length || spec.max_length > kMostElements ||
         spec.max_rows < 1 || spec.max_rows > spec.max_length) {
         reader.fail("the lengths of method " + spec.name + " are impossible");
         return spec;
+    }
+    if (spec.start_layer < 0 || spec.end_layer <= spec.start_layer) {
+        reader.fail("the blocks of method " + spec.name + " are impossible");
     }
     for (const json& input : reader.member(object, "inputs")) {
         spec.inputs.push_back(tensor_spec(reader, input, spec.most()));
@@ -170,6 +175,30 @@ MethodSpec method_spec(Reader& reader, const json& object) {
         spec.outputs.push_back(tensor_spec(reader, output, spec.most()));
     }
     return spec;
+}
+
+/// Adds those that are not there by that name.
+void add(std::vector<TensorSpec>& specs, const std::vector<TensorSpec>& others) {
+    for (const TensorSpec& other : others) {
+        if (std::ranges::find(specs, other.name, &TensorSpec::name) == specs.end()) specs.push_back(other);
+    }
+}
+
+/// Makes a method what it and the next shard's make together.
+void extend(MethodSpec& spec, const MethodSpec& next) {
+    spec.max_rows = next.max_rows;
+    spec.end_layer = next.end_layer;
+    add(spec.inputs, next.inputs);
+    add(spec.outputs, next.outputs);
+}
+
+/// As in a whole file, all keys stand behind the rest, and all values behind them.
+int order(const TensorSpec& spec) { return spec.name.find('.') == std::string::npos ? 0 : spec.name[0]; }
+
+Requirements united(Requirements a, const Requirements& b) {
+    a.backends.insert(a.backends.end(), b.backends.begin(), b.backends.end());
+    a.operators.insert(a.operators.end(), b.operators.begin(), b.operators.end());
+    return a;
 }
 
 }  // namespace
@@ -187,12 +216,24 @@ bool TensorSpec::is(std::span<const int64_t> sizes, StepSize step, Dtype type) c
                                        [&](int64_t a, int64_t b) { return step.of(a) == b; });
 }
 
+int64_t Metadata::cache_bytes() const {
+    int64_t bytes = 0;
+    for (const TensorSpec& spec : methods[0].inputs) {
+        if (spec.name.starts_with("k_cache.") || spec.name.starts_with("v_cache.")) {
+            bytes += spec.elements(1) * static_cast<int64_t>(size_of(spec.dtype));
+        }
+    }
+    return bytes;
+}
+
 Result<Metadata> from_constants(const Constants& constants) {
     Reader reader(constants);
     Metadata metadata{};
     metadata.max_seq_len = reader.integer("get_max_seq_len", 1);
     metadata.vocab_size = reader.integer("get_vocab_size", 1);
+    metadata.n_layers = reader.integer("get_n_layers", 1);
     metadata.matrix_bytes = reader.integer("get_matrix_bytes", 1);
+    metadata.activation_bytes = reader.integer("get_activation_bytes", 0);
     if (reader.integer("get_batch_size", 1) != 1) {
         reader.fail("it extends several texts at once, which this runner cannot: leave --batch-size out");
     }
@@ -235,6 +276,42 @@ Result<Metadata> from_constants(const Constants& constants) {
     metadata.chat_template = reader.text("get_chat_template");
     if (reader.error()) return *reader.error();
     return metadata;
+}
+
+Result<Metadata> joined(std::span<const NamedMetadata> shards) {
+    Metadata whole = *shards[0].metadata;
+    int64_t end = 0;
+    const auto missing = [&](int64_t start) {
+        return Error{"the shard with blocks " + std::to_string(end) + " to " + std::to_string(start - 1) +
+                     " is missing beside " + shards[0].path + "; copy it there or export again"};
+    };
+    for (const auto& [path, metadata] : shards) {
+        const MethodSpec& first = metadata->methods[0];
+        if (metadata->identity != whole.identity || metadata->methods.size() != whole.methods.size()) {
+            return Error{path + " is not of the same export as " + shards[0].path +
+                         "; keep the shards of one export together"};
+        }
+        if (first.start_layer < end) {
+            return Error{path + " has blocks from " + std::to_string(first.start_layer) +
+                         " on, which another shard has; remove one"};
+        }
+        if (first.start_layer > end) return missing(first.start_layer);
+        end = first.end_layer;
+        if (metadata == shards[0].metadata) continue;
+        whole.matrix_bytes += metadata->matrix_bytes;
+        whole.activation_bytes = std::max(whole.activation_bytes, metadata->activation_bytes);
+        whole.requirements = united(std::move(whole.requirements), metadata->requirements);
+        for (size_t i = 0; i < whole.methods.size(); ++i) extend(whole.methods[i], metadata->methods[i]);
+    }
+    if (end < whole.n_layers) return missing(whole.n_layers);
+    if (shards.size() == 1) return whole;
+    for (MethodSpec& spec : whole.methods) {
+        for (auto* tensors : {&spec.inputs, &spec.outputs}) {
+            std::erase_if(*tensors, [](const TensorSpec& tensor) { return tensor.name == kStream; });
+            std::ranges::stable_sort(*tensors, {}, order);
+        }
+    }
+    return whole;
 }
 
 }  // namespace llama_runner

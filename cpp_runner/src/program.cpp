@@ -1,268 +1,64 @@
 #include "llama_runner/program.h"
 
-#include <executorch/extension/data_loader/mmap_data_loader.h>
-#include <executorch/extension/memory_allocator/malloc_memory_allocator.h>
-#include <executorch/extension/threadpool/threadpool_guard.h>
-#include <executorch/runtime/backend/backend_options_map.h>
-#include <executorch/runtime/backend/interface.h>
-#include <executorch/runtime/executor/program.h>
-#include <executorch/runtime/kernel/operator_registry.h>
-#include <executorch/runtime/platform/platform.h>
-#include <executorch/runtime/platform/runtime.h>
-
 #include <algorithm>
-#include <array>
-#include <cstring>
-#include <set>
+#include <filesystem>
 
 #include "guard.h"
-
-namespace et = executorch::runtime;
-
-#ifdef ET_USE_THREADPOOL
-// Exported by ExecuTorch's thread pool library, whose header is not installed.
-namespace executorch::extension::threadpool {
-class ThreadPool {
-  public:
-    bool _unsafe_reset_threadpool(uint32_t threads);
-};
-ThreadPool* get_threadpool();
-}  // namespace executorch::extension::threadpool
-#endif
+#include "llama_runner/meter.h"
+#include "residency.h"
+#include "shard.h"
 
 namespace llama_runner {
 
 namespace {
 
-constexpr size_t kMostDimensions = 8;
-
-/// ExecuTorch's latest complaint, which goes into our error messages instead of to stderr.
-thread_local std::array<char, 256> last_complaint{};
-
-void keep_complaint(et_timestamp_t, et_pal_log_level_t level, const char*, const char*, size_t, const char* message,
-                    size_t length) {
-    if (level != kError && level != kFatal) return;
-    const size_t count = std::min(length, last_complaint.size() - 1);
-    std::memcpy(last_complaint.data(), message, count);
-    last_complaint[count] = '\0';
-}
-
-void start_runtime() {
-    static const bool started = [] {
-        et::register_pal(et::PalImpl::create(keep_complaint, "llama_runner"));
-        et::runtime_init();
-        return true;
-    }();
-    static_cast<void>(started);
-}
-
-Error failure(const std::string& what, et::Error error) {
-    std::string message = what + " failed in ExecuTorch (" + et::to_string(error);
-    if (last_complaint[0] != '\0') message += std::string(": ") + last_complaint.data();
-    return {message + "); export the file again"};
-}
-
-/// Memory that kernels borrow for one call. What did not fit is fetched singly and makes the block larger for the next
-/// call, so that steps soon stop allocating.
-class Scratch final : public et::MemoryAllocator {
-  public:
-    Scratch() : MemoryAllocator(0, nullptr) {}
-
-    void* allocate(size_t size, size_t alignment = kDefaultAlignment) override {
-        void* start = block_.data() + used_;
-        size_t space = block_.size() - used_;
-        needed_ += size + alignment;
-        if (std::align(alignment, size, start, space) != nullptr) {
-            used_ = block_.size() - space + size;
-            return start;
-        }
-        return overflow_.allocate(size, alignment);
+/// The file, or those in a folder of shards.
+Result<std::vector<std::string>> files(const std::string& path) {
+    if (!std::filesystem::is_directory(path)) return std::vector<std::string>{path};
+    std::vector<std::string> found;
+    for (const auto& entry : std::filesystem::directory_iterator(path)) {
+        if (entry.path().extension() == ".pte") found.push_back(entry.path().string());
     }
-
-    void reset() override {
-        if (needed_ > block_.size()) block_.resize(needed_);
-        overflow_.reset();
-        used_ = needed_ = 0;
+    if (found.empty()) {
+        return Error{"the folder " + path + " has no .pte files; give one with shards, or a .pte"};
     }
+    std::ranges::sort(found);
+    return found;
+}
 
-  private:
-    std::vector<uint8_t> block_;
-    executorch::extension::MallocMemoryAllocator overflow_;
-    size_t used_ = 0;
-    size_t needed_ = 0;
+constexpr size_t kFromBefore = SIZE_MAX;
+
+/// For a shard's tensors, which of the whole's they are; kFromBefore for what is handed between shards.
+std::vector<size_t> places(const std::vector<TensorSpec>& shard, const std::vector<TensorSpec>& whole) {
+    std::vector<size_t> found;
+    for (const TensorSpec& spec : shard) {
+        const auto place = std::ranges::find(whole, spec.name, &TensorSpec::name);
+        found.push_back(spec.name == kStream ? kFromBefore : static_cast<size_t>(place - whole.begin()));
+    }
+    return found;
+}
+
+/// How a shard's part of a method is called: the whole's tensors that it takes and gives.
+struct Route {
+    std::vector<size_t> inputs;
+    std::vector<size_t> outputs;
+    std::vector<const void*> given;
+    /// What a shard gave that did not stay.
+    std::vector<std::vector<std::byte>> copies;
+    std::vector<const void*> copied;
 };
-
-/// XNNPACK packs each weight once for all methods, not once for each: half the memory, and less time to load.
-const et::LoadBackendOptionsMap& backend_options() {
-    static et::BackendOptions<1> xnnpack;
-    static et::LoadBackendOptionsMap options;
-    static const bool set = xnnpack.set_option("weight_cache_enabled", true) == et::Error::Ok &&
-                            options.set_options("XnnpackBackend", xnnpack.view()) == et::Error::Ok;
-    ET_CHECK(set);
-    return options;
-}
-
-/// A method and the memory it lives in.
-struct Loaded {
-    executorch::extension::MallocMemoryAllocator structures;
-    Scratch scratch;
-    std::vector<std::vector<uint8_t>> planned;
-    std::vector<et::Span<uint8_t>> planned_spans;
-    std::optional<et::HierarchicalAllocator> planned_memory;
-    std::optional<et::MemoryManager> manager;
-    std::optional<et::Method> method;
-    std::vector<std::unique_ptr<std::max_align_t[]>> outputs;
-    std::vector<const void*> output_pointers;
-};
-
-Result<std::unique_ptr<Loaded>> load(const et::Program& program, const char* name) {
-    last_complaint[0] = '\0';
-    const auto meta = program.method_meta(name);
-    if (!meta.ok()) return Error{std::string("the file carries no ") + name + "; export it again"};
-    auto loaded = std::make_unique<Loaded>();
-    for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
-        loaded->planned.emplace_back(static_cast<size_t>(*meta->memory_planned_buffer_size(i)));
-    }
-    for (auto& buffer : loaded->planned) loaded->planned_spans.emplace_back(buffer.data(), buffer.size());
-    loaded->planned_memory.emplace(et::Span(loaded->planned_spans.data(), loaded->planned_spans.size()));
-    loaded->manager.emplace(&loaded->structures, &*loaded->planned_memory, &loaded->scratch);
-    auto method = program.load_method(name, &*loaded->manager, nullptr, nullptr, &backend_options());
-    if (!method.ok()) return failure(std::string("loading ") + name, method.error());
-    loaded->method.emplace(std::move(*method));
-    return loaded;
-}
-
-Result<Constant> constant(const et::EValue& value, const char* name) {
-    if (value.isInt()) return Constant(value.toInt());
-    if (value.isBool()) return Constant(int64_t{value.toBool()});
-    if (value.isString()) return Constant(std::string(value.toString()));
-    if (!value.isTensor()) return Error{std::string(name) + " has an unknown type; export the file again"};
-    const auto& tensor = value.toTensor();
-    return Constant(ConstantTensor{tensor.scalar_type() == et::etensor::ScalarType::Float,
-                                   {tensor.sizes().begin(), tensor.sizes().end()},
-                                   tensor.const_data_ptr(),
-                                   tensor.nbytes()});
-}
-
-Result<void> call_constant(const et::Program& program, const char* name,
-                           const std::function<void(std::vector<Constant>)>& take) {
-    auto loaded = load(program, name);
-    if (!loaded) return loaded.error();
-    et::Method& method = *(*loaded)->method;
-    if (const auto error = method.execute(); error != et::Error::Ok)
-        return failure(std::string("reading ") + name, error);
-    std::vector<Constant> values;
-    for (size_t i = 0; i < method.outputs_size(); ++i) {
-        auto value = constant(method.get_output(i), name);
-        if (!value) return value.error();
-        values.push_back(*std::move(value));
-    }
-    take(std::move(values));
-    return {};
-}
-
-Result<void> check_requirements(const std::string& path, const Requirements& needed) {
-    std::set<std::string> missing(needed.backends.begin(), needed.backends.end());
-    for (size_t i = 0; i < et::get_num_registered_backends(); ++i) {
-        if (const auto name = et::get_backend_name(i); name.ok()) missing.erase(*name);
-    }
-    for (const std::string& name : needed.operators) {
-        if (!name.starts_with("executorch_prim::")) missing.insert(name);
-    }
-    for (const et::Kernel& kernel : et::get_registered_kernels()) missing.erase(kernel.name_);
-    if (missing.empty()) return {};
-
-    constexpr size_t kMost = 4;
-    std::string names;
-    size_t shown = 0;
-    for (auto name = missing.begin(); name != missing.end() && shown < kMost; ++name, ++shown) {
-        names += (shown > 0 ? ", " : "") + *name;
-    }
-    if (missing.size() > kMost) names += " and " + std::to_string(missing.size() - kMost) + " more";
-    return Error{path + " needs " + names + ", which the ExecuTorch here lacks; it was made with ExecuTorch " +
-                 needed.executorch + ": install that, or export the file again"};
-}
-
-Result<void> set_threads(int64_t threads) {
-    if (threads < 1) return Error{"--threads " + std::to_string(threads) + " is impossible; give 1 or more"};
-#ifdef ET_USE_THREADPOOL
-    auto* const pool = executorch::extension::threadpool::get_threadpool();
-    if (pool != nullptr && pool->_unsafe_reset_threadpool(static_cast<uint32_t>(std::min<int64_t>(threads, 1024)))) {
-        return {};
-    }
-#endif
-    return Error{"--threads " + std::to_string(threads) + " is impossible: ExecuTorch here has no thread pool"};
-}
-
-et::etensor::ScalarType scalar_type(Dtype dtype) {
-    using et::etensor::ScalarType;
-    switch (dtype) {
-        case Dtype::kFloat32:
-            return ScalarType::Float;
-        case Dtype::kFloat16:
-            return ScalarType::Half;
-        case Dtype::kInt8:
-            return ScalarType::Char;
-        case Dtype::kInt64:
-            return ScalarType::Long;
-    }
-    return ScalarType::Undefined;
-}
-
-bool matches(const et::Result<et::TensorInfo>& found, const TensorSpec& spec, StepSize most) {
-    return found.ok() && found->scalar_type() == scalar_type(spec.dtype) &&
-           found->sizes().size() == spec.shape.size() && spec.shape.size() <= kMostDimensions &&
-           found->nbytes() == static_cast<size_t>(spec.elements(most)) * size_of(spec.dtype);
-}
-
-/// Refuses a method that is not what its spec says, and gives its outputs their place.
-Result<void> prepare(Loaded& loaded, const MethodSpec& spec) {
-    const et::MethodMeta meta = loaded.method->method_meta();
-    bool whole = meta.num_inputs() == spec.inputs.size() && meta.num_outputs() == spec.outputs.size();
-    for (size_t i = 0; whole && i < spec.inputs.size(); ++i) {
-        whole = matches(meta.input_tensor_meta(i), spec.inputs[i], spec.most());
-    }
-    for (size_t i = 0; whole && i < spec.outputs.size(); ++i) {
-        whole = matches(meta.output_tensor_meta(i), spec.outputs[i], spec.most());
-    }
-    if (!whole) return Error{"method " + spec.name + " is not what get_methods says; export the file again"};
-    for (size_t i = 0; i < spec.outputs.size(); ++i) {
-        const TensorSpec& output = spec.outputs[i];
-        const size_t bytes = static_cast<size_t>(output.elements(spec.most())) * size_of(output.dtype);
-        auto& memory = loaded.outputs.emplace_back(
-            std::make_unique_for_overwrite<std::max_align_t[]>(bytes / sizeof(std::max_align_t) + 1));
-        loaded.output_pointers.push_back(memory.get());
-        const auto error = loaded.method->set_output_data_ptr(memory.get(), bytes, i);
-        if (error != et::Error::Ok) return failure("placing " + output.name, error);
-    }
-    return {};
-}
 
 }  // namespace
 
-/// Keeps a small model to the caller's thread, while it is loaded and while it runs.
-class Threads {
-  public:
-    explicit Threads([[maybe_unused]] bool is_small) {
-#ifdef ET_USE_THREADPOOL
-        if (is_small) guard_.emplace();
-#endif
-    }
-
-  private:
-#ifdef ET_USE_THREADPOOL
-    std::optional<executorch::extension::threadpool::NoThreadPoolGuard> guard_;
-#endif
-};
-
 struct Program::State {
-    explicit State(executorch::extension::MmapDataLoader file) : loader(std::move(file)) {}
-
-    executorch::extension::MmapDataLoader loader;
-    std::optional<et::Program> program;
     Metadata metadata;
     std::unique_ptr<Tokenizer> tokenizer;
-    std::vector<std::unique_ptr<Loaded>> methods;
+    std::vector<Shard> shards;
+    /// By method and shard.
+    std::vector<std::vector<Route>> routes;
+    std::vector<const void*> outputs;
+    /// By shard: whether it stays loaded.
+    std::vector<bool> kept;
     bool is_small = false;
 };
 
@@ -276,59 +72,108 @@ const Tokenizer* Program::tokenizer() const { return state_->tokenizer.get(); }
 
 Result<std::unique_ptr<Program>> Program::open(const std::string& path, const Options& options) {
     return guarded([&]() -> Result<std::unique_ptr<Program>> {
-        using executorch::extension::MmapDataLoader;
-        start_runtime();
-        if (auto checked = check_file(path, options.check); !checked) return checked.error();
+        const auto paths = files(path);
+        if (!paths) return paths.error();
+        auto state = std::make_unique<State>();
         if (options.threads) {
             if (auto set = set_threads(*options.threads); !set) return set.error();
         }
-        auto file = MmapDataLoader::from(path.c_str(), MmapDataLoader::MlockConfig::NoMlock);
-        if (!file.ok()) return failure("opening " + path, file.error());
-        auto state = std::make_unique<State>(std::move(*file));
-        auto program = et::Program::load(&state->loader);
-        if (!program.ok()) return failure("opening " + path, program.error());
-        state->program.emplace(std::move(*program));
-        auto metadata = from_constants(
-            [&](const char* name, const auto& take) { return call_constant(*state->program, name, take); });
-        if (!metadata) return metadata.error();
-        state->metadata = *std::move(metadata);
-        if (auto met = check_requirements(path, state->metadata.requirements); !met) return met.error();
+        for (const std::string& each : *paths) {
+            if (auto checked = check_file(each, options.check); !checked) return checked.error();
+            auto shard = Shard::open(each);
+            if (!shard) return shard.error();
+            state->shards.push_back(*std::move(shard));
+        }
+        if (auto linked = link(*state); !linked) return linked.error();
+        if (auto met = check_requirements(paths->front(), state->metadata.requirements); !met) return met.error();
         if (!state->metadata.tokenizer.empty()) {
             auto tokenizer = from_bytes(state->metadata.tokenizer, state->metadata.tokenizer_kind);
             if (!tokenizer) return tokenizer.error();
             state->tokenizer = *std::move(tokenizer);
         }
         state->is_small = !options.threads && state->metadata.matrix_bytes < kSmall;
-        const Threads threads(state->is_small);
-        for (const MethodSpec& spec : state->metadata.methods) {
-            auto loaded = load(*state->program, spec.name.c_str());
-            if (!loaded) return loaded.error();
-            if (auto prepared = prepare(**loaded, spec); !prepared) return prepared.error();
-            state->methods.push_back(*std::move(loaded));
-        }
+        if (auto loaded = load(*state, options); !loaded) return loaded.error();
         return std::unique_ptr<Program>(new Program(std::move(state)));
     });
 }
 
-Result<std::span<const void* const>> Program::step(size_t method, StepSize step, std::span<const void* const> inputs) {
-    static constexpr std::array<uint8_t, kMostDimensions> kOrder{0, 1, 2, 3, 4, 5, 6, 7};
-    const MethodSpec& spec = state_->metadata.methods[method];
-    Loaded& loaded = *state_->methods[method];
-    const Threads threads(state_->is_small);
-    last_complaint[0] = '\0';
-    for (size_t i = 0; i < inputs.size(); ++i) {
-        const TensorSpec& input = spec.inputs[i];
-        std::array<int32_t, kMostDimensions> sizes{};
-        std::transform(input.shape.begin(), input.shape.end(), sizes.begin(),
-                       [step](int64_t size) { return static_cast<int32_t>(step.of(size)); });
-        et::etensor::TensorImpl tensor(scalar_type(input.dtype), static_cast<ssize_t>(input.shape.size()), sizes.data(),
-                                       const_cast<void*>(inputs[i]), const_cast<uint8_t*>(kOrder.data()));
-        const auto error = loaded.method->set_input(et::EValue(et::etensor::Tensor(&tensor)), i);
-        if (error != et::Error::Ok) return failure("passing " + input.name, error);
+Result<void> Program::load(State& state, const Options& options) {
+    state.kept.assign(state.shards.size(), true);
+    if (options.memory_budget) {
+        const Metadata& whole = state.metadata;
+        std::vector<int64_t> sizes;
+        for (const Shard& shard : state.shards) {
+            sizes.push_back(static_cast<int64_t>(kMargin * static_cast<double>(shard.metadata().matrix_bytes)));
+        }
+        auto found =
+            llama_runner::kept(sizes, *options.memory_budget - memory() - whole.activation_bytes - whole.cache_bytes());
+        if (!found) return found.error();
+        state.kept = *std::move(found);
     }
-    if (const auto error = loaded.method->execute(); error != et::Error::Ok)
-        return failure("running " + spec.name, error);
-    return std::span<const void* const>(loaded.output_pointers);
+    const Threads threads(state.is_small);
+    for (size_t i = 0; i < state.shards.size(); ++i) {
+        if (!state.kept[i]) continue;
+        if (auto loaded = state.shards[i].load(); !loaded) return loaded.error();
+    }
+    return {};
+}
+
+Result<void> Program::link(State& state) {
+    std::ranges::sort(state.shards, {}, [](const Shard& shard) { return shard.metadata().methods[0].start_layer; });
+    std::vector<NamedMetadata> named;
+    for (const Shard& shard : state.shards) named.push_back({shard.path(), &shard.metadata()});
+    auto whole = joined(named);
+    if (!whole) return whole.error();
+    state.metadata = *std::move(whole);
+    for (size_t method = 0; method < state.metadata.methods.size(); ++method) {
+        const MethodSpec& spec = state.metadata.methods[method];
+        std::vector<Route>& routes = state.routes.emplace_back();
+        for (const Shard& shard : state.shards) {
+            const MethodSpec& part = shard.metadata().methods[method];
+            routes.push_back({places(part.inputs, spec.inputs), places(part.outputs, spec.outputs), {}, {}, {}});
+            routes.back().given.resize(part.inputs.size());
+        }
+        state.outputs.resize(std::max(state.outputs.size(), spec.outputs.size()));
+    }
+    return {};
+}
+
+Result<std::span<const void* const>> Program::step(size_t method, StepSize step, std::span<const void* const> inputs) {
+    const Threads threads(state_->is_small);
+    const void* stream = nullptr;
+    const size_t count = state_->shards.size();
+    for (size_t i = 0; i < count; ++i) {
+        if (const size_t next = (i + 1) % count; !state_->kept[next]) state_->shards[next].read_ahead();
+        Route& route = state_->routes[method][i];
+        std::ranges::transform(route.inputs, route.given.begin(),
+                               [&](size_t place) { return place == kFromBefore ? stream : inputs[place]; });
+        auto found = state_->kept[i] ? state_->shards[i].run(method, step, route.given) : run_once(i, method, step);
+        if (!found) return found.error();
+        for (size_t output = 0; output < found->size(); ++output) {
+            const size_t place = route.outputs[output];
+            (place == kFromBefore ? stream : state_->outputs[place]) = (*found)[output];
+        }
+    }
+    return std::span<const void* const>(state_->outputs).first(state_->metadata.methods[method].outputs.size());
+}
+
+Result<std::span<const void* const>> Program::run_once(size_t number, size_t method, StepSize step) {
+    Shard& shard = state_->shards[number];
+    Route& route = state_->routes[method][number];
+    if (auto loaded = shard.load(); !loaded) return loaded.error();
+    const auto found = shard.run(method, step, route.given);
+    if (!found) return found.error();
+    const std::vector<TensorSpec>& specs = shard.metadata().methods[method].outputs;
+    route.copies.resize(specs.size());
+    route.copied.resize(specs.size());
+    for (size_t i = 0; i < specs.size(); ++i) {
+        const auto* bytes = static_cast<const std::byte*>((*found)[i]);
+        const auto size = static_cast<size_t>(specs[i].elements(step)) * size_of(specs[i].dtype);
+        route.copies[i].assign(bytes, bytes + size);
+        route.copied[i] = route.copies[i].data();
+    }
+    shard.unload();
+    return std::span<const void* const>(route.copied);
 }
 
 }  // namespace llama_runner

@@ -16,6 +16,7 @@ std::map<std::string, std::vector<Constant>> good() {
     return {
         {"get_max_seq_len", {int64_t{8}}},
         {"get_vocab_size", {int64_t{16}}},
+        {"get_n_layers", {int64_t{1}}},
         {"get_batch_size", {int64_t{1}}},
         {"get_bos_id", {int64_t{-1}}},
         {"get_eos_ids", {int64_t{2}, int64_t{5}}},
@@ -31,6 +32,7 @@ std::map<std::string, std::vector<Constant>> good() {
         {"get_alibi_slopes", {ConstantTensor{true, {3}, kTable.data(), 3 * sizeof(float)}}},
         {"get_sliding_window", {int64_t{4}}},
         {"get_matrix_bytes", {int64_t{1024}}},
+        {"get_activation_bytes", {int64_t{512}}},
         {"get_tokenizer_kind", {std::string("none")}},
         {"get_chat_template", {std::string("{}")}},
     };
@@ -101,10 +103,11 @@ TEST(Metadata, RefusesWhatHasTheWrongForm) {
 }
 
 TEST(Metadata, RefusesImpossibleMethods) {
-    for (const char* change : {R"("name": 3)", R"("min_length": 0)", R"("min_length": 9)", R"("max_length": "x")",
-                               R"("max_rows": 5)", R"("inputs": [{"name": "a", "shape": [0], "dtype": "float32"}])",
-                               R"("inputs": [{"name": "a", "shape": [9999999999, 9999999999], "dtype": "float32"}])",
-                               R"("outputs": [{"name": "a", "shape": [1], "dtype": "bfloat16"}])"}) {
+    for (const char* change :
+         {R"("name": 3)", R"("min_length": 0)", R"("min_length": 9)", R"("max_length": "x")", R"("max_rows": 5)",
+          R"("start_layer": -1)", R"("end_layer": 0)", R"("inputs": [{"name": "a", "shape": [0], "dtype": "float32"}])",
+          R"("inputs": [{"name": "a", "shape": [9999999999, 9999999999], "dtype": "float32"}])",
+          R"("outputs": [{"name": "a", "shape": [1], "dtype": "bfloat16"}])"}) {
         auto methods = nlohmann::json::parse(std::get<std::string>(good()["get_methods"][0]));
         methods[0].update(nlohmann::json::parse("{" + std::string(change) + "}"));
         auto constants = good();
@@ -130,8 +133,8 @@ TEST(CheckFile, ToldApart) {
         {"hello", "is no .pte file"},
         {whole.substr(0, whole.size() - 1), "is truncated or was not made by llama-pte"},
         {whole.substr(0, 100), "is truncated or was not made by llama-pte"},
-        {newer, "has format version 9, newer than this version's 2"},
-        {older, "has format version 1, and this version reads 2; export it again"},
+        {newer, "has format version 9, newer than this version's 3"},
+        {older, "has format version 1, and this version reads 3; export it again"},
         {longer, "is damaged: "},
         {damaged, "is damaged: its checksum does not match"},
     };

@@ -7,6 +7,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <variant>
 #include <vector>
 
@@ -15,7 +16,7 @@
 /// The contract with export (export/metadata.py): what a file carries, under which names, in which format version.
 namespace llama_runner {
 
-inline constexpr uint32_t kFormatVersion = 2;
+inline constexpr uint32_t kFormatVersion = 3;
 
 /// Stands in a shape for the method's length.
 inline constexpr int64_t kLength = -1;
@@ -41,8 +42,8 @@ struct StepSize {
 
 /// One input or output of a method.
 struct TensorSpec {
-    /// Its role: tokens, select, logits, hidden; what depends on the position, see `PositionInputs`; and k_cache.3,
-    /// v_cache.3, k_rows.3, v_rows.3 for layer 3.
+    /// Its role: tokens, select, logits, hidden; what depends on the position, see `PositionInputs`; k_cache.3,
+    /// v_cache.3, k_rows.3, v_rows.3 for layer 3; and stream, which a shard hands to the next.
     std::string name;
     /// Sizes; kLength and kRows where they are not fixed.
     std::vector<int64_t> shape;
@@ -64,6 +65,9 @@ struct MethodSpec {
     int64_t max_rows;
     std::vector<TensorSpec> inputs;
     std::vector<TensorSpec> outputs;
+    /// The blocks it runs, end excluded.
+    int64_t start_layer = 0;
+    int64_t end_layer = 1;
 
     /// The largest step.
     StepSize most() const { return {max_length, max_rows}; }
@@ -90,8 +94,12 @@ struct Metadata {
     /// Positions that a text may have (T): prompt and answer together.
     int64_t max_seq_len;
     int64_t vocab_size;
+    /// Blocks of the whole model.
+    int64_t n_layers;
     /// Of the matrices that a step multiplies by: decoding reads them for each token, beside the caches.
     int64_t matrix_bytes;
+    /// An upper estimate of what the longest step takes beside weights and caches.
+    int64_t activation_bytes;
     std::optional<int64_t> bos_id;
     std::vector<int64_t> stop_ids;
     std::vector<MethodSpec> methods;
@@ -113,6 +121,9 @@ struct Metadata {
     std::string tokenizer;
     /// How messages become a text, see `ChatTemplate::from_json`; empty where nothing says.
     std::string chat_template;
+
+    /// Of the KV caches.
+    int64_t cache_bytes() const;
 };
 
 /// A tensor that a constant method returns; `data` lives as long as the call that received it.
@@ -131,6 +142,19 @@ using Constants = std::function<Result<void>(const char* name, const std::functi
 
 /// Reads the metadata. Fails where a value is missing, has the wrong form, or asks for what this runner cannot do.
 Result<Metadata> from_constants(const Constants& constants);
+
+/// A file and what it carries.
+struct NamedMetadata {
+    std::string path;
+    const Metadata* metadata;
+};
+
+/// What the whole carries of which these are the shards, in the order of their blocks; of one file, what it carries.
+/// Fails, and names the file, where one is not of the same export, is there twice, or is missing.
+Result<Metadata> joined(std::span<const NamedMetadata> shards);
+
+/// The tensor that a shard hands to the next: the residual stream between two blocks.
+inline constexpr std::string_view kStream = "stream";
 
 /// Refuses what is not a whole file of ours in a format this version reads.
 ///

@@ -13,19 +13,25 @@ inline double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-/// The most memory in bytes that this process held, mapped files included. On Linux getrusage would answer for the
-/// process, too, that started this one.
-inline int64_t peak_memory() {
+/// What Linux says of this process, in bytes; 0 elsewhere. getrusage would answer for the one, too, that started it.
+inline int64_t status_of(const char* format) {
+    long long kilobytes = 0;
 #ifdef __linux__
     if (std::FILE* status = std::fopen("/proc/self/status", "r")) {
         char line[256];
-        long long kilobytes = 0;
         while (kilobytes == 0 && std::fgets(line, sizeof line, status)) {
-            if (std::sscanf(line, "VmHWM: %lld kB", &kilobytes) != 1) kilobytes = 0;
+            if (std::sscanf(line, format, &kilobytes) != 1) kilobytes = 0;
         }
         std::fclose(status);
-        if (kilobytes > 0) return kilobytes * 1024;
     }
+#endif
+    return kilobytes * 1024;
+}
+
+/// The most memory in bytes that this process held, mapped files included.
+inline int64_t peak_memory() {
+    if (const int64_t found = status_of("VmHWM: %lld kB"); found > 0) return found;
+#ifdef __linux__
     constexpr int64_t kUnit = 1024;
 #else
     constexpr int64_t kUnit = 1;
@@ -33,6 +39,12 @@ inline int64_t peak_memory() {
     rusage usage{};
     getrusage(RUSAGE_SELF, &usage);
     return int64_t{usage.ru_maxrss} * kUnit;
+}
+
+/// Bytes that this process holds, mapped files included; where the system does not say, the most it held.
+inline int64_t memory() {
+    const int64_t found = status_of("VmRSS: %lld kB");
+    return found > 0 ? found : peak_memory();
 }
 
 }  // namespace llama_runner

@@ -14,8 +14,8 @@ namespace llama_runner {
 /// Bytes of matrices below which waking another thread takes longer than it saves.
 inline constexpr int64_t kSmall = 16'000'000;
 
-/// A .pte of ours and its methods: checked before it is believed, immutable, shared by any number of sessions, one
-/// step at a time.
+/// A model of ours, ready to be run: a .pte and its methods, or the shards of one, each of which runs its blocks.
+/// Checked before it is believed, immutable, shared by any number of sessions, one step at a time.
 class Program final : public Steps {
   public:
     struct Options {
@@ -24,11 +24,15 @@ class Program final : public Steps {
         std::optional<int64_t> threads;
         /// Compare the checksum, which reads the file through once.
         bool check = true;
+        /// Bytes that this process may hold, with one session. Shards for which there is no room are loaded for each
+        /// step; none keeps all.
+        std::optional<int64_t> memory_budget;
     };
 
-    /// Opens the file: checks it, reads its metadata, and loads its methods.
+    /// Opens the file, or all of a folder: checks it, reads its metadata, and loads its methods.
     ///
-    /// Fails where it is not a whole file of ours, or this runtime lacks what it needs. Damage is found by the
+    /// Fails where the budget is too little, it is not a whole file of ours, shards do not make one model, or this
+    /// runtime lacks what it needs. Damage is found by the
     /// checksum; a file made to deceive, with a right checksum, is outside that promise.
     static Result<std::unique_ptr<Program>> open(const std::string& path, const Options& options);
 
@@ -46,6 +50,12 @@ class Program final : public Steps {
     struct State;
 
     explicit Program(std::unique_ptr<State> state);
+
+    static Result<void> link(State& state);
+    static Result<void> load(State& state, const Options& options);
+
+    /// Loads a shard that does not stay, runs it, and gives its memory back.
+    Result<std::span<const void* const>> run_once(size_t shard, size_t method, StepSize step);
 
     std::unique_ptr<State> state_;
 };

@@ -1,0 +1,154 @@
+"""Shards: cut at export, found in a folder, checked against each other, and together the model."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.cut import Cut
+from export.llama import export_llama
+from export.metadata import MethodSpec
+from export.plan import ExportOptions
+from model.errors import InputError
+from runtime.generation import GenerationOptions, generate
+from runtime.program import Program, read_metadata
+from runtime.sampler import Rng, SamplingOptions
+from runtime.session import Session
+from tests.checkpoints import write_llama2c
+from tests.conftest import MODELS, TOY, exported, random_model
+
+DEEP = replace(TOY, n_layers=5, n_heads=4, n_kv_heads=2)
+"""Grouped queries, and blocks enough for shards of one, two and three."""
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
+    """How to export DEEP."""
+    checkpoint = write_llama2c(random_model(DEEP), tmp_path_factory.mktemp("deep") / "deep.bin", version=1)
+    return ExportOptions(checkpoint=checkpoint, tokenizer=Path("none"), prefill_chunk=7)
+
+
+@pytest.fixture(scope="module")
+def whole(deep: ExportOptions) -> Path:
+    """DEEP in one file."""
+    return exported(replace(deep, output=MODELS / "deep.pte"))
+
+
+@pytest.fixture(scope="module")
+def shards(deep: ExportOptions) -> Path:
+    """DEEP in three."""
+    return exported(replace(deep, cut=Cut(3), output=MODELS / "deep.shards"))
+
+
+def ids(path: Path, prompt: list[int], temperature: float = 0.0) -> list[int]:
+    options = GenerationOptions(SamplingOptions(temperature), max_new_tokens=30)
+    return [step.token for step in generate(Session(Program(path)), prompt, options, Rng(7))]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_any_number_of_shards_gives_the_whole_models_tokens(
+    count: int, deep: ExportOptions, whole: Path, runner: Path
+) -> None:
+    folder = exported(replace(deep, cut=Cut(count), output=MODELS / ("deep.shards" if count == 3 else f"deep{count}")))
+    assert [file.name for file in sorted(folder.iterdir())] == [f"{i}-of-{count}.pte" for i in range(1, count + 1)]
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    expected = ids(whole, prompt)
+    assert ids(folder, prompt) == expected
+    assert ids(folder, prompt, temperature=0.8) == ids(whole, prompt, temperature=0.8)
+    command = [runner, folder, "--prompt-ids", ",".join(map(str, prompt)), "--max-new-tokens", "30", "--format", "json"]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    assert found["token_ids"] == expected
+
+
+@pytest.mark.parametrize("changes", [{"attention": "aten"}, {"kv_cache": False}, {"backend": "portable"},
+                                     {"quantize": "8da8w", "kv_dtype": "int8"},
+                                     {"hidden_states": True}, {"batch_size": 2}])  # fmt: skip
+def test_every_kind_of_graph_can_be_cut(changes: dict[str, object], deep: ExportOptions, tmp_path: Path) -> None:
+    """The stages verify each against the eager model; here the logits are the whole's, too."""
+    options = replace(deep, prefill_chunk=3, max_seq_len=16, **changes)  # type: ignore[arg-type]
+    one = Program(export_llama(replace(options, output=tmp_path / "one.pte")))
+    two = Program(export_llama(replace(options, cut=Cut(2), output=tmp_path / "two")))
+    assert one.metadata.methods == tuple(replace_order(spec, one) for spec in two.metadata.methods)
+    method = one.metadata.methods[0]
+    inputs = {spec.name: spec.zeros(method.max_length) for spec in method.inputs}
+    expected = one.step(method, inputs)
+    for name, found in two.step(method, inputs).items():
+        torch.testing.assert_close(found, expected[name], msg=name)
+
+
+def replace_order(spec: MethodSpec, program: Program) -> MethodSpec:
+    """The same with inputs and outputs in the order of another program's."""
+    (other,) = (each for each in program.metadata.methods if each.name == spec.name)
+    inputs, outputs = ({each.name: each for each in found} for found in (spec.inputs, spec.outputs))
+    return replace(
+        spec,
+        inputs=tuple(inputs.pop(each.name) for each in other.inputs) + tuple(inputs.values()),
+        outputs=tuple(outputs.pop(each.name) for each in other.outputs) + tuple(outputs.values()),
+    )
+
+
+def test_a_session_is_kept_by_shards_and_goes_on_in_the_whole(whole: Path, shards: Path, tmp_path: Path) -> None:
+    session = Session(Program(shards))
+    session.prefill([5, 6, 7])
+    session.save(tmp_path / "session")
+    other = Session(Program(whole))
+    other.load(tmp_path / "session")
+    torch.testing.assert_close(other.decode(8), session.decode(8))
+
+
+def test_shards_tell_what_the_whole_does(whole: Path, shards: Path) -> None:
+    one, three = read_metadata(whole), read_metadata(shards)
+    assert (three.identity, three.matrix_bytes, three.span) == (one.identity, one.matrix_bytes, range(5))
+    with pytest.raises(InputError, match=r"the shard with blocks 0 to \d is missing beside .*2-of-3.pte"):
+        Program(shards / "2-of-3.pte")
+
+
+def test_what_does_not_make_one_model_is_refused_by_name(
+    deep: ExportOptions, shards: Path, runner: Path, tmp_path: Path
+) -> None:
+    other = export_llama(replace(deep, prefill_chunk=5, cut=Cut(3), output=tmp_path / "other"))
+
+    def refused(folder: Path, *words: str) -> None:
+        with pytest.raises(InputError) as error:
+            Program(folder)
+        done = subprocess.run([runner, folder, "--prompt-ids", "1"], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        for word in words:
+            assert word in str(error.value)
+            assert word in done.stderr
+
+    def folder(name: str) -> Path:
+        return Path(shutil.copytree(shards, tmp_path / name))
+
+    for number in (1, 2, 3):
+        missing = folder(f"missing{number}")
+        (missing / f"{number}-of-3.pte").unlink()
+        refused(missing, "is missing beside", "the shard with blocks")
+    foreign = folder("foreign")
+    shutil.copy(other / "2-of-3.pte", foreign)
+    refused(foreign, "foreign/2-of-3.pte is not of the same export")
+    twice = folder("twice")
+    shutil.copy(twice / "2-of-3.pte", twice / "copy.pte")
+    refused(twice, "which another shard has")
+    damaged = folder("damaged")
+    with (damaged / "3-of-3.pte").open("r+b") as file:
+        file.seek(2000)
+        file.write(b"damage")
+    refused(damaged, "3-of-3.pte is damaged")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "has no .pte files")
+
+
+def test_another_cut_takes_the_place_of_the_first(deep: ExportOptions, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    options = replace(deep, max_seq_len=9, output=folder)
+    export_llama(replace(options, cut=Cut(3)))
+    export_llama(replace(options, cut=Cut(2)))
+    assert sorted(file.name for file in folder.iterdir()) == ["1-of-2.pte", "2-of-2.pte"]
+    written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    export_llama(replace(options, cut=Cut(2)))
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written, "nothing was to be done"
