@@ -152,11 +152,12 @@ def _write(planned: Plan, backend: str, paths: Sequence[Path], progress: Progres
 
 @contextmanager
 def _replacing(planned: Plan) -> Iterator[list[Path]]:
-    """Temporary files that take the outputs' places; shards of an earlier cut go."""
+    """Temporary files that take the outputs' places. Shards of an earlier cut go, and what C++ packed of them."""
     with ExitStack() as stack:
         yield [stack.enter_context(replacing(output)) for output in planned.outputs]
     if not planned.cut.is_whole:
-        for path in set(planned.output.glob("*-of-*.pte")) - set(planned.outputs):
+        earlier = (*planned.output.glob("*-of-*.pte"), *planned.output.glob("*-of-*.pte.*.packed"))
+        for path in set(earlier) - set(planned.outputs):
             path.unlink()
 
 

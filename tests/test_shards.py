@@ -1,6 +1,7 @@
 """Shards: cut at export, found in a folder, checked against each other, and together the model."""
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -143,10 +144,44 @@ def test_what_does_not_make_one_model_is_refused_by_name(
     refused(tmp_path / "empty", "has no .pte files")
 
 
+def test_what_does_not_fit_is_loaded_for_each_step(
+    whole: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.program.memory", lambda: 5_000_000)
+    one, metadata = Session(Program(whole)), read_metadata(shards)
+    sizes = 5_000_000 + metadata.activation_bytes + metadata.cache_bytes
+    program = Program(shards, memory_budget=sizes + metadata.matrix_bytes)
+    assert 0 < program.bytes_loaded < metadata.matrix_bytes
+    streamed = Session(program)
+    for tokens in ([3, 1, 4, 1, 5], [9], [2], [6, 5, 3, 5, 8, 9, 7, 9, 3], [2]):
+        assert torch.equal(streamed.prefill(tokens), one.prefill(tokens))
+    assert Program(shards, memory_budget=sizes + 2 * metadata.matrix_bytes).bytes_loaded == 0
+    with pytest.raises(InputError, match="--memory-budget leaves 0 MB for weights"):
+        Program(shards, memory_budget=sizes)
+
+
+def test_the_runner_maps_what_it_has_packed(tiny_pte: Path, runner: Path, tmp_path: Path) -> None:
+    """In a budget for one shard of five and little more: each run after the first finds the packed files."""
+    folder = export_llama(ExportOptions(max_seq_len=512, cut=Cut(5), output=tmp_path / "tiny"))
+    flags = ["--prompt", "Once upon a time", "--max-new-tokens", "20", "--format", "json"]
+    expected = subprocess.run([runner, tiny_pte, *flags], capture_output=True, check=True)
+    refused = subprocess.run([runner, folder, *flags, "--memory-budget", "1MB"], capture_output=True, text=True)
+    lacking = re.search(r"give (\d+) MB more", refused.stderr)
+    assert refused.returncode == 2
+    assert lacking, refused.stderr
+    flags += ["--memory-budget", f"{int(lacking[1]) + 3}MB"]
+    for _ in range(2):
+        found = subprocess.run([runner, folder, *flags], capture_output=True, check=True)
+        assert json.loads(found.stdout)["token_ids"] == json.loads(expected.stdout)["token_ids"]
+        packed = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.packed")}
+    assert 1 <= len(packed) < 5
+
+
 def test_another_cut_takes_the_place_of_the_first(deep: ExportOptions, tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     options = replace(deep, max_seq_len=9, output=folder)
     export_llama(replace(options, cut=Cut(3)))
+    (folder / "2-of-3.pte.0123456789abcdef.packed").touch()
     export_llama(replace(options, cut=Cut(2)))
     assert sorted(file.name for file in folder.iterdir()) == ["1-of-2.pte", "2-of-2.pte"]
     written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}

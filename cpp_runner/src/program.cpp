@@ -160,7 +160,7 @@ Result<std::span<const void* const>> Program::step(size_t method, StepSize step,
 Result<std::span<const void* const>> Program::run_once(size_t number, size_t method, StepSize step) {
     Shard& shard = state_->shards[number];
     Route& route = state_->routes[method][number];
-    if (auto loaded = shard.load(); !loaded) return loaded.error();
+    if (auto loaded = shard.load_mapped(); !loaded) return loaded.error();
     const auto found = shard.run(method, step, route.given);
     if (!found) return found.error();
     const std::vector<TensorSpec>& specs = shard.metadata().methods[method].outputs;

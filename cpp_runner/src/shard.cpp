@@ -97,15 +97,24 @@ class Scratch final : public et::MemoryAllocator {
     size_t needed_ = 0;
 };
 
-/// XNNPACK packs each weight once for all methods, not once for each: half the memory, and less time to load.
-const et::LoadBackendOptionsMap& backend_options() {
-    static et::BackendOptions<1> xnnpack;
-    static et::LoadBackendOptionsMap options;
-    static const bool set = xnnpack.set_option("weight_cache_enabled", true) == et::Error::Ok &&
-                            options.set_options("XnnpackBackend", xnnpack.view()) == et::Error::Ok;
-    ET_CHECK(set);
-    return options;
-}
+/// XNNPACK packs each weight once for all methods, not once for each: half the memory, and less time to load. Given a
+/// file, it keeps there what it has packed, and maps that the next time.
+class BackendOptions {
+  public:
+    explicit BackendOptions(const std::string& packed_file = "") {
+        bool set = xnnpack_.set_option("weight_cache_enabled", true) == et::Error::Ok;
+        if (!packed_file.empty() && packed_file.size() < et::kMaxOptionValueLength) {
+            set = set && xnnpack_.set_option("packed_cache_path", packed_file.c_str()) == et::Error::Ok;
+        }
+        ET_CHECK(set && options_.set_options("XnnpackBackend", xnnpack_.view()) == et::Error::Ok);
+    }
+
+    const et::LoadBackendOptionsMap& get() const { return options_; }
+
+  private:
+    et::BackendOptions<2> xnnpack_;
+    et::LoadBackendOptionsMap options_;
+};
 
 /// A method and the memory it lives in.
 struct Loaded {
@@ -120,7 +129,7 @@ struct Loaded {
     std::vector<const void*> output_pointers;
 };
 
-Result<std::unique_ptr<Loaded>> load(const et::Program& program, const char* name) {
+Result<std::unique_ptr<Loaded>> load(const et::Program& program, const char* name, const BackendOptions& options) {
     last_complaint[0] = '\0';
     const auto meta = program.method_meta(name);
     if (!meta.ok()) return Error{std::string("the file carries no ") + name + "; export it again"};
@@ -131,7 +140,7 @@ Result<std::unique_ptr<Loaded>> load(const et::Program& program, const char* nam
     for (auto& buffer : loaded->planned) loaded->planned_spans.emplace_back(buffer.data(), buffer.size());
     loaded->planned_memory.emplace(et::Span(loaded->planned_spans.data(), loaded->planned_spans.size()));
     loaded->manager.emplace(&loaded->structures, &*loaded->planned_memory, &loaded->scratch);
-    auto method = program.load_method(name, &*loaded->manager, nullptr, nullptr, &backend_options());
+    auto method = program.load_method(name, &*loaded->manager, nullptr, nullptr, &options.get());
     if (!method.ok()) return failure(std::string("loading ") + name, method.error());
     loaded->method.emplace(std::move(*method));
     return loaded;
@@ -151,7 +160,7 @@ Result<Constant> constant(const et::EValue& value, const char* name) {
 
 Result<void> call_constant(const et::Program& program, const char* name,
                            const std::function<void(std::vector<Constant>)>& take) {
-    auto loaded = load(program, name);
+    auto loaded = load(program, name, BackendOptions());
     if (!loaded) return loaded.error();
     et::Method& method = *(*loaded)->method;
     if (const auto error = method.execute(); error != et::Error::Ok)
@@ -266,6 +275,17 @@ struct Shard::State {
     std::optional<et::Program> program;
     Metadata metadata;
     std::vector<std::unique_ptr<Loaded>> methods;
+
+    Result<void> load(const BackendOptions& options);
+
+    /// Beside the file, named after the export: weights that are packed already.
+    std::string packed_file() const {
+        std::string digits;
+        for (const unsigned char byte : metadata.identity) {
+            for (const int digit : {byte >> 4, byte & 15}) digits += "0123456789abcdef"[digit];
+        }
+        return path + "." + digits.substr(0, 16) + ".packed";
+    }
 };
 
 Shard::Shard(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -296,12 +316,16 @@ Result<Shard> Shard::open(const std::string& path) {
     return shard;
 }
 
-Result<void> Shard::load() {
-    for (const MethodSpec& spec : state_->metadata.methods) {
-        auto loaded = llama_runner::load(*state_->program, spec.name.c_str());
+Result<void> Shard::load() { return state_->load(BackendOptions()); }
+
+Result<void> Shard::load_mapped() { return state_->load(BackendOptions(state_->packed_file())); }
+
+Result<void> Shard::State::load(const BackendOptions& options) {
+    for (const MethodSpec& spec : metadata.methods) {
+        auto loaded = llama_runner::load(*program, spec.name.c_str(), options);
         if (!loaded) return loaded.error();
         if (auto prepared = prepare(**loaded, spec); !prepared) return prepared.error();
-        state_->methods.push_back(*std::move(loaded));
+        methods.push_back(*std::move(loaded));
     }
     return {};
 }
@@ -315,7 +339,10 @@ void Shard::unload() {
 
 void Shard::read_ahead() const {
 #ifdef POSIX_FADV_WILLNEED
-    if (const File file(std::fopen(state_->path.c_str(), "rb")); file) {
+    const std::string packed = state_->packed_file();
+    File file(std::fopen(packed.c_str(), "rb"));
+    if (!file) file.reset(std::fopen(state_->path.c_str(), "rb"));
+    if (file) {
         posix_fadvise(fileno(file.get()), 0, 0, POSIX_FADV_WILLNEED);
     }
 #endif

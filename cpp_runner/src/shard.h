@@ -26,6 +26,10 @@ class Shard {
     /// Loads its methods, which takes the memory for its weights.
     Result<void> load();
 
+    /// Loads its methods from weights that are packed in a file beside it, which it makes the first time: their memory
+    /// is the system's, to be dropped and read again. Where no file can be made it is as `load`.
+    Result<void> load_mapped();
+
     /// Gives that memory back.
     void unload();
 
