@@ -5,6 +5,7 @@ tells it what the tokens of a file's own tokenizer stand for.
 """
 
 import codecs
+import functools
 import json
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -78,8 +79,7 @@ class Constraint:
         Raises:
             InputError: the grammar cannot be used, or not with this tokenizer and prompt.
         """
-        from llguidance import LLMatcher, LLTokenizer
-        from llguidance._tokenizer import TokenizerWrapper
+        from llguidance import LLMatcher
 
         if tokenizer is None or not stop_ids:
             lacking = "stop token" if tokenizer else "tokenizer"
@@ -88,9 +88,8 @@ class Constraint:
             )
         self._vocab_size = vocab_size
         self._lost = _start(tokenizer, prompt, vocab_size)
-        vocabulary = TokenizerWrapper(_Vocabulary(tokenizer, stop_ids, vocab_size))
-        library_tokenizer = LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=list(stop_ids))
-        self._matcher = LLMatcher(library_tokenizer, grammar, log_level=0)
+        made = _library_tokenizer(tokenizer, tuple(stop_ids), vocab_size)  # type: ignore[arg-type]  # by identity
+        self._matcher = LLMatcher(made, grammar, log_level=0)
         self._check("the grammar cannot be used")
 
     def allowed(self) -> NDArray[np.bool_]:
@@ -119,6 +118,16 @@ class Constraint:
     def _check(self, failure: str) -> None:
         if self._matcher.is_error():
             raise InputError(f"{failure} ({_first_line(self._matcher.get_error())}); simplify or mend it")
+
+
+@functools.lru_cache(maxsize=2)
+def _library_tokenizer(tokenizer: Tokenizer, stop_ids: tuple[int, ...], vocab_size: int) -> Any:
+    """What llguidance makes of a vocabulary: worked out once for all texts of a program."""
+    from llguidance import LLTokenizer
+    from llguidance._tokenizer import TokenizerWrapper
+
+    vocabulary = TokenizerWrapper(_Vocabulary(tokenizer, stop_ids, vocab_size))
+    return LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=list(stop_ids))
 
 
 class _Vocabulary:

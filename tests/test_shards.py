@@ -144,9 +144,7 @@ def test_what_does_not_make_one_model_is_refused_by_name(
     refused(tmp_path / "empty", "has no .pte files")
 
 
-def test_what_does_not_fit_is_loaded_for_each_step(
-    whole: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_fit_is_loaded_for_each_step(whole: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.program.memory", lambda: 5_000_000)
     one, metadata = Session(Program(whole)), read_metadata(shards)
     sizes = 5_000_000 + metadata.activation_bytes + metadata.cache_bytes
