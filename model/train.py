@@ -279,7 +279,7 @@ def sample(model: Llama, seeds: Sequence[int], length: int, temperature: float) 
         angles = (cos[position].expand(B, 1, -1), sin[position].expand(B, 1, -1))
         visible = mask.causal(position, 1, length).expand(B, -1, -1)
         masks = [visible] * config.n_layers
-        logits, keys, values, _ = model(tokens[:, -1:], angles, masks, torch.ones(B, 1, 1), *map(tuple, caches))
+        keys, values, logits, *_ = model(tokens[:, -1:], angles, masks, torch.ones(B, 1, 1), *map(tuple, caches))
         caches[:, :, :, position] = torch.stack((torch.stack(keys), torch.stack(values))).squeeze(3)
         if temperature:
             chances = torch.softmax(logits[:, 0] / temperature, dim=-1)

@@ -73,10 +73,18 @@ struct Kernel {
 
 // attention_kernel.h is compiled once for each instruction set, all of them in this file, whatever its flags are.
 
+#if defined(__GNUC__) && !defined(__clang__) && (defined(__x86_64__) || defined(__aarch64__))
+#pragma GCC push_options
+#pragma GCC optimize("Os")  // hardly ever run where there is another, so it is to be small
+#define LLAMA_RUNNER_IS_SMALL
+#endif
 #define LLAMA_RUNNER_SET kPortable
 #define LLAMA_RUNNER_LANES 4
 #define LLAMA_RUNNER_REGISTERS 16
 #include "attention_kernel.h"
+#ifdef LLAMA_RUNNER_IS_SMALL
+#pragma GCC pop_options
+#endif
 
 #if defined(__aarch64__)
 #define LLAMA_RUNNER_SET kNeon

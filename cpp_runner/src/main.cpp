@@ -1,8 +1,11 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <cctype>
 #include <charconv>
+#include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -64,6 +67,22 @@ template <typename Number>
 bool read_number(std::string_view text, Number& number) {
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
     return error == std::errc() && end == text.data() + text.size();
+}
+
+/// A number of bytes such as 400MB, 1.5GB or 64MiB.
+int64_t byte_count(const std::string& text) {
+    char* rest = nullptr;
+    const double number = std::strtod(text.c_str(), &rest);
+    std::string unit(rest);
+    if (!unit.empty() && (unit.back() == 'B' || unit.back() == 'b')) unit.pop_back();
+    const bool binary = unit.size() == 2 && unit[1] == 'i';
+    const std::string_view units = "kmgt";
+    const size_t power = unit.empty() ? 0 : units.find(static_cast<char>(std::tolower(unit[0]))) + 1;
+    if (rest == text.c_str() || !(number >= 0 && number < 1e15) || unit.size() > 1U + binary ||
+        (!unit.empty() && power == 0)) {
+        throw CLI::ValidationError("--memory-budget", "'" + text + "' is no size; give one such as 400MB or 2GiB");
+    }
+    return static_cast<int64_t>(number * std::pow(binary ? 1024 : 1000, power));
 }
 
 /// Reads ID=VALUE into `bias`; false where it is something else.
@@ -292,10 +311,11 @@ void add_flags(CLI::App& app, Arguments& arguments) {
     app.add_option("--seed", arguments.seed, "of the random numbers (default: 0)")->type_name("N");
     app.add_option("--threads", arguments.program.threads, "default: one per core, and one for a small model")
         ->type_name("N");
-    app.add_option("--memory-budget", arguments.program.memory_budget,
-                   "what this process may hold, such as 2GB; of a model in shards, those that do not fit are read for "
-                   "each step (default: no limit)")
-        ->transform(CLI::AsSizeValue(true))
+    app.add_option_function<std::string>(
+           "--memory-budget", [&](const std::string& size) { arguments.program.memory_budget = byte_count(size); },
+           "what this process may hold, such as 2GB; of a model in shards, those that do not fit are read for each "
+           "step "
+           "(default: no limit)")
         ->type_name("SIZE");
     app.add_option_function<std::string>(
            "--format", [&](const std::string& format) { arguments.json = format == "json"; },

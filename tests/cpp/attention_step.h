@@ -91,13 +91,13 @@ inline std::vector<double> read_rows(RowForm form, const std::vector<std::byte>&
 }
 
 /// A step over random numbers, and what it should give.
-struct Step {
+struct AttentionStep {
     Attention a{};
     std::vector<int64_t> position;
     std::vector<float> q, k, v, cos, sin, slopes, out;
     std::vector<std::byte> k_cache, v_cache, k_rows, v_rows;
 
-    Step(const Shape& shape, RowForm form, uint32_t seed = 1) : position(shape.position) {
+    AttentionStep(const Shape& shape, RowForm form, uint32_t seed = 1) : position(shape.position) {
         std::mt19937 engine(seed);
         std::normal_distribution<float> normal;
         const auto random = [&](std::vector<float>& to, int64_t count) {
@@ -154,7 +154,7 @@ struct Step {
         a.k_rows = k_rows.data();
         a.v_rows = v_rows.data();
     }
-    Step(const Step&) = delete;
+    AttentionStep(const AttentionStep&) = delete;
 
     /// The row of head h of x at a token, rotated; a product must be rounded before the sum, as a volatile one is.
     std::vector<float> rotated(const std::vector<float>& x, int64_t token, int64_t heads, int64_t h) const {

@@ -73,7 +73,7 @@ TEST_P(AttentionOn, MatchesFloat64) {
     for (const RowForm form : {RowForm::kFloat32, RowForm::kFloat16, RowForm::kInt8}) {
         for (const Shape& shape : shapes()) {
             SCOPED_TRACE(::testing::PrintToString(shape) + " form " + std::to_string(static_cast<int>(form)));
-            Step step(shape, form);
+            AttentionStep step(shape, form);
             attend(step.a, in_order, GetParam());
             std::vector<std::byte> keys, values;
             step.expected_rows(keys, values);
@@ -86,8 +86,8 @@ TEST_P(AttentionOn, MatchesFloat64) {
 
 TEST_P(AttentionOn, IsTheSameOnEveryNumberOfThreads) {
     for (const Shape& shape : shapes()) {
-        Step one(shape, RowForm::kFloat32);
-        Step three(shape, RowForm::kFloat32);
+        AttentionStep one(shape, RowForm::kFloat32);
+        AttentionStep three(shape, RowForm::kFloat32);
         attend(one.a, in_order, GetParam());
         attend(three.a, on_three_threads, GetParam());
         EXPECT_EQ(std::memcmp(one.out.data(), three.out.data(), one.out.size() * sizeof(float)), 0)
@@ -98,7 +98,7 @@ TEST_P(AttentionOn, IsTheSameOnEveryNumberOfThreads) {
 
 TEST_P(AttentionOn, ConvertsEveryKindOfNumber) {
     for (const RowForm form : {RowForm::kFloat16, RowForm::kInt8}) {
-        Step step({1, 1, 251, 64, 0, {0}}, form);
+        AttentionStep step({1, 1, 251, 64, 0, {0}}, form);
         std::mt19937 engine(5);
         for (size_t i = 0; i < step.k.size(); ++i) {  // from below the smallest float16 to beyond the largest
             const float size =
@@ -116,7 +116,7 @@ TEST_P(AttentionOn, ConvertsEveryKindOfNumber) {
 
 TEST_P(AttentionOn, SurvivesWhatIsNotANumber) {
     for (const RowForm form : {RowForm::kFloat32, RowForm::kFloat16, RowForm::kInt8}) {
-        Step step({4, 2, 64, 12, 64, {40}, 32}, form);
+        AttentionStep step({4, 2, 64, 12, 64, {40}, 32}, form);
         step.q[5] = NAN;
         step.k[77] = INFINITY;
         step.v[8] = -INFINITY;
@@ -155,7 +155,7 @@ class Owned {
 };
 
 /// The operator, called with a step's arguments, of which one may be replaced.
-et::Error call(Step& step, size_t replaced = SIZE_MAX, et::EValue with = {}, int32_t room = 0) {
+et::Error call(AttentionStep& step, size_t replaced = SIZE_MAX, et::EValue with = {}, int32_t room = 0) {
     et::runtime_init();
     using executorch::aten::ScalarType;
     const Attention& a = step.a;
@@ -207,8 +207,8 @@ TEST(AttentionOperator, IsRegisteredAndMatches) {
     for (const RowForm form : {RowForm::kFloat32, RowForm::kFloat16, RowForm::kInt8}) {
         for (const Shape& shape : {Shape{8, 2, 64, 3, 64, {20, 3}, 32}, Shape{4, 1, 80, 1, 3000, {2999}, 0, 0, 0, true},
                                    Shape{32, 8, 64, 70, 200, {130}, 32, 128, 30}}) {
-            Step direct(shape, form);
-            Step called(shape, form);
+            AttentionStep direct(shape, form);
+            AttentionStep called(shape, form);
             attend(direct.a, in_order);
             ASSERT_EQ(call(called), et::Error::Ok);
             EXPECT_EQ(direct.out, called.out);
@@ -220,7 +220,7 @@ TEST(AttentionOperator, IsRegisteredAndMatches) {
 
 TEST(AttentionOperator, ShrinksItsResults) {
     const Shape shape{4, 2, 32, 5, 16, {9}, 16};
-    Step step(shape, RowForm::kFloat32);
+    AttentionStep step(shape, RowForm::kFloat32);
     step.out.resize(2 * step.out.size());
     step.k_rows.resize(2 * step.k_rows.size());
     step.v_rows.resize(2 * step.v_rows.size());
@@ -231,7 +231,7 @@ TEST(AttentionOperator, ShrinksItsResults) {
 TEST(AttentionOperator, RefusesImpossibleArguments) {
     using executorch::aten::ScalarType;
     const Shape shape{4, 2, 32, 3, 16, {9}, 16};
-    Step step(shape, RowForm::kFloat32);
+    AttentionStep step(shape, RowForm::kFloat32);
     std::vector<int64_t> memory(1 << 12);
     const auto refuses = [&](size_t argument, const et::EValue& with) {
         EXPECT_EQ(call(step, argument, with), et::Error::InvalidArgument) << "argument " << argument;
@@ -258,7 +258,7 @@ TEST(AttentionOperator, RefusesImpossibleArguments) {
     EXPECT_EQ(call(step), et::Error::InvalidArgument);
     step.position[0] = INT64_MAX;
     EXPECT_EQ(call(step), et::Error::InvalidArgument);
-    Step wide({1, 1, 257, 1, 4, {0}}, RowForm::kFloat32);
+    AttentionStep wide({1, 1, 257, 1, 4, {0}}, RowForm::kFloat32);
     EXPECT_EQ(call(wide), et::Error::InvalidArgument);
 }
 
