@@ -50,7 +50,7 @@ def ids(path: Path, prompt: list[int], temperature: float = 0.0) -> list[int]:
     return [step.token for step in generate(Session(Program(path)), prompt, options, Rng(7))]
 
 
-@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3, 5])
 def test_any_number_of_shards_gives_the_whole_models_tokens(
     count: int, deep: ExportOptions, whole: Path, runner: Path
 ) -> None:
@@ -65,9 +65,17 @@ def test_any_number_of_shards_gives_the_whole_models_tokens(
     assert found["token_ids"] == expected
 
 
-@pytest.mark.parametrize("changes", [{"attention": "aten"}, {"kv_cache": False}, {"backend": "portable"},
-                                     {"quantize": "8da8w", "kv_dtype": "int8"},
-                                     {"hidden_states": True}, {"batch_size": 2}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention": "aten"},
+        {"quantize": "8da8w", "kv_dtype": "int8"},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in ({"kv_cache": False}, {"backend": "portable"}, {"hidden_states": True}, {"batch_size": 2})
+        ),
+    ],
+)
 def test_every_kind_of_graph_can_be_cut(changes: dict[str, object], deep: ExportOptions, tmp_path: Path) -> None:
     """The stages verify each against the eager model; here the logits are the whole's, too."""
     options = replace(deep, prefill_chunk=3, max_seq_len=16, **changes)  # type: ignore[arg-type]
