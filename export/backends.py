@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from model.errors import InputError
-from runtime.program import stderr_closed
+from runtime.shard import stderr_closed
 
 if TYPE_CHECKING:
     from executorch.exir.backend.partitioner import Partitioner

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from export.metadata import Metadata, MethodSpec
-from export.scheme import Scheme, kept, matrices
+from export.scheme import Scheme, kept, matrix_sizes
 from model.config import ModelConfig
 from model.kv_rows import row_bytes
 from runtime.program import files, read_metadata
@@ -49,13 +49,10 @@ class MemoryPlan:
 
 def plan(metadata: Metadata) -> MemoryPlan:
     """Works the plan out from the file's dimensions."""
-    config = metadata.config
     packed = "XnnpackBackend" in metadata.requirements.backends
-    kv_dtype = scheme_of(metadata).kv_dtype
-    caches = cache_bytes(config, metadata.max_seq_len, kv_dtype) if metadata.use_kv_cache else 0
     return MemoryPlan(
         weights=packed * metadata.matrix_bytes,
-        caches=metadata.batch_size * caches,
+        caches=metadata.cache_bytes,
         activations=metadata.activation_bytes,
     )
 
@@ -73,13 +70,13 @@ def cache_bytes(config: ModelConfig, positions: int, kv_dtype: str = "float32") 
 
 def matrix_bytes(config: ModelConfig, scheme: Scheme, span: range | None = None) -> int:
     """The matrices that a step multiplies by, or a shard's part of it: all of the blocks', and the head."""
-    return sum(scheme.format(name, shape[1]).nbytes(*shape) for name, shape in matrices(config, span).items())
+    return sum(matrix_sizes(config, scheme, span).values())
 
 
 def activation_bytes(config: ModelConfig, method: MethodSpec, positions: int) -> int:
     """The larger of attention's and the feed-forward's working set for a method's tokens of one sequence, the logits,
     and every layer's new cache rows; where attention is not fused also its scores, the mask, and the packed copy of one
-    layer's caches that a product takes.
+    layer's caches that a product takes. The halves of a slice are methods of their own, and each keeps its set.
     """
     length = method.max_length
     attention = length * (4 * config.n_heads * config.head_dim + 2 * config.dim)
@@ -87,13 +84,16 @@ def activation_bytes(config: ModelConfig, method: MethodSpec, positions: int) ->
         attention += length * (3 * config.n_heads + 1) * (positions + length)
         attention += 2 * config.n_kv_heads * positions * config.head_dim
     feed_forward = length * (3 * config.hidden_dim + 2 * config.dim)
+    block = config.n_layers * (attention + feed_forward) if method.slices > 1 else max(attention, feed_forward)
     rows = 2 * config.n_layers * config.n_kv_heads * length * config.head_dim
-    return (max(attention, feed_forward) + rows + method.max_rows * config.vocab_size) * FLOAT
+    return (block + rows + method.max_rows * config.vocab_size) * FLOAT
 
 
 def describe(metadata: Metadata, size: int) -> dict[str, Any]:
     """All that `inspect` prints, as JSON's types. `size` is the file's, in bytes."""
     config, memory, kv_dtype = metadata.config, plan(metadata), scheme_of(metadata).kv_dtype
+    heads = max((spec.sizes(1)[0] // metadata.batch_size for spec in metadata.caches), default=config.n_kv_heads)
+    cached = dataclasses.replace(config, n_heads=heads, n_kv_heads=heads)
     lengths = sorted({metadata.max_seq_len, *(2**i for i in range(7, 18) if 2**i < metadata.max_seq_len)})
     return {
         "file_bytes": size,
@@ -108,7 +108,7 @@ def describe(metadata: Metadata, size: int) -> dict[str, Any]:
         "provenance": metadata.provenance,
         "weights": _weights(metadata),
         "memory": dataclasses.asdict(memory) | {"total": memory.total, "mapped": size},
-        "cache_bytes_by_context": {n: cache_bytes(config, n, kv_dtype) for n in lengths if memory.caches},
+        "cache_bytes_by_context": {n: cache_bytes(cached, n, kv_dtype) for n in lengths if memory.caches},
     }
 
 
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command: exit code 0, or 2 for bad input."""
     description = "Prints what a .pte carries and the memory that running it takes."
     parser = command.parser("export.inspect", description, __doc__)
-    parser.add_argument("file", type=Path, help="the .pte, or the folder of its shards")
+    parser.add_argument("file", type=Path, help="the .pte, or the folder of its shards or slices")
     parser.add_argument("--format", choices=("text", "json"), default="text")
     options = parser.parse_args(arguments)
     found = describe(read_metadata(options.file), sum(file.stat().st_size for file in files(options.file)))
@@ -139,8 +139,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _backend(provenance: dict[str, Any]) -> str:
-    name: str = provenance["options"]["backend"]
-    return name if provenance["verified"] else f"{name}; could not be run, and so not verified, where it was made"
+    options = provenance["options"]
+    count = options.get("tensor_parallel", 1)
+    slices = f", in {count} slices" if count > 1 else ""
+    unverified = "" if provenance["verified"] else "; could not be run, and so not verified, where it was made"
+    return options["backend"] + slices + unverified
 
 
 def _span(least: int, most: int) -> str:

@@ -23,7 +23,9 @@ from export.lower import Code, Codes, delegates, parts, to_bytes
 from export.metadata import MethodSpec, Requirements
 from export.recipe import Recipe, embedding_names, piece_names
 from export.scheme import is_shared
-from export.trace import parameter_name, pieces, trace
+from export.slicing import SliceRecipe
+from export.together import runs
+from export.trace import kinds, parameter_name, trace
 
 ALIGNMENT = 16
 """Of weights in the file, in bytes: XNNPACK's for constant tensors."""
@@ -52,21 +54,26 @@ def link(
     backend: str,
     identity: str,
 ) -> Linked:
-    """Puts each method of a shard together. Weights of lowered pieces stay on storage until the file is written.
+    """Puts a shard's or slice's methods together. Weights of lowered pieces stay on storage until the file is written.
 
     Args:
         identity: of the export, different where any weight may be: XNNPACK takes weights of one name for the same, in
             all the files that a process has open.
     """
     programs = dict[str, ExportedProgram]()
-    span, fused = methods[0].span, methods[0].is_fused
-    kinds = pieces(recipe.config, span, fused, recipe.scheme.careful) if codes else {}
+    first, *_ = runs(methods)
+    span, fused = first.span, first.is_fused
+    if first.slices > 1:
+        recipe, identity = SliceRecipe(recipe, first.slice, first.slices), f"{identity} {first.slice}"
+    by_kind = kinds(recipe.config, first, recipe.scheme.careful) if codes else {}
     others = {name: recipe.piece(name) for name in (embedding_names if codes else piece_names)(recipe.config, span)}
     data = _Data(recipe, identity, others.get("tok_embeddings"))
-    for spec in methods:
-        lowered = {name: LoweredPiece(name, codes[spec.name, kind], data) for name, kind in kinds.items()}
-        made = others | lowered
-        programs |= trace(recipe.fused(made, span) if fused else recipe.model(made, span), [spec])
+    for spec in runs(methods):
+        made = others | {name: LoweredPiece(name, codes[spec.name, kind], data) for name, kind in by_kind.items()}
+        if isinstance(recipe, SliceRecipe):
+            programs |= trace(recipe.sliced(made), methods)
+        else:
+            programs |= trace(recipe.fused(made, span) if fused else recipe.model(made, span), [spec])
     with quietly():
         partitioner = [] if codes else partitioners(backend)
         edge = to_edge_transform_and_lower(programs, partitioner=dict.fromkeys(programs, partitioner))

@@ -34,6 +34,7 @@ from export.quality import Gate
 from export.quantize import ROUNDINGS
 from export.scheme import SCHEMES, matrices
 from export.search import DEFAULT_BUDGET, NothingFitsError, decided
+from export.together import runs
 from export.verify import VerificationError, add_flags, verify
 from model.checkpoint import BUILT_IN
 from model.errors import InputError
@@ -74,7 +75,7 @@ class ConsoleProgress(Progress):
 
 def export_llama(options: ExportOptions, progress: Progress | None = None) -> Path:
     """Runs all stages and returns the path of the file, which is complete and verified, or as it was before; or of the
-    folder of shards, in which each is.
+    folder of shards or slices, in which each is.
 
     A file for a backend that cannot be run here is not verified, and says so: provenance["verified"].
 
@@ -136,7 +137,7 @@ def _write(planned: Plan, backend: str, paths: Sequence[Path], progress: Progres
     with progress.stage("lower") as result:
         codes = lower(recipe.config, shards, backend, recipe.scheme)
         result.append(f"{backend}, {len(codes)} different parts")
-        result.extend(f"{method.name} takes {_tokens(method.max_length)}" for method in shards[0])
+        result.extend(f"{method.name} takes {_tokens(method.max_length)}" for method in runs(shards[0]))
     for number, (methods, path) in enumerate(zip(shards, paths, strict=True), 1):
         gc.collect()  # graphs refer to themselves, and hold as much as their weights
         name = f" {number}" if len(shards) > 1 else ""
@@ -176,7 +177,7 @@ def _tokens(count: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command: exit code 0 when the file is there and verified, 1 when verification failed, 2 for bad input."""
     flags = vars(_parser().parse_args(arguments))
-    flags["cut"] = Cut(flags.pop("shards"), flags.pop("shard_bytes"))
+    flags["cut"] = Cut(flags.pop("shards"), flags.pop("shard_bytes"), flags.pop("tensor_parallel"))
     prompt = flags.pop("run")
     try:
         path = export_llama(ExportOptions(**flags), ConsoleProgress())
@@ -190,6 +191,19 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     description = "Exports a Llama checkpoint as one self-contained .pte, and verifies it."
     parser = command.parser("export.llama", description, __doc__)
+    add = parser.add_argument
+    _add_file_flags(parser)
+    _add_graph_flags(parser)
+    _add_scheme_flags(parser)
+    add("--auto", action="store_true", help="the smallest scheme that keeps perplexity within --max-ppl-increase")
+    add_flags(parser)
+    add("--run", metavar="PROMPT", help="then continue this text, as runtime.generate does")
+    add("--force", action="store_true", help="export again even if the output is up to date")
+    return parser
+
+
+def _add_file_flags(parser: argparse.ArgumentParser) -> None:
+    """What is read and written."""
     add = parser.add_argument
     add(
         "--checkpoint",
@@ -215,8 +229,16 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="PATH",
-        help="a file, or the folder of shards (default: the checkpoint's name with .pte or .shards, in this folder)",
+        help="a file, or the folder of shards or slices (default: the checkpoint's name with .pte, .shards or "
+        ".slices, in this folder)",
     )
+    add("--hub-token", metavar="TOKEN", help="for private and gated models on the hub (default: HF_TOKEN)")
+    add("--cache-dir", type=Path, metavar="FOLDER", help="where downloads are kept (default: the hub's own cache)")
+
+
+def _add_graph_flags(parser: argparse.ArgumentParser) -> None:
+    """What is run, and by what."""
+    add = parser.add_argument
     add(
         "--max-seq-len",
         type=int,
@@ -253,7 +275,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="or into as few as have at most so many bytes of matrices each, such as 200MB",
     )
-    _add_scheme_flags(parser)
+    add(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="slice every block into N files in a folder, of which each has a part of all matrices (default: 1)",
+    )
     add(
         "--no-kv-cache",
         dest="kv_cache",
@@ -262,13 +290,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--hidden-states", action="store_true", help="also return the last block's result, normalised")
     add("--original-context", action="store_true", help="keep to the context from before the model's was extended")
-    add("--auto", action="store_true", help="the smallest scheme that keeps perplexity within --max-ppl-increase")
-    add_flags(parser)
-    add("--hub-token", metavar="TOKEN", help="for private and gated models on the hub (default: HF_TOKEN)")
-    add("--cache-dir", type=Path, metavar="FOLDER", help="where downloads are kept (default: the hub's own cache)")
-    add("--run", metavar="PROMPT", help="then continue this text, as runtime.generate does")
-    add("--force", action="store_true", help="export again even if the output is up to date")
-    return parser
 
 
 def _add_scheme_flags(parser: argparse.ArgumentParser) -> None:

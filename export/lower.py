@@ -20,10 +20,13 @@ from export.backends import BACKENDS, Backend
 from export.metadata import MethodSpec, TensorSpec
 from export.quantize import by_rows, random
 from export.scheme import FLOAT, Scheme, swaps_pairs
-from export.trace import dynamic_shapes, parameter_name, pieces, trace_piece
+from export.slicing import sliced
+from export.together import runs
+from export.trace import dynamic_shapes, kinds, parameter_name, trace_piece
 from model.config import ModelConfig
 from model.fused import FusedLlama
 from model.model import Llama
+from model.sliced import SlicedLlama
 
 
 @dataclass(frozen=True)
@@ -70,15 +73,17 @@ Codes = Mapping[tuple[str, str], Code]
 
 
 def lower(config: ModelConfig, shards: Sequence[Sequence[MethodSpec]], backend: str, scheme: Scheme) -> Codes:
-    """The code of each kind of piece that the shards have, once; none if the backend does not work by block."""
+    """The code of each kind of piece that shards or slices have, once; none if the backend does not work by block."""
     codes = dict[tuple[str, str], Code]()
     for methods in shards if BACKENDS[backend].by_block else ():
-        span, is_fused = methods[0].span, methods[0].is_fused
-        for name, kind in pieces(config, span, is_fused, scheme.careful).items():
-            if (methods[0].name, kind) not in codes:
-                module = _random_piece(config, span, name, scheme)
-                for spec in methods:
-                    graph = trace_piece(config, name, module, spec)
+        specs = runs(methods)
+        first = specs[0]
+        part = sliced(config, first.slices)
+        for name, kind in kinds(part, first, scheme.careful).items():
+            if (first.name, kind) not in codes:
+                module = _random_piece(part, first.span, name, scheme)
+                for spec in specs:
+                    graph = trace_piece(part, name, module, spec)
                     codes[spec.name, kind] = _code(graph, BACKENDS[backend], module, spec)
     is_same_node.cache_clear()  # it would hold every graph compared, with its weights, for good
     return codes
@@ -112,8 +117,12 @@ def delegates(program: ExportedProgram) -> list[LoweredBackendModule]:
 
 def _random_piece(config: ModelConfig, span: range, name: str, scheme: Scheme) -> nn.Module:
     with torch.device("meta"):
-        model = Llama(config, span)
-        module = (FusedLlama(model) if name.startswith("segments.") else model).get_submodule(name)
+        whole: nn.Module = (model := Llama(config, span))
+        if name.startswith("segments."):
+            whole = FusedLlama(model)
+        elif name.startswith(("attend.", "feed.")):
+            whole = SlicedLlama(model, 0)
+        module = whole.get_submodule(name)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for path, layer in list(module.named_modules()):

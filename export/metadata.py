@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -53,7 +53,7 @@ FIELDS: dict[str, tuple[str, str]] = {
 NO_TOKENIZER = "none"
 
 STREAM = "stream"
-"""The tensor that a shard hands to the next: the residual stream between two blocks."""
+"""The residual stream between two blocks, which a shard hands to the next; or a slice's part of what is added to it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TensorSpec:
 
     Attributes:
         name: its role: tokens, select, logits, hidden; what depends on the position, see `preproc.positions`;
-            k_cache.3, v_cache.3, k_rows.3, v_rows.3 for layer 3; and stream, which a shard hands to the next.
+            k_cache.3, v_cache.3, k_rows.3, v_rows.3 for layer 3; and STREAM.
         shape: sizes; "L" stands for the length of a step, and "R" for its rows of logits, where they are not fixed.
         dtype: float32 or int64.
     """
@@ -98,6 +98,7 @@ class MethodSpec:
         max_rows: the most rows of logits (R) that it returns of each sequence; 1 or more.
         start_layer, end_layer: the blocks it runs, end excluded.
         inputs, outputs: in the order of the method's arguments and results.
+        slice, slices: which slice of the model it is of, from 0, and of how many; see `model.sliced`.
     """
 
     name: str
@@ -108,6 +109,13 @@ class MethodSpec:
     end_layer: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    slice: int = 0
+    slices: int = 1
+
+    @property
+    def half(self) -> str:
+        """What of a slice it runs, see `model.sliced.SlicedLlama`: embed, attend.3, feed.3 or head; of all else, ""."""
+        return self.name.partition(".")[2]
 
     @property
     def span(self) -> range:
@@ -159,18 +167,33 @@ class Metadata:
     @property
     def span(self) -> range:
         """The blocks that the methods run: fewer than config.n_layers in a shard."""
-        return self.methods[0].span
+        return range(self.methods[0].start_layer, self.methods[-1].end_layer)
+
+    @property
+    def slice(self) -> int:
+        """Which slice of the model the file is, from 0."""
+        return self.methods[0].slice
+
+    @property
+    def slices(self) -> int:
+        """Of how many; 1 where the model is not sliced."""
+        return self.methods[0].slices
 
     @property
     def cache_bytes(self) -> int:
         """Of the KV caches."""
-        caches = (spec for spec in self.methods[0].inputs if spec.name.startswith(("k_cache.", "v_cache.")))
-        return sum(spec.nbytes for spec in caches)
+        return sum(spec.nbytes for spec in self.caches)
 
     @property
     def use_kv_cache(self) -> bool:
         """Whether the methods take and extend a KV cache."""
-        return any(spec.name.startswith("k_cache.") for spec in self.methods[0].inputs)
+        return bool(self.caches)
+
+    @property
+    def caches(self) -> list[TensorSpec]:
+        """The KV caches that the methods take."""
+        specs = {spec.name: spec for method in self.methods for spec in method.inputs}
+        return [spec for name, spec in specs.items() if name.startswith(("k_cache.", "v_cache."))]
 
     @property
     def positions(self) -> Positions:
@@ -239,66 +262,6 @@ def from_constants(call: Callable[[str], Sequence[Any]]) -> Metadata:
         raise
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise InputError(f"the file's metadata cannot be read ({error}); export it again") from error
-
-
-def joined(shards: Mapping[Path, Metadata]) -> Metadata:
-    """What the whole carries of which these are the shards, whose order does not matter; of one file, what it carries.
-
-    Raises:
-        InputError: names the file that is not of the same export, is there twice, or is missing.
-    """
-    (path, first), *others = sorted(shards.items(), key=lambda each: each[1].span.start)
-    for other_path, other in others:
-        if other.identity != first.identity:
-            raise InputError(
-                f"{other_path} is not of the same export as {path}; keep the shards of one export together"
-            )
-    end = 0
-    for shard_path, shard in ((path, first), *others):
-        if shard.span.start < end:
-            raise InputError(f"{shard_path} has blocks from {shard.span.start} on, which another shard has; remove one")
-        _check_reached(path, end, shard.span.start)
-        end = shard.span.stop
-    _check_reached(path, end, first.config.n_layers)
-    if not others:
-        return first
-    parts = [first, *(other for _, other in others)]
-    requirements = [part.requirements for part in parts]
-    return dataclasses.replace(
-        first,
-        matrix_bytes=sum(part.matrix_bytes for part in parts),
-        activation_bytes=max(part.activation_bytes for part in parts),
-        methods=tuple(_whole(specs) for specs in zip(*(part.methods for part in parts), strict=True)),
-        requirements=Requirements(
-            executorch=requirements[0].executorch,
-            backends=tuple(sorted({name for each in requirements for name in each.backends})),
-            operators=tuple(sorted({name for each in requirements for name in each.operators})),
-        ),
-    )
-
-
-def _check_reached(path: Path, end: int, start: int) -> None:
-    if end < start:
-        raise InputError(
-            f"the shard with blocks {end} to {start - 1} is missing beside {path}; copy it there or export again"
-        )
-
-
-def _whole(specs: Sequence[MethodSpec]) -> MethodSpec:
-    """The method that runs these one after another: what it takes and gives, but for what is handed between them."""
-
-    def union(found: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
-        """As in a whole file, all keys stand behind the rest, and all values behind them."""
-        specs = {spec.name: spec for spec in found if spec.name != STREAM}.values()
-        return tuple(sorted(specs, key=lambda spec: spec.name[0] if "." in spec.name else ""))
-
-    return dataclasses.replace(
-        specs[0],
-        max_rows=specs[-1].max_rows,
-        end_layer=specs[-1].end_layer,
-        inputs=union(tensor for spec in specs for tensor in spec.inputs),
-        outputs=union(tensor for spec in specs for tensor in spec.outputs),
-    )
 
 
 def _json(value: Any) -> str:

@@ -18,7 +18,7 @@ from export.backends import BACKENDS, check, partitioners, quietly
 from export.emit import replacing
 from export.verify import VerificationError
 from model.errors import InputError, listed
-from runtime.program import lacking
+from runtime.shard import lacking
 
 LIMIT = 1e-4
 """The largest difference from the eager module that passes, relative to the largest result if that is above 1."""

@@ -1,6 +1,7 @@
 """plan: what is asked for and what is on storage become everything that an export will do, before it does any of it."""
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -22,7 +23,9 @@ from export.metadata import FORMAT_VERSION, NO_TOKENIZER, Metadata, MethodSpec
 from export.quantize import ROUNDINGS
 from export.recipe import Recipe
 from export.scheme import CALIBRATED, SCHEMES, Scheme, adjusted, swaps_pairs
-from export.trace import GraphOptions, signatures
+from export.slicing import sliced
+from export.together import runs
+from export.trace import GraphOptions
 from model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
 from model.config import ModelConfig
 from model.errors import InputError
@@ -31,7 +34,7 @@ from model.kv_rows import KV_DTYPES
 from preproc import mask, rope
 from preproc.chat import ChatTemplate
 from preproc.tokenizer import Tokenizer, from_bytes, open_tokenizer
-from runtime.program import lacking
+from runtime.shard import lacking
 
 DEFAULT_CONTEXT = 2048
 """The longest max-seq-len that is chosen without being asked for: caches grow with it."""
@@ -50,7 +53,8 @@ class ExportOptions:
     Attributes:
         checkpoint: a file or folder of any layout that `model.checkpoint` knows, or a name on the Hugging Face hub.
         tokenizer: a tokenizer file; None takes the checkpoint's own, "none" exports without one.
-        output: the .pte to write, or the folder of shards; None names it after the checkpoint, in the current folder.
+        output: the .pte to write, or the folder of shards or slices; None names it after the checkpoint, and is in the
+            current folder.
         max_seq_len: capacity of the KV cache; None takes the checkpoint's context, at most DEFAULT_CONTEXT.
         prefill_chunk: tokens that prefill takes at once; None takes DEFAULT_CHUNK, or max_seq_len where that is less.
         backend: one of `export.backends.BACKENDS`.
@@ -59,7 +63,7 @@ class ExportOptions:
         group_size, embedding_bits, head_bits, rounding: what differs from it, see `export.scheme.adjusted`.
         calibrate: a text by which the linear layers' weights are rounded, see `export.calibrate`.
         batch_size: texts that are extended at once, see `runtime.batch`.
-        cut: into shards, each a file in the folder `output`.
+        cut: into shards or slices, each a file in the folder `output`.
         kv_dtype: of the KV caches, one of `model.kv_rows.KV_DTYPES`.
         kv_cache: whether the methods take and extend a KV cache; otherwise each step takes the whole text.
         hidden_states: whether the methods also return the last block's result, normalised.
@@ -133,8 +137,8 @@ class Plan:
     Attributes:
         recipe: the model.
         graph: what the methods take and give.
-        cut: into which shards.
-        tokenizer: what the first of them will carry, or None.
+        cut: into which shards or slices.
+        tokenizer: what the first shard and each slice will carry, or None.
         provenance: all that decides what is written: files made from equal provenance are equal.
         output: the file or folder to write.
         summary: the checkpoint in words.
@@ -159,16 +163,14 @@ class Plan:
         provenance["options"] |= asdict(graph) | {"quantize": quantize, "scheme": scheme.to_json()}
         return replace(self, recipe=self.recipe.with_scheme(scheme), graph=graph, provenance=provenance)
 
-    @property
+    @functools.cached_property
     def shards(self) -> tuple[tuple[MethodSpec, ...], ...]:
-        """The methods of each shard; of one, where the model is not cut."""
-        config, scheme = self.recipe.config, self.recipe.scheme
-        spans = self.cut.spans(config, scheme)
-        return tuple(signatures(config, self.graph, scheme.kv_dtype, span) for span in spans)
+        """The methods of each shard or slice; of one, where the model is not cut."""
+        return self.cut.methods(self.recipe.config, self.graph, self.recipe.scheme)
 
     @property
     def outputs(self) -> tuple[Path, ...]:
-        """The file of each shard."""
+        """The file of each shard or slice."""
         if self.cut.is_whole:
             return (self.output,)
         count = len(self.shards)
@@ -180,15 +182,17 @@ class Plan:
         return hashlib.sha256(json.dumps(self.provenance, sort_keys=True).encode()).hexdigest()
 
     def metadata(self, linked: Linked, methods: tuple[MethodSpec, ...]) -> Metadata:
-        """What the file of one of the shards carries beside graph and weights."""
+        """What the file of one of the shards or slices carries beside graph and weights."""
         config, max_seq_len = self.recipe.config, self.graph.max_seq_len
+        part = sliced(config, methods[0].slices)
+        span = range(methods[0].start_layer, methods[-1].end_layer)
         cos, sin = rope.tables(config, max_seq_len)
         tokenizer = self.tokenizer if methods[0].start_layer == 0 else None
         return Metadata(
             config=config,
-            matrix_bytes=matrix_bytes(config, self.recipe.scheme, methods[0].span),
+            matrix_bytes=matrix_bytes(part, self.recipe.scheme, span),
             activation_bytes=self.graph.batch_size
-            * max(activation_bytes(config, spec, max_seq_len) for spec in methods),
+            * max(activation_bytes(part, spec, max_seq_len) for spec in runs(methods)),
             max_seq_len=max_seq_len,
             batch_size=self.graph.batch_size,
             bos_id=self.provenance["bos_id"],
@@ -233,7 +237,7 @@ def plan(options: ExportOptions) -> Plan:
             text.check(scheme)
         scheme = replace(scheme, rounding=CALIBRATED)
     check(options.backend, quantised=any(form.bits for form in (scheme.linear, scheme.head, scheme.embedding)))
-    suffix = "pte" if options.cut.is_whole else "shards"
+    suffix = "pte" if options.cut.is_whole else "shards" if options.cut.slices == 1 else "slices"
     output = options.output or Path(f"{options.checkpoint.name if named else _name(path)}.{suffix}")
     if output.resolve() in {file.resolve() for file in (*checkpoint.files, options.tokenizer or output.parent)}:
         raise InputError(f"--output {output} is one of the files to read; give another name")
@@ -241,7 +245,7 @@ def plan(options: ExportOptions) -> Plan:
     provenance |= _chat(chosen(options.chat_template, checkpoint, tokenizer), tokenizer, provenance)
     provenance["calibration"] = {"sha256": text.sha256} if text else None
     return Plan(
-        recipe=Recipe(config, checkpoint.weights, scheme),
+        recipe=Recipe(config, checkpoint.weights, scheme, slices=options.cut.slices),
         graph=graph,
         cut=options.cut,
         tokenizer=tokenizer,
@@ -300,14 +304,9 @@ def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
         raise InputError(
             f"--batch-size {options.batch_size} needs --attention fused, and here it is aten; leave it out"
         )
-    return GraphOptions(
-        max_seq_len,
-        chunk,
-        attention,
-        options.kv_cache,
-        options.hidden_states,
-        options.batch_size,
-    )
+    graph = GraphOptions(max_seq_len, chunk, attention, options.kv_cache, options.hidden_states, options.batch_size)
+    options.cut.check(graph)
+    return graph
 
 
 def _with_rows(graph: GraphOptions, config: ModelConfig, scheme: Scheme, cut: Cut) -> GraphOptions:
@@ -360,6 +359,7 @@ def _provenance(
             "backend": options.backend,
             "quantize": options.quantize,
             "scheme": scheme.to_json(),
+            "tensor_parallel": options.cut.slices,
         },
         "versions": {name: version(name) for name in ("llama-pte", "torch", "executorch", "torchao")},
         "source": {"sha256": _source_digest()},

@@ -1,6 +1,6 @@
 """quantize: weights become low-bit integers with a scale per group, by torchao; activations when a layer is run."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -125,8 +125,10 @@ class QuantizedLinear(nn.Module):
 
     weight: IntxUnpackedToInt8Tensor
 
-    def __init__(self, weight: IntxUnpackedToInt8Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: IntxUnpackedToInt8Tensor, bias: Tensor | None, width: int | None = None) -> None:
+        """Takes a matrix as it is stored, and how many inputs in a row are quantised by themselves; None for all."""
         super().__init__()
+        self.width = width or weight.shape[1]
         self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
         self.bias = bias
 
@@ -136,12 +138,18 @@ class QuantizedLinear(nn.Module):
         """
         if torch.compiler.is_exporting():
             return F.linear(x, self.weight, self.bias)
-        x, weight, rows = as_8_bits(x), self.weight, list[Tensor]()
+        x = self._rounded(x)
+        weight, rows = self.weight, list[Tensor]()
         for codes, scale in zip(row_chunks(weight.qdata), row_chunks(weight.scale, like=weight.qdata), strict=True):
             values = codes.view(*scale.shape, -1) * scale.float().unsqueeze(-1)
             rows.append(F.linear(x, values.view(codes.shape)))
         out = torch.cat(rows, dim=-1)
         return out if self.bias is None else out + self.bias
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        """The inputs as they are quantised. The last part may be short: zeros behind it leave its extremes."""
+        parts = F.pad(x, (0, -x.shape[-1] % self.width)).reshape(*x.shape[:-1], -1, self.width)
+        return as_8_bits(parts).flatten(-2)[..., : x.shape[-1]]
 
 
 def as_8_bits(x: Tensor) -> Tensor:
@@ -156,13 +164,18 @@ def as_8_bits(x: Tensor) -> Tensor:
     return (codes - zero) * (1 / steps)
 
 
-def quantize(module: nn.Module, stored: Callable[[str], Tensor]) -> nn.Module:
-    """Gives every linear layer below `module` its weight as it is stored, by its name there, in place."""
+def quantize(module: nn.Module, stored: Callable[[str], Tensor], widths: Mapping[str, int] | None = None) -> nn.Module:
+    """Gives every linear layer below `module` its weight as it is stored, by its name there, in place.
+
+    Args:
+        widths: how many inputs of a layer are quantised by themselves, see `model.sliced.columns`; all of the others'.
+    """
     for name, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear):
             weight = stored(f"{name}.weight")
             if isinstance(weight, IntxUnpackedToInt8Tensor):
-                module.set_submodule(name, QuantizedLinear(weight, layer.bias))
+                width = (widths or {}).get(name.rpartition(".")[2])
+                module.set_submodule(name, QuantizedLinear(weight, layer.bias, width))
             else:
                 layer.weight = nn.Parameter(weight, requires_grad=False)
     return module

@@ -11,6 +11,7 @@ from export.scheme import CALIBRATED, Scheme, is_shared
 from model.config import ModelConfig
 from model.fused import FusedLlama
 from model.model import Block, Llama
+from model.sliced import columns
 
 
 class Recipe:
@@ -19,6 +20,7 @@ class Recipe:
     Attributes:
         config: the model's dimensions.
         scheme: how weights are stored and multiplied.
+        slices: into so many the model is dealt out, each of which rounds its activations by itself.
     """
 
     def __init__(
@@ -27,10 +29,12 @@ class Recipe:
         weights: Mapping[str, Tensor],
         scheme: Scheme,
         calibrated: Mapping[str, Tensor] | None = None,
+        slices: int = 1,
     ) -> None:
         """Takes the model's parameters, and matrices that `export.calibrate` has rounded, by their names."""
         self.config = config
         self.scheme = scheme
+        self.slices = slices
         self._weights = weights
         self._calibrated = calibrated or {}
 
@@ -56,11 +60,11 @@ class Recipe:
 
     def with_scheme(self, scheme: Scheme) -> "Recipe":
         """The same model, stored in another way."""
-        return Recipe(self.config, self._weights, scheme)
+        return Recipe(self.config, self._weights, scheme, slices=self.slices)
 
     def with_calibrated(self, matrices: Mapping[str, Tensor]) -> "Recipe":
         """The same with these, by name, for the matrices that are calibrated."""
-        return Recipe(self.config, self._weights, self.scheme, matrices)
+        return Recipe(self.config, self._weights, self.scheme, matrices, self.slices)
 
     def unquantised(self) -> "Recipe":
         """The same model in float32."""
@@ -70,7 +74,9 @@ class Recipe:
         """A part of the model with its weights, as the scheme has them: tok_embeddings, layers.0, head."""
         if name == "tok_embeddings":
             return _embedding(self.stored("tok_embeddings.weight"))
-        return quantize(self.frame(name), lambda role: self.stored(f"{name}.{role}")).eval().requires_grad_(False)
+        widths = columns(self.config, self.slices)
+        made = quantize(self.frame(name), lambda role: self.stored(f"{name}.{role}"), widths)
+        return made.eval().requires_grad_(False)
 
     def frame(self, name: str) -> nn.Module:
         """A part of the model with its weights in float32, but for the linear layers' matrices, which it lacks."""

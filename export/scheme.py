@@ -142,6 +142,16 @@ def adjusted(
     return made
 
 
+def matrix_sizes(config: ModelConfig, scheme: Scheme, span: range | None = None) -> dict[str, int]:
+    """Bytes of each of `matrices`, as the scheme has it."""
+    return {name: scheme.format(name, shape[1]).nbytes(*shape) for name, shape in matrices(config, span).items()}
+
+
+def embedding_size(config: ModelConfig, scheme: Scheme) -> int:
+    """Bytes of the embedding, of which a step only looks rows up."""
+    return scheme.format("tok_embeddings.weight", config.dim).nbytes(config.vocab_size, config.dim)
+
+
 def is_shared(config: ModelConfig, scheme: Scheme) -> bool:
     """Whether embedding and head are one matrix in one format, so that it need be stored only once."""
     roles = ("tok_embeddings.weight", "head.output.weight")

@@ -12,7 +12,7 @@ from export.plan import Plan
 from export.quality import Comparison, Gate, Rows, most_tokens, percent, windows
 from export.recipe import Recipe
 from export.reference import packed
-from export.scheme import BYTE, SCHEMES, Format, Scheme, is_shared, matrices
+from export.scheme import BYTE, SCHEMES, Format, Scheme, embedding_size, is_shared, matrix_sizes
 from model.config import ModelConfig
 from model.errors import InputError
 
@@ -55,9 +55,8 @@ def ladder(rounding: str, kv_dtype: str = "float32") -> list[Rung]:
 
 def stored_bytes(config: ModelConfig, scheme: Scheme) -> int:
     """Of all matrices in a file."""
-    sizes = {name: scheme.format(name, shape[1]).nbytes(*shape) for name, shape in matrices(config).items()}
-    embedding = scheme.format("tok_embeddings.weight", config.dim).nbytes(config.vocab_size, config.dim)
-    return sum(sizes.values()) + (0 if is_shared(config, scheme) else embedding)
+    embedding = 0 if is_shared(config, scheme) else embedding_size(config, scheme)
+    return sum(matrix_sizes(config, scheme).values()) + embedding
 
 
 def measured(recipe: Recipe, texts: Sequence[Sequence[int]], max_seq_len: int) -> tuple[Comparison, tuple[Loss, ...]]:

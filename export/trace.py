@@ -13,6 +13,7 @@ from model.config import ModelConfig
 from model.fused import FusedLlama, Segment
 from model.kv_rows import row_width
 from model.model import Block, Head, Llama
+from model.sliced import Attend, Embed, Merge, SlicedLlama
 from preproc.positions import mask_name, names
 
 
@@ -41,8 +42,8 @@ class GraphOptions:
     max_rows: int = 1
 
 
-def trace(model: Llama | FusedLlama, methods: Iterable[MethodSpec]) -> dict[str, ExportedProgram]:
-    """The whole model as one graph per method. See tests/bench/NOTES.md for what was tried.
+def trace(model: Llama | FusedLlama | SlicedLlama, methods: Iterable[MethodSpec]) -> dict[str, ExportedProgram]:
+    """The whole model as one graph per method; of a slice, each half. See tests/bench/NOTES.md for what was tried.
 
     Parts of the model may be lowered already: they are then calls in the graph.
     """
@@ -71,8 +72,25 @@ def pieces(config: ModelConfig, span: range, fused: bool, careful: Collection[in
     return found if fused or span.stop < config.n_layers else found | {"head": "head"}
 
 
+def kinds(config: ModelConfig, spec: MethodSpec, careful: Collection[int]) -> dict[str, str]:
+    """The pieces of what a method runs."""
+    return half_pieces(config, careful) if spec.slices > 1 else pieces(config, spec.span, spec.is_fused, careful)
+
+
+def half_pieces(config: ModelConfig, careful: Collection[int] = ()) -> dict[str, str]:
+    """The same of a slice, and for attention as an operator of its own."""
+    found = dict[str, str]()
+    for layer in range(config.n_layers):
+        careful_too = " careful" if layer in careful else ""
+        halves = {f"attend.{layer}.project": "project", f"attend.{layer}.merge": "merge", f"feed.{layer}": "feed"}
+        found |= {name: kind + careful_too for name, kind in halves.items()}
+    return found | {"head": "head"}
+
+
 def parameter_name(config: ModelConfig, piece: str, role: str) -> str:
     """What a parameter of a piece is called in the model: layers.3.attention.wo.weight."""
+    if piece.startswith(("attend.", "feed.")):
+        return f"layers.{piece.split('.')[1]}.{role.removeprefix('block.')}"
     if not piece.startswith("segments."):
         return f"{piece}.{role}"
     side, role = role.split(".", 1)
@@ -84,12 +102,12 @@ def trace_piece(config: ModelConfig, name: str, module: nn.Module, spec: MethodS
     """The graph of one of `pieces`, as `spec` calls it.
 
     Args:
-        module: the Block, Head or Segment.
+        module: the Block, Head, Segment, Project, Merge or Feed.
     """
     inputs = {tensor.name: tensor for tensor in spec.inputs}
     stream = inputs["tokens" if "tokens" in inputs else STREAM].shape[:2]
-    taken = [TensorSpec("x", (*stream, config.dim), "float32")]
-    if isinstance(module, Segment) and module.before:
+    taken = [] if isinstance(module, Merge) else [TensorSpec("x", (*stream, config.dim), "float32")]
+    if isinstance(module, Merge) or (isinstance(module, Segment) and module.before):
         taken += [TensorSpec("out", (*stream, config.n_heads * config.head_dim), "float32")]
     if isinstance(module.after if isinstance(module, Segment) else module, Head):
         taken += [inputs["select"]]
@@ -237,17 +255,39 @@ def step(model: Llama | FusedLlama, inputs: Mapping[str, Tensor]) -> dict[str, T
     }
 
 
-class _Flat(nn.Module):
-    """The model with the flat arguments and results of a `signature`."""
+def half_step(half: nn.Module, layer: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same of a half of a slice, which is of block `layer`."""
+    if isinstance(half, Embed):
+        return {STREAM: half(inputs["tokens"], inputs.get("positions"))}
+    stream = inputs[STREAM]
+    if isinstance(half, Attend):
+        angles = (inputs["cos"], inputs["sin"]) if "cos" in inputs else None
+        caches = (inputs[f"{kind}_cache.{layer}"] for kind in "kv")
+        part, k_rows, v_rows = half(stream, angles, inputs["start"], *caches)
+        return {STREAM: part, f"k_rows.{layer}": k_rows, f"v_rows.{layer}": v_rows}
+    if "select" in inputs:
+        logits, hidden = half(stream, inputs["select"])
+        return {"logits": logits, "hidden": hidden}
+    (part,) = half(stream)
+    return {STREAM: part}
 
-    def __init__(self, model: Llama | FusedLlama, spec: MethodSpec) -> None:
+
+class _Flat(nn.Module):
+    """The model, or a half of a slice, with the flat arguments and results of a `signature`."""
+
+    def __init__(self, model: Llama | FusedLlama | SlicedLlama, spec: MethodSpec) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.get_submodule(spec.half)
+        self.layer = spec.start_layer
         self.inputs = [tensor.name for tensor in spec.inputs]
         self.outputs = [tensor.name for tensor in spec.outputs]
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
-        found = step(self.model, dict(zip(self.inputs, tensors, strict=True)))
+        inputs = dict(zip(self.inputs, tensors, strict=True))
+        if isinstance(self.model, Llama | FusedLlama):
+            found = step(self.model, inputs)
+        else:
+            found = half_step(self.model, self.layer, inputs)
         return [found[name] for name in self.outputs]
 
 
@@ -260,7 +300,7 @@ class _FlatPiece(nn.Module):
         self.rotated = rotated
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        if isinstance(self.module, Head | Segment):
+        if not isinstance(self.module, Block):
             return self.module(*tensors)
         x, *others = tensors
         angles, rest = (others[:2], others[2:]) if self.rotated else (None, others)

@@ -347,7 +347,9 @@ def main(arguments: list[str] | None = None) -> int:
         raise InputError(f"--report is for quantised files, and {options.file} is float32; leave it out")
     path = options.checkpoint
     checkpoint = open_checkpoint(fetched(path) if is_hub_name(path) else path)
-    recipe = Recipe(for_length(checkpoint.config, metadata.max_seq_len), checkpoint.weights, scheme)
+    config = for_length(checkpoint.config, metadata.max_seq_len)
+    slices = metadata.provenance["options"].get("tensor_parallel", 1)
+    recipe = Recipe(config, checkpoint.weights, scheme, slices=slices)
     with tempfile.TemporaryDirectory(prefix="llama-pte-") as folder:
         recipe = _recipe(recipe, options.file, options.calibrate, Path(folder))
         verdict = verify(options.file, recipe, gate)

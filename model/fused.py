@@ -143,7 +143,7 @@ class FusedLlama(Embeddings):
         sides: list[tuple[Block | None, Block | Head | None]] = list(zip([None, *blocks], [*blocks, last], strict=True))
         numbers = range(self.span.start, self.span.stop + 1)
         self.segments = nn.ModuleDict({str(i): Segment(*both) for i, both in zip(numbers, sides, strict=True)})
-        self._settings = [_settings(b.attention, config.window(i)) for i, b in zip(self.span, blocks, strict=True)]
+        self._settings = [settings(b.attention, config.window(i)) for i, b in zip(self.span, blocks, strict=True)]
         self._slopes = mask.alibi_slopes(config) if config.positions == "alibi" else None
 
     def forward(
@@ -162,10 +162,10 @@ class FusedLlama(Embeddings):
         first, *others, last = self.segments.values()
         q, k, v = first(x)
         k_rows, v_rows = [], []
-        for number, (rotates, *settings) in enumerate(self._settings):
+        for number, (rotates, *numbers) in enumerate(self._settings):
             cos, sin = angles if rotates and angles else (None, None)
             caches = (k_caches[number], v_caches[number])
-            out, k, v = torch.ops.llama_pte.attention(q, k, v, cos, sin, self._slopes, *caches, start, *settings)
+            out, k, v = torch.ops.llama_pte.attention(q, k, v, cos, sin, self._slopes, *caches, start, *numbers)
             k_rows.append(k)
             v_rows.append(v)
             if number < len(others):
@@ -176,6 +176,6 @@ class FusedLlama(Embeddings):
         return Step(k_rows, v_rows, logits, hidden)
 
 
-def _settings(attention: Attention, window: int | None) -> tuple[bool, float, float, int]:
+def settings(attention: Attention, window: int | None) -> tuple[bool, float, float, int]:
     """Whether a block rotates, and the operator's scale, cap and window."""
     return attention.rotates, attention.scale, attention.softcap or 0.0, window or 0

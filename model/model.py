@@ -243,9 +243,20 @@ class Block(nn.Module):
 
     def finish(self, x: Tensor, out: Tensor) -> Tensor:
         """What comes behind it: the block's input [B, L, D] and attention's result [B, L, H*Dh] -> [B, L, D]."""
-        attended = x + self._scaled(self.attention_post_norm(self.attention.wo(out)))
-        normed = self.attention_norm(x) if self.ffn_norm is None else self.ffn_norm(attended)
-        return attended + self._scaled(self.ffn_post_norm(self.feed_forward(normed)))
+        attended = x + self.attended(out)
+        return attended + self._fed(self.attention_norm(x) if self.ffn_norm is None else self.ffn_norm(attended))
+
+    def attended(self, out: Tensor) -> Tensor:
+        """Attention's contribution to the stream: its result [B, L, H*Dh] -> [B, L, D]."""
+        return self._scaled(self.attention_post_norm(self.attention.wo(out)))
+
+    def fed(self, x: Tensor) -> Tensor:
+        """The feed-forward's, where it has a norm of its own: [B, L, D] -> [B, L, D]."""
+        assert self.ffn_norm is not None, "a parallel block has one norm for both"
+        return self._fed(self.ffn_norm(x))
+
+    def _fed(self, normed: Tensor) -> Tensor:
+        return self._scaled(self.ffn_post_norm(self.feed_forward(normed)))
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.residual_scale == 1 else x * self.residual_scale

@@ -22,8 +22,9 @@ from pathlib import Path
 from model.errors import InputError
 from runtime.flags import add_threads_flag
 from runtime.meter import median_seconds, peak_memory, seconds
-from runtime.program import Program, read_bandwidth
+from runtime.program import Program
 from runtime.session import Session
+from runtime.shard import read_bandwidth
 
 PREFILL = (128, 512, 2048)
 """Lengths of prompts."""

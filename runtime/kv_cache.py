@@ -11,6 +11,11 @@ from export.metadata import MethodSpec
 from model.errors import InputError
 
 
+def copied(tensor: Tensor) -> Tensor:
+    """By numpy: PyTorch would start threads for it, which then spin for a while where ExecuTorch's are to compute."""
+    return torch.from_numpy(tensor.numpy().copy())
+
+
 class KVCache:
     """Every layer's keys and values for `capacity` positions, of which the first `position` are filled.
 

@@ -1,73 +1,28 @@
 """Program: an opened .pte, checked before it is believed; immutable, and shared by any number of sessions."""
 
-import ctypes
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch  # before ExecuTorch's bindings, which need its libraries loaded
-from executorch.extension.pybindings import _C  # the bindings alone: portable_lib imports all of exir, 140 MB and 2 s
 from torch import Tensor
 
-from export.metadata import STREAM, Metadata, MethodSpec, Requirements, check_file, from_constants, joined
-from model.errors import InputError, listed
+from export.metadata import Metadata, MethodSpec, check_file
+from export.together import joined
+from model.errors import InputError
 from preproc.tokenizer import Tokenizer, from_bytes
-from runtime.meter import memory
-from runtime.residency import MARGIN, kept
-
-# Kernels register themselves. Unlike the C++ libraries, the bindings come without those of low-bit weights; attention
-# is ours (setup.py).
-_LIBRARIES = Path(_C.__file__).parents[2] / "lib"
-_EXECUTORCH, _THREADPOOL, _ = (
-    ctypes.CDLL(str(_LIBRARIES / f"lib{name}.so"))
-    for name in ("executorch", "executorch_threadpool", "executorch_kernels_quantized")
-)
-_NOT_COMPILED = "llama-pte's own kernels were not compiled; install it again, with a C++ compiler at hand"
-_OPERATORS = find_spec("runtime._operators")
-_OURS = ctypes.CDLL(str(_OPERATORS.origin)) if _OPERATORS else None
-
+from runtime.chain import Chain
+from runtime.shard import Shard, check_requirements, start_threads, threads_off
+from runtime.slices import Alone, Group, Slices
 
 SMALL = 16_000_000
 """Bytes of matrices below which waking another thread takes longer than it saves; see tests/bench/NOTES.md."""
 
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-"""glibc's, which keeps what is freed for later unless it is told not to."""
-
-_without_threads = _THREADPOOL._ZN10executorch9extension10threadpool17NoThreadPoolGuard11set_enabledEb
-_without_threads.argtypes = [ctypes.c_bool]
-
-
-class _BackendOption(ctypes.Structure):
-    """executorch/runtime/backend/options.h: a key, and a variant whose first kind is bool."""
-
-    _fields_ = (("key", ctypes.c_char * 64), ("value", ctypes.c_char * 256), ("kind", ctypes.c_uint32))
-
-
-class _Options(ctypes.Structure):
-    _fields_ = (("data", ctypes.POINTER(_BackendOption)), ("size", ctypes.c_size_t))
-
-
-def _share_packed_weights() -> None:
-    """XNNPACK packs each weight once for all methods, not once for each: half the memory, and less time to load."""
-    set_option = _EXECUTORCH._ZN10executorch7runtime10set_optionEPKcNS0_4SpanINS0_13BackendOptionEEE
-    set_option.argtypes = [ctypes.c_char_p, _Options]
-    option = _BackendOption(key=b"weight_cache_enabled", value=b"\1", kind=0)
-    error = set_option(b"XnnpackBackend", _Options(ctypes.pointer(option), 1))
-    assert error == 0, f"ExecuTorch refuses to share packed weights: {error}"
-
-
-_share_packed_weights()
-
 
 class Program:
-    """A model of ours, ready to be run: a .pte and its methods, or the shards of one, each of which runs its blocks.
+    """A model of ours, ready to be run: a .pte and its methods; the shards of one, each of which runs its blocks; or
+    slices, each of which runs a part of every block.
 
     Attributes:
-        metadata: all that the file carries beside graph and weights; of shards, what the whole would.
+        metadata: all that the file carries beside graph and weights; of shards or slices, what the whole would.
         tokenizer: the tokenizer inside the file, or None.
     """
 
@@ -78,8 +33,11 @@ class Program:
         threads: int | None = None,
         check: bool = True,
         memory_budget: int | None = None,
+        partial: bool = False,
+        group: Group | None = None,
     ) -> None:
-        """Opens the file, the folder of shards, or these: checks them, reads their metadata, and loads their methods.
+        """Opens the file, the folder of shards or slices, or these: checks them, reads their metadata, and loads their
+        methods.
 
         Args:
             threads: how many threads ExecuTorch uses, in the whole process; None leaves its choice, one per core,
@@ -87,40 +45,51 @@ class Program:
             check: compare the checksum, which reads the file through once.
             memory_budget: bytes that this process may hold, with one session. Shards for which there is no room are
                 loaded for each step; see `runtime.residency`. None keeps all.
+            partial: these may be some neighbours among the shards of a model, see `Session.pass_on`.
+            group: of the processes that have the other slices, where these are not all; None where they are. The caches
+                then have only these slices' heads.
 
         Raises:
-            InputError: the budget is too little; not a whole file of ours, shards that do not make one model, or this
-                runtime lacks what it needs.
+            InputError: the budget is too little, or for slices; not a whole file of ours, shards or slices that do not
+                make one model, or this runtime lacks what it needs.
         """
         paths = files(Path(path)) if isinstance(path, str | Path) else path
         for each in paths:
             check_file(each, checksum=check)
-        _start_threads(threads)
+        start_threads(threads)
         shards = [Shard(each) for each in paths]
-        self.metadata = joined({shard.path: shard.metadata for shard in shards})
-        _check_requirements(paths[0], self.metadata.requirements)
+        found = {shard.path: shard.metadata for shard in shards}
+        self.metadata = joined(found, partial or group is not None)
+        check_requirements(paths[0], self.metadata.requirements)
         self.tokenizer: Tokenizer | None = None
         if self.metadata.tokenizer:
             self.tokenizer = from_bytes(self.metadata.tokenizer, self.metadata.tokenizer_kind)
         self._is_small = threads is None and self.metadata.matrix_bytes < SMALL
-        self._shards = sorted(shards, key=lambda shard: shard.metadata.span.start)
-        self._kept = self._chosen(memory_budget)
-        with self._threads():
-            for shard in self._kept:
-                shard.load()
+        with threads_off(self._is_small):
+            self._parts = self._loaded(shards, memory_budget, group)
 
-    def _chosen(self, memory_budget: int | None) -> list["Shard"]:
-        """The shards that stay."""
-        if memory_budget is None:
-            return self._shards
-        taken = memory() + self.metadata.activation_bytes + self.metadata.cache_bytes
-        sizes = [int(MARGIN * shard.metadata.matrix_bytes) for shard in self._shards]
-        return [self._shards[number] for number in sorted(kept(sizes, memory_budget - taken))]
+    def _loaded(self, shards: Sequence[Shard], memory_budget: int | None, group: Group | None) -> Chain | Slices:
+        """What runs them."""
+        path, count = shards[0].path, shards[0].metadata.slices
+        if count == 1 and group is not None:
+            raise InputError(f"{path} is no slice, as those of a group of processes are; export with --tensor-parallel")
+        if count == 1:
+            return Chain(shards, self.metadata, memory_budget)
+        if len(shards) < count and group is None:
+            raise InputError(
+                f"{path} is one of {count} slices, which run at once and not one behind another; export with --shards"
+            )
+        if memory_budget is not None:
+            raise InputError(
+                f"--memory-budget is for shards, and {path} is one of {count} slices, which all stay in memory; leave "
+                "it out"
+            )
+        return Slices(shards, self.metadata, group or Alone())
 
     @property
     def bytes_loaded(self) -> int:
         """Bytes of matrices that are loaded anew for each step."""
-        return sum(shard.metadata.matrix_bytes for shard in self._shards if shard not in self._kept)
+        return self._parts.bytes_loaded
 
     def step(self, method: MethodSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Runs one method once.
@@ -131,70 +100,12 @@ class Program:
         Returns:
             outputs by the names of `method.outputs`, valid only until the next step of this program.
         """
-        given, outputs = dict(inputs), dict[str, Tensor]()
-        with self._threads():
-            for shard, following in zip(self._shards, [*self._shards[1:], self._shards[0]], strict=True):
-                if following not in self._kept:
-                    following.read_ahead()
-                outputs |= shard.run(method.name, given) if shard in self._kept else shard.run_once(method.name, given)
-                if STREAM in outputs:
-                    given[STREAM] = outputs.pop(STREAM)
-        return outputs
-
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        """A small model does without ExecuTorch's threads."""
-        if self._is_small:
-            _without_threads(True)
-        try:
-            yield
-        finally:
-            if self._is_small:
-                _without_threads(False)
-
-
-class Shard:
-    """One file: some blocks of a model, or all.
-
-    Attributes:
-        path: of the file.
-        metadata: all that it carries beside graph and weights.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Opens the file and reads its metadata."""
-        self.path = path
-        self._program, self.metadata = _open(path)
-        self._methods = dict[str, Any]()
-
-    def load(self) -> None:
-        """Loads its methods, which takes the memory for its weights."""
-        self._methods = {spec.name: self._program.load_method(spec.name) for spec in self.metadata.methods}
-
-    def read_ahead(self) -> None:
-        """Has the system read the file while something else is computed."""
-        if hasattr(os, "posix_fadvise"):
-            with self.path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-    def run_once(self, method: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Loads the methods, runs one of them as `run` does, and gives their memory back."""
-        self.load()
-        outputs = {name: torch.from_numpy(tensor.numpy().copy()) for name, tensor in self.run(method, inputs).items()}
-        self._methods.clear()
-        if _trim:
-            _trim(0)
-        return outputs
-
-    def run(self, method: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Runs one method on those of the inputs that it takes, as `Program.step` does."""
-        spec = next(spec for spec in self.metadata.methods if spec.name == method)
-        outputs = self._methods[method].call([inputs[each.name] for each in spec.inputs], clone_outputs=False)
-        return {each.name: tensor for each, tensor in zip(spec.outputs, outputs, strict=True)}
+        with threads_off(self._is_small):
+            return self._parts.step(method, inputs)
 
 
 def files(path: Path) -> list[Path]:
-    """The .pte, or those in a folder of shards.
+    """The .pte, or those in a folder of shards or slices.
 
     Raises:
         InputError: the folder has none.
@@ -203,109 +114,18 @@ def files(path: Path) -> list[Path]:
         return [path]
     if found := sorted(path.glob("*.pte")):
         return found
-    raise InputError(f"the folder {path} has no .pte files; give one with shards, or a .pte")
-
-
-def read_bandwidth(threads: int) -> float:
-    """Bytes a second that so many threads together read from memory: what decoding cannot be faster than."""
-    if _OURS is None:
-        raise InputError(_NOT_COMPILED)
-    _OURS.llama_pte_read_bandwidth.restype = ctypes.c_double
-    return float(_OURS.llama_pte_read_bandwidth(ctypes.c_int(threads)))
+    raise InputError(f"the folder {path} has no .pte files; give one with shards or slices, or a .pte")
 
 
 def read_metadata(path: str | Path) -> Metadata:
-    """Reads what a file carries, or what the whole would whose shards a folder has, without loading its methods.
+    """Reads what a file carries, or what the whole would whose shards or slices a folder has, without loading
+    its methods.
 
     Raises:
-        InputError: not a whole file of ours, or shards that do not make one model.
+        InputError: not a whole file of ours, or shards or slices that do not make one model.
     """
     found = {}
     for each in files(Path(path)):
         check_file(each)
-        found[each] = _open(each)[1]
+        found[each] = Shard(each).metadata
     return joined(found)
-
-
-def _open(path: Path) -> tuple[Any, Metadata]:
-    """ExecuTorch's program and what it carries.
-
-    Raises:
-        InputError: ExecuTorch does not take it, or it lacks something that it should carry.
-    """
-    try:
-        program = _C._load_program(str(path))
-    except (RuntimeError, UnicodeEncodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"ExecuTorch cannot open {path} ({reason}); export it again") from error
-
-    def constant(name: str) -> list[Any]:
-        try:
-            return program.load_method(name).call([])
-        except RuntimeError as error:
-            raise InputError(f"{path} carries no {name}; export it again") from error
-
-    return program, from_constants(constant)
-
-
-def _start_threads(threads: int | None) -> None:
-    """Starts ExecuTorch's thread pool, which at its start logs what it finds missing on machines that are not ARM."""
-    if threads is not None and threads < 1:
-        raise InputError(f"--threads {threads} is impossible; give 1 or more")
-    with stderr_closed():
-        if threads in (None, _C._threadpool_get_thread_count()):
-            return
-        _C._unsafe_reset_threadpool(threads)
-
-
-@contextmanager
-def stderr_closed() -> Iterator[None]:
-    """Keeps what native code logs from the user."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def lacking(backends: Iterable[str]) -> set[str]:
-    """Those of ExecuTorch's backends that cannot be run here."""
-    with stderr_closed():  # they log what they looked for
-        return {name for name in backends if name and not _is_available(name)}
-
-
-def _is_available(backend: str) -> bool:
-    _BEFORE.get(backend, lambda: None)()
-    return _C._is_available(backend)
-
-
-def _find_openvino() -> None:
-    """Tells ExecuTorch where pip put OpenVINO, if it did, which is loaded when a file asks for it.
-
-    It would compute in bfloat16 where the processor can, and ExecuTorch has no option to forbid it.
-    """
-    found = find_spec("openvino")
-    for folder in (found.submodule_search_locations or ()) if found else ():
-        for library in sorted(Path(folder).glob("libs/libopenvino_c.so*"))[:1]:
-            os.environ.setdefault("OPENVINO_LIB_PATH", str(library))
-            os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
-
-
-_BEFORE = {"OpenvinoBackend": _find_openvino}
-"""What ExecuTorch's backends want done before they are asked for."""
-
-
-def _check_requirements(path: Path, needed: Requirements) -> None:
-    backends = lacking(needed.backends)
-    operators = {name for name in needed.operators if not name.startswith("executorch_prim::")}
-    operators -= set(_C._get_operator_names())
-    if ours := {name for name in operators if name.startswith("llama_pte::")}:
-        raise InputError(f"{path} needs {listed(ours)}, and {_NOT_COMPILED}, or export the file with --attention aten")
-    if missing := backends | operators:
-        raise InputError(
-            f"{path} needs {listed(missing)}, which ExecuTorch {version('executorch')} here lacks; "
-            f"it was made with ExecuTorch {needed.executorch}: install that, or export the file again"
-        )

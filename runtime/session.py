@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.metadata import Metadata, MethodSpec
+from export.metadata import STREAM, Metadata, MethodSpec
 from model.errors import InputError
 from model.kv_rows import decode, encode
 from preproc import rope
 from preproc.positions import PositionInputs
 from runtime import snapshot
-from runtime.kv_cache import KVCache
+from runtime.kv_cache import KVCache, copied
 
 SINKS = 4
 """Tokens at the start of a text that `Session.slide` keeps, because attention falls back on them (StreamingLLM,
@@ -114,12 +114,7 @@ class Session:
             InputError: as in `prefill`.
         """
         assert 1 <= rows <= max(len(tokens), 1), f"{len(tokens)} tokens have no {rows} rows"
-        check_tokens(tokens, self._program.metadata.config.vocab_size)
-        if len(tokens) > self.capacity - self.position:
-            raise InputError(
-                f"the prompt has {len(tokens)} tokens, but only {self.capacity - self.position} of {self.capacity} "
-                "positions are free; shorten it or export with a larger --max-seq-len"
-            )
+        check_prompt(tokens, self._program.metadata, self.position)
         self.hidden = None
         hidden, logits = list[Tensor](), list[Tensor]()
         start, wanted_from = 0, len(tokens) - rows
@@ -133,6 +128,24 @@ class Session:
         self.hidden = torch.cat(hidden) if hidden else None
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
+    @property
+    def chunk(self) -> int:
+        """How many tokens a step takes."""
+        return self._bindings[-1].method.max_length
+
+    def pass_on(self, tokens: Sequence[int], stream: Tensor | None = None) -> Tensor:
+        """Appends at most `chunk` tokens by one step of a part of a model, as `runtime.pipeline` has it.
+
+        Args:
+            stream: [1, L, D], what the part before returned; None where the model begins here.
+
+        Returns:
+            [1, L, D], what the part behind takes; where the model ends here, the logits after the last token, [1, V].
+        """
+        outputs, _ = self._run(self._binding_for(len(tokens)), tokens, 1, stream)
+        self._commit(outputs, tokens)
+        return copied(outputs[STREAM] if STREAM in outputs else outputs["logits"][0])
+
     def propose(self, tokens: Sequence[int]) -> Tensor:
         """The logits after each of a few tokens that may come next, at most `max_rows`, [n, V]: of the text as if they
         were appended. `accept` then appends as many of them as are right.
@@ -143,9 +156,9 @@ class Session:
         check_tokens(tokens, self._program.metadata.config.vocab_size)
         binding = self._binding_for(len(tokens))
         outputs, span = self._run(binding, tokens, len(tokens))
-        rows = {name: _copy(tensor) for name, tensor in outputs.items() if name.startswith(("k_rows.", "v_rows."))}
-        self._proposed = tokens, rows, _copy(outputs["hidden"][0, span]) if "hidden" in outputs else None
-        return _copy(outputs["logits"][0])
+        rows = {name: copied(tensor) for name, tensor in outputs.items() if name.startswith(("k_rows.", "v_rows."))}
+        self._proposed = tokens, rows, copied(outputs["hidden"][0, span]) if "hidden" in outputs else None
+        return copied(outputs["logits"][0])
 
     def accept(self, count: int) -> None:
         """Appends the first `count` of the tokens just proposed, 1 or more."""
@@ -237,13 +250,15 @@ class Session:
         outputs, span = self._run(binding, tokens, rows)
         self._commit(outputs, tokens)
         if "hidden" in outputs:
-            hidden.append(_copy(outputs["hidden"][0, span]))
-        return _copy(outputs["logits"][0])
+            hidden.append(copied(outputs["hidden"][0, span]))
+        return copied(outputs["logits"][0])
 
-    def _run(self, binding: "Binding", tokens: Sequence[int], rows: int) -> tuple[dict[str, Tensor], slice]:
+    def _run(
+        self, binding: "Binding", tokens: Sequence[int], rows: int, stream: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], slice]:
         """Runs up to max_length tokens, and returns the outputs and which of their rows are these tokens'."""
         inputs, span = binding.place(self.cache.plan(len(tokens)), tokens, rows, self.tokens)
-        return self._program.step(binding.method, inputs), span
+        return self._program.step(binding.method, inputs if stream is None else {**inputs, STREAM: stream}), span
 
     def _commit(self, outputs: Mapping[str, Tensor], tokens: Sequence[int]) -> None:
         """Appends the first tokens of a step that was run."""
@@ -261,14 +276,22 @@ def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
         raise InputError(f"token {unknown[0]} is not in the vocabulary; ids run from 0 to {vocab_size - 1}")
 
 
+def check_prompt(tokens: Sequence[int], metadata: Metadata, position: int = 0) -> None:
+    """Raises:
+    InputError: they are empty, do not fit behind `position`, or one is not in the vocabulary.
+    """
+    check_tokens(tokens, metadata.config.vocab_size)
+    free = metadata.max_seq_len - position
+    if len(tokens) > free:
+        raise InputError(
+            f"the prompt has {len(tokens)} tokens, but only {free} of {metadata.max_seq_len} positions are free; "
+            "shorten it or export with a larger --max-seq-len"
+        )
+
+
 def common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two texts begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """By numpy: PyTorch would start threads for it, which then spin for a while where ExecuTorch's are to compute."""
-    return torch.from_numpy(tensor.numpy().copy())
 
 
 class Binding:
@@ -285,7 +308,7 @@ class Binding:
         self._tokens = torch.zeros((1, length), dtype=torch.int64)
         self._select = torch.zeros(method.max_rows * length)
         inputs = {"tokens": self._tokens, "select": self._select, **cache.buffers}
-        names = [spec.name for spec in method.inputs if spec.name not in inputs]
+        names = [spec.name for spec in method.inputs if spec.name not in inputs and spec.name != STREAM]
         self._positions = PositionInputs(metadata.positions, names, length, self._cached)
         self._whole = inputs | self._positions.tensors
         self._inputs = dict[tuple[int, int], tuple[dict[str, Tensor], np.ndarray]]()
@@ -294,8 +317,8 @@ class Binding:
     def _inputs_of(self, length: int, rows: int) -> tuple[dict[str, Tensor], np.ndarray]:
         """By name, for a step: the beginnings of whole inputs where the length is not fixed; and `select`'s rows."""
         if (length, rows) not in self._inputs:
-            dynamic = [spec.name for spec in self.method.inputs if "L" in spec.shape]
-            inputs = self._whole | {name: self._whole[name][:, :length] for name in dynamic if name != "select"}
+            dynamic = {spec.name for spec in self.method.inputs if "L" in spec.shape} - {"select", STREAM}
+            inputs = self._whole | {name: self._whole[name][:, :length] for name in dynamic}
             inputs["select"] = self._select[: rows * length].view(1, rows, length)
             self._inputs[length, rows] = inputs, inputs["select"].numpy()[0]
         return self._inputs[length, rows]

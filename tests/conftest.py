@@ -151,17 +151,17 @@ def _digest(model: Llama) -> str:
     return digest.hexdigest()
 
 
-def linked(plan: Plan, backend: str = "portable") -> Linked:
-    """The program of a plan."""
+def linked(plan: Plan, backend: str = "portable", number: int = 0) -> Linked:
+    """The program of a plan, or of one of its shards or slices."""
     recipe = plan.recipe
     codes = lower(recipe.config, plan.shards, backend, recipe.scheme)
-    return link(recipe, plan.shards[0], codes, backend, plan.identity)
+    return link(recipe, plan.shards[number], codes, backend, plan.identity)
 
 
-def write_pte(plan: Plan, path: Path, backend: str = "portable") -> Path:
-    """The file of a plan, by the pipeline's own stages."""
-    program = linked(plan, backend)
-    emit(program, plan.metadata(program, plan.shards[0]), path)
+def write_pte(plan: Plan, path: Path, backend: str = "portable", number: int = 0) -> Path:
+    """The file of a plan, or of one of its shards or slices, by the pipeline's own stages."""
+    program = linked(plan, backend, number)
+    emit(program, plan.metadata(program, plan.shards[number]), path)
     return path
 
 

@@ -26,8 +26,9 @@ from export.plan import ExportOptions, plan
 from export.trace import step
 from model.errors import InputError
 from preproc.positions import Positions, names
-from runtime.program import Program, lacking, read_metadata
+from runtime.program import Program, read_metadata
 from runtime.session import Session
+from runtime.shard import lacking
 from tests.checkpoints import write_llama2c
 from tests.conftest import TOY, random_model
 

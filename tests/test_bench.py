@@ -7,8 +7,9 @@ from export.inspect import matrix_bytes
 from export.scheme import SCHEMES
 from model.errors import InputError
 from runtime.bench import main, measure
-from runtime.program import Program, read_bandwidth
+from runtime.program import Program
 from runtime.session import Session
+from runtime.shard import read_bandwidth
 from tests.conftest import TOY
 
 

@@ -47,7 +47,15 @@ def test_a_failure_leaves_the_earlier_file_and_nothing_else(tmp_path: Path, erro
     assert (tmp_path / "a.pte").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("scheme", [Scheme(), Scheme(BYTE, BYTE, BYTE), Scheme(FOUR, FOUR, FOUR)], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        pytest.param(Scheme(), marks=pytest.mark.slow),
+        pytest.param(Scheme(BYTE, BYTE, BYTE), marks=pytest.mark.slow),
+        Scheme(FOUR, FOUR, FOUR),
+    ],
+    ids=str,
+)
 def test_a_tied_matrix_is_stored_once_and_both_use_it(scheme: Scheme, tmp_path: Path) -> None:
     """Its scales too, but for groups': the head's are bfloat16, the embedding's float32."""
     models = [random_model(replace(TOY, hidden_dim=64, tied=tied)) for tied in (True, False)]

@@ -11,7 +11,7 @@ from export.metadata import Requirements
 from export.trace import GraphOptions
 from export.verify import reference
 from model.errors import InputError
-from runtime import program
+from runtime import shard
 from runtime.program import Program, read_metadata
 from runtime.session import Session
 from tests.conftest import TOY, linked, planned, random_model, toy_model, write_pte
@@ -53,7 +53,7 @@ def test_a_file_that_needs_what_this_runtime_lacks_is_refused_by_name(toy_pte: P
 
 
 def test_where_our_own_kernels_were_not_compiled_it_says_so(toy_pte: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program._C, "_get_operator_names", lambda: ["aten::embedding.out"])
+    monkeypatch.setattr(shard._C, "_get_operator_names", lambda: ["aten::embedding.out"])
     with pytest.raises(InputError, match=r"needs llama_pte::attention\.out, .* it again, with a C\+\+ compiler"):
         Program(toy_pte)
 

@@ -159,13 +159,14 @@ MethodSpec method_spec(Reader& reader, const json& object) {
                     {},
                     {},
                     reader.integer(object, "start_layer"),
-                    reader.integer(object, "end_layer")};
+                    reader.integer(object, "end_layer"),
+                    object.contains("slices") ? reader.integer(object, "slices") : 1};
     if (spec.min_length < 1 || spec.max_length < spec.min_length || spec.max_length > kMostElements ||
         spec.max_rows < 1 || spec.max_rows > spec.max_length) {
         reader.fail("the lengths of method " + spec.name + " are impossible");
         return spec;
     }
-    if (spec.start_layer < 0 || spec.end_layer <= spec.start_layer) {
+    if (spec.start_layer < 0 || spec.end_layer < spec.start_layer + (spec.slices == 1)) {
         reader.fail("the blocks of method " + spec.name + " are impossible");
     }
     for (const json& input : reader.member(object, "inputs")) {
@@ -287,6 +288,10 @@ Result<Metadata> joined(std::span<const NamedMetadata> shards) {
     };
     for (const auto& [path, metadata] : shards) {
         const MethodSpec& first = metadata->methods[0];
+        if (first.slices > 1) {
+            return Error{path + " is one of " + std::to_string(first.slices) +
+                         " slices, which only the Python runtime runs; export without --tensor-parallel"};
+        }
         if (metadata->identity != whole.identity || metadata->methods.size() != whole.methods.size()) {
             return Error{path + " is not of the same export as " + shards[0].path +
                          "; keep the shards of one export together"};

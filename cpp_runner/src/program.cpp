@@ -74,12 +74,14 @@ Result<std::unique_ptr<Program>> Program::open(const std::string& path, const Op
     return guarded([&]() -> Result<std::unique_ptr<Program>> {
         const auto paths = files(path);
         if (!paths) return paths.error();
-        auto state = std::make_unique<State>();
+        for (const std::string& each : *paths) {
+            if (auto checked = check_file(each, options.check); !checked) return checked.error();
+        }
         if (options.threads) {
             if (auto set = set_threads(*options.threads); !set) return set.error();
         }
+        auto state = std::make_unique<State>();
         for (const std::string& each : *paths) {
-            if (auto checked = check_file(each, options.check); !checked) return checked.error();
             auto shard = Shard::open(each);
             if (!shard) return shard.error();
             state->shards.push_back(*std::move(shard));
@@ -110,9 +112,14 @@ Result<void> Program::load(State& state, const Options& options) {
         if (!found) return found.error();
         state.kept = *std::move(found);
     }
-    const Threads threads(state.is_small);
+    std::vector<size_t> order;  // the largest first: while one is packed it is there twice
     for (size_t i = 0; i < state.shards.size(); ++i) {
-        if (!state.kept[i]) continue;
+        if (state.kept[i]) order.push_back(i);
+    }
+    std::ranges::stable_sort(order, std::ranges::greater(),
+                             [&](size_t i) { return state.shards[i].metadata().matrix_bytes; });
+    const Threads threads(state.is_small);
+    for (const size_t i : order) {
         if (auto loaded = state.shards[i].load(); !loaded) return loaded.error();
     }
     return {};

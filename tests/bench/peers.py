@@ -193,11 +193,15 @@ def stories(source: Path, folder: Path) -> Callable[[], Result]:
         flags = ["--prompt-ids", "1", "--max-new-tokens", "255", "--temperature", "0", "--format", "json"]
         done = subprocess.run([RUNNER, ours, *flags], check=True, capture_output=True, text=True)
         assert found
-        text = json.loads(done.stdout)
-        speed = (len(text["token_ids"]) - 1) / text["timings"]["decode"]
-        return {"llama2.c": float(found[1]), "llama_runner": speed}
+        return {"llama2.c": float(found[1]), "llama_runner": decoded(done.stdout)[0]}
 
     return run
+
+
+def decoded(printed: str) -> tuple[float, list[int]]:
+    """Tokens a second behind the prompt, and the tokens, of what either of our commands prints as JSON."""
+    found = json.loads(printed)
+    return (len(found["token_ids"]) - 1) / found["timings"]["decode"], found["token_ids"]
 
 
 def best(found: Round, row: str) -> float:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from model.checkpoint import BUILT_IN
-from tests.bench.peers import FOLDER, ROOT, RUNNER, export
+from tests.bench.peers import FOLDER, ROOT, RUNNER, decoded, export
 
 REPETITIVE = "Lily said hello. Tom said hello. Mom said hello. Lily said hello. Tom said hello."
 STORY = "Once upon a time, there was a little girl named Lily."
@@ -24,13 +24,6 @@ LANES = (4,)
 """--batch-size."""
 PROMPTS, TOKENS = 16, 64
 """Texts, and what is written of each."""
-
-
-def decoded(command: Sequence[str | Path]) -> tuple[float, list[int]]:
-    """Tokens a second behind the prompt, and the tokens."""
-    done = subprocess.run([*command, "--format", "json"], check=True, capture_output=True, cwd=ROOT)
-    found = json.loads(done.stdout)
-    return (len(found["token_ids"]) - 1) / found["timings"]["decode"], found["token_ids"]
 
 
 def guesses(file: Path, draft: Path | None, prompt: Sequence[str]) -> dict[str, float]:
@@ -42,7 +35,10 @@ def guesses(file: Path, draft: Path | None, prompt: Sequence[str]) -> dict[str, 
     ways = {"runtime": runtime, "runtime --lookup": [*runtime, "--lookup"]}
     ways |= {"llama_runner": native, "llama_runner --lookup": [*native, "--lookup"]}
     ways |= {"runtime --draft": [*runtime, "--draft", draft]} if draft else {}
-    found = {name: decoded(command) for name, command in ways.items()}
+    found = {}
+    for name, way in ways.items():
+        done = subprocess.run([*way, "--format", "json"], check=True, capture_output=True, text=True, cwd=ROOT)
+        found[name] = decoded(done.stdout)
     expected = found["runtime"][1]
     for name, (_, tokens) in found.items():
         if same := next((i for i, pair in enumerate(zip(tokens, expected, strict=True)) if len(set(pair)) > 1), None):

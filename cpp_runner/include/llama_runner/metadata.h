@@ -68,6 +68,8 @@ struct MethodSpec {
     /// The blocks it runs, end excluded.
     int64_t start_layer = 0;
     int64_t end_layer = 1;
+    /// How many slices the model has, of which the file is one; this runner runs what has one.
+    int64_t slices = 1;
 
     /// The largest step.
     StepSize most() const { return {max_length, max_rows}; }

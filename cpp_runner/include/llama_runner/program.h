@@ -32,8 +32,8 @@ class Program final : public Steps {
     /// Opens the file, or all of a folder: checks it, reads its metadata, and loads its methods.
     ///
     /// Fails where the budget is too little, it is not a whole file of ours, shards do not make one model, or this
-    /// runtime lacks what it needs. Damage is found by the
-    /// checksum; a file made to deceive, with a right checksum, is outside that promise.
+    /// runtime lacks what it needs. Damage is found by the checksum; a file made to deceive, with a right checksum, is
+    /// outside that promise.
     static Result<std::unique_ptr<Program>> open(const std::string& path, const Options& options);
 
     ~Program() override;
