@@ -19,7 +19,7 @@ demo: .venv/.ready
 	build/host/llama_runner build/tiny.pte --prompt "$(STORY)" --max-new-tokens 150
 
 test: lint runner
-	$(call need,chromium-headless-shell)
+	$(call need,chromium-headless-shell iproute2)
 	$(BIN)/python -m pytest --numprocesses 2
 	$(BIN)/ctest --test-dir build/host --output-on-failure
 

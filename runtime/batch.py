@@ -167,7 +167,8 @@ def _ids(prompt: dict[str, Any], program: Program) -> Sequence[int] | InputError
         return error
 
 
-def _to_json(result: Result) -> dict[str, Any]:
+def to_json(result: Result) -> dict[str, Any]:
+    """What the command prints of it."""
     if result.error is not None:
         return {"number": result.number, "error": result.error}
     return {"number": result.number, **told(result.steps)}
@@ -184,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     prompts = read_prompts(options.prompts_file, program)
     start, count, failed = time.perf_counter(), 0, 0
     for result in batch(program, prompts, generation, options.seed):
-        print(json.dumps(_to_json(result), ensure_ascii=False), flush=True)
+        print(json.dumps(to_json(result), ensure_ascii=False), flush=True)
         count += len(result.steps)
         failed += result.error is not None
     seconds = time.perf_counter() - start

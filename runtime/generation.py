@@ -1,7 +1,7 @@
 """generate(): a text one typed step at a time."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -105,12 +105,80 @@ class StopFilter:
         return min((i for i in map(self._held.find, self._stops) if i >= 0), default=None)
 
 
-class Generation:
-    """Chooses one text's tokens from the logits before them, and says when it ends.
+class Chooser:
+    """Chooses one text's tokens from the logits before them.
 
     Attributes:
         tokens: the prompt and what was chosen.
     """
+
+    def __init__(
+        self, prompt: Sequence[int], options: SamplingOptions, rng: Rng, constraint: Constraint | None = None
+    ) -> None:
+        """Starts behind `prompt`; the text must be as `constraint` says, see `runtime.constrain`."""
+        self.tokens = list(prompt)
+        self._options, self._rng, self._constraint = options, rng, constraint
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token, from logits [V]."""
+        allowed = self._constraint.allowed() if self._constraint else None
+        token = sample(logits, self._options, self._rng, self.tokens, allowed)
+        self._take(token)
+        return token
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Goes on as if it had just chosen these."""
+        for token in tokens:
+            if self._options.temperature:
+                self._rng.coin()
+            self._take(token)
+
+    def _take(self, token: int) -> None:
+        self.tokens.append(token)
+        if self._constraint:
+            self._constraint.take(token)
+
+
+class Teller:
+    """Tells what the tokens of one text say, and when it ends."""
+
+    def __init__(self, prompt: Sequence[int], options: GenerationOptions, tokenizer: Tokenizer | None = None) -> None:
+        """Starts behind `prompt`.
+
+        Args:
+            tokenizer: turns tokens to text; None for steps without.
+
+        Raises:
+            InputError: an option needs what is not there.
+        """
+        if options.stop_strings and tokenizer is None:
+            raise InputError(
+                f"--stop {options.stop_strings[0]!r} needs a tokenizer, and the file carries none; leave it out"
+            )
+        self._options, self._told = options, 0
+        self._decoder = StreamDecoder(tokenizer, prompt) if tokenizer else None
+        self._stops = StopFilter(options.stop_strings)
+
+    def tell(self, token: int, full: bool) -> Step:
+        """The step of the token that was chosen.
+
+        Args:
+            full: whether the context has no room for another token.
+        """
+        options = self._options
+        self._told += 1
+        stop = token in options.stop_ids
+        end = stop or self._told == options.max_new_tokens or (full and options.on_full == "stop")
+        text = self._stops.add(self._decoder.add(token)) if self._decoder and not stop else ""
+        if end and self._decoder:
+            text += self._stops.add(self._decoder.finish()) + self._stops.finish()
+        if end or self._stops.stopped:
+            return Step(token, text, "stop" if stop or self._stops.stopped else "length")
+        return Step(token, text)
+
+
+class Generation:
+    """Makes one text: chooses its tokens, and tells them."""
 
     def __init__(
         self,
@@ -120,45 +188,23 @@ class Generation:
         tokenizer: Tokenizer | None = None,
         constraint: Constraint | None = None,
     ) -> None:
-        """Starts behind `prompt`.
+        """See `Chooser` and `Teller`."""
+        self._teller = Teller(prompt, options, tokenizer)
+        self._chooser = Chooser(prompt, options.sampling, rng, constraint)
+        self._logprobs = options.logprobs
 
-        Args:
-            tokenizer: turns tokens to text; None for steps without.
-            constraint: what the text must be like, see `runtime.constrain`.
-
-        Raises:
-            InputError: an option needs what is not there.
-        """
-        if options.stop_strings and tokenizer is None:
-            raise InputError(
-                f"--stop {options.stop_strings[0]!r} needs a tokenizer, and the file carries none; leave it out"
-            )
-        self.tokens = list(prompt)
-        self._options, self._rng, self._constraint = options, rng, constraint
-        self._limit = None if options.max_new_tokens is None else len(prompt) + options.max_new_tokens
-        self._decoder = StreamDecoder(tokenizer, prompt) if tokenizer else None
-        self._stops = StopFilter(options.stop_strings)
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt and what was chosen."""
+        return self._chooser.tokens
 
     def take(self, logits: Tensor, full: bool) -> Step:
-        """The next step, from logits [V].
-
-        Args:
-            full: whether the context has no room for another token.
-        """
-        options, constraint = self._options, self._constraint
-        token = sample(logits, options.sampling, self._rng, self.tokens, constraint.allowed() if constraint else None)
-        self.tokens.append(token)
-        if constraint:
-            constraint.take(token)
-        logprob, top = logprobs(logits, token, options.logprobs) if options.logprobs is not None else (None, ())
-        stop = token in options.stop_ids
-        end = stop or len(self.tokens) == self._limit or (full and options.on_full == "stop")
-        text = self._stops.add(self._decoder.add(token)) if self._decoder and not stop else ""
-        if end and self._decoder:
-            text += self._stops.add(self._decoder.finish()) + self._stops.finish()
-        if end or self._stops.stopped:
-            return Step(token, text, "stop" if stop or self._stops.stopped else "length", logprob, top)
-        return Step(token, text, None, logprob, top)
+        """The next step, from logits [V]; `full` as in `Teller.tell`."""
+        step = self._teller.tell(self._chooser.choose(logits), full)
+        if self._logprobs is None:
+            return step
+        logprob, top = logprobs(logits, step.token, self._logprobs)
+        return replace(step, logprob=logprob, top_logprobs=top)
 
 
 def generate(
