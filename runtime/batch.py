@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -67,26 +67,37 @@ def batch(
         InputError: an option needs what is not there.
     """
     check_ids(options.sampling, program.metadata.config.vocab_size)
-    lanes, active, done = Lanes(program), dict[int, _Active](), dict[int, Result]()
-    waiting = enumerate(prompts)
-    given = 0
+    return in_order(_ended(program, prompts, options, seed))
+
+
+def in_order(results: Iterable[Result]) -> Iterator[Result]:
+    """Each as soon as it and all before it have come."""
+    come, number = dict[int, Result](), 0
+    for result in results:
+        come[result.number] = result
+        while number in come:
+            yield come.pop(number)
+            number += 1
+
+
+def _ended(
+    program: Program, prompts: Sequence[Sequence[int] | InputError], options: GenerationOptions, seed: int
+) -> Iterator[Result]:
+    """The results of `batch` as texts end."""
+    lanes, active, waiting = Lanes(program), dict[int, _Active](), enumerate(prompts)
     while True:
         for lane in range(len(lanes)):
             while lane not in active and (following := next(waiting, None)):
                 started = _start(program, lanes, *following, options, seed)
                 if isinstance(started, Result):
-                    done[started.number] = started
+                    yield started
                 else:
                     lanes.reset(lane)
                     active[lane] = started
-        while given in done:
-            yield done.pop(given)
-            given += 1
         if not active:
             return
         for lane in _step(lanes, active):
-            result = active.pop(lane).result
-            done[result.number] = result
+            yield active.pop(lane).result
 
 
 def _start(
@@ -167,8 +178,28 @@ def _ids(prompt: dict[str, Any], program: Program) -> Sequence[int] | InputError
         return error
 
 
-def to_json(result: Result) -> dict[str, Any]:
-    """What the command prints of it."""
+def print_results(results: Iterable[Result], where: str, known: int = 0) -> int:
+    """Prints a JSON object for each to stdout, and the throughput to stderr; returns the command's exit code.
+
+    Args:
+        where: what ran them, for the throughput's line.
+        known: of the tokens, how many an earlier run chose.
+    """
+    start, prompts, count, failed = time.perf_counter(), 0, -known, 0
+    for result in results:
+        print(json.dumps(_to_json(result), ensure_ascii=False), flush=True)
+        prompts += 1
+        count += len(result.steps)
+        failed += result.error is not None
+    print(
+        f"{prompts} prompts, {where}; {count} tokens, {count / (time.perf_counter() - start):.1f} tok/s; "
+        f"{failed} could not be run; peak memory {peak_memory() / 1e6:.0f} MB",
+        file=sys.stderr,
+    )
+    return 1 if failed else 0
+
+
+def _to_json(result: Result) -> dict[str, Any]:
     if result.error is not None:
         return {"number": result.number, "error": result.error}
     return {"number": result.number, **told(result.steps)}
@@ -183,18 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
     program = open_program(options, options.file)
     generation = replace(generation, stop_ids=program.metadata.stop_ids)
     prompts = read_prompts(options.prompts_file, program)
-    start, count, failed = time.perf_counter(), 0, 0
-    for result in batch(program, prompts, generation, options.seed):
-        print(json.dumps(to_json(result), ensure_ascii=False), flush=True)
-        count += len(result.steps)
-        failed += result.error is not None
-    seconds = time.perf_counter() - start
-    print(
-        f"{len(prompts)} prompts, {program.metadata.batch_size} at once; {count} tokens, {count / seconds:.1f} tok/s; "
-        f"{failed} could not be run; peak memory {peak_memory() / 1e6:.0f} MB",
-        file=sys.stderr,
-    )
-    return 1 if failed else 0
+    results = batch(program, prompts, generation, options.seed)
+    return print_results(results, f"{program.metadata.batch_size} at once")
 
 
 def _parser() -> argparse.ArgumentParser:

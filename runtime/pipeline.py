@@ -19,8 +19,6 @@ import argparse
 import hashlib
 import json
 import os
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,11 +27,10 @@ from typing import Any
 from torch import Tensor
 
 from model.errors import InputError
-from runtime.batch import Result, read_prompts, to_json
+from runtime.batch import Result, in_order, print_results, read_prompts
 from runtime.flags import add_generation_flags, add_program_flags, generation_options
 from runtime.generation import Chooser, GenerationOptions, Teller, check_ids
 from runtime.journal import Journal
-from runtime.meter import peak_memory
 from runtime.peers import Peers, Ring, Sums, place
 from runtime.plan import Host, read_hosts
 from runtime.program import Program
@@ -172,19 +169,21 @@ def pipeline(stage: Stage, under_way: int, journal: Journal) -> Iterator[Result]
     Raises:
         LostPeerError: a rank ended, or did not answer in time.
     """
+    return in_order(_ended(stage, under_way, journal))
+
+
+def _ended(stage: Stage, under_way: int, journal: Journal) -> Iterator[Result]:
+    """The results of `pipeline` as texts end."""
     waiting = iter(range(len(stage.texts.prompts)))
-    slots, active, done, given = list(range(under_way)), dict[int, _Active](), dict[int, Result](), 0
+    slots, active = list(range(under_way)), dict[int, _Active]()
     while True:
         while slots and (number := next(waiting, None)) is not None:
             started = _start(stage, number, slots[-1])
             if isinstance(started, Result):
-                done[number] = started
+                yield started
             else:
                 slots.pop()
                 active[number] = started
-        while given in done:
-            yield done.pop(given)
-            given += 1
         if not active:
             break
         number, token = stage.chosen()
@@ -193,7 +192,7 @@ def pipeline(stage: Stage, under_way: int, journal: Journal) -> Iterator[Result]
         text.result.steps.append(text.teller.tell(token, text.position == stage.metadata.max_seq_len))
         if text.result.steps[-1].finish_reason:
             slots.append(text.slot)
-            done[number] = active.pop(number).result
+            yield active.pop(number).result
         else:
             stage.run(Task(text.slot, number, text.position, True, (token,)))
             text.position += 1
@@ -267,20 +266,10 @@ def _run(options: argparse.Namespace, peers: Peers) -> int:
     if peers.rank > 0 and not sliced:
         stage.follow()
         return 0
-    start, done = time.perf_counter(), list[Result]()
-    for result in pipeline(stage, 1 if sliced else under_way, journal):
-        done.append(result)
-        if peers.rank == 0:
-            print(json.dumps(to_json(result), ensure_ascii=False), flush=True)
-    failed = sum(result.error is not None for result in done)
-    if peers.rank == 0:
-        count = sum(len(result.steps) for result in done) - sum(map(len, texts.done.values()))
-        print(
-            f"{len(done)} prompts, {peers.count} ranks; {count} tokens, {count / (time.perf_counter() - start):.1f} "
-            f"tok/s; {failed} could not be run; peak memory {peak_memory() / 1e6:.0f} MB",
-            file=sys.stderr,
-        )
-    return 1 if failed else 0
+    results = pipeline(stage, 1 if sliced else under_way, journal)
+    if peers.rank > 0:
+        return 1 if [result for result in results if result.error is not None] else 0
+    return print_results(results, f"{peers.count} ranks", known=sum(map(len, texts.done.values())))
 
 
 def _host(options: argparse.Namespace, peers: Peers, threads: int | None, sizes: Sequence[int]) -> Host:
