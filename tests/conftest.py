@@ -38,6 +38,9 @@ TOY = ModelConfig(
 )
 """Small enough to lower in seconds; its vocabulary is the built-in tokenizer's."""
 
+DEEP = replace(TOY, n_layers=5, n_heads=4, n_kv_heads=2)
+"""Grouped queries, and blocks enough for shards of one, two and three."""
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -123,6 +126,12 @@ def random_model(config: ModelConfig, seed: int = 0) -> Llama:
         else:
             parameter.normal_(0, 0.3)
     return model
+
+
+def random_options(config: ModelConfig, folder: Path) -> ExportOptions:
+    """How to export a random model, which is written to the folder: without a tokenizer, in chunks of 7 tokens."""
+    checkpoint = write_llama2c(random_model(config), folder / "random.bin", version=1)
+    return ExportOptions(checkpoint=checkpoint, tokenizer=Path("none"), prefill_chunk=7)
 
 
 def planned(model: Llama, graph: GraphOptions, scheme: Scheme = SCHEMES["fp32"]) -> Plan:

@@ -20,8 +20,7 @@ from runtime.generation import GenerationOptions, generate
 from runtime.program import Program
 from runtime.sampler import Rng, SamplingOptions
 from runtime.session import Session
-from tests.checkpoints import write_llama2c
-from tests.conftest import MODELS, TOY, exported, random_model
+from tests.conftest import DEEP, MODELS, exported, random_options
 from tests.ranks import ended, hosts, start
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5] * 3, [2], [7, 1, 8, 2, 8], [1] * 20, [6, 6], [5, 4]]
@@ -33,12 +32,10 @@ NEW = 24
 @pytest.fixture(scope="module")
 def models(stories260k: ExportOptions, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, ExportOptions]:
     """How to export each: all have five blocks."""
-    random = replace(TOY, n_layers=5, n_heads=4, n_kv_heads=2)
-    checkpoint = write_llama2c(random_model(random), tmp_path_factory.mktemp("random") / "random.bin", version=1)
     return {
         "stories260K": replace(stories260k, prefill_chunk=16),
         "built-in": ExportOptions(max_seq_len=128, prefill_chunk=16),
-        "grouped": ExportOptions(checkpoint=checkpoint, tokenizer=Path("none"), prefill_chunk=7),
+        "grouped": random_options(DEEP, tmp_path_factory.mktemp("grouped")),
     }
 
 

@@ -26,8 +26,7 @@ from runtime.program import Program, read_metadata
 from runtime.sampler import Rng, SamplingOptions
 from runtime.session import Session, Steps
 from runtime.slices import Alone
-from tests.checkpoints import write_llama2c
-from tests.conftest import MODELS, exported, planned, random_model, write_pte
+from tests.conftest import MODELS, exported, planned, random_model, random_options, write_pte
 from tests.kinds import EagerSteps, Kind
 from tests.slices import GRAPH, GROUPED, PADDED, UNUSUAL, EagerSlices, Meeting, in_slices
 
@@ -48,8 +47,7 @@ def ids(program: Steps, temperature: float = 0.0) -> list[int]:
 @pytest.fixture(scope="module")
 def grouped(tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
     """How to export GROUPED."""
-    checkpoint = write_llama2c(random_model(GROUPED), tmp_path_factory.mktemp("grouped") / "grouped.bin", version=1)
-    return ExportOptions(checkpoint=checkpoint, tokenizer=Path("none"), prefill_chunk=7)
+    return random_options(GROUPED, tmp_path_factory.mktemp("grouped"))
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +130,7 @@ def test_exported_slices_give_the_whole_models_tokens(
 def test_slices_that_do_not_divide_a_model_give_its_tokens(
     config: ModelConfig, count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = write_llama2c(random_model(config), tmp_path / "uneven.bin", version=1)
-    one = ExportOptions(checkpoint=checkpoint, tokenizer=Path("none"), prefill_chunk=7, output=tmp_path / "one.pte")
+    one = replace(random_options(config, tmp_path), output=tmp_path / "one.pte")
     folder = export_llama(replace(one, cut=Cut(slices=count), output=tmp_path / "slices"))
     assert ids(Program(folder)) == ids(Program(export_llama(one)))
     assert inspect([str(folder)]) == 0
