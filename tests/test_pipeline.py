@@ -22,6 +22,7 @@ from runtime.sampler import Rng, SamplingOptions
 from runtime.session import Session
 from tests.conftest import DEEP, MODELS, exported, random_options
 from tests.ranks import ended, hosts, start
+from tests.slices import GROUPED
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5] * 3, [2], [7, 1, 8, 2, 8], [1] * 20, [6, 6], [5, 4]]
 """One is longer than a chunk."""
@@ -31,11 +32,12 @@ NEW = 24
 
 @pytest.fixture(scope="module")
 def models(stories260k: ExportOptions, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, ExportOptions]:
-    """How to export each: all have five blocks."""
+    """How to export each: all have five blocks, but for the small one, which is for slices."""
     return {
         "stories260K": replace(stories260k, prefill_chunk=16),
         "built-in": ExportOptions(max_seq_len=128, prefill_chunk=16),
         "grouped": random_options(DEEP, tmp_path_factory.mktemp("grouped")),
+        "small": random_options(GROUPED, tmp_path_factory.mktemp("small")),
     }
 
 
@@ -100,17 +102,16 @@ def test_any_number_of_ranks_gives_the_tokens_of_one_process(
 
 def slices(models: Mapping[str, ExportOptions], name: str, count: int) -> Path:
     """One of the models, in slices."""
-    output = MODELS / f"pipeline-{name}-{count}.slices"
-    return exported(replace(models[name], cut=Cut(slices=count), output=output))
+    return exported(replace(models[name], cut=Cut(slices=count), output=MODELS / f"{name}-{count}.slices"))
 
 
 @pytest.mark.parametrize(
     ("name", "count", "ranks"),
     [
-        ("grouped", 2, 2),
+        ("small", 2, 2),
         *(
             pytest.param(name, count, ranks, marks=pytest.mark.slow)
-            for name in ("stories260K", "grouped", "built-in")
+            for name in ("stories260K", "small", "built-in")
             for count, ranks in ((2, 2), (4, 4), (4, 2))
         ),
     ],
@@ -119,14 +120,15 @@ def test_slices_on_ranks_give_the_whole_models_tokens(
     name: str, count: int, ranks: int, models: Mapping[str, ExportOptions], prompts: Path
 ) -> None:
     *found, _ = results(start([command(slices(models, name, count), prompts)] * ranks), codes=[1] * ranks)
-    assert [result["token_ids"] for result in found] == expected(folder(models, name))
+    whole = exported(replace(models[name], output=MODELS / f"{name}-whole.pte"))
+    assert [result["token_ids"] for result in found] == expected(whole)
 
 
 @pytest.mark.slow
 def test_where_a_rank_with_slices_is_killed_another_run_goes_on(
     models: Mapping[str, ExportOptions], prompts: Path, tmp_path: Path
 ) -> None:
-    folder, journal = slices(models, "grouped", 2), tmp_path / "journal"
+    folder, journal = slices(models, "small", 2), tmp_path / "journal"
     arguments = [*command(folder, prompts, 0.8), "--journal", journal, "--timeout", "4"]
     ranks = start([arguments] * 2)
     until(journal, 20)
@@ -255,10 +257,10 @@ def test_what_cannot_be_run_is_refused_by_every_rank(
                 file.seek(-200, os.SEEK_END)
                 file.write(b"damage")
     elif wrong == "slices":
-        first = second = command(slices(models, "grouped", 2), prompts)
+        first = second = command(slices(models, "small", 2), prompts)
         count = 3
     elif wrong == "no slice":
-        here = shutil.copytree(slices(models, "grouped", 2), tmp_path / "slices")
+        here = shutil.copytree(slices(models, "small", 2), tmp_path / "slices")
         (here / "2-of-2.pte").unlink()
         first = second = command(here, prompts)
     elif wrong == "other options":

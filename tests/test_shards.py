@@ -214,10 +214,9 @@ def test_real_models_streamed_give_the_whole_models_tokens(
     assert found["token_ids"] == expected
 
 
-def test_another_cut_takes_the_place_of_the_first(deep: ExportOptions, tmp_path: Path) -> None:
-    folder = tmp_path / "shards"
-    options = replace(deep, max_seq_len=9, output=folder)
-    export_llama(replace(options, cut=Cut(3)))
+def test_another_cut_takes_the_place_of_the_first(deep: ExportOptions, shards: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "shards"))
+    options = replace(deep, output=folder)
     (folder / "2-of-3.pte.0123456789abcdef.packed").touch()
     export_llama(replace(options, cut=Cut(2)))
     assert sorted(file.name for file in folder.iterdir()) == ["1-of-2.pte", "2-of-2.pte"]

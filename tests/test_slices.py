@@ -53,13 +53,13 @@ def grouped(tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
 @pytest.fixture(scope="module")
 def whole(grouped: ExportOptions) -> Path:
     """GROUPED in one file."""
-    return exported(replace(grouped, output=MODELS / "grouped.pte"))
+    return exported(replace(grouped, output=MODELS / "small-whole.pte"))
 
 
 @pytest.fixture(scope="module")
 def slices(grouped: ExportOptions) -> Path:
     """GROUPED in two slices."""
-    return exported(replace(grouped, cut=Cut(slices=2), output=MODELS / "grouped.slices"))
+    return exported(replace(grouped, cut=Cut(slices=2), output=MODELS / "small-2.slices"))
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -118,13 +118,14 @@ def test_exported_slices_give_the_whole_models_tokens(
     assert ids(Program(folder), 0.8) == ids(Program(whole), 0.8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "count"),
     [
         (replace(PADDED, n_layers=1), 4),
-        pytest.param(PADDED, 5, marks=pytest.mark.slow),
-        pytest.param(replace(PADDED, n_heads=3, head_dim=16), 2, marks=pytest.mark.slow),
-        pytest.param(replace(PADDED, n_layers=1, n_heads=3, n_kv_heads=1, head_dim=16), 2, marks=pytest.mark.slow),
+        (PADDED, 5),
+        (replace(PADDED, n_heads=3, head_dim=16), 2),
+        (replace(PADDED, n_layers=1, n_heads=3, n_kv_heads=1, head_dim=16), 2),
     ],
 )
 def test_slices_that_do_not_divide_a_model_give_its_tokens(
@@ -248,7 +249,7 @@ def test_what_does_not_make_one_model_is_refused_by_name(
     refused([first, whole], "is not of the same export as")
     refused([first, second], "--memory-budget is for shards, and .* one of 2 slices", memory_budget=1 << 40)
     refused([first], r"1-of-2\.pte is one of 2 slices, which run at once", partial=True)
-    refused([whole], r"grouped\.pte is no slice", group=Alone())
+    refused([whole], r"small-whole\.pte is no slice", group=Alone())
     done = subprocess.run([runner, slices, "--prompt-ids", "1"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "1-of-2.pte is one of 2 slices, which only the Python runtime runs; export without" in done.stderr
