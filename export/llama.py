@@ -25,6 +25,7 @@ from rich.console import Console
 
 from export.backends import BACKENDS, lowering
 from export.calibrate import TOKENS, calibrate
+from export.code_cache import CodeCache, default_folder
 from export.cut import Cut
 from export.emit import emit, replacing
 from export.link import link
@@ -99,7 +100,7 @@ def export_llama(options: ExportOptions, progress: Progress | None = None) -> Pa
         progress.note(f"{output} is already this export; --force makes it again")
         return output
     with _replacing(planned) as temporaries, _calibrated(planned, progress) as planned:
-        _write(planned, options.backend, temporaries, progress)
+        _write(planned, options, temporaries, progress)
         gc.collect()
         with progress.stage("verify") as result:
             if not planned.provenance["verified"]:
@@ -132,10 +133,11 @@ def _calibrated(planned: Plan, progress: Progress) -> Iterator[Plan]:
         yield replace(planned, recipe=recipe)
 
 
-def _write(planned: Plan, backend: str, paths: Sequence[Path], progress: Progress) -> None:
-    recipe, shards = planned.recipe, planned.shards
+def _write(planned: Plan, options: ExportOptions, paths: Sequence[Path], progress: Progress) -> None:
+    recipe, shards, backend = planned.recipe, planned.shards, options.backend
+    cache = CodeCache(default_folder() if options.cache else None)
     with progress.stage("lower") as result:
-        codes = lower(recipe.config, shards, backend, recipe.scheme)
+        codes = lower(recipe.config, shards, backend, recipe.scheme, cache)
         result.append(f"{backend}, {len(codes)} different parts")
         result.extend(f"{method.name} takes {_tokens(method.max_length)}" for method in runs(shards[0]))
     for number, (methods, path) in enumerate(zip(shards, paths, strict=True), 1):
@@ -199,6 +201,12 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(parser)
     add("--run", metavar="PROMPT", help="then continue this text, as runtime.generate does")
     add("--force", action="store_true", help="export again even if the output is up to date")
+    add(
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        help=f"lower every kind of block anew, rather than take what was kept in {default_folder()}",
+    )
     return parser
 
 

@@ -1,5 +1,6 @@
 """lower: each kind of block becomes a backend's code, once; the weights are named, so that others can be put in."""
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.fx import Node
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from export.backends import BACKENDS, Backend
+from export.code_cache import CodeCache
 from export.metadata import MethodSpec, TensorSpec
 from export.quantize import by_rows, random
 from export.scheme import FLOAT, Scheme, swaps_pairs
@@ -27,6 +29,8 @@ from model.config import ModelConfig
 from model.fused import FusedLlama
 from model.model import Llama
 from model.sliced import SlicedLlama
+
+NO_CACHE = CodeCache(None)
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,35 @@ Codes = Mapping[tuple[str, str], Code]
 """(method, kind of `export.trace.pieces`) -> its code."""
 
 
-def lower(config: ModelConfig, shards: Sequence[Sequence[MethodSpec]], backend: str, scheme: Scheme) -> Codes:
-    """The code of each kind of piece that shards or slices have, once; none if the backend does not work by block."""
+def lower(
+    config: ModelConfig,
+    shards: Sequence[Sequence[MethodSpec]],
+    backend: str,
+    scheme: Scheme,
+    cache: CodeCache = NO_CACHE,
+) -> Codes:
+    """The code of each kind of piece that shards or slices have, once; none if the backend does not work by block.
+
+    Args:
+        cache: where codes are found that were made before, and kept for the next time.
+    """
     codes = dict[tuple[str, str], Code]()
     for methods in shards if BACKENDS[backend].by_block else ():
         specs = runs(methods)
         first = specs[0]
         part = sliced(config, first.slices)
         for name, kind in kinds(part, first, scheme.careful).items():
-            if (first.name, kind) not in codes:
-                module = _random_piece(part, first.span, name, scheme)
-                for spec in specs:
-                    graph = trace_piece(part, name, module, spec)
-                    codes[spec.name, kind] = _code(graph, BACKENDS[backend], module, spec)
+            if (first.name, kind) in codes:
+                continue
+            module = None
+            for spec in specs:
+                key = _key(part, spec, backend, scheme) | {"kind": kind}
+                entry = cache.get(key)
+                if entry is None:
+                    module = module or _random_piece(part, first.span, name, scheme)
+                    entry = _lowered(trace_piece(part, name, module, spec), BACKENDS[backend], module)
+                    cache.put(key, entry)
+                codes[spec.name, kind] = _code(entry, spec)
     is_same_node.cache_clear()  # it would hold every graph compared, with its weights, for good
     return codes
 
@@ -147,20 +167,45 @@ class _PairsSwapped(nn.Linear):
         return super().forward(torch.cat((pairs[..., 1:], pairs[..., :1]), dim=-1).view(x.shape))
 
 
-def _code(graph: ExportedProgram, backend: Backend, module: nn.Module, spec: MethodSpec) -> Code:
+def _key(config: ModelConfig, spec: MethodSpec, backend: str, scheme: Scheme) -> dict[str, Any]:
+    """What a code depends on, beside its kind."""
+    return {
+        "config": dataclasses.asdict(config),
+        "method": dataclasses.asdict(spec),
+        "backend": backend,
+        "scheme": scheme.to_json(),
+    }
+
+
+def _lowered(graph: ExportedProgram, backend: Backend, module: nn.Module) -> dict[str, Any]:
+    """What makes up the code of a graph, in plain values and tensors."""
     lowered = to_edge_transform_and_lower(graph, partitioner=backend.partitioners()).exported_program()
     (delegate,) = delegates(lowered)
     call: Any = next(node for node in lowered.graph.nodes if node.target is executorch_call_delegate)
     results: Any = lowered.graph.output_node().args[0]
-    inputs = list(lowered.graph_signature.user_inputs)
+    inputs, rows = list(lowered.graph_signature.user_inputs), _rows(graph)
+    return {
+        "backend_id": delegate.backend_id,
+        "payload": torch.frombuffer(bytearray(delegate.processed_bytes), dtype=torch.uint8),
+        "compile_specs": [(spec.key, bytes(spec.value).hex()) for spec in delegate.compile_specs],
+        "arguments": [_argument(lowered, node, inputs) for node in call.args[1:]],
+        "results": [result.args[1] for result in results],
+        "data": [dataclasses.astuple(part) for part in _data(delegate, module)],
+        "takes": [_shape(node.meta["val"], rows) for node in call.args[1:]],
+        "gives": [_shape(value, rows) for value in call.meta["val"]],
+    }
+
+
+def _code(entry: Mapping[str, Any], spec: MethodSpec) -> Code:
+    """The code that `_lowered` described."""
     return Code(
-        backend_id=delegate.backend_id,
-        payload=delegate.processed_bytes,
-        compile_specs=delegate.compile_specs,
-        arguments=tuple(_argument(lowered, node, inputs) for node in call.args[1:]),
-        results=tuple(result.args[1] for result in results),
-        data=_data(delegate, module),
-        stand_in=_stand_in(call, spec, _rows(graph)),
+        backend_id=entry["backend_id"],
+        payload=to_bytes(entry["payload"]),
+        compile_specs=[CompileSpec(key, bytes.fromhex(value)) for key, value in entry["compile_specs"]],
+        arguments=tuple(entry["arguments"]),
+        results=tuple(entry["results"]),
+        data=tuple(Part(*fields) for fields in entry["data"]),
+        stand_in=_stand_in(entry["takes"], entry["gives"], spec),
     )
 
 
@@ -201,10 +246,10 @@ class _Shapes(nn.Module):
         return tuple(arguments[0].new_empty(result.sizes(arguments[0].shape[1], rows)) for result in self.results)
 
 
-def _stand_in(call: Any, spec: MethodSpec, rows: str | None) -> ExportedProgram:
-    arguments = [_spec(node.meta["val"], rows) for node in call.args[1:]]
+def _stand_in(takes: Sequence[Any], gives: Sequence[Any], spec: MethodSpec) -> ExportedProgram:
+    arguments, results = ([TensorSpec("", tuple(size), dtype) for size, dtype in found] for found in (takes, gives))
     return torch.export.export(
-        _Shapes(arguments, [_spec(value, rows) for value in call.meta["val"]]),
+        _Shapes(arguments, results),
         tuple(argument.zeros(spec.max_length, spec.max_rows) for argument in arguments),
         dynamic_shapes=dynamic_shapes("arguments", arguments, spec),
     )
@@ -217,7 +262,9 @@ def _rows(graph: ExportedProgram) -> str | None:
     return next((str(shape[1]) for shape in shapes if not isinstance(shape[-1], int)), None)
 
 
-def _spec(value: Tensor, rows: str | None) -> TensorSpec:
-    """Any size that is not fixed is the step's length, but for that of the symbol `rows`."""
-    shape: list[Any] = [size if isinstance(size, int) else "R" if str(size) == rows else "L" for size in value.shape]
-    return TensorSpec("", tuple(shape), str(value.dtype).removeprefix("torch."))
+def _shape(value: Tensor, rows: str | None) -> tuple[list[int | str], str]:
+    """Sizes and dtype. Any size that is not fixed is the step's length, but for that of the symbol `rows`."""
+    sizes: list[int | str] = [
+        size if isinstance(size, int) else "R" if str(size) == rows else "L" for size in value.shape
+    ]
+    return sizes, str(value.dtype).removeprefix("torch.")

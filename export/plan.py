@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from export.backends import BACKENDS, check
 from export.calibrate import CalibrationText
 from export.chat_template import chosen
+from export.code_cache import source_digest, versions
 from export.cut import Cut
 from export.inspect import activation_bytes, cache_bytes, matrix_bytes
 from export.link import Linked
@@ -101,6 +101,7 @@ class ExportOptions:
     hub_token: str | None = field(default=None, repr=False)
     cache_dir: Path | None = None
     force: bool = False
+    cache: bool = True
 
     def __post_init__(self) -> None:
         if self.auto and (self.quantize, self.group_size, self.embedding_bits, self.head_bits) != ("fp32", *[None] * 3):
@@ -361,8 +362,8 @@ def _provenance(
             "scheme": scheme.to_json(),
             "tensor_parallel": options.cut.slices,
         },
-        "versions": {name: version(name) for name in ("llama-pte", "torch", "executorch", "torchao")},
-        "source": {"sha256": _source_digest()},
+        "versions": versions(),
+        "source": {"sha256": source_digest()},
         "verified": not lacking([BACKENDS[options.backend].runtime]),
     }
 
@@ -373,12 +374,3 @@ def _chat(template: ChatTemplate | None, tokenizer: Tokenizer | None, ids: dict[
         return {"chat_template": None}
     stop_ids = template.stop_ids(tokenizer, ids["bos_id"], ids["stop_ids"])
     return {"chat_template": template.to_json(), "stop_ids": list(stop_ids)}
-
-
-def _source_digest() -> str:
-    """Of our own code: a file made by other code is another export, whatever its version number says."""
-    digest = hashlib.sha256()
-    for package in ("model", "preproc", "export"):
-        for file in sorted((Path(__file__).parent.parent / package).rglob("*.py")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
