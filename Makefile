@@ -62,8 +62,20 @@ runner-aarch64: .venv/.ready
 
 .venv/.ready-bench: .venv/.ready
 	$(PIP) 'scikit-build-core[pyproject]>=0.9.2'
-	CMAKE_ARGS=-DGGML_NATIVE=ON $(PIP) --no-build-isolation --editable '.[bench]'
+	CMAKE_ARGS="$(GGML)" $(PIP) --no-build-isolation --no-binary llama-cpp-python --editable '.[bench]'
 	touch $@
+
+# llama.cpp for this processor, but for its AMX kernels, which end in a segmentation fault on virtual machines with AMX.
+# GGML_NATIVE would compile them in; so each instruction set is asked for by itself. Elsewhere than on x86 it is right.
+cpu = $(if $(shell grep -m1 -ow $(2) /proc/cpuinfo),-DGGML_$(1)=ON,-DGGML_$(1)=OFF)
+ifeq ($(shell uname -m),x86_64)
+GGML = -DGGML_NATIVE=OFF $(call cpu,AVX,avx) $(call cpu,AVX2,avx2) $(call cpu,FMA,fma) $(call cpu,F16C,f16c) \
+	$(call cpu,BMI2,bmi2) $(call cpu,AVX512,avx512bw) $(call cpu,AVX512_VNNI,avx512_vnni) \
+	$(call cpu,AVX512_VBMI,avx512vbmi) $(call cpu,AVX512_BF16,avx512_bf16) \
+	-DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF -DGGML_AMX_BF16=OFF
+else
+GGML = -DGGML_NATIVE=ON
+endif
 
 define need
 	@missing=$$(for name in $(1); do dpkg -s $$name > /dev/null 2>&1 || echo $$name; done); \

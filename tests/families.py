@@ -185,12 +185,12 @@ def dimensions(architecture: str) -> dict[str, Any]:
     return GPT_DIMS if architecture in ("GPT2LMHeadModel", "CodeGenForCausalLM", "GPTJForCausalLM") else LLAMA_DIMS
 
 
-def hugging_face_model(case: Case) -> Any:
+def hugging_face_model(case: Case, seed: int = 1) -> Any:
     """The case with random weights, large enough for logits of order 1 that differ from token to token."""
     model_class = getattr(transformers, case.architecture)
     config = model_class.config_class(**dimensions(case.architecture) | case.settings)
     config._attn_implementation = "eager"
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     model = model_class(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and name.endswith("weight"):

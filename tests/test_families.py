@@ -26,7 +26,7 @@ from runtime.program import Program
 from runtime.sampler import Rng
 from runtime.session import Session
 from tests.conftest import MODELS
-from tests.families import CASES, dimensions, hugging_face_model
+from tests.families import CASES, Case, dimensions, hugging_face_model
 
 LENGTH = 64
 """Positions that the files are exported for."""
@@ -164,6 +164,24 @@ the keys that it has rotated by others."""
 PROMPT = [1, 17, 42, 99, 5, 6, 7, 8, 150, 3, 77]
 
 
+def varied(case: Case) -> tuple[Any, list[int], list[Tensor]]:
+    """The case with the first seed whose text has more than a few tokens, the 48 ids behind PROMPT, and their logits.
+
+    A random model may fall into a loop, and which of them do depends on transformers' version and on the processor.
+    """
+    for seed in range(1, 9):
+        model = hugging_face_model(case, seed)
+        text, rows = list(PROMPT), list[Tensor]()
+        while len(rows) < 48:
+            padded = text + [0] * (LENGTH - len(text))  # some kinds of rope scaling depend on the length
+            rows.append(full_forward(model, padded)[len(text) - 1])
+            text.append(int(rows[-1].argmax()))
+        ids = text[len(PROMPT) :]
+        if len(set(ids)) > 5:
+            return model, ids, rows
+    raise AssertionError(f"{case} repeats itself with eight seeds")
+
+
 def outside(config: ModelConfig, attention: str) -> set[str]:
     """The kernels that make the first block's input, and ours."""
     scales = {"aten::mul.out"} if config.embedding_scale != 1 else set()
@@ -183,15 +201,9 @@ def exports() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("name", "attention"), exports())
 def test_an_export_gives_transformers_own_tokens_and_logits(name: str, attention: str, tmp_path: Path) -> None:
-    theirs = hugging_face_model(CASES[name])
+    theirs, ids, rows = varied(CASES[name])
     theirs.save_pretrained(tmp_path / "model")
-    text, rows = list(PROMPT), list[Tensor]()
-    while len(rows) < 48:
-        padded = text + [0] * (LENGTH - len(text))  # some kinds of rope scaling depend on the length
-        rows.append(full_forward(theirs, padded)[len(text) - 1])
-        text.append(int(rows[-1].argmax()))
-    ids = text[len(PROMPT) :]
-    assert len(set(ids)) > 5
+    text = PROMPT + ids
     if name not in MIXED:
         assert theirs.generate(torch.tensor([PROMPT]), max_new_tokens=48, do_sample=False)[0].tolist() == text
 

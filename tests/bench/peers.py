@@ -290,10 +290,20 @@ def report(rounds: Sequence[Round]) -> str:
     aims = [*AIMS, STORIES] if "stories260K" in rounds[0] else AIMS
     return "\n".join([
         f"{date.today()}, {len(os.sched_getaffinity(0))} cores of {machine}, {versions}; {len(rounds)} rounds:",
-        "", table(rounds), "",
+        "", instruction_sets(), "", table(rounds), "",
         "Ratios within a round: median, least and most.", "",
         "| | ratio | wanted | |", "|---|---|---|---|", *(aim.line(rounds) for aim in aims),
     ])  # fmt: skip
+
+
+def instruction_sets() -> str:
+    """What llama.cpp was compiled for, and what the others, which choose at run time, find in the processor."""
+    import llama_cpp
+
+    wanted = r"\b(?:avx2|fma|avx512f|avx512_vnni|avx512_bf16|amx_\w+|asimddp|i8mm|sve2?|sme)\b"
+    found = dict.fromkeys(re.findall(wanted, Path("/proc/cpuinfo").read_text()))
+    compiled = llama_cpp.llama_print_system_info().decode().strip(" |\n")
+    return f"Instruction sets: llama.cpp was built with {compiled}; the others choose among {', '.join(found)}."
 
 
 def write_readme(text: str) -> None:
