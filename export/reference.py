@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from export.trace import step
 from model.config import ModelConfig
@@ -26,6 +26,25 @@ def reference(
     inputs = packed(model.config, texts, max_seq_len or max(lengths))
     inputs["select"] = torch.eye(sum(lengths))[None, [row for span in wanted for row in span]]
     return list(torch.split(step(model, inputs)["logits"][0], [len(span) for span in wanted]))
+
+
+def perturbed(model: Llama) -> Llama:
+    """Changes a model's embeddings, in place, by about a millionth, some bits of a float32: what comes of it then is as
+    right as what came before.
+    """
+    model.set_submodule("tok_embeddings", _Perturbed(model.tok_embeddings))
+    return model
+
+
+class _Perturbed(nn.Module):
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found: Tensor = self.embedding(tokens)
+        noise = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+        return found * (1 + 1e-6 * noise)
 
 
 def packed(config: ModelConfig, texts: Sequence[Sequence[int]], max_seq_len: int) -> dict[str, Tensor]:

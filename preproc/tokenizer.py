@@ -188,7 +188,9 @@ class TiktokenTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json, by the tokenizers library. BOS and stop ids are not in it: the checkpoint's config has them."""
+    """A tokenizer.json, by the tokenizers library. BOS is what its post-processor puts before a text, as transformers
+    has it; stop ids are not in it: the checkpoint's configuration has them.
+    """
 
     kind = HUGGING_FACE
 
@@ -198,7 +200,7 @@ class HuggingFaceTokenizer:
         self._model.no_padding()
         self._model.no_truncation()
         self.vocab_size = self._model.get_vocab_size(with_added_tokens=True)
-        self.bos_id: int | None = None
+        self.bos_id: int | None = self._leading()
         self.stop_ids: tuple[int, ...] = ()
         added = self._model.get_added_tokens_decoder()
         specials = {t.content: Special(i, t.lstrip, t.rstrip) for i, t in added.items() if t.special}
@@ -217,6 +219,11 @@ class HuggingFaceTokenizer:
 
     def encode_parts(self, parts: Sequence[Part]) -> list[int]:
         return self._cutter.encode(parts, self._encode_section)
+
+    def _leading(self) -> int | None:
+        """The id that the post-processor puts before a text, if it does."""
+        plain, whole = (self._model.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+        return whole[0] if whole[: len(plain)] != plain else None
 
     def _encode_section(self, text: str, first: bool) -> list[int]:
         for opener in self._openers:

@@ -12,11 +12,12 @@ from export.llama import export_llama
 from export.plan import ExportOptions
 from export.recipe import Recipe
 from export.scheme import SCHEMES
+from export.trace import GraphOptions
 from export.verify import LIMITS, Verdict, compare, verify
 from model.checkpoint import open_checkpoint
 from model.errors import InputError
 from model.model import Llama
-from tests.conftest import TOY, random_model, toy_model
+from tests.conftest import DEEP, TOY, planned, random_model, toy_model, write_pte
 from tests.families import CASES, hugging_face_model
 
 
@@ -58,7 +59,7 @@ def test_any_tensor_scaled_by_a_hundredth_is_noticed(made: tuple[Path, Llama]) -
         other.get_parameter(name).mul_(1.01)
         found = verdict(file, other)
         assert found.failure, name
-        assert found.fidelity.max_abs > 10 * found.fidelity.limits.max_abs, name
+        assert found.fidelity.error > 10 * found.fidelity.limits.error, name
 
 
 def test_two_swapped_layers_are_noticed(made: tuple[Path, Llama]) -> None:
@@ -66,6 +67,60 @@ def test_two_swapped_layers_are_noticed(made: tuple[Path, Llama]) -> None:
     other = changed(model)
     other.layers["0"], other.layers["1"] = other.layers["1"], other.layers["0"]
     assert verdict(file, other).failure
+
+
+@pytest.fixture(scope="module", params=[0, 1])
+def massive(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Llama]:
+    """A file, and its model, in which some activations are far larger than others, as in trained models."""
+    model = random_model(DEEP, seed=request.param)
+    for layer in ("1", "3"):
+        model.layers[layer].feed_forward.w2.weight[5].mul_(300)
+    path = tmp_path_factory.mktemp("massive") / "massive.pte"
+    return write_pte(planned(model, GraphOptions(48, 7)), path), model
+
+
+def swapped_rows(model: Llama) -> None:
+    weight = model.layers["2"].attention.wv.weight
+    weight[[0, 1]] = weight[[1, 0]]
+
+
+def doubled_row(model: Llama) -> None:
+    model.layers["0"].feed_forward.w1.weight[7].mul_(2)
+
+
+def left_out_block(model: Llama) -> None:
+    model.layers["4"].attention.wo.weight.zero_()
+    model.layers["4"].feed_forward.w2.weight.zero_()
+
+
+def lost_norm(model: Llama) -> None:
+    model.head.norm.weight.fill_(1)
+
+
+FAULTS = (swapped_rows, doubled_row, left_out_block, lost_norm)
+
+
+def test_massive_activations_pass_and_hide_no_fault(massive: tuple[Path, Llama]) -> None:
+    file, model = massive
+    assert verdict(file, model).failure is None
+    for fault in FAULTS:
+        other = changed(model)
+        fault(other)
+        found = verdict(file, other)
+        assert found.failure, fault.__name__
+        assert found.fidelity.kl > 10 * found.fidelity.limits.kl, fault.__name__
+
+
+def test_limits_are_widened_by_what_rounding_does_to_the_reference_itself() -> None:
+    expected = torch.randn(20, 50, generator=torch.Generator().manual_seed(0)) * 3
+    noise = torch.randn(20, 50, generator=torch.Generator().manual_seed(1))
+    limits = LIMITS["float32"]
+    near, far = expected + 1e-2 * noise, expected + 1e-1 * noise
+    assert not compare([near], [expected], limits).passed
+    widened = limits.widened(compare([expected + 1e-2 * noise.flip(0)], [expected], limits))
+    assert compare([near], [expected], widened).passed
+    assert not compare([far], [expected], widened).passed
+    assert limits.widened(compare([expected], [expected], limits)) == limits
 
 
 def test_a_model_of_other_dimensions_is_refused(toy_pte: Path) -> None:
@@ -80,6 +135,8 @@ def test_differences_are_measured_as_defined() -> None:
     p, q = torch.softmax(expected[1].double(), 0), torch.softmax(found[1].double(), 0)
     assert report.max_abs == 4
     assert math.isclose(report.mse, 16 / 6)
+    assert math.isclose(report.error, 4 / float(expected[1].std()), rel_tol=1e-6)
+    assert math.isclose(report.median_kl, report.kl / 2)
     assert math.isclose(report.kl, float((p * (p / q).log()).sum()))
     assert report.greedy_agreement == 0.5
     assert not report.passed

@@ -277,7 +277,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: it holds none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors write a mark before it
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); download the checkpoint again") from error
     if not isinstance(content, dict):

@@ -40,16 +40,28 @@ def open_folder(path: Path) -> Checkpoint:
     generation = path / "generation_config.json"
     ids = settings | (read_json(generation) if generation.is_file() else {})
     bos, stop = (token_ids(ids.get(key), key, path, config.vocab_size) for key in ("bos_token_id", "eos_token_id"))
+    tokenizer = next((p for p in (path / "tokenizer.json", path / "tokenizer.model") if p.is_file()), None)
+    decides = tokenizer is not None and tokenizer.suffix == ".json"  # whether a text starts with BOS
+    chat = _chat(path)
     return Checkpoint(
         config,
         weights,
         (path / "config.json", *files),
         "Hugging Face folder",
-        bos_id=bos[0] if bos else None,
-        stop_ids=stop,
-        tokenizer=next((p for p in (path / "tokenizer.json", path / "tokenizer.model") if p.is_file()), None),
-        chat=_chat(path),
+        bos_id=bos[0] if bos and not decides else None,
+        stop_ids=stop or _named(chat.eos_token, tokenizer, config.vocab_size),
+        tokenizer=tokenizer,
+        chat=chat,
     )
+
+
+def _named(token: str | None, tokenizer: Path | None, vocab_size: int) -> tuple[int, ...]:
+    """The id of an added token of a tokenizer.json; none where there is no such file or token."""
+    if token is None or tokenizer is None or tokenizer.suffix != ".json":
+        return ()
+    added = read_json(tokenizer).get("added_tokens")
+    ids = [entry.get("id") for entry in added or () if isinstance(entry, dict) and entry.get("content") == token]
+    return token_ids(ids, f"added_tokens {token!r}", tokenizer, vocab_size)
 
 
 def _chat(path: Path) -> ChatSource:
