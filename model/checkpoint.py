@@ -11,6 +11,7 @@ from pathlib import Path
 from model.errors import InputError
 from model.layouts import gguf, hugging_face, llama2c, meta
 from model.layouts.common import Checkpoint as Checkpoint
+from model.layouts.common import read_json
 
 BUILT_IN = Path(__file__).parent / "tiny"
 """The model that comes with the project."""
@@ -43,6 +44,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise InputError(f"checkpoint {path} does not exist; give a file or folder that does")
+    if (adapter := path / "adapter_config.json").is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise InputError(f"{path} holds a LoRA adapter of {base}; merge it first (merge_and_unload)")
     for layout in LAYOUTS:
         if layout.matches(path):
             try:

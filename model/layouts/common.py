@@ -206,7 +206,7 @@ def match(
     """
     wanted = _wanted(config, storage)
     if missing := wanted.keys() - sources.keys():
-        raise InputError(f"{path} lacks the weights {listed(missing)}; download the checkpoint again")
+        raise InputError(f"{path} lacks the weights {listed(missing)}; its config is another's")
     if unknown := sources.keys() - wanted.keys() - set(spare):
         raise InputError(f"{path} holds weights that its architecture does not have: {listed(unknown)}; give another")
     if coded := [name for name in wanted if not sources[name].plain]:

@@ -48,9 +48,14 @@ def open_gguf(path: Path) -> Checkpoint:
     """Opens the file. Its rotary pairs are interleaved; wq and wk are reordered as they are read."""
     try:
         file = read_gguf(path)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except (ValueError, struct.error, MemoryError, OverflowError) as error:
         raise InputError(f"{path} is truncated or no GGUF file ({error}); download it again") from error
     fields = file.fields
+    if (parts := fields.get("split.count", 1)) > 1:
+        number = fields.get("split.no", 0) + 1
+        raise InputError(f"{path} is part {number} of {parts}; merge them first: llama-gguf-split --merge PART1 OUTPUT")
     config = _config(path, fields, file.tensors)
     sources = {
         name: Source(tensor.shape, partial(_read, tensor), tensor.kind not in _NO_WEIGHTS)
@@ -92,29 +97,44 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> bytes:
 def _config(path: Path, fields: dict[str, Any], tensors: dict[str, GGUFTensor]) -> ModelConfig:
     if (architecture := fields.get("general.architecture")) != "llama":
         raise InputError(f"{path} is of the architecture {architecture!r}; only 'llama' can be exported so far")
-    if (scaling := fields.get("llama.rope.scaling.type", "none")) != "none":
-        raise InputError(f"{path} asks for rope scaling {scaling!r}; only Llama 3.1's can be exported so far")
     try:
         dim, heads = fields["llama.embedding_length"], fields["llama.attention.head_count"]
         theta = float(fields.get("llama.rope.freq_base", 10000.0))
+        context, head_dim = fields["llama.context_length"], fields.get("llama.attention.key_length", dim // heads)
+        rotated = fields.get("llama.rope.dimension_count", head_dim)
+        stretched = _linear(path, fields, context)
         return ModelConfig(
             dim=dim,
             n_layers=fields["llama.block_count"],
             n_heads=heads,
             n_kv_heads=fields.get("llama.attention.head_count_kv", heads),
-            head_dim=fields.get("llama.attention.key_length", dim // heads),
+            head_dim=head_dim,
             hidden_dim=fields["llama.feed_forward_length"],
             vocab_size=tensors["token_embd.weight"].shape[0],
-            context=fields["llama.context_length"],
+            context=context,
             norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
             rope_theta=theta,
-            rope_scaling=_scaling(path, tensors[_ROPE_FACTORS], theta) if _ROPE_FACTORS in tensors else None,
+            rope_scaling=_scaling(path, tensors[_ROPE_FACTORS], theta) if _ROPE_FACTORS in tensors else stretched,
+            rotary_dim=None if rotated == head_dim else rotated,
             tied="output.weight" not in tensors,
         )
     except KeyError as error:
         raise InputError(f"{path} lacks {error}; convert the checkpoint again") from error
     except (TypeError, ZeroDivisionError) as error:
         raise InputError(f"{path} holds a dimension that is none ({error}); convert the checkpoint again") from error
+
+
+def _linear(path: Path, fields: dict[str, Any], context: int) -> RopeScaling | None:
+    """The linear scaling that fields ask for, under the key of today or that of the first files, as llama.cpp does.
+
+    Raises:
+        InputError: they ask for another kind.
+    """
+    factor = float(fields.get("llama.rope.scaling.factor") or fields.get("llama.rope.scale_linear") or 1)
+    kind = fields.get("llama.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise InputError(f"{path} asks for rope scaling {kind!r}; only linear and Llama 3.1's can be exported so far")
+    return None if kind == "none" or factor == 1 else RopeScaling("linear", factor, original_context=context)
 
 
 def _scaling(path: Path, tensor: GGUFTensor, theta: float) -> RopeScaling:

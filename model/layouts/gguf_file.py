@@ -15,11 +15,33 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from model.errors import InputError
+
 MAGIC = b"GGUF"
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 """The types of a field's value; numbers by struct's letter."""
+
+
+_REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"} | {
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+}
+"""Types of tensors that ggml had, and has no more (ggml-org/ggml, include/ggml.h)."""
+
+
+def _kind(number: int) -> GGMLQuantizationType:
+    """Raises:
+    InputError: the type is known to exist no longer.
+    """
+    if number in _REMOVED:
+        raise InputError(
+            f"a tensor is stored as {_REMOVED[number]} (type {number}), which no longer exists; "
+            "give another quantisation"
+        )
+    return GGMLQuantizationType(number)
 
 
 @dataclass(frozen=True)
@@ -120,7 +142,7 @@ class _Cursor:
     def tensor(self) -> tuple[tuple[int, ...], GGMLQuantizationType, int]:
         """Shape, which GGUF counts from the innermost dimension, storage, and offset behind the header."""
         shape = self.numbers("Q", self.number("I"))[::-1]
-        kind, offset = GGMLQuantizationType(self.number("I")), self.number("Q")
+        kind, offset = _kind(self.number("I")), self.number("Q")
         if not 0 < math.prod(shape) < 1 << 48 or not shape or shape[-1] % GGML_QUANT_SIZES[kind][0]:
             raise ValueError(f"it holds a tensor of the impossible shape {list(shape)}")
         return shape, kind, offset

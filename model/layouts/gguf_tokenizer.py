@@ -100,7 +100,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], types: Sequ
 
 def _tokenizer_json(fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> bytes:
     """A byte-level BPE."""
-    splitting = fields.get(f"{TOKENIZER}pre")
+    splitting = fields.get(f"{TOKENIZER}pre", "gpt-2")  # llama.cpp's own choice for files from before there was the key
     if splitting not in SPLITTINGS:
         raise InputError(
             f"its tokenizer splits text as {splitting!r}, and known are {listed(SPLITTINGS, len(SPLITTINGS))}; "

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from model.layouts.settings import config_of, family_of
 
 _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attn.causal_mask")
 """How the names of tensors end that old checkpoints carry, and that follow from the configuration."""
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def is_folder(path: Path) -> bool:
@@ -26,16 +28,19 @@ def is_folder(path: Path) -> bool:
 def open_folder(path: Path) -> Checkpoint:
     """Opens the folder; generation_config.json's ids win over config.json's, as in transformers."""
     settings = read_json(path / "config.json")
+    _check_unquantised(path, settings)
     family, config = family_of(settings, path / "config.json"), config_of(settings, path / "config.json")
     files = _weight_files(path)
-    sources = _sources(files)
+    sources = _bare(_sources(files))
     storage = family.storage
     if not any(name.startswith(family.prefix) for name in sources):
         bare = {ours: theirs.removeprefix(family.prefix) for ours, theirs in storage.names.items()}
         storage = replace(storage, names=bare)
     spare = {name for name in sources if name.endswith(_BUFFERS)}
     if config.tied:
-        spare.add(storage.names["head.output.weight"])  # Hugging Face ties over it, whatever it holds
+        embedding, head = (storage.names[f"{name}.weight"] for name in ("tok_embeddings", "head.output"))
+        config = replace(config, tied=_is_tied(sources, embedding, head))
+        spare.add(head)
     weights = match(path, config, sources, storage, spare)
     generation = path / "generation_config.json"
     ids = settings | (read_json(generation) if generation.is_file() else {})
@@ -53,6 +58,35 @@ def open_folder(path: Path) -> Checkpoint:
         tokenizer=tokenizer,
         chat=chat,
     )
+
+
+def _check_unquantised(path: Path, settings: dict[str, Any]) -> None:
+    """Raises:
+    InputError: the configuration says that the weights are quantised; names the method.
+    """
+    theirs, mlx = settings.get("quantization_config"), settings.get("quantization")
+    method = theirs.get("quant_method", "by an unnamed method") if isinstance(theirs, dict) else "mlx" if mlx else None
+    if method is not None:
+        raise InputError(f"{path} is quantised ({method}); give the unquantised checkpoint")
+
+
+def _is_tied(sources: dict[str, Source], embedding: str, head: str) -> bool:
+    """Whether one matrix is embedding and head. The one that is there stands for both; where both are there and differ,
+    each is its own, as in transformers.
+    """
+    if embedding not in sources and head in sources:
+        sources[embedding] = sources[head]
+    if head not in sources or embedding not in sources or sources[head].shape != sources[embedding].shape:
+        return True
+    return torch.equal(sources[head].read(()), sources[embedding].read(()))
+
+
+def _bare(sources: dict[str, Source]) -> dict[str, Source]:
+    """The sources by their names without what wrappers (torch.compile, DataParallel) put before all of them."""
+    for prefix in _WRAPPERS:
+        if sources and all(name.startswith(prefix) for name in sources):
+            sources = {name.removeprefix(prefix): source for name, source in sources.items()}
+    return sources
 
 
 def _named(token: str | None, tokenizer: Path | None, vocab_size: int) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ def open_folder(path: Path) -> Checkpoint:
     tokenizer = path / "tokenizer.model"
     return Checkpoint(
         config,
-        match(path, config, sources, Storage(META_NAMES, interleaved=True)),
+        match(path, config, sources, Storage(META_NAMES, interleaved=True), {"output.weight"} if config.tied else ()),
         (path / "params.json", *files),
         "Meta folder",
         tokenizer=tokenizer if tokenizer.is_file() else None,
@@ -80,6 +80,7 @@ def _config(settings: dict[str, Any], shards: list[dict[str, Tensor]], path: Pat
             vocab_size=sum(shard["output.weight"].shape[0] for shard in shards),
             context=_context(settings, theta),
             norm_eps=settings["norm_eps"],
+            tied=all(torch.equal(shard["output.weight"], shard["tok_embeddings.weight"]) for shard in shards),
             rope_theta=theta,
             rope_scaling=_scaling(settings, dim) if settings.get("use_scaled_rope") else None,
         )
