@@ -63,8 +63,7 @@ def link(
     programs = dict[str, ExportedProgram]()
     first, *_ = runs(methods)
     span, fused = first.span, first.is_fused
-    if first.slices > 1:
-        recipe, identity = SliceRecipe(recipe, first.slice, first.slices), f"{identity} {first.slice}"
+    recipe, identity = part_of(recipe, identity, first)
     by_kind = kinds(recipe.config, first, recipe.scheme.careful) if codes else {}
     others = {name: recipe.piece(name) for name in (embedding_names if codes else piece_names)(recipe.config, span)}
     data = _Data(recipe, identity, others.get("tok_embeddings"))
@@ -88,6 +87,13 @@ def link(
         delegates=sum(len(delegates(program)) for program in finished),
         shared=data.shared,
     )
+
+
+def part_of(recipe: Recipe, identity: str, method: MethodSpec) -> tuple[Recipe, str]:
+    """The recipe and identity of the slice that a method is of; those of the model where it is not sliced."""
+    if method.slices == 1:
+        return recipe, identity
+    return SliceRecipe(recipe, method.slice, method.slices), f"{identity} {method.slice}"
 
 
 def operators(program: ExportedProgram) -> Iterator[str]:
@@ -158,7 +164,7 @@ def _with_weights(name: str, code: Code, data: _Data) -> LoweredBackendModule:
     payload, buffers, entries = code.payload, list[Deferred](), dict[str, DataEntry]()
     for part in code.data:
         parameter = parameter_name(data.recipe.config, name, part.parameter)
-        digest = hashlib.sha256(f"{data.identity} {parameter}.{part.number}".encode()).hexdigest()
+        digest = weight_digest(data.identity, parameter, part.number)
         key = part.key[:-64] + digest
         assert payload.count(part.key.encode()) == 1, f"the code does not name {part.parameter} once"
         payload = payload.replace(part.key.encode(), key.encode())
@@ -172,6 +178,11 @@ def _with_weights(name: str, code: Code, data: _Data) -> LoweredBackendModule:
             buffers.append(Deferred(key, 1, lambda: bytes(1)))  # stands for it until the file is written
     store = NamedDataStoreOutput(buffers, entries, {})
     return LoweredBackendModule(code.stand_in, code.backend_id, payload, code.compile_specs, store)
+
+
+def weight_digest(identity: str, parameter: str, number: int) -> str:
+    """What the name of a part of a parameter ends with, in the file."""
+    return hashlib.sha256(f"{identity} {parameter}.{number}".encode()).hexdigest()
 
 
 class Deferred(FileBackedData):  # type: ignore[misc]  # ExecuTorch's exir is not typed

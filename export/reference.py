@@ -1,6 +1,7 @@
 """reference: the eager model on whole texts, in one pass and without caches."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,18 @@ from preproc.mask import HIDDEN
 from preproc.positions import Positions, names
 
 
-@torch.no_grad()
+class Expected(NamedTuple):
+    """What the eager model makes of texts.
+
+    Attributes:
+        logits: [rows, V] for each text.
+        rows: keys and values of each text, by the names of a step's results: k_rows.3 -> [K, len(text), Dh].
+    """
+
+    logits: list[Tensor]
+    rows: list[dict[str, Tensor]]
+
+
 def reference(
     model: Llama, texts: Sequence[Sequence[int]], rows: Sequence[int] | None = None, max_seq_len: int | None = None
 ) -> list[Tensor]:
@@ -21,11 +33,22 @@ def reference(
     Args:
         max_seq_len: the length that the rotary tables are made for; None for the longest text's.
     """
+    return expected_of(model, texts, rows, max_seq_len).logits
+
+
+@torch.no_grad()
+def expected_of(
+    model: Llama, texts: Sequence[Sequence[int]], rows: Sequence[int] | None = None, max_seq_len: int | None = None
+) -> Expected:
+    """The same, and each block's keys and values."""
     lengths = [len(text) for text in texts]
     wanted = [range(end - (count or length), end) for end, length, count in _spans(lengths, rows)]
     inputs = packed(model.config, texts, max_seq_len or max(lengths))
     inputs["select"] = torch.eye(sum(lengths))[None, [row for span in wanted for row in span]]
-    return list(torch.split(step(model, inputs)["logits"][0], [len(span) for span in wanted]))
+    found = step(model, inputs)
+    logits = list(torch.split(found["logits"][0], [len(span) for span in wanted]))
+    cached = {name: torch.split(value, lengths, dim=1) for name, value in found.items() if "_rows." in name}
+    return Expected(logits, [{name: parts[text] for name, parts in cached.items()} for text in range(len(texts))])
 
 
 def perturbed(model: Llama) -> Llama:

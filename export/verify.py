@@ -21,34 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from export.calibrate import CalibrationText, calibrate
+from export.fidelity import Fidelity, empty_text, judge, observed
 from export.metadata import Metadata
 from export.plan import for_length
 from export.quality import Gate, Quality, measure, most_tokens, random_windows, windows
 from export.recipe import Recipe
-from export.reference import perturbed, reference
 from export.report import write_report
 from export.scheme import Scheme
+from export.weights import altered
 from model import command
 from model.checkpoint import BUILT_IN, open_checkpoint
 from model.errors import InputError
 from model.hub import fetched, is_hub_name
 from preproc.tokenizer import from_bytes
-from runtime.lanes import Lane
 from runtime.program import Program, files, read_metadata
-from runtime.session import Session
-
-PROMPTS = (
-    "Once upon a time, there was a little girl named Lily.",
-    "The capital of France is Paris, and the capital of Italy is",
-    "def add(a: int, b: int) -> int:\n    return a + b\n",
-)
-DECODED = 16
-"""Tokens decoded greedily after each prompt."""
-
 
 UNCACHED_TOKENS = 64
 """Tokens of the text that a file without caches is given, which takes the whole text anew for each."""
@@ -58,73 +47,8 @@ class VerificationError(Exception):
     """The exported program does not compute what was exported, or not well enough; nothing was written."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The largest differences that still pass.
-
-    Attributes:
-        error, kl, median_kl: see `Fidelity`.
-    """
-
-    error: float
-    kl: float
-    median_kl: float
-
-    def widened(self, own: "Fidelity") -> "Limits":
-        """The limits where the reference differs from itself by `own` when its input changes by rounding alone."""
-        return Limits(max(self.error, 10 * own.error), max(self.kl, 4 * own.kl), max(self.median_kl, 2 * own.median_kl))
-
-
-LIMITS = {
-    "float32": Limits(error=1e-4, kl=1e-6, median_kl=1e-7),
-    "float16": Limits(error=2e-2, kl=1e-4, median_kl=1e-5),
-    "int8": Limits(error=2.0, kl=2e-2, median_kl=5e-3),
-}
-"""Between the file and the eager model, by what activations are rounded to on the way: where one lies between two
-steps, the last bit of a float decides. Deep models with large activations enlarge that, see `Limits.widened`.
-"""
-
 MAX_PPL_INCREASE = {8: 0.01, 4: 0.1}
 """See `Quality.limit`; by `Scheme.fewest_bits`."""
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """Differences between the file's logits and the eager model's.
-
-    Attributes:
-        rows: how many rows of logits were compared.
-        max_abs: largest absolute difference of a logit.
-        error: the same in standard deviations of the eager model's logits in its row.
-        mse: mean squared difference.
-        kl: largest KL divergence of a row, KL(eager || file), in nats.
-        median_kl: median of the rows' divergences.
-        greedy_agreement: share of the rows whose most likely token is the same.
-        limits: what was allowed.
-    """
-
-    rows: int
-    max_abs: float
-    error: float
-    mse: float
-    kl: float
-    median_kl: float
-    greedy_agreement: float
-    limits: Limits
-
-    @property
-    def passed(self) -> bool:
-        """Whether every difference is a number and within the limits."""
-        limits = self.limits
-        return self.error <= limits.error and self.kl <= limits.kl and self.median_kl <= limits.median_kl
-
-    def __str__(self) -> str:
-        limits = self.limits
-        return (
-            f"error {self.error:.1e} of the logits' spread (limit {limits.error:.1e}), KL {self.kl:.1e} (limit "
-            f"{limits.kl:.1e}), median {self.median_kl:.1e} (limit {limits.median_kl:.1e}), MSE {self.mse:.1e}, "
-            f"greedy {self.greedy_agreement:.1%} of {self.rows} rows"
-        )
 
 
 @dataclass(frozen=True)
@@ -135,15 +59,20 @@ class Verdict:
         metadata: what the file carries.
         fidelity: whether it computes what was exported.
         quality: what quantising cost; None for float32.
+        altered: the parameters whose bytes in the file are not those that the scheme makes of the checkpoint's.
     """
 
     metadata: Metadata
     fidelity: Fidelity
     quality: Quality | None
+    altered: tuple[str, ...] = ()
 
     @property
     def failure(self) -> str | None:
         """Why the file does not pass, in a sentence; None if it does."""
+        if self.altered:
+            more = f" and {len(self.altered) - 1} more" if len(self.altered) > 1 else ""
+            return f"the file holds other weights than the checkpoint: {self.altered[0]}{more}"
         if not self.fidelity.passed:
             return f"the program differs from the checkpoint: {self.fidelity}"
         return self.quality.failure if self.quality else None
@@ -189,26 +118,24 @@ def verify(file: Path | Sequence[Path], recipe: Recipe, gate: Gate | None = None
     _check_same(metadata, recipe)
     bits = recipe.scheme.fewest_bits
     gate.check(bits is not None, program.tokenizer)
-    texts, found = _played(program)
+    found = observed(program)
     parts = _parts(program, gate) if bits else []
     followed = _followed(program, parts)
     source = gate.source if program.tokenizer else None
     del program
-    fidelity = _fidelity(recipe, texts, found, metadata.max_seq_len)
+    fidelity = judge(recipe, found)
     del found
+    changed = tuple(altered(file, recipe))
     if bits is None:
-        return Verdict(metadata, fidelity, None)
+        return Verdict(metadata, fidelity, None, changed)
     limit = MAX_PPL_INCREASE[bits] if gate.max_ppl_increase is None else gate.max_ppl_increase
-    return Verdict(metadata, fidelity, measure(recipe, parts, followed, metadata.max_seq_len, source, limit))
+    quality = measure(recipe, parts, followed, metadata.max_seq_len, source, limit)
+    return Verdict(metadata, fidelity, quality, changed)
 
 
 def _check_same(metadata: Metadata, recipe: Recipe) -> None:
     if metadata.config != recipe.config:
         raise InputError(f"the file was made from another model: {metadata.config} is not {recipe.config}")
-
-
-def _rounded(scheme: Scheme) -> str:
-    return "int8" if scheme.linear.bits or scheme.head.bits else scheme.kv_dtype
 
 
 def _parts(program: Program, gate: Gate) -> list[list[int]]:
@@ -220,90 +147,17 @@ def _parts(program: Program, gate: Gate) -> list[list[int]]:
     return windows(ids, metadata.bos_id, metadata.max_seq_len, most_tokens(metadata.config))
 
 
-def _text(program: Program) -> Session | Lane:
-    """An empty text."""
-    return Session(program) if program.metadata.batch_size == 1 else Lane(program)
-
-
 def _followed(program: Program, texts: Sequence[Sequence[int]]) -> Tensor:
     """The file's logits behind each token that it is given of the texts, one by one, [N, V]."""
     given = [(token, not index) for text in texts for index, token in enumerate(text[:-1])]
     if not program.metadata.use_kv_cache:
         given = given[:UNCACHED_TOKENS]
-    session, rows = _text(program), torch.empty(len(given), program.metadata.config.vocab_size)
+    session, rows = empty_text(program), torch.empty(len(given), program.metadata.config.vocab_size)
     for row, (token, is_first) in zip(rows, given, strict=True):
         if is_first:
             session.reset()
         row.copy_(session.decode(token))
     return rows
-
-
-def _played(program: Program) -> tuple[list[list[int]], list[Tensor]]:
-    """Each prompt with what the file makes of it, and the logits [rows, V] after the prompt and each token of that."""
-    texts, found, session = [], [], _text(program)
-    for prompt in _prompts(program):
-        session.reset()
-        rows, text = [session.prefill(prompt)], list(prompt)
-        while len(rows) <= DECODED and session.position < session.capacity:
-            text.append(int(rows[-1].argmax()))
-            rows.append(session.decode(text[-1]))
-        texts.append(text)
-        found.append(torch.stack(rows))
-    return texts, found
-
-
-def _fidelity(recipe: Recipe, texts: Sequence[Sequence[int]], found: Sequence[Tensor], max_seq_len: int) -> Fidelity:
-    """Compares the file's rows with the reference's. What exceeds the usual limits is held against how far the
-    reference gets from itself: roundings compound over blocks, in a right file as there.
-    """
-    counts, limits = [len(rows) for rows in found], LIMITS[_rounded(recipe.scheme)]
-    expected = reference(recipe.streamed(), texts, counts, max_seq_len)
-    fidelity = compare(found, expected, limits)
-    if fidelity.passed:
-        return fidelity
-    other = reference(perturbed(recipe.streamed()), texts, counts, max_seq_len)
-    return compare(found, expected, limits.widened(compare(other, expected, limits)))
-
-
-def compare(found: Sequence[Tensor], expected: Sequence[Tensor], limits: Limits) -> Fidelity:
-    """Measures logits, each [N, V], against the reference's. A NaN on either side stays NaN, and fails."""
-    max_abs, error, squares, agreed, divergences = 0.0, 0.0, 0.0, 0.0, list[Tensor]()
-    for ours, theirs in zip(found, expected, strict=True):
-        ours, theirs = ours.double(), theirs.double()
-        difference = ours - theirs
-        p, q = F.log_softmax(theirs, dim=-1), F.log_softmax(ours, dim=-1)
-        max_abs = _larger(max_abs, difference.abs().max())
-        error = _larger(error, (difference.abs().amax(dim=-1) / theirs.std(dim=-1)).max())
-        divergences.append((p.exp() * (p - q)).sum(dim=-1))
-        squares += float(difference.square().mean(dim=-1).sum())
-        agreed += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
-    rows = torch.cat(divergences)
-    count, kl, median = len(rows), float(rows.max()), float(rows.quantile(0.5))
-    return Fidelity(count, max_abs, error, squares / count, kl, median, agreed / count, limits)
-
-
-def _larger(a: float, b: Tensor) -> float:
-    return float(torch.maximum(torch.tensor(a, dtype=torch.float64), b))  # a NaN wins
-
-
-def _prompts(program: Program) -> list[list[int]]:
-    """Texts where there is a tokenizer, and random ids of lengths around the chunk's and, if short, the context's."""
-    metadata = program.metadata
-    chunk, capacity = max(method.max_length for method in metadata.methods), metadata.max_seq_len
-    lengths = {1, chunk - 1, chunk, chunk + 1, 2 * chunk + 3} | (
-        {capacity - 8, capacity} if capacity <= 1024 else set()
-    )
-    generator = torch.Generator().manual_seed(0)
-    prompts = [
-        torch.randint(metadata.config.vocab_size, (length,), generator=generator).tolist()
-        for length in sorted(lengths)
-        if 0 < length <= capacity
-    ]
-    if program.tokenizer:
-        start = [] if metadata.bos_id is None else [metadata.bos_id]
-        texts = (start + program.tokenizer.encode(text) for text in PROMPTS)
-        prompts += [tokens[:capacity] for tokens in texts if tokens]
-    return prompts
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

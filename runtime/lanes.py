@@ -97,9 +97,14 @@ class Lane:
         self.capacity = self._lanes.capacity
 
     @property
+    def cache(self) -> KVCache:
+        """Keys and values of the text so far."""
+        return self._lanes.caches[self._number]
+
+    @property
     def position(self) -> int:
         """How many tokens the text has."""
-        return self._lanes.caches[self._number].position
+        return self.cache.position
 
     def reset(self) -> None:
         """Starts a new text."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from export.verify import reference
+from export.reference import reference
 from model.checkpoint import open_checkpoint
 from model.model import Norm
 from preproc import mask, rope

@@ -8,8 +8,8 @@ import torch
 
 from export.emit import emit
 from export.metadata import Requirements
+from export.reference import reference
 from export.trace import GraphOptions
-from export.verify import reference
 from model.errors import InputError
 from runtime import shard
 from runtime.program import Program, read_metadata

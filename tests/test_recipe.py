@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from export.recipe import Recipe, piece_names
+from export.reference import reference
 from export.scheme import SCHEMES
-from export.verify import reference
 from tests.conftest import TOY, random_model
 
 TEXTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]

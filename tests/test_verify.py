@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from export import verify as command
+from export.fidelity import LIMITS, compare
 from export.llama import export_llama
 from export.plan import ExportOptions
 from export.recipe import Recipe
 from export.scheme import SCHEMES
 from export.trace import GraphOptions
-from export.verify import LIMITS, Verdict, compare, verify
+from export.verify import Verdict, verify
 from model.checkpoint import open_checkpoint
 from model.errors import InputError
 from model.model import Llama
