@@ -13,7 +13,7 @@ from torch import Tensor
 from export.lockstep import Loss, lockstep
 from export.recipe import Recipe
 from export.reference import packed
-from export.scheme import matrices
+from export.scheme import finer, matrices
 from model.config import ModelConfig
 from model.errors import InputError
 from preproc.tokenizer import Tokenizer
@@ -149,6 +149,7 @@ class Quality:
         losses: of every piece, in the model's order.
         spans: the error by position.
         limit: the largest relative increase of perplexity that passes, be it measured or what the mean KL comes to.
+        finer: flags that lose less, see `export.scheme.finer`.
     """
 
     text: str
@@ -159,6 +160,7 @@ class Quality:
     losses: tuple[Loss, ...]
     spans: tuple[Span, ...]
     limit: float
+    finer: tuple[str, ...] = ()
 
     @property
     def worst(self) -> tuple[Loss, ...]:
@@ -172,9 +174,10 @@ class Quality:
         if self.quantised.increase is None or self.quantised.within(self.limit):  # a NaN fails
             return None
         worst = ", ".join(loss.worst for loss in self.worst)
+        auto = "; --auto finds the smallest scheme that passes" if "--quantize 8da8w" in self.finer else ""
         return (
-            f"quantising costs too much: {self._costs}; the worst layers: {worst}; give more bits, or write it all the "
-            f"same with --max-ppl-increase {self._allowing}"
+            f"quantising costs too much: {self._costs}; the worst layers: {worst}; finer is each of "
+            f"{', '.join(self.finer)}{auto}; to write it all the same, give --max-ppl-increase {self._allowing}"
         )
 
     @property
@@ -309,6 +312,7 @@ def measure(
         losses,
         _spans(quantised, lengths, is_text),
         limit,
+        tuple(finer(recipe.scheme)),
     )
 
 

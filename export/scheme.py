@@ -116,6 +116,26 @@ that lose most, see `export.search`.
 GROUP_SIZES = (32, 64, 128)
 
 
+def finer(scheme: Scheme) -> list[str]:
+    """Flags that lose less, each by itself and from the smallest file up; what they cost is not measured."""
+    formats, found = (scheme.linear, scheme.head, scheme.embedding), list[str]()
+    if any((form.group_size or 0) > GROUP_SIZES[0] for form in formats):
+        found.append(f"--group-size {GROUP_SIZES[0]}")
+    has_four = any(form.bits == 4 for form in formats)
+    if has_four and scheme.rounding == "nearest":
+        found.append("--rounding hqq")
+    found += [f"--{name}-bits 8" for name in ("head", "embedding") if getattr(scheme, name).bits == 4]
+    if scheme.linear.bits == 4 and not scheme.careful:
+        found.append("--quantize mixed")
+    if has_four:
+        found.append("--quantize 8da8w")
+    if any(form.bits for form in formats):
+        found.append("--quantize fp32")
+    if scheme.kv_dtype == "int8":
+        found.append("--kv-dtype fp16")
+    return found
+
+
 def adjusted(
     scheme: Scheme, group_size: int | None, embedding_bits: int | None, head_bits: int | None, rounding: str
 ) -> Scheme:

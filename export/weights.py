@@ -18,6 +18,7 @@ from torch import Tensor
 from export.emit import NAMED, SEGMENTS
 from export.link import part_of, weight_digest
 from export.lower import parts, to_bytes
+from export.metadata import Metadata
 from export.quantize import QuantizedEmbedding
 from export.recipe import Recipe
 from export.scheme import is_shared
@@ -30,23 +31,27 @@ _SEGMENT_BASE = 24
 
 
 def altered(path: Path | Sequence[Path], recipe: Recipe) -> Iterator[str]:
-    """The parameters whose bytes differ, of those that a backend holds by names of ours, see `export.link`: all matrices
-    but the embedding, where blocks were lowered one by one.
+    """The parameters whose bytes differ, of those that a backend holds by names of ours, see `export.link`: where
+    blocks were lowered one by one, all matrices but the embedding.
 
     Args:
         path: the .pte, the folder of its shards or slices, or these.
     """
     for each in files(path) if isinstance(path, Path) else path:
         metadata = Shard(each).metadata
-        identity = hashlib.sha256(json.dumps(metadata.provenance, sort_keys=True).encode()).hexdigest()
-        part, identity = part_of(recipe, identity, metadata.methods[0])
+        part, identity = part_of(recipe, identity_of(metadata), metadata.methods[0])
         is_whole = metadata.slices == 1 and metadata.span == range(recipe.config.n_layers)
         with each.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as program:
             yield from _altered(program, part, identity, is_whole)
 
 
+def identity_of(metadata: Metadata) -> str:
+    """What `export.plan.Plan.identity` was when the file was made."""
+    return hashlib.sha256(json.dumps(metadata.provenance, sort_keys=True).encode()).hexdigest()
+
+
 def _altered(program: mmap.mmap, recipe: Recipe, identity: str, is_whole: bool) -> Iterator[str]:
-    places = _places(program)
+    places = weight_places(program)
     with torch.device("meta"):
         names = list(Llama(recipe.config).state_dict())
     for name in names:
@@ -71,7 +76,7 @@ def _values(recipe: Recipe, name: str, is_whole: bool) -> list[Tensor]:
     return found
 
 
-def _places(program: mmap.mmap) -> dict[str, tuple[int, int]]:
+def weight_places(program: mmap.mmap) -> dict[str, tuple[int, int]]:
     """Where a program has its named data, and of what size, by the digest that the name ends with."""
     root = Table(program, *struct.unpack_from("<I", program))
     (base,) = struct.unpack_from("<Q", program, _SEGMENT_BASE)

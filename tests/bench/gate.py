@@ -1,0 +1,344 @@
+"""Whether verification refuses wrong files and passes right ones: many right files, and many faults planted in each.
+
+python -m tests.bench.gate --checkpoint build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+python -m tests.bench.gate --only stories
+
+Faults of weights and of the graph are planted in the model that a right file is held against: from the gate's side that
+is the same as a wrong file of a right model. Those of positions and caches are planted in the runtime that runs it.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from export.fidelity import Observed, judge, observed
+from export.llama import Progress, _write
+from export.plan import ExportOptions, Plan, plan
+from export.recipe import Recipe
+from export.scheme import SCHEMES, Scheme
+from export.trace import GraphOptions
+from export.weights import altered
+from model.checkpoint import BUILT_IN
+from model.model import Llama
+from preproc.mask import CausalMask
+from preproc.positions import PositionInputs
+from runtime.kv_cache import KVCache
+from runtime.program import Program
+from tests.conftest import DEEP, planned, random_model, write_pte
+
+SMOLLM2 = (
+    ("fp32", "fp32"),
+    ("fp32", "fp16"),
+    ("fp32", "int8"),
+    ("8da8w", "fp32"),
+    ("8da8w", "int8"),
+    ("8da4w", "fp16"),
+)
+"""(--quantize, --kv-dtype) of the large model's files."""
+
+SMALL = (*SMOLLM2, ("8da8w", "fp16"), ("8da4w", "fp32"), ("8da4w", "int8"))
+MOE = replace(DEEP, n_experts=4, n_chosen_experts=2)
+
+
+@dataclass(frozen=True)
+class Right:
+    """A right file: what it is, where it is, and what it was made from."""
+
+    name: str
+    path: Path
+    recipe: Recipe
+
+
+class Changed(Mapping[str, Tensor]):
+    """A model's weights, of which some are others."""
+
+    def __init__(self, weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+        self._weights, self._others = weights, others
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._others[name] if name in self._others else self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def others(recipe: Recipe, found: Mapping[str, Tensor]) -> Recipe:
+    """The recipe with some weights in place of its own."""
+    return Recipe(recipe.config, Changed(recipe._weights, found), recipe.scheme)
+
+
+def _middle(recipe: Recipe) -> str:
+    return f"layers.{recipe.config.n_layers // 2}"
+
+
+def _feed(recipe: Recipe) -> str:
+    return f"{_middle(recipe)}.feed_forward" + (".experts.0" if recipe.config.n_experts else "")
+
+
+def swapped_rows(recipe: Recipe) -> Recipe:
+    """Two rows of a value matrix."""
+    name = f"{_middle(recipe)}.attention.wv.weight"
+    weight = recipe.weight(name).clone()
+    weight[[0, 1]] = weight[[1, 0]]
+    return others(recipe, {name: weight})
+
+
+def swapped_late_rows(recipe: Recipe) -> Recipe:
+    """Two rows in the last block's feed-forward, behind all keys and values."""
+    name = f"layers.{recipe.config.n_layers - 1}." + _feed(recipe).split(".", 2)[2] + ".w1.weight"
+    weight = recipe.weight(name).clone()
+    weight[[0, 1]] = weight[[1, 0]]
+    return others(recipe, {name: weight})
+
+
+def doubled_scale(recipe: Recipe) -> Recipe:
+    """Of one row of a feed-forward."""
+    name = f"{_feed(recipe)}.w1.weight"
+    weight = recipe.weight(name).clone()
+    weight[7] *= 2
+    return others(recipe, {name: weight})
+
+
+def left_out_block(recipe: Recipe) -> Recipe:
+    """One that adds nothing to the stream."""
+    names = [f"{_middle(recipe)}.attention.wo.weight", f"{_feed(recipe)}.w2.weight"]
+    return others(recipe, {name: torch.zeros_like(recipe.weight(name)) for name in names})
+
+
+def swapped_blocks(recipe: Recipe) -> Recipe:
+    """Two neighbours, all their weights."""
+    a, b = (f"layers.{recipe.config.n_layers // 2 + number}." for number in (0, 1))
+    with torch.device("meta"):
+        roles = [name.removeprefix(a) for name in Llama(recipe.config).state_dict() if name.startswith(a)]
+    pairs = [(a, b), (b, a)]
+    return others(recipe, {f"{to}{role}": recipe.weight(f"{source}{role}") for to, source in pairs for role in roles})
+
+
+def swapped_k_and_v(recipe: Recipe) -> Recipe:
+    """In one block."""
+    k, v = (f"{_middle(recipe)}.attention.{name}.weight" for name in ("wk", "wv"))
+    return others(recipe, {k: recipe.weight(v), v: recipe.weight(k)})
+
+
+def lost_norm(recipe: Recipe) -> Recipe:
+    """The last one's weights are 1."""
+    return others(recipe, {"head.norm.weight": torch.ones_like(recipe.weight("head.norm.weight"))})
+
+
+def lost_block_norm(recipe: Recipe) -> Recipe:
+    """One block's first one's weights are 1."""
+    name = f"{_middle(recipe)}.attention_norm.weight"
+    return others(recipe, {name: torch.ones_like(recipe.weight(name))})
+
+
+def wrong_epsilon(recipe: Recipe) -> Recipe:
+    """Ten times what it is."""
+    config = replace(recipe.config, norm_eps=recipe.config.norm_eps * 10)
+    return Recipe(config, recipe._weights, recipe.scheme)
+
+
+def wrong_theta(recipe: Recipe) -> Recipe:
+    """A hundredth more."""
+    return Recipe(replace(recipe.config, rope_theta=recipe.config.rope_theta * 1.01), recipe._weights, recipe.scheme)
+
+
+def untied_head(recipe: Recipe) -> Recipe:
+    """A head of its own, the embedding's rows each one further."""
+    weight = recipe.weight("head.output.weight").roll(1, 0)
+    config = replace(recipe.config, tied=False)
+    return Recipe(config, Changed(recipe._weights, {"head.output.weight": weight}), recipe.scheme)
+
+
+def swapped_experts(recipe: Recipe) -> Recipe:
+    """The first two of one block; of a model without, the gate and what it gates."""
+    feed, kinds = f"{_middle(recipe)}.feed_forward.", ("w1", "w2", "w3")
+    if not recipe.config.n_experts:
+        w1, w3 = f"{feed}w1.weight", f"{feed}w3.weight"
+        return others(recipe, {w1: recipe.weight(w3), w3: recipe.weight(w1)})
+    names = [[f"{feed}experts.{number}.{kind}.weight" for kind in kinds] for number in (0, 1)]
+    pairs = [*zip(names[0], names[1], strict=True), *zip(names[1], names[0], strict=True)]
+    return others(recipe, {to: recipe.weight(source) for to, source in pairs})
+
+
+PLANTED: tuple[Callable[[Recipe], Recipe], ...] = (
+    swapped_rows,
+    swapped_late_rows,
+    doubled_scale,
+    left_out_block,
+    swapped_blocks,
+    swapped_k_and_v,
+    swapped_experts,
+    lost_norm,
+    lost_block_norm,
+    wrong_epsilon,
+    wrong_theta,
+    untied_head,
+)
+"""In the model that a file is held against."""
+
+
+@contextmanager
+def rope_off_by_one() -> Iterator[None]:
+    """Every token is rotated for the position behind its own."""
+    move = PositionInputs.move
+
+    def moved(self: PositionInputs, position: int, length: int) -> None:
+        move(self, position, length)
+        for name in ("cos", "sin"):
+            if name in self.tensors:
+                rows = self.tensors[name].numpy()[0]
+                rows[:length] = self._tables[name][0].take(range(position + 1, position + 1 + length), 0, mode="clip")
+        self._place = (-1, -1)
+
+    with mock.patch.object(PositionInputs, "move", moved):
+        yield
+
+
+@contextmanager
+def mask_off_by_one() -> Iterator[None]:
+    """The latest cached token is not seen."""
+    move, slide = PositionInputs.move, CausalMask.move
+
+    def moved(self: PositionInputs, position: int, length: int) -> None:
+        move(self, position, length)
+        self._start[0] = max(position - 1, 0)
+        self._place = (-1, -1)
+
+    with (
+        mock.patch.object(PositionInputs, "move", moved),
+        mock.patch.object(CausalMask, "move", lambda self, position: slide(self, max(position - 1, 0))),
+    ):
+        yield
+
+
+@contextmanager
+def stale_row() -> Iterator[None]:
+    """The last block's row at position 3 is that of position 2."""
+    commit = KVCache.commit
+
+    def committed(self: KVCache, outputs: Mapping[str, Tensor], length: int) -> None:
+        commit(self, outputs, length)
+        if self.position > 3:
+            last = list(self.buffers.values())[-1]
+            last[:, 3] = last[:, 2]
+
+    with mock.patch.object(KVCache, "commit", committed):
+        yield
+
+
+RUN = (rope_off_by_one, mask_off_by_one, stale_row)
+"""In the runtime."""
+
+
+def faults(right: Right, found: Observed, is_quick: bool) -> Iterator[tuple[str, set[str]]]:
+    """Every fault's name, and what refuses it: its weights, its numbers, or nothing.
+
+    Args:
+        is_quick: numbers are not looked at where the weights already refuse it.
+    """
+    for plant in PLANTED:
+        recipe, by = plant(right.recipe), set[str]()
+        if any(True for _ in altered(right.path, recipe)):
+            by.add("weights")
+        if not (by and is_quick) and not judge(recipe, found).passed:
+            by.add("numbers")
+        yield plant.__name__, by
+    for run in RUN:
+        with run():
+            changed = observed(Program(right.path))
+        yield run.__name__, set() if judge(right.recipe, changed).passed else {"numbers"}
+
+
+def exported(checkpoint: Path, quantize: str, kv_dtype: str, folder: Path) -> Right:
+    """A checkpoint's file in a scheme."""
+    path = folder / f"{quantize}-{kv_dtype}.pte"
+    options = ExportOptions(checkpoint=checkpoint, quantize=quantize, kv_dtype=kv_dtype, max_seq_len=256, output=path)
+    made: Plan = plan(options)
+    _write(made, options, [path], Progress())
+    return Right(f"{quantize}, {kv_dtype} caches", path, made.recipe)
+
+
+def random_file(name: str, model: Llama, scheme: Scheme, folder: Path, backend: str = "xnnpack") -> Right:
+    """A random model's file."""
+    graph = GraphOptions(48, 7, attention="aten" if backend == "portable" or model.config.n_experts else "fused")
+    made = planned(model, graph, scheme)
+    return Right(name, write_pte(made, folder / "random.pte", backend), made.recipe)
+
+
+def massive(seed: int) -> Llama:
+    """A random model of which some activations are far larger than others, as in trained ones."""
+    model = random_model(DEEP, seed)
+    for layer in ("1", "3"):
+        model.layers[layer].feed_forward.w2.weight[5].mul_(300)
+    return model
+
+
+def right_files(checkpoint: Path | None, only: str, folder: Path) -> Iterator[Right]:
+    """All whose name has `only` in it, each made when it is asked for."""
+    makers: dict[str, Callable[[], Right]] = {}
+    for title, path, kinds in (("SmolLM2", checkpoint, SMOLLM2), ("stories", BUILT_IN, SMALL)):
+        for quantize, kv in kinds if path else ():
+            makers[f"{title}, {quantize}, {kv} caches"] = lambda path=path, q=quantize, kv=kv: exported(
+                path, q, kv, folder
+            )  # type: ignore[misc]
+    for seed in (0, 1, 2):
+        for scheme in ("fp32", "8da8w"):
+            for title, build in (("random", lambda s: random_model(DEEP, s)), ("massive", massive)):
+                makers[f"{title} {seed}, {scheme}"] = lambda b=build, s=seed, q=scheme: random_file(
+                    "", b(s), SCHEMES[q], folder
+                )  # type: ignore[misc]
+    makers["experts, fp32"] = lambda: random_file("", random_model(MOE), SCHEMES["fp32"], folder)
+    makers["experts, portable"] = lambda: random_file("", random_model(MOE), SCHEMES["fp32"], folder, "portable")
+    for name, make in makers.items():
+        if only in name:
+            yield replace(make(), name=name)
+
+
+def main() -> int:
+    """The command: exit code 1 where a right file is refused or a wrong one passes."""
+    parser = argparse.ArgumentParser("python -m tests.bench.gate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--checkpoint", type=Path, help="of a larger model, named SmolLM2 in the table")
+    parser.add_argument("--only", default="", metavar="TEXT", help="files whose name has it")
+    parser.add_argument("--quick", action="store_true", help="no numbers of faults that the weights already show")
+    options = parser.parse_args()
+    names, wrong = [fault.__name__.replace("_", " ") for fault in (*PLANTED, *RUN)], 0
+    print(f"{len(names)} faults: {', '.join(names)}\n")
+    print(
+        "| right file | passes | error / limit | KL / limit | cached / limit | faults refused | by numbers | seconds |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for right in right_files(options.checkpoint, options.only, Path(folder)):
+            start, found = time.monotonic(), observed(Program(right.path))
+            fidelity, changed = judge(right.recipe, found), list(altered(right.path, right.recipe))
+            results = dict(faults(right, found, options.quick))
+            passed = [name for name, by in results.items() if not by]
+            is_right = fidelity.passed and not changed
+            wrong += len(passed) + (not is_right)
+            limits, cached = fidelity.limits, fidelity.cached
+            cells = [right.name, "yes" if is_right else f"NO: {fidelity}; {changed[:1]}"]
+            cells += [f"{fidelity.error / limits.error:.2f}", f"{fidelity.kl / limits.kl:.2f}"]
+            cells += [
+                f"{cached.error / cached.limit:.2f}" if cached else "",
+                f"{len(results) - len(passed)} of {len(results)}",
+            ]
+            cells[-1] += f": not {', '.join(passed)}" if passed else ""
+            cells += [str(sum("numbers" in by for by in results.values())), f"{time.monotonic() - start:.0f}"]
+            print("|", " | ".join(cells), "|", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
