@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.errors import InputError
 from preproc.positions import Positions
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 FIELDS: dict[str, tuple[str, str]] = {
     "get_max_seq_len": ("int", "capacity of the KV cache in positions (T): prompt and answer together"),
@@ -46,7 +46,10 @@ FIELDS: dict[str, tuple[str, str]] = {
     "get_sliding_window": ("int", "positions that a local block sees, itself included; 0 where all see everything"),
     "get_tokenizer_kind": ("string", "sentencepiece, tiktoken, tokenizer.json or none"),
     "get_tokenizer": ("uint8 [bytes]", "the tokenizer file's own bytes; one zero byte where there is none"),
-    "get_chat_template": ("JSON", "preproc.chat.ChatTemplate: how messages become a text; empty where nothing says"),
+    "get_chat_template": (
+        "JSON",
+        "preproc.jinja_template.to_file: how messages become a text; empty where nothing says",
+    ),
 }
 """Constant method -> its type and meaning: all that a file carries beside graph and weights."""
 

@@ -14,7 +14,7 @@ import torch
 
 from export.backends import BACKENDS, check
 from export.calibrate import CalibrationText
-from export.chat_template import chosen
+from export.chat_template import Chosen, chosen
 from export.code_cache import source_digest, versions
 from export.cut import Cut
 from export.inspect import activation_bytes, cache_bytes, matrix_bytes
@@ -32,7 +32,6 @@ from model.errors import InputError
 from model.hub import fetched, is_hub_name
 from model.kv_rows import KV_DTYPES
 from preproc import mask, rope
-from preproc.chat import ChatTemplate
 from preproc.tokenizer import Tokenizer, from_bytes, open_tokenizer
 from runtime.shard import lacking
 
@@ -243,7 +242,8 @@ def plan(options: ExportOptions) -> Plan:
     if output.resolve() in {file.resolve() for file in (*checkpoint.files, options.tokenizer or output.parent)}:
         raise InputError(f"--output {output} is one of the files to read; give another name")
     provenance = _provenance(checkpoint, tokenizer, options, graph, scheme)
-    provenance |= _chat(chosen(options.chat_template, checkpoint, tokenizer), tokenizer, provenance)
+    chat = chosen(options.chat_template, checkpoint, tokenizer)
+    provenance |= _chat(chat, tokenizer, provenance)
     provenance["calibration"] = {"sha256": text.sha256} if text else None
     return Plan(
         recipe=Recipe(config, checkpoint.weights, scheme, slices=options.cut.slices),
@@ -253,7 +253,7 @@ def plan(options: ExportOptions) -> Plan:
         provenance=provenance,
         output=output,
         summary=f"{checkpoint.layout}, {config.n_layers} layers, dim {config.dim}, vocabulary {config.vocab_size}",
-        warnings=_warnings(checkpoint.config, graph.max_seq_len),
+        warnings=(*_warnings(checkpoint.config, graph.max_seq_len), *chat.warnings),
         texts=text.windows(tokenizer, provenance["bos_id"], graph.max_seq_len) if text else (),
     )
 
@@ -368,9 +368,9 @@ def _provenance(
     }
 
 
-def _chat(template: ChatTemplate | None, tokenizer: Tokenizer | None, ids: dict[str, Any]) -> dict[str, Any]:
+def _chat(chat: Chosen, tokenizer: Tokenizer | None, ids: dict[str, Any]) -> dict[str, Any]:
     """What a chat template adds to the provenance: itself, and the token that ends an answer, which ends a text."""
-    if template is None or tokenizer is None:
+    if chat.template is None or tokenizer is None:
         return {"chat_template": None}
-    stop_ids = template.stop_ids(tokenizer, ids["bos_id"], ids["stop_ids"])
-    return {"chat_template": template.to_json(), "stop_ids": list(stop_ids)}
+    stop_ids = chat.template.stop_ids(tokenizer, ids["bos_id"], ids["stop_ids"])
+    return {"chat_template": chat.file, "stop_ids": list(stop_ids)}

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 from export.metadata import Metadata
 from model.errors import InputError
-from preproc.chat import NAMED, SYSTEM, ChatTemplate, Message
+from preproc.chat import NAMED, SYSTEM, Message
+from preproc.jinja_template import Carried
 from preproc.tokenizer import Tokenizer
 from runtime.constrain import Constraint, json_grammar
 from runtime.generate import prompt_ids
@@ -72,7 +73,7 @@ class Model:
     created: int
     program: Program
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: Carried | None
 
     @property
     def metadata(self) -> Metadata:

@@ -110,8 +110,10 @@ bool try_metadata(Mutator& mutate) {
 
 bool try_template(Mutator& mutate) {
     static const std::string kTemplate =
-        R"({"opening": "<s>", "answer": "a", "again": "</s><s>", "ask": "", "strips_user": true, "strips_assistant": )"
-        R"(true, "system": {"before": "<s>", "behind": "\n", "joins": true, "is_late": true, "skips_empty": true}})";
+        R"({"data": {"opening": "<s>", "answer": "a", "again": "</s><s>", "ask": "", "strips_user": true, )"
+        R"("thought_end": "</t>", "thought_strips": "\n", "strips_assistant": true, "system": {"before": )"
+        "\"<s>\xEE\x80\x80%d %B\xEE\x80\x81\", "
+        R"("behind": "\n", "joins": true, "is_late": true, "skips_empty": true}}})";
     const auto made = ChatTemplate::from_json(mutate(kTemplate));
     const std::vector<Message> messages = {{Role::kSystem, mutate(" \xC2\xA0\n")},
                                            {Role::kUser, mutate(" \x1C")},

@@ -16,7 +16,7 @@
 /// The contract with export (export/metadata.py): what a file carries, under which names, in which format version.
 namespace llama_runner {
 
-inline constexpr uint32_t kFormatVersion = 3;
+inline constexpr uint32_t kFormatVersion = 4;
 
 /// Stands in a shape for the method's length.
 inline constexpr int64_t kLength = -1;
