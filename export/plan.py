@@ -32,7 +32,7 @@ from model.errors import InputError
 from model.hub import fetched, is_hub_name
 from model.kv_rows import KV_DTYPES
 from preproc import mask, rope
-from preproc.tokenizer import Tokenizer, from_bytes, open_tokenizer
+from preproc.tokenizer import HUGGING_FACE, Tokenizer, from_bytes, open_tokenizer
 from runtime.shard import lacking
 
 DEFAULT_CONTEXT = 2048
@@ -352,7 +352,7 @@ def _provenance(
     return {
         "format_version": FORMAT_VERSION,
         "checkpoint": {"layout": checkpoint.layout, "xxh3_128": checkpoint.digest()},
-        "bos_id": checkpoint.bos_id if checkpoint.bos_id is not None or tokenizer is None else tokenizer.bos_id,
+        "bos_id": _bos_id(checkpoint, tokenizer, is_given=options.tokenizer is not None),
         "stop_ids": list(checkpoint.stop_ids or (tokenizer.stop_ids if tokenizer else ())),
         "tokenizer": {"sha256": hashlib.sha256(tokenizer.data).hexdigest()} if tokenizer else None,
         "options": {
@@ -366,6 +366,15 @@ def _provenance(
         "source": {"sha256": source_digest()},
         "verified": not lacking([BACKENDS[options.backend].runtime]),
     }
+
+
+def _bos_id(checkpoint: Checkpoint, tokenizer: Tokenizer | None, is_given: bool) -> int | None:
+    """What starts a text: what a tokenizer.json that was given says, then the checkpoint, then any other tokenizer."""
+    if tokenizer and is_given and tokenizer.kind == HUGGING_FACE:
+        return tokenizer.bos_id
+    if checkpoint.adds_bos is False:
+        return None
+    return checkpoint.bos_id if checkpoint.bos_id is not None or tokenizer is None else tokenizer.bos_id
 
 
 def _chat(chat: Chosen, tokenizer: Tokenizer | None, ids: dict[str, Any]) -> dict[str, Any]:

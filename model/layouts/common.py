@@ -56,6 +56,7 @@ class Checkpoint:
         files: what the content consists of, for `digest`.
         layout: the layout's name.
         bos_id: the id that starts a text, where the checkpoint says so.
+        adds_bos: whether one does, where the checkpoint says so.
         stop_ids: the ids that end a text, where the checkpoint says so.
         tokenizer: the tokenizer that belongs to it, where there is one: its file, or what makes the bytes of one.
         chat: how messages become a text.
@@ -66,6 +67,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     layout: str
     bos_id: int | None = None
+    adds_bos: bool | None = None
     stop_ids: tuple[int, ...] = ()
     tokenizer: Path | Callable[[], bytes] | None = None
     chat: ChatSource = ChatSource()
@@ -279,7 +281,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors write a mark before it
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}); download the checkpoint again") from error
+        raise InputError(f"{path} is not JSON ({error}); give the checkpoint with a whole one") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__} where an object belongs; download it again")
+        raise InputError(f"{path} holds a {type(content).__name__} where an object belongs; give one that does")
     return content
