@@ -16,6 +16,7 @@
 #include "llama_runner/meter.h"
 #include "llama_runner/program.h"
 #include "llama_runner/session.h"
+#include "prompt_file.h"
 
 namespace {
 
@@ -26,6 +27,7 @@ constexpr int kBadInput = 2;
 struct Arguments {
     std::string file;
     std::string prompt;
+    std::string prompt_file;
     std::optional<std::vector<int64_t>> prompt_ids;
     GenerationOptions generation;
     std::string session;
@@ -181,6 +183,11 @@ Result<void> run(Arguments& arguments) {
     const auto seed = seed_of(arguments.seed);
     if (!seed) return seed.error();
     Rng rng(*seed);
+    if (!arguments.prompt_file.empty()) {
+        auto text = read_prompt(arguments.prompt_file);
+        if (!text) return text.error();
+        arguments.prompt = *std::move(text);
+    }
 
     Statistics statistics;
     const double start = now();
@@ -274,13 +281,25 @@ void add_penalties(CLI::App& app, SamplingOptions& sampling) {
         ->type_name("ID=VALUE");
 }
 
-void add_flags(CLI::App& app, Arguments& arguments) {
+void add_prompt_flags(CLI::App& app, Arguments& arguments) {
     app.add_option("file", arguments.file, "the .pte, or the folder of its shards")->required()->type_name("");
-    app.add_option("--prompt", arguments.prompt, "text to continue (default: none, only BOS)")->type_name("TEXT");
+    auto* text =
+        app.add_option("--prompt", arguments.prompt, "text to continue (default: none, only BOS)")->type_name("TEXT");
+    auto* file = app.add_option("--prompt-file", arguments.prompt_file,
+                                "text to continue, in a file or, for -, from standard input; one line end behind it is "
+                                "left out")
+                     ->excludes(text)
+                     ->type_name("FILE");
     app.add_option("--prompt-ids", arguments.prompt_ids, "token ids in place of a text: 1,15043,3186")
         ->delimiter(',')
         ->allow_extra_args(false)
+        ->excludes(text)
+        ->excludes(file)
         ->type_name("IDS");
+}
+
+void add_flags(CLI::App& app, Arguments& arguments) {
+    add_prompt_flags(app, arguments);
     app.add_option("--max-new-tokens", arguments.generation.max_new_tokens, "default: as many as the context holds")
         ->type_name("N");
     auto& sampling = arguments.generation.sampling;
@@ -336,8 +355,8 @@ void add_flags(CLI::App& app, Arguments& arguments) {
                  "take the text of special tokens in the prompt for tokens");
     auto* chat = app.add_flag("--chat", arguments.is_chat, "talk: a message a line from stdin, in place of a text");
     app.add_option("--system", arguments.system, "of --chat: the system message")->needs(chat)->type_name("TEXT");
-    for (const char* other : {"--prompt", "--prompt-ids", "--parse-special", "--format", "--logprobs", "--bench",
-                              "--session", "--lookup", "--on-full"}) {
+    for (const char* other : {"--prompt", "--prompt-file", "--prompt-ids", "--parse-special", "--format", "--logprobs",
+                              "--bench", "--session", "--lookup", "--on-full"}) {
         chat->excludes(app.get_option(other));
     }
 }
