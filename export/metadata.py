@@ -9,8 +9,8 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -50,6 +50,7 @@ FIELDS: dict[str, tuple[str, str]] = {
         "JSON",
         "preproc.jinja_template.to_file: how messages become a text; empty where nothing says",
     ),
+    "get_sampling": ("JSON", "what the checkpoint recommends: temperature, top_k, top_p, repetition_penalty, or less"),
 }
 """Constant method -> its type and meaning: all that a file carries beside graph and weights."""
 
@@ -161,6 +162,7 @@ class Metadata:
     tokenizer_kind: str = NO_TOKENIZER
     tokenizer: bytes = b""
     chat_template: str = ""
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def identity(self) -> bytes:
@@ -230,6 +232,7 @@ def to_constants(metadata: Metadata) -> dict[str, Any]:
         "get_tokenizer_kind": metadata.tokenizer_kind,
         "get_tokenizer": torch.frombuffer(bytearray(metadata.tokenizer or b"\0"), dtype=torch.uint8),
         "get_chat_template": metadata.chat_template,
+        "get_sampling": _json(metadata.sampling),
     }
 
 
@@ -260,6 +263,7 @@ def from_constants(call: Callable[[str], Sequence[Any]]) -> Metadata:
             tokenizer_kind=kind,
             tokenizer=b"" if kind == NO_TOKENIZER else tokenizer.numpy().tobytes(),
             chat_template=call("get_chat_template")[0],
+            sampling=json.loads(call("get_sampling")[0]),
         )
     except InputError:
         raise

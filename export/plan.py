@@ -207,6 +207,7 @@ class Plan:
             tokenizer_kind=tokenizer.kind if tokenizer else NO_TOKENIZER,
             tokenizer=tokenizer.data if tokenizer else b"",
             chat_template=json.dumps(self.provenance["chat_template"]) if self.provenance.get("chat_template") else "",
+            sampling=self.provenance.get("sampling", {}),
         )
 
 
@@ -354,6 +355,7 @@ def _provenance(
         "checkpoint": {"layout": checkpoint.layout, "xxh3_128": checkpoint.digest()},
         "bos_id": _bos_id(checkpoint, tokenizer, is_given=options.tokenizer is not None),
         "stop_ids": list(checkpoint.stop_ids or (tokenizer.stop_ids if tokenizer else ())),
+        "sampling": dict(checkpoint.sampling),
         "tokenizer": {"sha256": hashlib.sha256(tokenizer.data).hexdigest()} if tokenizer else None,
         "options": {
             **asdict(graph),

@@ -165,8 +165,9 @@ Ctrl-C ends an answer, and leaves at an empty prompt."""
 def main(arguments: list[str] | None = None) -> int:
     """The command: answers to stdout, all else to stderr; exit code 0, or 2 for bad input."""
     options = _parser().parse_args(arguments)
-    how = generation_options(options)
+    generation_options(options)
     program = open_program(options, options.file)
+    how = generation_options(options, program.metadata.sampling)
     template = None
     if options.chat_template and program.tokenizer:
         template = named(options.chat_template, program.tokenizer)
@@ -194,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     add("file", type=Path, help="the .pte, or the folder of its shards")
     add("--system", metavar="TEXT", help="the system message: how to answer (default: what the template says, if any)")
     add("--chat-template", metavar="NAME", help=f"{', '.join(NAMED)} (default: the one in the file)")
-    add_generation_flags(parser)
+    add_generation_flags(parser, as_recommended=True)
     add_program_flags(parser)
     return parser
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Checkpoint:
         stop_ids: the ids that end a text, where the checkpoint says so.
         tokenizer: the tokenizer that belongs to it, where there is one: its file, or what makes the bytes of one.
         chat: how messages become a text.
+        sampling: what it recommends of SAMPLING.
     """
 
     config: ModelConfig
@@ -71,6 +72,7 @@ class Checkpoint:
     stop_ids: tuple[int, ...] = ()
     tokenizer: Path | Callable[[], bytes] | None = None
     chat: ChatSource = ChatSource()
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     def digest(self) -> str:
         """XXH3-128 over the content of all files, in hex: equal checkpoints have equal digests wherever they lie."""
@@ -270,6 +272,27 @@ def token_ids(value: Any, name: str, path: Path, vocab_size: int) -> tuple[int, 
         if type(token) is not int or not 0 <= token < vocab_size:
             raise InputError(f"{path} sets {name} to {value!r}; ids are whole numbers from 0 to {vocab_size - 1}")
     return tuple(ids)
+
+
+SAMPLING: dict[str, type] = {"temperature": float, "top_k": int, "top_p": float, "repetition_penalty": float}
+"""What a checkpoint may recommend for choosing tokens, as `runtime.sampler.SamplingOptions` has it."""
+
+
+def recommended(settings: Mapping[str, Any], path: Path) -> dict[str, float]:
+    """What a generation_config.json recommends. Where it asks for the likeliest token, only the penalty.
+
+    Raises:
+        InputError: a value is no number.
+    """
+    found = {}
+    for name, kind in SAMPLING.items():
+        value = settings.get(name)
+        if value is None or (settings.get("do_sample") is False and name != "repetition_penalty"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value or value < 0:
+            raise InputError(f"{path} sets {name} to {value!r}, which is impossible; correct it or leave it out")
+        found[name] = kind(value)
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.errors import InputError, listed
-from model.layouts.common import ChatSource, Checkpoint, Index, Source, is_plain, match, read_json, token_ids
+from model.layouts.common import (
+    ChatSource,
+    Checkpoint,
+    Index,
+    Source,
+    is_plain,
+    match,
+    read_json,
+    recommended,
+    token_ids,
+)
 from model.layouts.pickled import is_torch_file, load_tensors, without_wrappers
 from model.layouts.settings import config_of, family_of
 from preproc.tokenizer import from_bytes
@@ -89,6 +99,7 @@ def open_folder(path: Path, alone: Path | None = None) -> Checkpoint:
         stop_ids=tuple(dict.fromkeys(itertools.chain(*stop))),
         tokenizer=tokenizer,
         chat=chat,
+        sampling=recommended(generation, path / "generation_config.json"),
     )
 
 

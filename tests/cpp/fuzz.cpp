@@ -102,6 +102,7 @@ bool try_metadata(Mutator& mutate) {
         if (key == "get_rope_cos" || key == "get_rope_sin") return take({table}), Result<void>();
         if (key == "get_alibi_slopes") return take({ConstantTensor{true, {8}, kTable.data(), 32}}), Result<void>();
         if (key == "get_chat_template") return take({std::string("{}")}), Result<void>();
+        if (key == "get_sampling") return take({mutate(R"({"temperature": 0.25, "top_k": 40})")}), Result<void>();
         if (key == "get_tokenizer") return take({table}), Result<void>();
         return take({static_cast<int64_t>(mutate.below(100) == 0 ? -1 : 1)}), Result<void>();
     };
