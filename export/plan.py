@@ -16,6 +16,7 @@ from export.backends import BACKENDS, check
 from export.calibrate import CalibrationText
 from export.chat_template import Chosen, chosen
 from export.code_cache import source_digest, versions
+from export.cpp_tokenizer import unsupported_in_cpp
 from export.cut import Cut
 from export.inspect import activation_bytes, cache_bytes, matrix_bytes
 from export.link import Linked
@@ -254,7 +255,7 @@ def plan(options: ExportOptions) -> Plan:
         provenance=provenance,
         output=output,
         summary=f"{checkpoint.layout}, {config.n_layers} layers, dim {config.dim}, vocabulary {config.vocab_size}",
-        warnings=(*_warnings(checkpoint.config, graph.max_seq_len), *chat.warnings),
+        warnings=(*_warnings(checkpoint.config, graph.max_seq_len), *_cpp_warnings(tokenizer), *chat.warnings),
         texts=text.windows(tokenizer, provenance["bos_id"], graph.max_seq_len) if text else (),
     )
 
@@ -339,6 +340,11 @@ def _warnings(config: ModelConfig, max_seq_len: int) -> tuple[str, ...]:
         return ()
     scaling = f"; its {config.rope_scaling.kind} scaling is stretched to it" if config.rope_scaling else ""
     return (f"warning: --max-seq-len {max_seq_len} is beyond the {config.context} the model was trained for{scaling}",)
+
+
+def _cpp_warnings(tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    found = unsupported_in_cpp(tokenizer.data) if tokenizer else None
+    return (f"warning: llama_runner cannot use this tokenizer: {found}; the Python runtime can",) if found else ()
 
 
 def _name(checkpoint: Path) -> str:

@@ -424,7 +424,7 @@ def test_what_the_checkpoint_recommends_is_how_chats_choose_unless_asked_otherwi
         )
         assert done.stdout == expected
     inspect.main([str(file)])
-    assert "temperature 0.75, top_k 7, top_p 0.75, repetition_penalty 1.25" in capsys.readouterr().out
+    assert "sampling     repetition_penalty 1.25, temperature 0.75, top_k 7, top_p 0.75" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,6 @@
+#include <charconv>
+#include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <nlohmann/json.hpp>
 
@@ -13,6 +16,29 @@ using nlohmann::json;
 
 constexpr double kUnknownPenalty = 10;
 
+/// The number that tokenizers' JSON reader (serde_json) makes of the shortest text for a number: its digits, divided by
+/// a power of ten, which may be off in the last bit. Ways of equal score are told apart by that bit.
+double as_serde_reads(double number) {
+    char text[32];
+    const auto [end, failure] = std::to_chars(text, text + sizeof text, number, std::chars_format::scientific);
+    const std::string_view whole(text, failure == std::errc() ? static_cast<size_t>(end - text) : 0);
+    const size_t e = whole.find('e');
+    if (e == std::string_view::npos) return number;  // no finite number
+    uint64_t digits = 0;
+    int exponent = std::atoi(std::string(whole.substr(e + 1)).c_str());
+    bool is_behind_point = false;
+    for (const char c : whole.substr(0, e)) {
+        if (c == '.') is_behind_point = true;
+        if (c < '0' || c > '9') continue;
+        digits = digits * 10 + static_cast<uint64_t>(c - '0');
+        exponent -= is_behind_point;
+    }
+    if (exponent < -300 || exponent > 300) return number;
+    const double power = std::pow(10.0, std::abs(exponent));
+    const auto size = static_cast<double>(digits);
+    return std::copysign(exponent < 0 ? size / power : size * power, number);
+}
+
 class Unigram final : public TokenModel {
   public:
     Result<void> open(const json& model) {
@@ -24,7 +50,7 @@ class Unigram final : public TokenModel {
             if (!is_entry) return damaged_json("the token " + entry.dump());
             const std::string token = entry[0].get<std::string>();
             vocab_.insert_or_assign(token, static_cast<uint32_t>(scores_.size()));
-            scores_.push_back(entry[1].get<double>());
+            scores_.push_back(as_serde_reads(entry[1].get<double>()));
             least = std::min(least, scores_.back());
             add_to_trie(token);
         }
