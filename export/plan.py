@@ -255,7 +255,7 @@ def plan(options: ExportOptions) -> Plan:
         provenance=provenance,
         output=output,
         summary=f"{checkpoint.layout}, {config.n_layers} layers, dim {config.dim}, vocabulary {config.vocab_size}",
-        warnings=(*_warnings(checkpoint.config, graph.max_seq_len), *_cpp_warnings(tokenizer), *chat.warnings),
+        warnings=(*_warnings(checkpoint, tokenizer, graph.max_seq_len), *chat.warnings),
         texts=text.windows(tokenizer, provenance["bos_id"], graph.max_seq_len) if text else (),
     )
 
@@ -335,16 +335,20 @@ def for_length(config: ModelConfig, max_seq_len: int) -> ModelConfig:
     return replace(config, rope_scaling=stretched)
 
 
-def _warnings(config: ModelConfig, max_seq_len: int) -> tuple[str, ...]:
-    if max_seq_len <= config.context:
-        return ()
-    scaling = f"; its {config.rope_scaling.kind} scaling is stretched to it" if config.rope_scaling else ""
-    return (f"warning: --max-seq-len {max_seq_len} is beyond the {config.context} the model was trained for{scaling}",)
-
-
-def _cpp_warnings(tokenizer: Tokenizer | None) -> tuple[str, ...]:
-    found = unsupported_in_cpp(tokenizer.data) if tokenizer else None
-    return (f"warning: llama_runner cannot use this tokenizer: {found}; the Python runtime can",) if found else ()
+def _warnings(checkpoint: Checkpoint, tokenizer: Tokenizer | None, max_seq_len: int) -> tuple[str, ...]:
+    context, scaling = checkpoint.config.context, checkpoint.config.rope_scaling
+    found = list(checkpoint.warnings)
+    if max_seq_len > context:
+        how = f"; its {scaling.kind} scaling is stretched to it" if scaling else ""
+        found.append(f"--max-seq-len {max_seq_len} is beyond the {context} the model was trained for{how}")
+    if scaling and scaling.kind == "longrope" and max_seq_len > scaling.original_context:
+        found.append(
+            f"texts of up to {scaling.original_context} tokens, too, are taken with the factors for longer ones, other "
+            "than in transformers; --original-context exports for short texts alone"
+        )
+    if tokenizer and (lacking_in_cpp := unsupported_in_cpp(tokenizer.data)):
+        found.append(f"llama_runner cannot use this tokenizer: {lacking_in_cpp}; the Python runtime can")
+    return tuple(f"warning: {each}" for each in found)
 
 
 def _name(checkpoint: Path) -> str:

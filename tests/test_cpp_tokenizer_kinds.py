@@ -105,7 +105,9 @@ KINDS: dict[str, Callable[[], bytes]] = {
     "white space alone": _before(pre_tokenizers.WhitespaceSplit()),
     "bytes with a space before them": lambda: _stages(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
     **{
-        f"spaces, {how}, split {split}": _spaced(how, split) for how in ("always", "first", "never") for split in (False, True)
+        f"spaces, {how}, split {split}": _spaced(how, split)
+        for how in ("always", "first", "never")
+        for split in (False, True)
     },
     "spaces as underscores": _spaced("always", True, "_"),
     **{form: _normalized(getattr(normalizers, form)()) for form in ("NFC", "NFD", "NFKC", "NFKD")},

@@ -61,6 +61,7 @@ class Checkpoint:
         tokenizer: the tokenizer that belongs to it, where there is one: its file, or what makes the bytes of one.
         chat: how messages become a text.
         sampling: what it recommends of SAMPLING.
+        warnings: what a person should know before.
     """
 
     config: ModelConfig
@@ -73,6 +74,7 @@ class Checkpoint:
     tokenizer: Path | Callable[[], bytes] | None = None
     chat: ChatSource = ChatSource()
     sampling: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """XXH3-128 over the content of all files, in hex: equal checkpoints have equal digests wherever they lie."""

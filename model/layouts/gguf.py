@@ -78,7 +78,14 @@ def open_gguf(path: Path) -> Checkpoint:
         stop_ids=tuple(dict.fromkeys(eos + eot + eom)),
         tokenizer=partial(_tokenizer, path, fields) if f"{TOKENIZER}model" in fields else None,
         chat=_chat(fields, bos, eos),
+        warnings=_warnings(path, fields),
     )
+
+
+def _warnings(path: Path, fields: dict[str, Any]) -> tuple[str, ...]:
+    if fields.get(f"{TOKENIZER}model") != "gpt2" or f"{TOKENIZER}pre" in fields:
+        return ()
+    return (f"{path} does not say how its tokenizer splits text; as GPT-2's is assumed, as llama.cpp does",)
 
 
 def _chat(fields: dict[str, Any], bos: tuple[int, ...], eos: tuple[int, ...]) -> ChatSource:
