@@ -1,18 +1,31 @@
-"""reduced(source, ...): a checkpoint's Jinja chat template becomes data, and is proven to make the same texts."""
+"""chosen(...): the chat template that a file carries; reduced(...): one in Jinja becomes data, for any runner.
 
-import json
+Data is proven to make the same texts, on conversations of every kind of content and of random ones.
+"""
+
+import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError, Undefined, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from model.errors import InputError
 from model.layouts.common import Checkpoint
-from preproc.chat import ASSISTANT, NAMED, SYSTEM, USER, ChatTemplate, Message, SystemPlace, named
+from preproc.chat import (
+    ASSISTANT,
+    DATE_CLOSES,
+    DATE_OPENS,
+    NAMED,
+    SYSTEM,
+    USER,
+    ChatTemplate,
+    Message,
+    SystemPlace,
+    named,
+)
+from preproc.jinja_template import JinjaTemplate, RefusalError, to_file
 from preproc.tokenizer import Tokenizer
 
 NO_TEMPLATE = "none"
@@ -37,96 +50,70 @@ _CONTENTS = (
 """Contents of the conversations that a reduced template is tried on."""
 
 
-class _RefusalError(TemplateError):
-    """What raise_exception raises: the template does not take such messages."""
+_THOUGHTS = (("", ""), ("</think>", "\n"), ("</think>", ""), ("</think>", " \t\n\r\v\f"))
+"""What templates leave out of earlier answers: nothing, or all up to an end, with what falls away behind it."""
+
+_DAYS = (datetime(2024, 7, 6, 5, 4, 3), datetime(2031, 12, 25, 16, 17, 18))
+"""Times at which a reduced template is tried."""
 
 
-class _Unset(Undefined):
-    """A variable that templates are not given. They may ask whether it is there, and not write it."""
-
-    def __str__(self) -> str:
-        self._fail_with_undefined_error()
+_PIECES = (*_CONTENTS, "\n", " ", "\t", "a", "Z", "é", "<think>", "</think>", "\n\n", "日", "|", "</s>", "```", "{%")
+"""What random contents are put together of."""
 
 
-class _Generation(Extension):
-    """transformers' {% generation %}, which only marks what the assistant says."""
+class _Format:
+    """A clock that gives back the format itself, marked."""
 
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    @staticmethod
+    def strftime(form: str) -> str:
+        return f"{DATE_OPENS}{form}{DATE_CLOSES}"
 
 
-class Jinja:
-    """A template as transformers renders it, but for the clock, which it is not given."""
-
-    def __init__(self, source: str, bos_token: str, eos_token: str) -> None:
-        """Compiles it.
-
-        Raises:
-            InputError: it is no Jinja.
-        """
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], undefined=_Unset
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        try:
-            self._template = environment.from_string(source)
-        except TemplateSyntaxError as error:
-            raise InputError(
-                f"line {error.lineno} of the chat template is no Jinja ({error.message}); {_FIX}"
-            ) from error
-
-    def text(self, messages: Sequence[Message]) -> str | None:
-        """The text of messages with what asks for an answer; None where the template refuses them.
-
-        Raises:
-            InputError: it fails otherwise.
-        """
-        given = [{"role": role, "content": content} for role, content in messages]
-        try:
-            return self._template.render(
-                messages=given, tools=None, documents=None, add_generation_prompt=True, **self._tokens
-            )
-        except _RefusalError:
-            return None
-        except Exception as error:  # what a template does is not known, and what its expressions raise neither
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"the chat template cannot be rendered ({reason}); {_FIX}") from error
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _refuse(message: str) -> str:
-    raise _RefusalError(message)
-
-
-def reduced(source: str, bos_token: str, eos_token: str) -> ChatTemplate:
+def reduced(jinja: JinjaTemplate) -> ChatTemplate:
     """The template as data, of which other conversations have shown that it makes the same texts.
 
     Raises:
         InputError: it cannot be reduced; names what differs.
     """
-    jinja = Jinja(source, bos_token, eos_token)
-    template = _derived(jinja)
-    for messages in _conversations(with_system=template.system is not None):
-        theirs, ours = jinja.text(messages), template.text(messages)
-        if theirs != ours:
-            raise InputError(f"the chat template cannot be reduced: {_difference(messages, theirs, ours)}; {_FIX}")
-    return template
+    template = _derived(replace(jinja, clock=_Format))
+    differences = []
+    for end, strips in _THOUGHTS:
+        found = replace(template, thought_end=end, thought_strips=strips)
+        difference = next(_differences(jinja, found), None)
+        if difference is None:
+            return found
+        differences.append(difference)
+    raise InputError(f"it cannot be reduced to data: {differences[0]}")
 
 
-def _derived(jinja: Jinja) -> ChatTemplate:
+def _differences(jinja: JinjaTemplate, template: ChatTemplate) -> Iterator[str]:
+    """What differs where both make a text of the same messages, in words."""
+    for now in _DAYS:
+        timed = replace(jinja, clock=partial(_same, now))
+        for messages in _conversations(with_system=template.system is not None):
+            theirs, ours = _text(timed, messages), template.text(messages, now)
+            if theirs != ours:
+                yield _difference(messages, theirs, ours)
+
+
+def _same(now: datetime) -> datetime:
+    return now
+
+
+def _text(jinja: JinjaTemplate, messages: Sequence[Message]) -> str | None:
+    """The text of messages; None where the template refuses them."""
+    try:
+        return jinja.text(messages)
+    except RefusalError:
+        return None
+
+
+def _derived(jinja: JinjaTemplate) -> ChatTemplate:
     """What the contents of the first conversations lie between."""
     opening, ask = _around(jinja, [USER])
     first, answer, again, last = _around(jinja, [USER, ASSISTANT, USER])
     if (first, last) != (opening, ask):
-        raise InputError(f"the chat template cannot be reduced: a first turn looks other when more follow; {_FIX}")
+        raise InputError("it cannot be reduced to data: a first turn looks other when more follow")
     spaced = _around(jinja, [USER, ASSISTANT, USER], spaced=ASSISTANT)
     strips_user = _strips(USER, (opening, ask), _around(jinja, [USER], spaced=USER))
     return ChatTemplate(
@@ -140,19 +127,19 @@ def _derived(jinja: Jinja) -> ChatTemplate:
     )
 
 
-def _system(jinja: Jinja, opening: str, again: str, strips_user: bool) -> SystemPlace | None:
+def _system(jinja: JinjaTemplate, opening: str, again: str, strips_user: bool) -> SystemPlace | None:
     """How a system message is given; None where the template refuses it or leaves it out."""
-    text = jinja.text(_probe([SYSTEM, USER]))
+    text = _text(jinja, _probe([SYSTEM, USER]))
     if text is None or _WORDS[SYSTEM] not in text:
         return None
     before, behind, ask = _around(jinja, [SYSTEM, USER])
     roles = [SYSTEM, USER, ASSISTANT, USER]
-    longer = jinja.text(_probe(roles)) or ""
+    longer = _text(jinja, _probe(roles)) or ""
     is_late = longer.find(_WORDS[SYSTEM]) > longer.find(_WORDS[USER])
     if is_late:
         opens = _around(jinja, roles, order=[USER, ASSISTANT, SYSTEM, USER])[2]
         if not before.startswith(opening) or opens != again + before.removeprefix(opening):
-            raise InputError(f"the chat template cannot be reduced: a late system message changes its turn; {_FIX}")
+            raise InputError("it cannot be reduced to data: a late system message changes its turn")
     spaced = _around(jinja, [SYSTEM, USER], spaced=SYSTEM)
     around_user = _around(jinja, [SYSTEM, USER], spaced=USER)[1:]
     return SystemPlace(
@@ -161,7 +148,7 @@ def _system(jinja: Jinja, opening: str, again: str, strips_user: bool) -> System
         is_late=is_late,
         strips=_strips(SYSTEM, (before, behind), spaced[:2]),
         joins=strips_user and around_user == [behind + _SPACE, ask],
-        skips_empty=jinja.text([(SYSTEM, ""), (USER, _WORDS[USER])]) == jinja.text(_probe([USER])),
+        skips_empty=_text(jinja, [(SYSTEM, ""), (USER, _WORDS[USER])]) == _text(jinja, _probe([USER])),
     )
 
 
@@ -170,7 +157,7 @@ def _probe(roles: Sequence[str], spaced: str | None = None) -> list[Message]:
 
 
 def _around(
-    jinja: Jinja, roles: Sequence[str], spaced: str | None = None, order: Sequence[str] | None = None
+    jinja: JinjaTemplate, roles: Sequence[str], spaced: str | None = None, order: Sequence[str] | None = None
 ) -> list[str]:
     """What the contents of messages of such roles lie between.
 
@@ -178,14 +165,14 @@ def _around(
         spaced: the role whose contents have white space around them.
         order: that of the contents in the text, where it is another.
     """
-    text = jinja.text(_probe(roles, spaced))
+    text = _text(jinja, _probe(roles, spaced))
     if text is None:
-        raise InputError(f"the chat template refuses messages of {', '.join(roles)}; {_FIX}")
+        raise InputError(f"it cannot be reduced to data: it refuses messages of {', '.join(roles)}")
     pieces = list[str]()
     for role in order or roles:
         piece, found, text = text.partition(_WORDS[role])
         if not found:
-            raise InputError(f"the chat template leaves out or moves a message of {role}; {_FIX}")
+            raise InputError(f"it cannot be reduced to data: it leaves out or moves a message of {role}")
         pieces.append(piece)
     return [*pieces, text]
 
@@ -197,18 +184,24 @@ def _strips(role: str, plain: Sequence[str], spaced: Sequence[str]) -> bool:
     before, behind = plain
     if list(spaced) == [before + _SPACE, _SPACE + behind]:
         return False
-    raise InputError(f"the chat template cannot be reduced: it changes white space in what is of {role}; {_FIX}")
+    raise InputError(f"it cannot be reduced to data: it changes white space in what is of {role}")
 
 
 def _conversations(with_system: bool) -> Iterator[list[Message]]:
-    """Of 1 to 4 turns: each content in each place, and different ones together."""
-    systems: list[str | None] = [None, *(_CONTENTS if with_system else ())]
+    """Of 1 to 4 turns: each content in each place, different ones together, and random ones."""
+    chance = random.Random(0)
     for turns in range(1, 5):
         for shift in range(len(_CONTENTS)):
-            for system in systems:
-                contents = [_CONTENTS[(shift + 3 * i) % len(_CONTENTS)] for i in range(2 * turns - 1)]
-                messages = [(ASSISTANT if i % 2 else USER, content) for i, content in enumerate(contents)]
-                yield messages if system is None else [(SYSTEM, system), *messages]
+            for system in [None, *(_CONTENTS if with_system else ())]:
+                yield _talk(system, [_CONTENTS[(shift + 3 * i) % len(_CONTENTS)] for i in range(2 * turns - 1)])
+        for _ in range(20):
+            said = ["".join(chance.choices(_PIECES, k=chance.randrange(8))) for _ in range(2 * turns)]
+            yield _talk(said[0] if with_system and chance.random() < 0.5 else None, said[1:])
+
+
+def _talk(system: str | None, contents: Sequence[str]) -> list[Message]:
+    messages = [(ASSISTANT if i % 2 else USER, content) for i, content in enumerate(contents)]
+    return messages if system is None else [(SYSTEM, system), *messages]
 
 
 def _difference(messages: Sequence[Message], theirs: str | None, ours: str) -> str:
@@ -221,23 +214,63 @@ def _difference(messages: Sequence[Message], theirs: str | None, ours: str) -> s
     return "of the messages {} it makes ...{!r}... and not ...{!r}...".format(told, *excerpts)
 
 
-def chosen(option: str | None, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> ChatTemplate | None:
-    """The template that a file is to carry: the one that --chat-template names, or the checkpoint's own; or None.
+@dataclass(frozen=True)
+class Chosen:
+    """The template that a file is to carry.
+
+    Attributes:
+        file: what the file holds of it, see `preproc.jinja_template.to_file`; None where it carries none.
+        template: the template itself.
+        warnings: what a person should know before.
+    """
+
+    file: dict[str, Any] | None = None
+    template: JinjaTemplate | ChatTemplate | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def chosen(option: str | None, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Chosen:
+    """The template that --chat-template names, or the checkpoint's own. Of that, what is wrong is only a warning.
 
     Raises:
-        InputError: it cannot be reduced, or there is none of that name.
+        InputError: there is none of the option's name, or its file holds none.
     """
     if option == NO_TEMPLATE or (option is None and (tokenizer is None or checkpoint.chat.template is None)):
-        return None
+        return Chosen()
     if tokenizer is None:
         raise InputError(f"--chat-template {option} needs a tokenizer; leave it out, or --tokenizer none")
     if option in NAMED:
-        return named(str(option), tokenizer)
-    template = reduced(_source(option, checkpoint), *_tokens(checkpoint, tokenizer))
+        data = named(str(option), tokenizer)
+        return Chosen(to_file(None, data), data)
+    jinja = JinjaTemplate(_source(option, checkpoint), *_tokens(checkpoint, tokenizer))
+    try:
+        _text(jinja, _probe([USER]))
+    except InputError as error:
+        if option is not None:
+            raise InputError(f"--chat-template {option}: {error}; {_FIX}") from error
+        return Chosen(warnings=(f"warning: the file will carry no chat template, for {error}; {_FIX}",))
+    try:
+        data = reduced(jinja)
+        _check_parts(data, tokenizer)
+    except InputError as error:
+        warning = f"warning: only Python can render the chat template; llama_runner cannot: {error}"
+        return Chosen(to_file(jinja, None), jinja, (warning,))
+    return Chosen(to_file(jinja, data), jinja)
+
+
+def _check_parts(template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    """
+    Raises:
+        InputError: the ids of a text in parts are others than those of the whole.
+    """
+    specials = tuple(tokenizer.specials)
+    now = _DAYS[0]
     for messages in _conversations(with_system=template.system is not None):
-        if template.encode(messages, tokenizer) != tokenizer.encode(template.text(messages), parse_special=True):
-            raise InputError(f"the tokenizer takes the chat template's text for other tokens than its parts; {_FIX}")
-    return template
+        if any(special in content for _, content in messages for special in specials):
+            continue
+        whole = tokenizer.encode(template.text(messages, now), parse_special=True)
+        if tokenizer.encode_parts(template.parts(messages, now)) != whole:
+            raise InputError("the tokenizer takes its text for other tokens than its parts")
 
 
 def _source(option: str | None, checkpoint: Checkpoint) -> str:

@@ -9,8 +9,8 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.errors import InputError
 from preproc.positions import Positions
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 FIELDS: dict[str, tuple[str, str]] = {
     "get_max_seq_len": ("int", "capacity of the KV cache in positions (T): prompt and answer together"),
@@ -46,7 +46,11 @@ FIELDS: dict[str, tuple[str, str]] = {
     "get_sliding_window": ("int", "positions that a local block sees, itself included; 0 where all see everything"),
     "get_tokenizer_kind": ("string", "sentencepiece, tiktoken, tokenizer.json or none"),
     "get_tokenizer": ("uint8 [bytes]", "the tokenizer file's own bytes; one zero byte where there is none"),
-    "get_chat_template": ("JSON", "preproc.chat.ChatTemplate: how messages become a text; empty where nothing says"),
+    "get_chat_template": (
+        "JSON",
+        "preproc.jinja_template.to_file: how messages become a text; empty where nothing says",
+    ),
+    "get_sampling": ("JSON", "what the checkpoint recommends: temperature, top_k, top_p, repetition_penalty, or less"),
 }
 """Constant method -> its type and meaning: all that a file carries beside graph and weights."""
 
@@ -158,6 +162,7 @@ class Metadata:
     tokenizer_kind: str = NO_TOKENIZER
     tokenizer: bytes = b""
     chat_template: str = ""
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def identity(self) -> bytes:
@@ -227,6 +232,7 @@ def to_constants(metadata: Metadata) -> dict[str, Any]:
         "get_tokenizer_kind": metadata.tokenizer_kind,
         "get_tokenizer": torch.frombuffer(bytearray(metadata.tokenizer or b"\0"), dtype=torch.uint8),
         "get_chat_template": metadata.chat_template,
+        "get_sampling": _json(metadata.sampling),
     }
 
 
@@ -257,6 +263,7 @@ def from_constants(call: Callable[[str], Sequence[Any]]) -> Metadata:
             tokenizer_kind=kind,
             tokenizer=b"" if kind == NO_TOKENIZER else tokenizer.numpy().tobytes(),
             chat_template=call("get_chat_template")[0],
+            sampling=json.loads(call("get_sampling")[0]),
         )
     except InputError:
         raise

@@ -14,8 +14,9 @@ import torch
 
 from export.backends import BACKENDS, check
 from export.calibrate import CalibrationText
-from export.chat_template import chosen
+from export.chat_template import Chosen, chosen
 from export.code_cache import source_digest, versions
+from export.cpp_tokenizer import unsupported_in_cpp
 from export.cut import Cut
 from export.inspect import activation_bytes, cache_bytes, matrix_bytes
 from export.link import Linked
@@ -32,8 +33,7 @@ from model.errors import InputError
 from model.hub import fetched, is_hub_name
 from model.kv_rows import KV_DTYPES
 from preproc import mask, rope
-from preproc.chat import ChatTemplate
-from preproc.tokenizer import Tokenizer, from_bytes, open_tokenizer
+from preproc.tokenizer import HUGGING_FACE, Tokenizer, from_bytes, open_tokenizer
 from runtime.shard import lacking
 
 DEFAULT_CONTEXT = 2048
@@ -208,6 +208,7 @@ class Plan:
             tokenizer_kind=tokenizer.kind if tokenizer else NO_TOKENIZER,
             tokenizer=tokenizer.data if tokenizer else b"",
             chat_template=json.dumps(self.provenance["chat_template"]) if self.provenance.get("chat_template") else "",
+            sampling=self.provenance.get("sampling", {}),
         )
 
 
@@ -243,7 +244,8 @@ def plan(options: ExportOptions) -> Plan:
     if output.resolve() in {file.resolve() for file in (*checkpoint.files, options.tokenizer or output.parent)}:
         raise InputError(f"--output {output} is one of the files to read; give another name")
     provenance = _provenance(checkpoint, tokenizer, options, graph, scheme)
-    provenance |= _chat(chosen(options.chat_template, checkpoint, tokenizer), tokenizer, provenance)
+    chat = chosen(options.chat_template, checkpoint, tokenizer)
+    provenance |= _chat(chat, tokenizer, provenance)
     provenance["calibration"] = {"sha256": text.sha256} if text else None
     return Plan(
         recipe=Recipe(config, checkpoint.weights, scheme, slices=options.cut.slices),
@@ -253,7 +255,7 @@ def plan(options: ExportOptions) -> Plan:
         provenance=provenance,
         output=output,
         summary=f"{checkpoint.layout}, {config.n_layers} layers, dim {config.dim}, vocabulary {config.vocab_size}",
-        warnings=_warnings(checkpoint.config, graph.max_seq_len),
+        warnings=(*_warnings(checkpoint, tokenizer, graph.max_seq_len), *chat.warnings),
         texts=text.windows(tokenizer, provenance["bos_id"], graph.max_seq_len) if text else (),
     )
 
@@ -333,11 +335,20 @@ def for_length(config: ModelConfig, max_seq_len: int) -> ModelConfig:
     return replace(config, rope_scaling=stretched)
 
 
-def _warnings(config: ModelConfig, max_seq_len: int) -> tuple[str, ...]:
-    if max_seq_len <= config.context:
-        return ()
-    scaling = f"; its {config.rope_scaling.kind} scaling is stretched to it" if config.rope_scaling else ""
-    return (f"warning: --max-seq-len {max_seq_len} is beyond the {config.context} the model was trained for{scaling}",)
+def _warnings(checkpoint: Checkpoint, tokenizer: Tokenizer | None, max_seq_len: int) -> tuple[str, ...]:
+    context, scaling = checkpoint.config.context, checkpoint.config.rope_scaling
+    found = list(checkpoint.warnings)
+    if max_seq_len > context:
+        how = f"; its {scaling.kind} scaling is stretched to it" if scaling else ""
+        found.append(f"--max-seq-len {max_seq_len} is beyond the {context} the model was trained for{how}")
+    if scaling and scaling.kind == "longrope" and max_seq_len > scaling.original_context:
+        found.append(
+            f"texts of up to {scaling.original_context} tokens, too, are taken with the factors for longer ones, other "
+            "than in transformers; --original-context exports for short texts alone"
+        )
+    if tokenizer and (lacking_in_cpp := unsupported_in_cpp(tokenizer.data)):
+        found.append(f"llama_runner cannot use this tokenizer: {lacking_in_cpp}; the Python runtime can")
+    return tuple(f"warning: {each}" for each in found)
 
 
 def _name(checkpoint: Path) -> str:
@@ -352,8 +363,9 @@ def _provenance(
     return {
         "format_version": FORMAT_VERSION,
         "checkpoint": {"layout": checkpoint.layout, "xxh3_128": checkpoint.digest()},
-        "bos_id": checkpoint.bos_id if checkpoint.bos_id is not None or tokenizer is None else tokenizer.bos_id,
+        "bos_id": _bos_id(checkpoint, tokenizer, is_given=options.tokenizer is not None),
         "stop_ids": list(checkpoint.stop_ids or (tokenizer.stop_ids if tokenizer else ())),
+        "sampling": dict(checkpoint.sampling),
         "tokenizer": {"sha256": hashlib.sha256(tokenizer.data).hexdigest()} if tokenizer else None,
         "options": {
             **asdict(graph),
@@ -368,9 +380,18 @@ def _provenance(
     }
 
 
-def _chat(template: ChatTemplate | None, tokenizer: Tokenizer | None, ids: dict[str, Any]) -> dict[str, Any]:
+def _bos_id(checkpoint: Checkpoint, tokenizer: Tokenizer | None, is_given: bool) -> int | None:
+    """What starts a text: what a tokenizer.json that was given says, then the checkpoint, then any other tokenizer."""
+    if tokenizer and is_given and tokenizer.kind == HUGGING_FACE:
+        return tokenizer.bos_id
+    if checkpoint.adds_bos is False:
+        return None
+    return checkpoint.bos_id if checkpoint.bos_id is not None or tokenizer is None else tokenizer.bos_id
+
+
+def _chat(chat: Chosen, tokenizer: Tokenizer | None, ids: dict[str, Any]) -> dict[str, Any]:
     """What a chat template adds to the provenance: itself, and the token that ends an answer, which ends a text."""
-    if template is None or tokenizer is None:
+    if chat.template is None or tokenizer is None:
         return {"chat_template": None}
-    stop_ids = template.stop_ids(tokenizer, ids["bos_id"], ids["stop_ids"])
-    return {"chat_template": template.to_json(), "stop_ids": list(stop_ids)}
+    stop_ids = chat.template.stop_ids(tokenizer, ids["bos_id"], ids["stop_ids"])
+    return {"chat_template": chat.file, "stop_ids": list(stop_ids)}

@@ -12,6 +12,7 @@ from model.errors import InputError
 from model.layouts import gguf, hugging_face, llama2c, meta
 from model.layouts.common import Checkpoint as Checkpoint
 from model.layouts.common import read_json
+from model.layouts.pickled import is_torch_file
 
 BUILT_IN = Path(__file__).parent / "tiny"
 """The model that comes with the project."""
@@ -30,6 +31,8 @@ LAYOUTS = (
     Layout("Hugging Face folder (config.json)", hugging_face.is_folder, hugging_face.open_folder),
     Layout("Meta folder (params.json and consolidated.NN.pth)", meta.is_folder, meta.open_folder),
     Layout("GGUF", gguf.is_gguf, gguf.open_gguf),
+    Layout("safetensors file beside config.json", hugging_face.is_safetensors, hugging_face.open_file),
+    Layout("torch file (.pt, .pth, .bin) beside params.json or config.json", is_torch_file, meta.open_file),
     Layout("llama2.c .bin, version 1", llama2c.is_version_1, llama2c.open_version_1),
     Layout("llama2.c .bin, legacy", llama2c.is_legacy, llama2c.open_legacy),
 )

@@ -1,12 +1,14 @@
 """Messages to token ids, by a chat template that is only data, so that any language can apply it.
 
-`export.chat_template` makes one from the Jinja template that a checkpoint brings; NAMED has some by name.
+`export.chat_template` makes one from the Jinja template that a checkpoint brings (`preproc.jinja_template`); NAMED has
+some by name.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 from model.errors import InputError, listed
@@ -17,6 +19,11 @@ SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
 Message = tuple[str, str]
 """A role and a content."""
+
+DATE_OPENS, DATE_CLOSES = "\ue000", "\ue001"
+"""What stands around a format of strftime in a template's texts, in whose place the time of the conversation comes."""
+
+_DATE = re.compile(f"{DATE_OPENS}([^{DATE_CLOSES}]*){DATE_CLOSES}")
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,11 @@ class ChatTemplate:
         ask: what stands behind the last user's content, and asks for an answer.
         strips_user, strips_assistant: whether white space around such contents falls away.
         system: how a system message is given; None refuses one.
+        thought_end: what ends a thought, such as </think>: of an answer that is given again, only what stands behind
+            the last one is. Empty where answers are given again as they were.
+        thought_strips: the characters that fall away right behind it.
+
+    Texts may hold the date, see DATE_OPENS.
     """
 
     opening: str
@@ -61,18 +73,36 @@ class ChatTemplate:
     strips_user: bool = False
     strips_assistant: bool = False
     system: SystemPlace | None = None
+    thought_end: str = ""
+    thought_strips: str = ""
 
-    def parts(self, messages: Sequence[Message]) -> list[Part]:
+    def parts(self, messages: Sequence[Message], now: datetime | None = None) -> list[Part]:
         """The whole text. Special tokens are only in what comes from the template.
+
+        Args:
+            now: the time of the conversation; None takes the clock's.
 
         Raises:
             InputError: the messages do not take turns, or there is a system message where none can be given.
         """
+        found, clock = self._parts(messages), now or datetime.now()
+        return [
+            part._replace(text=_DATE.sub(lambda match: clock.strftime(match[1]), part.text))
+            if part.parse_special
+            else part
+            for part in found
+        ]
+
+    def _parts(self, messages: Sequence[Message]) -> list[Part]:
+        """The whole text, the date still as its format."""
         system, contents = self._checked(messages)
         parts = list[Part]()
         for i, content in enumerate(contents):
             if i % 2:
-                parts += [Part(self.answer, True), _content(content, self.strips_assistant)]
+                answered = content.rpartition(self.thought_end)[2] if self.thought_end else content
+                if answered != content:
+                    answered = answered.lstrip(self.thought_strips) if self.thought_strips else answered
+                parts += [Part(self.answer, True), _content(answered, self.strips_assistant)]
                 continue
             opening = Part(self.again if i else self.opening, True)
             late = self.system is not None and self.system.is_late
@@ -82,9 +112,9 @@ class ChatTemplate:
                 parts += [opening, _content(content, self.strips_user)]
         return [*parts, Part(self.ask, True)]
 
-    def text(self, messages: Sequence[Message]) -> str:
+    def text(self, messages: Sequence[Message], now: datetime | None = None) -> str:
         """The whole text, as the template's Jinja would make it; see `parts`."""
-        return "".join(part.text for part in self.parts(messages))
+        return "".join(part.text for part in self.parts(messages, now))
 
     def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
         """The ids of the whole text, which no BOS is added to: the template says what opens it.
@@ -95,18 +125,14 @@ class ChatTemplate:
         """
         parts = self.parts(messages)
         own = "".join(part.text for part in parts if part.parse_special)
-        for text in _markers(tokenizer.fixed):
+        for text in markers(tokenizer.fixed):
             if text in own and any(text in part.text for part in parts if not part.parse_special):
                 raise InputError(f"a message holds {text}, which stands between messages; leave it out")
         return tokenizer.encode_parts(parts)
 
     def end_id(self, tokenizer: Tokenizer, bos_id: int | None) -> int | None:
         """The id that ends an answer: the first token behind it that is no ordinary text."""
-        markers = {**tokenizer.specials, **_markers(tokenizer.fixed)}
-        longest_first = sorted(markers, key=len, reverse=True)
-        found = re.search("|".join(map(re.escape, longest_first)) or "(?!)", self.again)
-        token = markers[found[0]] if found else None
-        return None if token == bos_id else token
+        return end_id(self.again, tokenizer, bos_id)
 
     def stop_ids(self, tokenizer: Tokenizer, bos_id: int | None, others: Sequence[int]) -> tuple[int, ...]:
         """The ids that end a text where messages are answered: those that do anyway, and `end_id`."""
@@ -164,7 +190,16 @@ def _content(text: str, strips: bool) -> Part:
     return Part(text.strip() if strips else text, False)
 
 
-def _markers(texts: Mapping[str, int]) -> dict[str, int]:
+def end_id(behind: str, tokenizer: Tokenizer, bos_id: int | None) -> int | None:
+    """The id that ends an answer: the first token in what stands behind it that is no ordinary text."""
+    found_texts = {**tokenizer.specials, **markers(tokenizer.fixed)}
+    longest_first = sorted(found_texts, key=len, reverse=True)
+    found = re.search("|".join(map(re.escape, longest_first)) or "(?!)", behind)
+    token = found_texts[found[0]] if found else None
+    return None if token == bos_id else token
+
+
+def markers(texts: Mapping[str, int]) -> dict[str, int]:
     """Those that are no mere spaces, line ends or punctuation."""
     return {text: i for text, i in texts.items() if re.search("[0-9A-Za-z]", text)}
 

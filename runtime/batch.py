@@ -23,7 +23,7 @@ from typing import Any
 
 from model.errors import InputError
 from runtime.flags import add_generation_flags, add_program_flags, generation_options, open_program
-from runtime.generate import prompt_ids
+from runtime.generate import prompt_ids, read_text
 from runtime.generation import Generation, GenerationOptions, Step, check_ids, told
 from runtime.lanes import Lanes
 from runtime.meter import peak_memory
@@ -146,32 +146,34 @@ def read_prompts(path: Path, program: Program) -> list[Sequence[int] | InputErro
     Raises:
         InputError: the file cannot be read, or has no prompts.
     """
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give a file with a prompt in each line") from error
+    text = read_text(path)
+    lines = {number: line.removesuffix("\r") for number, line in enumerate(text.split("\n"), 1) if line.strip()}
     if not lines:
         raise InputError(f"{path} has no prompts; give one in each line")
-    objects = [_object(line) for line in lines]
-    if any(found is None for found in objects):
-        objects = [{"prompt": line} for line in lines]
-    return [_ids(found, program) for found in objects if found is not None]
+    first = next(iter(lines.values()))
+    if path.suffix == ".jsonl" or isinstance(_object(first), dict):
+        return [_ids(number, _object(line), program) for number, line in lines.items()]
+    return [_ids(number, {"prompt": line}, program) for number, line in lines.items()]
 
 
-def _object(line: str) -> dict[str, Any] | None:
+def _object(line: str) -> Any:
+    """What a line of JSON holds, or what is wrong with it."""
     try:
-        found = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return found if isinstance(found, dict) else None
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return InputError(f"is no JSON ({error})")
 
 
-def _ids(prompt: dict[str, Any], program: Program) -> Sequence[int] | InputError:
-    text, ids = prompt.get("prompt"), prompt.get("prompt_ids")
+def _ids(number: int, prompt: Any, program: Program) -> Sequence[int] | InputError:
+    if isinstance(prompt, InputError):
+        return InputError(f"line {number} {prompt}; give an object in each line")
+    text, ids = (prompt.get(key) if isinstance(prompt, dict) else None for key in ("prompt", "prompt_ids"))
     if isinstance(ids, list) and all(type(token) is int for token in ids):
         return ids
     if not isinstance(text, str):
-        return InputError(f'{json.dumps(prompt)} is no prompt; give an object with "prompt" or "prompt_ids"')
+        return InputError(
+            f'line {number}, {json.dumps(prompt)}, is no prompt; give an object with "prompt" or "prompt_ids"'
+        )
     try:
         return prompt_ids(program, text)
     except InputError as error:

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import FrameType
 
 from model.errors import InputError
-from preproc.chat import ASSISTANT, NAMED, SYSTEM, USER, ChatTemplate, Message, named
+from preproc.chat import ASSISTANT, NAMED, SYSTEM, USER, Message, named
+from preproc.jinja_template import Carried, from_file
 from runtime.flags import add_generation_flags, add_program_flags, generation_options, open_program, valid
 from runtime.generation import GenerationOptions, Step, generate
 from runtime.program import Program
@@ -29,6 +30,9 @@ from runtime.session import Session
 
 ANSWER_SHARE = 4
 """A message leaves at least a fourth of the context to its answer, unless it is too long by itself."""
+
+_WORD = "Zumpango"
+"""A system message that no template holds."""
 
 
 class Chat:
@@ -46,7 +50,7 @@ class Chat:
         options: GenerationOptions,
         rng: Rng,
         system: str | None = None,
-        template: ChatTemplate | None = None,
+        template: Carried | None = None,
     ) -> None:
         """Starts a talk.
 
@@ -59,11 +63,12 @@ class Chat:
         """
         if program.tokenizer is None:
             raise InputError("the file carries no tokenizer; export it again with --tokenizer")
-        if template is None and not program.metadata.chat_template:
+        template = template or from_file(program.metadata.chat_template)
+        if template is None:
             raise InputError(
                 f"the file carries no chat template; export it again with --chat-template {', '.join(NAMED)} or a file"
             )
-        self.template = template or ChatTemplate.from_json(program.metadata.chat_template)
+        self.template = template
         self._tokenizer = program.tokenizer
         metadata = program.metadata
         stop_ids = self.template.stop_ids(self._tokenizer, metadata.bos_id, metadata.stop_ids)
@@ -92,8 +97,8 @@ class Chat:
         Raises:
             InputError: the template takes none.
         """
-        if system is not None:
-            self.template.parts([(SYSTEM, system), (USER, "")])
+        if system is not None and _WORD not in self.template.text([(SYSTEM, _WORD), (USER, "")]):
+            raise InputError("the chat template takes no system message; leave it out")
         self.system = system
 
     def reset(self) -> None:
@@ -160,8 +165,9 @@ Ctrl-C ends an answer, and leaves at an empty prompt."""
 def main(arguments: list[str] | None = None) -> int:
     """The command: answers to stdout, all else to stderr; exit code 0, or 2 for bad input."""
     options = _parser().parse_args(arguments)
-    how = generation_options(options)
+    generation_options(options)
     program = open_program(options, options.file)
+    how = generation_options(options, program.metadata.sampling)
     template = None
     if options.chat_template and program.tokenizer:
         template = named(options.chat_template, program.tokenizer)
@@ -189,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     add("file", type=Path, help="the .pte, or the folder of its shards")
     add("--system", metavar="TEXT", help="the system message: how to answer (default: what the template says, if any)")
     add("--chat-template", metavar="NAME", help=f"{', '.join(NAMED)} (default: the one in the file)")
-    add_generation_flags(parser)
+    add_generation_flags(parser, as_recommended=True)
     add_program_flags(parser)
     return parser
 

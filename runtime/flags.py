@@ -2,8 +2,10 @@
 
 import argparse
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 
 from model import command
 from runtime.generation import GenerationOptions
@@ -11,15 +13,26 @@ from runtime.program import Program
 from runtime.sampler import SamplingOptions
 
 
-def add_generation_flags(parser: argparse.ArgumentParser) -> None:
-    """How to choose tokens and when to end: `generation_options` reads them."""
+def add_generation_flags(parser: argparse.ArgumentParser, as_recommended: bool = False) -> None:
+    """How to choose tokens and when to end: `generation_options` reads them.
+
+    Args:
+        as_recommended: whether what is not given is what the file recommends, where it does.
+    """
     add = parser.add_argument
+    usual = SamplingOptions()
+
+    def add_recommended(flag: str, metavar: str, kind: type, meaning: str, none: str) -> None:
+        default = None if as_recommended else getattr(usual, flag.strip("-").replace("-", "_"))
+        said = f"what the checkpoint recommends, or {none}" if as_recommended else none
+        add(flag, type=kind, default=default, metavar=metavar, help=f"{meaning} (default: {said})")
+
     add("--max-new-tokens", type=int, metavar="N", help="default: as many as the context holds")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: %(default)s)")
-    add("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (default: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens up to probability P")
+    add_recommended("--temperature", "T", float, "0 takes the likeliest token", "0")
+    add_recommended("--top-k", "K", int, "only the K likeliest tokens", "all")
+    add_recommended("--top-p", "P", float, "only the likeliest tokens up to probability P", "1")
     add("--min-p", type=float, default=0.0, metavar="P", help="only tokens P times as likely as the likeliest, or more")
-    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="divides logits of recent tokens (1: none)")
+    add_recommended("--repetition-penalty", "R", float, "divides logits of recent tokens", "1: none")
     add("--presence-penalty", type=float, default=0.0, metavar="A", help="taken off logits of recent tokens (0: none)")
     add("--frequency-penalty", type=float, default=0.0, metavar="A", help="the same, as often as they occurred")
     add("--penalty-window", type=int, default=64, metavar="N", help="how many tokens are recent (default: %(default)s)")
@@ -56,13 +69,19 @@ def add_threads_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="default: one per core, and one for a small model")
 
 
-def generation_options(flags: argparse.Namespace) -> GenerationOptions:
+def generation_options(
+    flags: argparse.Namespace, recommendation: Mapping[str, float] = MappingProxyType({})
+) -> GenerationOptions:
     """What `add_generation_flags` says.
+
+    Args:
+        recommendation: the file's, which holds where a flag is not given.
 
     Raises:
         InputError: a value is impossible.
     """
     given = {each.name: getattr(flags, each.name) for each in fields(SamplingOptions)}
+    given = {**recommendation, **{name: value for name, value in given.items() if value is not None}}
     sampling = SamplingOptions(**(given | {"logit_bias": dict(flags.logit_bias)}))
     return GenerationOptions(sampling, flags.max_new_tokens, stop_strings=tuple(map(valid, flags.stop)))
 

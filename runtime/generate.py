@@ -2,6 +2,7 @@
 
 python -m runtime.generate tiny.pte --prompt "Once upon a time"
 python -m runtime.generate tiny.pte --prompt "The dog" --temperature 0.8 --top-p 0.9 --seed 7 --max-new-tokens 100
+python -m runtime.generate tiny.pte --prompt-file story.txt
 python -m runtime.generate tiny.pte --prompt "Her name is" --temperature 1 --regex " (Lily|Mia)[.]"
 """
 
@@ -40,7 +41,22 @@ def prompt_ids(program: Program, text: str, parse_special: bool = False) -> list
     if program.tokenizer is None:
         raise InputError("the file carries no tokenizer; give --prompt-ids, or export again with --tokenizer")
     bos_id = program.metadata.bos_id
-    return ([] if bos_id is None else [bos_id]) + program.tokenizer.encode(valid(text), parse_special)
+    text = text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+    return ([] if bos_id is None else [bos_id]) + program.tokenizer.encode(text, parse_special)
+
+
+def read_text(path: Path) -> str:
+    """A file's text, or what comes in by standard input for `-`, without the mark that editors may write before it.
+    Invalid UTF-8 becomes U+FFFD.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give a text file") from error
+    return content.decode("utf-8-sig", "replace")
 
 
 @dataclass
@@ -100,10 +116,13 @@ def main(arguments: list[str] | None = None) -> int:
     generation = _generation(options)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+    text = valid(options.prompt)
+    if options.prompt_file:
+        text = read_text(options.prompt_file).removesuffix("\n").removesuffix("\r")
     start = time.perf_counter()
     program = open_program(options, options.file)
     load = time.perf_counter() - start
-    prompt = options.prompt_ids or prompt_ids(program, options.prompt, options.parse_special)
+    prompt = options.prompt_ids or prompt_ids(program, text, options.parse_special)
     statistics = Statistics(load, len(prompt))
     generation = replace(generation, stop_ids=program.metadata.stop_ids)
     constraint = _constraint(options, program, prompt)
@@ -153,6 +172,8 @@ def _parser() -> argparse.ArgumentParser:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (default: none, only BOS)")
     add("--parse-special", action="store_true", help="let the prompt's text name special tokens, such as </s>")
+    of_file = "text to continue, in a file or, for -, from standard input; one line end behind it is left out"
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help=of_file)
     prompt.add_argument("--prompt-ids", type=_ids, metavar="IDS", help="token ids in place of a text: 1,15043,3186")
     add_generation_flags(parser)
     form = parser.add_mutually_exclusive_group()

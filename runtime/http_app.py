@@ -154,7 +154,8 @@ class _Service:
 
     def _described(self) -> dict[str, Any]:
         model = self._model
-        return {"id": model.name, "object": "model", "created": model.created, "owned_by": "llama-pte"}
+        described = {"id": model.name, "object": "model", "created": model.created, "owned_by": "llama-pte"}
+        return described | {"sampling": dict(model.metadata.sampling)}
 
     async def _answer(self, request: Request, read: Callable[[bytes, Model], Order]) -> Response:
         raw = await self._body(request)

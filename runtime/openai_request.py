@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 from export.metadata import Metadata
 from model.errors import InputError
-from preproc.chat import NAMED, SYSTEM, ChatTemplate, Message
+from preproc.chat import NAMED, SYSTEM, Message
+from preproc.jinja_template import Carried
 from preproc.tokenizer import Tokenizer
 from runtime.constrain import Constraint, json_grammar
 from runtime.generate import prompt_ids
@@ -72,7 +73,7 @@ class Model:
     created: int
     program: Program
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: Carried | None
 
     @property
     def metadata(self) -> Metadata:
@@ -155,6 +156,7 @@ class _Values:
     def __init__(self, raw: bytes, model: Model) -> None:
         values = _object(raw)
         self._values: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+        self._recommended = model.metadata.sampling
         name = self._values.get("model", model.name)
         if name != model.name:
             message = f"the model {_shown(name)} is not served here; give {_shown(model.name)}, or leave it out"
@@ -221,8 +223,8 @@ class _Values:
         return self._fitting("messages", ids, model), stop_ids
 
     def options(self, logprobs: int | None, max_new_tokens: int | None, stop_ids: tuple[int, ...]) -> GenerationOptions:
-        """How tokens are chosen, and when the text ends."""
-        given: dict[str, Any] = {"temperature": 1.0}
+        """How tokens are chosen, where nothing is asked for as the checkpoint recommends, and when the text ends."""
+        given: dict[str, Any] = {"temperature": 1.0, **self._recommended}
         for field in fields(SamplingOptions):
             if field.name in self._values:
                 given[field.name] = self._option(field.name)

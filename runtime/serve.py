@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import InputError
-from preproc.chat import NAMED, ChatTemplate, named
+from preproc.chat import NAMED, named
+from preproc.jinja_template import from_file
 from runtime.flags import add_threads_flag
 from runtime.openai_request import Model
 from runtime.program import Program
@@ -73,8 +74,7 @@ def open_model(file: Path, template: str | None = None, threads: int | None = No
     tokenizer = program.tokenizer
     if tokenizer is None:
         raise InputError(f"{file} carries no tokenizer, which a server needs; export it again with --tokenizer")
-    carried = program.metadata.chat_template
-    chosen = ChatTemplate.from_json(carried) if carried else None
+    chosen = from_file(program.metadata.chat_template)
     if template is not None:
         chosen = named(template, tokenizer)
     return Model(file.stem, int(file.stat().st_mtime), program, tokenizer, chosen)

@@ -73,7 +73,7 @@ def test_the_command_takes_lines_and_objects(
     objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [objects[0][key] for key in ("token_ids", "text")] == [lines[0][key] for key in ("token_ids", "text")]
     assert objects[1]["token_ids"] == lines[0]["token_ids"]
-    assert objects[2]["error"] == '{"promt": 1} is no prompt; give an object with "prompt" or "prompt_ids"'
+    assert objects[2]["error"] == 'line 3, {"promt": 1}, is no prompt; give an object with "prompt" or "prompt_ids"'
 
 
 def test_a_file_without_prompts_is_refused(three_toys: Path, tmp_path: Path) -> None:
@@ -81,3 +81,33 @@ def test_a_file_without_prompts_is_refused(three_toys: Path, tmp_path: Path) -> 
     for name, message in (("empty", "has no prompts; give one in each line"), ("absent", "cannot be read")):
         with pytest.raises(InputError, match=message):
             command.main([str(three_toys), "--prompts-file", str(tmp_path / name)])
+
+
+MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("a.jsonl", MARK + '{"prompt": "a"}\r\n{"prompt": "b"}\r\n', ["a", "b"]),
+        ("prompts", MARK + '{"prompt": "a"}\n{"prompt": "b"}', ["a", "b"]),
+        ("prompts", '{"prompt": "a\N{LINE SEPARATOR}b"}\n', ["a\N{LINE SEPARATOR}b"]),
+        ("prompts", "a\fb\vc\x85d\r\n\n  e\n", ["a\fb\vc\x85d", "  e"]),
+        ("prompts", MARK + 'text\n{"prompt": "b"}\n', ["text", '{"prompt": "b"}']),
+        ("a.jsonl", '{"prompt": "a"}\n\n{"prompt":\n{"prompt": "c"}\n', ["a", "line 3 is no JSON", "c"]),
+        ("prompts", '{"prompt": "a"}\n"b"\n', ["a", 'line 2, "b", is no prompt']),
+        ("a.jsonl", "text\n[1]\n" + "[" * 100_000, ["line 1 is no JSON", "line 2, [1], is no prompt", "line 3 is no"]),
+    ],
+)
+def test_lines_end_where_files_end_them_and_a_bad_one_is_named_in_its_place(
+    name: str, content: str, texts: list[str], three_toys: Path, tmp_path: Path
+) -> None:
+    program, file = Program(three_toys), tmp_path / name
+    file.write_bytes(content.encode())
+    found = command.read_prompts(file, program)
+    assert len(found) == len(texts)
+    for each, text in zip(found, texts, strict=True):
+        if isinstance(each, InputError):
+            assert str(each).startswith(text)
+        else:
+            assert each == prompt_ids(program, text)

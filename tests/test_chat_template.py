@@ -1,29 +1,33 @@
 """Chat templates of public models, reduced to data, against transformers' own rendering and ids."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from export.chat_template import reduced
 from export.plan import ExportOptions, plan
 from model.checkpoint import BUILT_IN
 from model.config import ModelConfig
 from model.errors import InputError
-from preproc.chat import NAMED, ChatTemplate, named
+from preproc.chat import NAMED, named
+from preproc.jinja_template import JinjaTemplate, from_file, to_file
 from preproc.special_text import Part
 from preproc.tokenizer import HuggingFaceTokenizer, decode, open_tokenizer
-from tests.chat_templates import PUBLIC, Public
+from tests.chat_templates import ONLY_JINJA, PUBLIC, Public
 from tests.checkpoints import hugging_face_state, save_safetensors, write_gguf
 from tests.conftest import TOY, random_model
 from tests.test_checkpoint import CONFIG
@@ -80,33 +84,82 @@ CONTENTS = st.one_of(
 
 
 @st.composite
-def conversations(draw: st.DrawFn, with_system: bool = True) -> list[tuple[str, str]]:
+def conversations(draw: st.DrawFn, with_system: bool) -> list[tuple[str, str]]:
     """Of 1 to 4 turns."""
     contents = draw(st.lists(CONTENTS, min_size=1, max_size=7).filter(lambda contents: len(contents) % 2 == 1))
     messages = [("assistant" if i % 2 else "user", content) for i, content in enumerate(contents)]
     return [("system", draw(CONTENTS)), *messages] if with_system and draw(st.booleans()) else messages
 
 
+def jinja_of(public: Public) -> JinjaTemplate:
+    return JinjaTemplate(public.source, public.bos_token, public.eos_token)
+
+
+class _NoTime(datetime):
+    """The first second of the clock, for transformers to write."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> "_NoTime":
+        return cls(2026, 2, 3, 12, 30)
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> datetime:
+    """A clock that stands still, for transformers as for us."""
+    monkeypatch.setattr(chat_template_utils, "datetime", _NoTime)
+    return _NoTime.now()
+
+
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("name", PUBLIC)
-def test_ids_are_those_of_apply_chat_template(name: str, kind: str) -> None:
-    public = PUBLIC[name]
+@pytest.mark.parametrize("name", PUBLIC | ONLY_JINJA)
+def test_ids_are_those_of_apply_chat_template(name: str, kind: str, stopped: datetime) -> None:
+    public = (PUBLIC | ONLY_JINJA)[name]
     theirs = theirs_of(public, MODELS[kind]())
     ours = ours_of(theirs)
-    template = reduced(public.source, public.bos_token, public.eos_token)
-    date = {"date_string": "26 Jul 2024"} if "date_string" in public.source else {}
+    jinja = replace(jinja_of(public), clock=lambda: stopped)
+    data = reduced(jinja) if name in PUBLIC else None
+    takes_system = "not supported" not in public.source and name != "mistral v0.1"
     specials = tuple(ours.specials)
 
-    @settings(max_examples=40)
-    @given(conversations(with_system=template.system is not None))
+    @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(conversations(with_system=takes_system))
     def check(messages: list[tuple[str, str]]) -> None:
-        assert template.text(messages) == applied(theirs, messages, tokenize=False, **date)
+        expected = applied(theirs, messages, tokenize=False)
+        assert jinja.text(messages) == expected
+        assert data is None or data.text(messages, stopped) == expected
         if not any(special in content for _, content in messages for special in specials):
-            assert template.encode(messages, ours) == applied(theirs, messages, tokenize=True, **date)
+            ids = applied(theirs, messages, tokenize=True)
+            assert jinja.encode(messages, ours) == ids
+            assert data is None or ours.encode_parts(data.parts(messages, stopped)) == ids
 
     check()
-    assert template.end_id(ours, theirs.bos_token_id) == theirs.convert_tokens_to_ids(public.end)
-    assert ChatTemplate.from_json(json.dumps(template.to_json())) == template
+    end_id = theirs.convert_tokens_to_ids(public.end)
+    starts = theirs.bos_token_id if public.bos_token != public.end else None  # Granite's is both, and starts nothing
+    assert jinja.stop_ids(ours, starts, ()) == (end_id,)
+    assert from_file(json.dumps(to_file(jinja, data))) == jinja
+    if data:
+        assert (data.system is not None) == takes_system
+        assert data.end_id(ours, starts) == end_id
+        assert from_file(json.dumps(to_file(None, data))) == data
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "Grüße <b>", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "granite 3", "mistral v0.3"])
+def test_tools_and_messages_of_other_roles_are_rendered_as_transformers_renders_them(name: str) -> None:
+    public = PUBLIC[name]
+    theirs = theirs_of(public, byte_level())
+    messages = [
+        {"role": "user", "content": "How warm is it?", "name": None},
+        {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nI ask."},
+        *([{"role": "tool", "content": "20"}] if name == "qwen3" else [{"role": "user", "content": "And now?"}]),
+    ]
+    options: dict[str, Any] = {"tools": TOOLS, "add_generation_prompt": True}
+    jinja = jinja_of(public)
+    assert jinja.text(messages, TOOLS) == theirs.apply_chat_template(messages, tokenize=False, **options)
+    ids = theirs.apply_chat_template(messages, return_dict=False, **options)
+    assert jinja.encode(messages, ours_of(theirs), TOOLS) == ids
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -132,12 +185,13 @@ def test_parts_that_may_hold_special_tokens_give_the_ids_of_the_whole_text(
 BASES = {kind: make() for kind, make in MODELS.items()}
 
 
+@pytest.mark.parametrize("is_jinja", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", PUBLIC)
-def test_the_text_of_a_special_token_in_a_message_stays_text(name: str, kind: str) -> None:
+def test_the_text_of_a_special_token_in_a_message_stays_text(name: str, kind: str, is_jinja: bool) -> None:
     public = PUBLIC[name]
     ours = ours_of(theirs_of(public, MODELS[kind]()))
-    template = reduced(public.source, public.bos_token, public.eos_token)
+    template = jinja_of(public) if is_jinja else reduced(jinja_of(public))
     inside = "a" + "".join(ours.specials) + "b"
     messages = [("user", inside), ("assistant", inside), ("user", inside)]
     without = [(role, "ab") for role, _ in messages]
@@ -179,18 +233,16 @@ def test_named_templates_are_the_public_ones() -> None:
     chatml = PUBLIC["qwen2"].source.replace("loop.first and", "false and")
     for name, source in (("llama2", None), ("llama3", None), ("gemma", None), ("chatml", chatml)):
         public = PUBLIC.get(name, PUBLIC["qwen2"])
-        assert NAMED[name] == reduced(source or public.source, public.bos_token, public.eos_token), name
+        assert NAMED[name] == reduced(JinjaTemplate(source or public.source, public.bos_token, public.eos_token)), name
     old, new = "%}{{ message['content'] + eos_token + ' '", "%}{{ ' ' + message['content'] + eos_token + ''"
     mistral = PUBLIC["mistral v0.1"].source.replace(old, new)
-    assert replace(NAMED["mistral"], system=None) == reduced(mistral, "<s>", "</s>")
+    assert replace(NAMED["mistral"], system=None) == reduced(JinjaTemplate(mistral, "<s>", "</s>"))
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("{% for m in messages %}", "line 1 of the chat template is no Jinja"),
-        ("{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}", "'strftime_now' is undefined"),
-        ("{{ pad_token }}{% for m in messages %}{{ m.content }}{% endfor %}", "'pad_token' is undefined"),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "leaves out or moves a message of user"),
         ("{% for t in tools %}{{ t }}{% endfor %}", "cannot be rendered"),
         ("{{ raise_exception('no') }}", "refuses messages of user"),
@@ -198,17 +250,17 @@ def test_named_templates_are_the_public_ones() -> None:
         ("{% for m in messages %}[{{ m.content.lstrip() }}]{% endfor %}", "white space in what is of user"),
         (
             "{% for m in messages %}[{{ m.content | replace('\\n\\n', '\\n') }}]{% endfor %}",
-            "cannot be reduced: of the",
+            "cannot be reduced to data: of the",
         ),
         ("{% for m in messages %}[{{ m.content.split('</think>')[-1] }}]{% endfor %}", "Because"),
-        ("{% for m in messages[-3:] %}{{ m.role }}[{{ m.content }}]{% endfor %}", "cannot be reduced: of the"),
+        ("{{ strftime_now('%d')|int + 1 }}{% for m in messages %}[{{ m.content }}]{% endfor %}", "cannot be reduced"),
+        ("{% for m in messages[-3:] %}{{ m.role }}[{{ m.content }}]{% endfor %}", "cannot be reduced to data: of the"),
     ],
 )
 def test_what_cannot_be_reduced_is_refused_in_one_sentence(source: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        reduced(source, "<s>", "</s>")
+        reduced(JinjaTemplate(source, "<s>", "</s>"))
     assert "\n" not in str(caught.value)
-    assert "give --chat-template llama2, llama3, chatml, mistral, gemma, FILE.jinja or none" in str(caught.value)
 
 
 def test_generation_marks_and_loop_controls_are_taken_as_transformers_takes_them() -> None:
@@ -219,7 +271,7 @@ def test_generation_marks_and_loop_controls_are_taken_as_transformers_takes_them
     theirs = theirs_of(Public(source), byte_level())
     messages = [("system", "a"), ("user", "b"), ("assistant", "c"), ("user", "d")]
     assert (
-        reduced(source, "", "").text(messages)
+        reduced(JinjaTemplate(source)).text(messages)
         == applied(theirs, messages, tokenize=False)
         == "system:a;user:b;assistant:c;user:d;"
     )
@@ -246,18 +298,27 @@ def test_a_token_that_is_cut_out_of_any_text_is_refused_in_a_message() -> None:
     theirs = theirs_of(public, byte_level())
     theirs.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<|im_start|>", "  ")])
     ours = ours_of(theirs)
-    template = reduced(public.source, public.bos_token, public.eos_token)
-    assert template.encode([("user", "a  b")], ours)
-    with pytest.raises(
-        InputError, match=r"a message holds <\|im_start\|>, which stands between messages; leave it out"
-    ):
-        template.encode([("user", "a<|im_start|>b")], ours)
+    for template in (jinja_of(public), reduced(jinja_of(public))):
+        assert template.encode([("user", "a  b")], ours)
+        message = r"a message holds <\|im_start\|>, which stands between messages; leave it out"
+        with pytest.raises(InputError, match=message):
+            template.encode([("user", "a<|im_start|>b")], ours)
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", '{"system": null}', '{"opening": "", "system": {"x": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "{}",
+        "[]",
+        '{"jinja": {"x": ""}}',
+        '{"jinja": null, "data": {}}',
+        '{"jinja": null, "data": {"opening": "", "system": {"x": 1}}}',
+    ],
+)
 def test_a_damaged_template_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="chat template cannot be read"):
-        ChatTemplate.from_json(text)
+        from_file(text)
 
 
 def checkpoint(folder: Path, **settings: Any) -> Path:
@@ -295,21 +356,51 @@ def test_the_checkpoints_template_is_found_and_an_option_wins(
         Path(option).write_text(PUBLIC["llama2"].source)
     planned = plan(ExportOptions(checkpoint=folder, chat_template=option, output=tmp_path / "x.pte"))
     found = planned.provenance["chat_template"]
-    assert found == (NAMED[expected].to_json() if expected else None)
+    assert (found and found["data"]) == (NAMED[expected].to_json() if expected else None)
+    assert not planned.warnings
+
+
+LAST_THREE = "{% for m in messages[-3:] %}{{ m.content }}{% endfor %}"
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (None, "chat template cannot be reduced"),
         ("llama4", "llama4 is neither a file nor a name; give --chat-template llama2"),
         ("chatml", r"needs <\|im_end\|>, <\|im_start\|>, which the tokenizer lacks; give another"),
+        ("broken.jinja", "--chat-template .*broken.jinja: line 1 of the chat template is no Jinja"),
     ],
 )
-def test_a_template_that_cannot_be_had_fails_the_export(option: str | None, message: str, tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path, chat_template="{% for m in messages[-3:] %}{{ m.content }}{% endfor %}")
+def test_a_template_that_is_asked_for_and_cannot_be_had_fails_the_export(
+    option: str, message: str, tmp_path: Path
+) -> None:
+    folder = checkpoint(tmp_path, chat_template=LAST_THREE)
+    if option.endswith(".jinja"):
+        option = str(tmp_path / option)
+        Path(option).write_text("{% for m in messages %}")
     with pytest.raises(InputError, match=message):
         plan(ExportOptions(checkpoint=folder, chat_template=option, output=tmp_path / "x.pte"))
+
+
+@pytest.mark.parametrize(
+    ("source", "carries", "warning"),
+    [
+        (LAST_THREE, True, "only Python can render the chat template; llama_runner cannot: it cannot be reduced"),
+        ("{% for m in messages %}", False, "carry no chat template, for line 1 .*; give --chat-template llama2, "),
+        ("{{ nothing.there.is }}", False, "carry no chat template, for the chat template cannot be rendered"),
+    ],
+)
+def test_a_checkpoints_own_template_never_fails_the_export(
+    source: str, carries: bool, warning: str, tmp_path: Path
+) -> None:
+    folder = checkpoint(tmp_path, chat_template=source)
+    planned = plan(ExportOptions(checkpoint=folder, output=tmp_path / "x.pte"))
+    found = planned.provenance["chat_template"]
+    assert found == (
+        {"jinja": {"source": source, "bos_token": "<s>", "eos_token": "</s>"}, "data": None} if carries else None
+    )
+    assert len(planned.warnings) == 1
+    assert re.search(warning, planned.warnings[0])
 
 
 def test_a_ggufs_template_is_found_and_its_end_token_ends_a_text(tmp_path: Path) -> None:
@@ -332,5 +423,5 @@ def test_a_ggufs_template_is_found_and_its_end_token_ends_a_text(tmp_path: Path)
     config = ModelConfig(8, 1, 1, 1, 8, 8, len(tokens), 48, tied=True)
     path = write_gguf(random_model(config), tmp_path / "model.gguf", "F32", add_tokenizer=add)
     planned = plan(ExportOptions(checkpoint=path, output=tmp_path / "x.pte"))
-    assert planned.provenance["chat_template"]["again"] == "<|im_end|>\n<|im_start|>user\n"
+    assert planned.provenance["chat_template"]["data"]["again"] == "<|im_end|>\n<|im_start|>user\n"
     assert planned.provenance["stop_ids"] == [2, model.token_to_id("<|im_end|>")]

@@ -123,10 +123,10 @@ def test_half_precision_weights_become_float32(folder: Path) -> None:
     same_weights(open_checkpoint(folder), expected)
 
 
-def test_generation_config_wins_and_may_name_several_stop_ids(folder: Path) -> None:
+def test_generation_config_wins_and_its_stop_ids_join_the_others(folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 7, "eos_token_id": [8, 9]}))
     checkpoint = open_checkpoint(folder)
-    assert (checkpoint.bos_id, checkpoint.stop_ids) == (7, (8, 9))
+    assert (checkpoint.bos_id, checkpoint.stop_ids) == (7, (8, 9, 2))
 
 
 @pytest.mark.parametrize(

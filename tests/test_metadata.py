@@ -50,6 +50,7 @@ def metadata(config: ModelConfig, **changes: object) -> Metadata:
         "tokenizer_kind": "sentencepiece",
         "tokenizer": b"\n\x00\xff",
         "chat_template": '{"opening": "<s>"}',
+        "sampling": {"temperature": 0.25, "top_k": 40},
     }
     return Metadata(**(fields | changes))  # type: ignore[arg-type]
 

@@ -66,7 +66,9 @@ def test_of_a_tied_pair_either_may_be_stored(absent: str, folder: Path) -> None:
     same_logits(folder)
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "language_model."]
+)
 def test_what_wrappers_put_before_names_is_taken_off(prefix: str, folder: Path) -> None:
     expected = open_checkpoint(folder).build().state_dict()
     rename(folder, lambda found: {prefix + name: tensor for name, tensor in found.items()})
@@ -171,3 +173,75 @@ def test_a_type_that_no_longer_exists_is_named(tmp_path: Path) -> None:
     path.write_bytes(data[:at] + (31).to_bytes(4, "little") + data[at + 4 :])
     with pytest.raises(InputError, match=r"stored as Q4_0_4_4 \(type 31\), which no longer exists; give another"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attention_bias": None, "mlp_bias": None, "rope_theta": None, "hidden_act": None, "tie_word_embeddings": None},
+        {"max_position_embeddings": 64.0, "hidden_size": 32.0, "num_attention_heads": 4.0},
+    ],
+)
+def test_null_is_as_if_left_out_and_a_whole_number_may_have_a_point(settings: dict[str, Any], folder: Path) -> None:
+    before = open_checkpoint(folder).config
+    told = json.loads((folder / "config.json").read_text())
+    changed = {key: float(told[key]) if isinstance(value, float) else value for key, value in settings.items()}
+    configure(folder, **changed)
+    assert open_checkpoint(folder).config == before
+
+
+def test_gemmas_null_activation_is_its_own(tmp_path: Path) -> None:
+    hugging_face_model(CASES["Gemma"]).save_pretrained(tmp_path / "model")
+    configure(tmp_path / "model", hidden_act="gelu", hidden_activation=None)
+    assert open_checkpoint(tmp_path / "model").config.activation == "gelu_tanh"
+    same_logits(tmp_path / "model")
+
+
+def test_a_head_of_another_shape_is_refused_though_the_configuration_says_tied(folder: Path) -> None:
+    configure(folder, tie_word_embeddings=True)
+    rename(folder, lambda found: found | {"lm_head.weight": found["model.embed_tokens.weight"][:-1].clone()})
+    with pytest.raises(InputError, match=r"lm_head.weight in .* is "):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "renamed.safetensors", "pytorch_model.bin", "weights.pt"])
+def test_a_file_of_weights_is_read_with_the_configuration_beside_it(name: str, folder: Path) -> None:
+    expected = open_checkpoint(folder).build().state_dict()
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if name.endswith(".safetensors"):
+        save_file(weights, folder / name, {"format": "pt"})
+    else:
+        torch.save(weights, folder / name)
+    found = open_checkpoint(folder / name).build().state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"is weights alone; put the checkpoint's config.json beside it"):
+        open_checkpoint(folder / name)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_a_checkpoint_as_llama2_c_trains_it_is_read(prefix: str, tmp_path: Path) -> None:
+    """As karpathy/llama2.c, train.py, writes it."""
+    folder = write_meta(random_model(TOY), tmp_path / "meta", 1)
+    state = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    settings = json.loads((folder / "params.json").read_text())
+    del settings["norm_eps"]
+    content = {"model": {prefix + name: tensor for name, tensor in state.items()}, "iter_num": 3, "config": {"lr": 1.0}}
+    torch.save(content | {"model_args": settings | {"max_seq_len": 48, "dropout": 0.0}}, tmp_path / "ckpt.pt")
+    checkpoint = open_checkpoint(tmp_path / "ckpt.pt")
+    assert (checkpoint.config.context, checkpoint.config.norm_eps) == (48, 1e-5)
+    assert (checkpoint.bos_id, checkpoint.stop_ids) == (1, (1, 2))
+    expected = open_checkpoint(folder).build().state_dict()
+    found = checkpoint.build().state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_metas_file_alone_is_read_with_its_settings_beside_it(tmp_path: Path) -> None:
+    folder = write_meta(random_model(TOY), tmp_path / "meta", 1)
+    expected = open_checkpoint(folder)
+    (folder / "consolidated.00.pth").rename(folder / "model.pth")
+    assert open_checkpoint(folder / "model.pth").config == expected.config
+    (folder / "params.json").unlink()
+    with pytest.raises(InputError, match=r"without settings; put the checkpoint's params.json beside it"):
+        open_checkpoint(folder / "model.pth")

@@ -1,7 +1,9 @@
 #include "llama_runner/chat.h"
 
 #include <algorithm>
+#include <array>
 #include <cctype>
+#include <ctime>
 #include <nlohmann/json.hpp>
 
 #include "guard.h"
@@ -34,10 +36,36 @@ bool is_marker(std::string_view text) {
 
 Part content_part(std::string_view text, bool strips) { return {std::string(strips ? stripped(text) : text), false}; }
 
+/// What stands around a format of strftime, U+E000 and U+E001, in whose place the time of the conversation comes.
+constexpr std::string_view kDateOpens = "\xEE\x80\x80";
+constexpr std::string_view kDateCloses = "\xEE\x80\x81";
+
+/// The text with the time in place of formats.
+std::string dated(const std::string& text, const std::tm& now) {
+    std::string found;
+    size_t done = 0;
+    for (;;) {
+        const size_t opens = text.find(kDateOpens, done);
+        const size_t closes = opens == std::string::npos ? opens : text.find(kDateCloses, opens);
+        if (closes == std::string::npos) return found + text.substr(done);
+        const size_t start = opens + kDateOpens.size();
+        std::array<char, 256> time{};
+        const size_t length = std::strftime(time.data(), time.size(), text.substr(start, closes - start).c_str(), &now);
+        found += text.substr(done, opens - done) + std::string(time.data(), length);
+        done = closes + kDateCloses.size();
+    }
+}
+
 }  // namespace
 
 Result<ChatTemplate> ChatTemplate::from_json(std::string_view text) {
-    const json file = json::parse(text, nullptr, false);
+    const json whole = json::parse(text, nullptr, false);
+    const json& file = member(whole, "data");
+    if (file.is_null() && member(whole, "jinja").is_object()) {
+        return Error{
+            "the file's chat template needs Jinja, which this runner lacks; export again with --chat-template "
+            "NAME, or talk with python -m runtime.chat"};
+    }
     const auto has_texts = [](const json& object, std::initializer_list<const char*> keys) {
         return std::ranges::all_of(keys, [&](const char* key) { return member(object, key).is_string(); });
     };
@@ -48,7 +76,9 @@ Result<ChatTemplate> ChatTemplate::from_json(std::string_view text) {
                        .ask = text_member(file, "ask"),
                        .strips_user = flag_member(file, "strips_user", false),
                        .strips_assistant = flag_member(file, "strips_assistant", false),
-                       .system = std::nullopt};
+                       .system = std::nullopt,
+                       .thought_end = text_member(file, "thought_end"),
+                       .thought_strips = text_member(file, "thought_strips")};
     if (const json& system = member(file, "system"); !system.is_null()) {
         if (!has_texts(system, {"before", "behind"})) return unreadable("a text around the system message is missing");
         found.system = SystemPlace{.before = text_member(system, "before"),
@@ -80,7 +110,29 @@ Result<void> ChatTemplate::check(std::span<const Message> messages) const {
     return {};
 }
 
-Result<std::vector<Part>> ChatTemplate::parts(std::span<const Message> messages) const {
+Result<std::vector<Part>> ChatTemplate::parts(std::span<const Message> messages, std::optional<std::time_t> now) const {
+    auto found = undated(messages);
+    if (!found) return found;
+    const std::time_t time = now.value_or(std::time(nullptr));
+    std::tm local{};
+    localtime_r(&time, &local);
+    for (Part& part : *found) {
+        if (part.parse_special) part.text = dated(part.text, local);
+    }
+    return found;
+}
+
+/// What an answer is when it is given again: all behind its last thought.
+std::string_view ChatTemplate::answered(std::string_view content) const {
+    const size_t end = thought_end.empty() ? std::string_view::npos : content.rfind(thought_end);
+    if (end == std::string_view::npos) return content;
+    content.remove_prefix(end + thought_end.size());
+    content.remove_prefix(std::min(content.find_first_not_of(thought_strips), content.size()));
+    return content;
+}
+
+/// The whole text, the date still as its format.
+Result<std::vector<Part>> ChatTemplate::undated(std::span<const Message> messages) const {
     if (auto checked = check(messages); !checked) return checked.error();
     const Message* given = messages[0].role == Role::kSystem ? &messages[0] : nullptr;
     const auto turns = messages.subspan(given != nullptr);
@@ -90,7 +142,7 @@ Result<std::vector<Part>> ChatTemplate::parts(std::span<const Message> messages)
         const std::string& content = turns[i].content;
         if (i % 2 == 1) {
             found.push_back({answer, true});
-            found.push_back(content_part(content, strips_assistant));
+            found.push_back(content_part(answered(content), strips_assistant));
             continue;
         }
         const std::string& before = i == 0 ? opening : again;
@@ -119,8 +171,8 @@ void ChatTemplate::add_with_system(const std::string& before, const std::string&
     }
 }
 
-Result<std::string> ChatTemplate::text(std::span<const Message> messages) const {
-    const auto found = parts(messages);
+Result<std::string> ChatTemplate::text(std::span<const Message> messages, std::optional<std::time_t> now) const {
+    const auto found = parts(messages, now);
     if (!found) return found.error();
     std::string whole;
     for (const Part& part : *found) whole += part.text;

@@ -97,7 +97,15 @@ Result<void> run_chat(const ChatArguments& arguments) {
     auto program = Program::open(arguments.file, arguments.program);
     if (!program) return program.error();
     Rng rng(arguments.seed);
-    auto chat = Chat::create(**program, arguments.generation, rng, arguments.system);
+    GenerationOptions generation = arguments.generation;
+    const SamplingOptions& recommended = (*program)->metadata().sampling;
+    generation.sampling.temperature = recommended.temperature;
+    generation.sampling.top_k = recommended.top_k;
+    generation.sampling.top_p = recommended.top_p;
+    generation.sampling.repetition_penalty = recommended.repetition_penalty;
+    arguments.ask(generation.sampling);
+    if (auto checked = generation.check(); !checked) return checked;
+    auto chat = Chat::create(**program, generation, rng, arguments.system);
     if (!chat) return chat.error();
     const bool is_terminal = isatty(STDIN_FILENO) != 0;
     for (std::string line;;) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 
@@ -15,6 +16,8 @@ struct ChatArguments {
     std::string file;
     Program::Options program;
     GenerationOptions generation;
+    /// Changes what the file recommends to what was asked for.
+    std::function<void(SamplingOptions&)> ask;
     uint64_t seed = 0;
     std::optional<std::string> system;
 };

@@ -1,43 +1,27 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
-#include <cctype>
-#include <charconv>
-#include <cmath>
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "arguments.h"
 #include "chat_command.h"
 #include "llama_runner/bench.h"
 #include "llama_runner/generate.h"
 #include "llama_runner/meter.h"
 #include "llama_runner/program.h"
 #include "llama_runner/session.h"
+#include "prompt_file.h"
 
 namespace {
 
 using namespace llama_runner;
 
 constexpr int kBadInput = 2;
-
-struct Arguments {
-    std::string file;
-    std::string prompt;
-    std::optional<std::vector<int64_t>> prompt_ids;
-    GenerationOptions generation;
-    std::string session;
-    std::string seed = "0";
-    Program::Options program;
-    BenchOptions bench;
-    bool is_bench = false;
-    bool is_chat = false;
-    std::optional<std::string> system;
-    bool json = false;
-    bool parse_special = false;
-};
 
 /// What a run took, in seconds.
 struct Statistics {
@@ -61,41 +45,6 @@ Result<uint64_t> seed_of(const std::string& text) {
     if (text.empty() || *end != '\0' || errno != 0)
         return unusable("seed", text, "give a whole number of up to 64 bits");
     return seed;
-}
-
-template <typename Number>
-bool read_number(std::string_view text, Number& number) {
-    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
-    return error == std::errc() && end == text.data() + text.size();
-}
-
-/// A number of bytes such as 400MB, 1.5GB or 64MiB.
-int64_t byte_count(const std::string& text) {
-    char* rest = nullptr;
-    const double number = std::strtod(text.c_str(), &rest);
-    std::string unit(rest);
-    if (!unit.empty() && (unit.back() == 'B' || unit.back() == 'b')) unit.pop_back();
-    const bool binary = unit.size() == 2 && unit[1] == 'i';
-    const std::string_view units = "kmgt";
-    const size_t power = unit.empty() ? 0 : units.find(static_cast<char>(std::tolower(unit[0]))) + 1;
-    if (rest == text.c_str() || !(number >= 0 && number < 1e15) || unit.size() > 1U + binary ||
-        (!unit.empty() && power == 0)) {
-        throw CLI::ValidationError("--memory-budget", "'" + text + "' is no size; give one such as 400MB or 2GiB");
-    }
-    return static_cast<int64_t>(number * std::pow(binary ? 1024 : 1000, power));
-}
-
-/// Reads ID=VALUE into `bias`; false where it is something else.
-bool read_bias(std::string_view text, std::map<int64_t, double>& bias) {
-    const size_t equals = text.find('=');
-    int64_t token = 0;
-    double value = 0;
-    if (equals == std::string::npos || !read_number(text.substr(0, equals), token) ||
-        !read_number(text.substr(equals + 1), value)) {
-        return false;
-    }
-    bias[token] = value;
-    return true;
 }
 
 void print_text(const Step& step) {
@@ -173,6 +122,7 @@ Result<void> run_steps(Generator& generator, Transcript* transcript, Statistics&
 }
 
 Result<void> run(Arguments& arguments) {
+    arguments.asked.change(arguments.generation.sampling);
     if (auto checked = arguments.generation.check(); !checked) return checked;
     if (arguments.generation.logprobs && !arguments.json) {
         return unusable("logprobs", std::to_string(*arguments.generation.logprobs),
@@ -181,6 +131,11 @@ Result<void> run(Arguments& arguments) {
     const auto seed = seed_of(arguments.seed);
     if (!seed) return seed.error();
     Rng rng(*seed);
+    if (!arguments.prompt_file.empty()) {
+        auto text = read_prompt(arguments.prompt_file);
+        if (!text) return text.error();
+        arguments.prompt = *std::move(text);
+    }
 
     Statistics statistics;
     const double start = now();
@@ -246,100 +201,8 @@ Result<void> run_bench(Arguments& arguments) {
 Result<void> talk(Arguments& arguments) {
     const auto seed = seed_of(arguments.seed);
     if (!seed) return seed.error();
-    return run_chat(ChatArguments{arguments.file, arguments.program, arguments.generation, *seed, arguments.system});
-}
-
-void add_penalties(CLI::App& app, SamplingOptions& sampling) {
-    const auto add = [&](const char* flag, double& value, const char* help) {
-        return app.add_option(flag, value, help);
-    };
-    add("--repetition-penalty", sampling.repetition_penalty, "divides logits of recent tokens (1: none)")
-        ->type_name("R");
-    add("--presence-penalty", sampling.presence_penalty, "taken off logits of recent tokens (0: none)")->type_name("A");
-    add("--frequency-penalty", sampling.frequency_penalty, "the same, as often as they occurred")->type_name("A");
-    app.add_option("--penalty-window", sampling.penalty_window, "how many tokens are recent (default: 64)")
-        ->type_name("N");
-    app.add_option_function<std::vector<std::string>>(
-           "--logit-bias",
-           [&](const std::vector<std::string>& given) {
-               for (const std::string& text : given) {
-                   if (!read_bias(text, sampling.logit_bias)) {
-                       throw CLI::ValidationError(
-                           "--logit-bias", "'" + text + "' is no bias; give an id and a number such as 1724=-2.5");
-                   }
-               }
-           },
-           "added to a token's logit; may be given repeatedly")
-        ->allow_extra_args(false)
-        ->type_name("ID=VALUE");
-}
-
-void add_flags(CLI::App& app, Arguments& arguments) {
-    app.add_option("file", arguments.file, "the .pte, or the folder of its shards")->required()->type_name("");
-    app.add_option("--prompt", arguments.prompt, "text to continue (default: none, only BOS)")->type_name("TEXT");
-    app.add_option("--prompt-ids", arguments.prompt_ids, "token ids in place of a text: 1,15043,3186")
-        ->delimiter(',')
-        ->allow_extra_args(false)
-        ->type_name("IDS");
-    app.add_option("--max-new-tokens", arguments.generation.max_new_tokens, "default: as many as the context holds")
-        ->type_name("N");
-    auto& sampling = arguments.generation.sampling;
-    app.add_option("--temperature", sampling.temperature, "0 takes the likeliest token (default: 0)")->type_name("T");
-    app.add_option("--top-k", sampling.top_k, "only the K likeliest tokens (default: all)")->type_name("K");
-    app.add_option("--top-p", sampling.top_p, "only the likeliest tokens up to probability P")->type_name("P");
-    app.add_option("--min-p", sampling.min_p, "only tokens P times as likely as the likeliest, or more")
-        ->type_name("P");
-    add_penalties(app, sampling);
-    app.add_option_function<std::string>(
-           "--on-full",
-           [&arguments](const std::string& given) { arguments.generation.slides_when_full = given == "slide"; },
-           "where the context is used up: end, or forget the older half of the text and go on (default: stop)")
-        ->check(CLI::IsMember({"stop", "slide"}));
-    app.add_flag_callback(
-        "--lookup", [&arguments] { arguments.generation.lookup.emplace(); },
-        "guess from what the text repeats: the same, sooner");
-    app.add_option("--session", arguments.session, "go on from what is cached in this file, and keep it there again")
-        ->type_name("FILE");
-    app.add_option_function<std::vector<std::string>>(
-           "--stop",
-           [&](const std::vector<std::string>& given) {
-               for (const std::string& text : given) arguments.generation.stop_strings.push_back(valid_utf8(text));
-           },
-           "end before this text; may be given repeatedly")
-        ->allow_extra_args(false)
-        ->type_name("TEXT");
-    app.add_option("--seed", arguments.seed, "of the random numbers (default: 0)")->type_name("N");
-    app.add_option("--threads", arguments.program.threads, "default: one per core, and one for a small model")
-        ->type_name("N");
-    app.add_option_function<std::string>(
-           "--memory-budget", [&](const std::string& size) { arguments.program.memory_budget = byte_count(size); },
-           "what this process may hold, such as 2GB; of a model in shards, those that do not fit are read for each "
-           "step "
-           "(default: no limit)")
-        ->type_name("SIZE");
-    app.add_option_function<std::string>(
-           "--format", [&](const std::string& format) { arguments.json = format == "json"; },
-           "text or json: one object with ids, text and timings (default: text)")
-        ->check(CLI::IsMember({"text", "json"}))
-        ->type_name("FORMAT");
-    app.add_option("--logprobs", arguments.generation.logprobs,
-                   "with --format json, each token's log-probability and the K highest")
-        ->type_name("K");
-    app.add_flag_callback(
-        "--no-check", [&] { arguments.program.check = false; }, "skip the checksum, which reads the file through once");
-    app.add_flag("--bench", arguments.is_bench, "measure how fast the file runs here, in place of a text");
-    app.add_option("--prefill", arguments.bench.prefill, "of --bench: lengths of prompts (default: 128 512 2048)")
-        ->type_name("N ...");
-    app.add_option("--decode", arguments.bench.decode, "of --bench: positions (default: 16 1000 4000)")
-        ->type_name("N ...");
-    app.add_flag("--parse-special", arguments.parse_special,
-                 "take the text of special tokens in the prompt for tokens");
-    auto* chat = app.add_flag("--chat", arguments.is_chat, "talk: a message a line from stdin, in place of a text");
-    app.add_option("--system", arguments.system, "of --chat: the system message")->needs(chat)->type_name("TEXT");
-    for (const char* other : {"--prompt", "--prompt-ids", "--parse-special", "--format", "--logprobs", "--bench",
-                              "--session", "--lookup", "--on-full"}) {
-        chat->excludes(app.get_option(other));
-    }
+    return run_chat({arguments.file, arguments.program, arguments.generation,
+                     [&](SamplingOptions& sampling) { arguments.asked.change(sampling); }, *seed, arguments.system});
 }
 
 }  // namespace

@@ -202,6 +202,22 @@ Requirements united(Requirements a, const Requirements& b) {
     return a;
 }
 
+SamplingOptions sampling_of(Reader& reader) {
+    SamplingOptions found;
+    const json given = reader.parsed("get_sampling");
+    const auto read = [&](const char* key, auto& value) {
+        const auto at = given.find(key);
+        if (at == given.end()) return;
+        if (!at->is_number()) return reader.fail(std::string("get_sampling has a ") + key + " that is no number");
+        at->get_to(value);
+    };
+    read("temperature", found.temperature);
+    read("top_k", found.top_k);
+    read("top_p", found.top_p);
+    read("repetition_penalty", found.repetition_penalty);
+    return found;
+}
+
 }  // namespace
 
 size_t size_of(Dtype dtype) { return std::ranges::find(kDtypes, dtype, &NamedDtype::dtype)->size; }
@@ -275,6 +291,7 @@ Result<Metadata> from_constants(const Constants& constants) {
         });
     }
     metadata.chat_template = reader.text("get_chat_template");
+    metadata.sampling = sampling_of(reader);
     if (reader.error()) return *reader.error();
     return metadata;
 }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -9,22 +10,27 @@
 
 namespace llama_runner {
 
-/// A pattern that splits text before BPE merges it, matched as tiktoken (Rust's regex) and tokenizers (Oniguruma) do:
-/// \s is Unicode's White_Space, \p{L} and \p{N} are those of Unicode 16, whatever PCRE2 was built with.
+/// A pattern that cuts text before the model sees it, matched as tokenizers does by Oniguruma.
 class Regex {
   public:
-    /// Fails where the pattern is wrong or uses more than the tokenizers' patterns do.
+    /// Fails where the pattern is wrong, or has what `pcre2_pattern` does not translate.
     static Result<Regex> compile(std::string_view pattern);
+
+    /// A text that stands for itself.
+    static Result<Regex> literal(std::string_view text);
 
     struct Match {
         size_t start;
         size_t end;
     };
 
-    /// All non-empty matches in valid UTF-8, in order. Fails where matching exceeds PCRE2's limits.
+    /// All matches in valid UTF-8, in order: empty ones too, but for those right behind another. Fails where matching
+    /// exceeds PCRE2's limits.
     Result<std::vector<Match>> find_all(std::string_view text) const;
 
   private:
+    static Result<Regex> compile_as(std::string_view pattern, uint32_t options);
+
     struct Code;
     struct Delete {
         void operator()(Code* code) const;

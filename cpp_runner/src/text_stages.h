@@ -1,25 +1,30 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
 
 #include "llama_runner/result.h"
+#include "regex.h"
 
 namespace llama_runner {
 
 /// A part of a text on its way through a tokenizer.json's stages.
 struct Section {
     std::string text;
-    /// Whether it opens the whole text.
-    bool first;
+    /// Bytes at its front that came of the whole text's first character; where there are any, it opens the text.
+    size_t opening;
+
+    /// Bytes `from` to `to` of it.
+    Section part(size_t from, size_t to) const;
 };
 
-/// Changes a section's text; nothing where a library below failed.
-using Normalizer = std::function<Result<void>(std::string& text)>;
+/// Changes a section; fails where a library below does.
+using Normalizer = std::function<Result<void>(Section& section)>;
 
-/// Splits a section and appends the parts to `parts`.
+/// Splits a section and appends the parts to `parts`, of which none is empty.
 using PreTokenizer = std::function<Result<void>(Section section, std::vector<Section>& parts)>;
 
 /// The refusal of a tokenizer.json that asks for what is not implemented.
@@ -31,8 +36,17 @@ Result<std::vector<Normalizer>> normalizers_from(const nlohmann::json& json);
 /// The stages of a tokenizer.json's "pre_tokenizer", in order. Fails where one is unknown.
 Result<std::vector<PreTokenizer>> pre_tokenizers_from(const nlohmann::json& json);
 
+/// The members of a Sequence, also of those inside it, the one stage itself, or nothing for null.
+std::vector<nlohmann::json> stages_of(const nlohmann::json& stage, const char* list);
+
+/// A pattern of a Split or Replace: a regex, or a text that stands for itself.
+Result<std::shared_ptr<const Regex>> pattern_from(const nlohmann::json& pattern);
+
 /// GPT-2's printable character for every byte, in UTF-8 (openai/gpt-2, src/encoder.py, bytes_to_unicode).
 const std::vector<std::string>& byte_level_alphabet();
+
+/// A text with every byte as GPT-2's printable character.
+std::string byte_level(std::string_view text);
 
 /// A member of a JSON object, or null.
 const nlohmann::json& member(const nlohmann::json& json, const char* key);

@@ -1,13 +1,15 @@
 #include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <unordered_map>
 
-#include "bpe.h"
 #include "spaces.h"
 #include "special_text.h"
 #include "text_stages.h"
+#include "token_model.h"
 #include "tokenizer_kinds.h"
+#include "unicode_sets.h"
 
 namespace llama_runner {
 
@@ -15,144 +17,7 @@ namespace {
 
 using nlohmann::json;
 
-constexpr int64_t kMostTokens = int64_t{1} << 24;
 constexpr int kMostNesting = 32;
-
-Error damaged(const std::string& detail) {
-    return {"damaged tokenizer.json tokenizer (" + detail + "); copy the file again"};
-}
-
-size_t length_of_character(char lead) {
-    const auto byte = static_cast<unsigned char>(lead);
-    return byte < 0x80 ? 1 : byte < 0xE0 ? 2 : byte < 0xF0 ? 3 : 4;
-}
-
-/// "<0x0A>" and its like.
-std::string byte_name(unsigned char byte) {
-    constexpr char kDigits[] = "0123456789ABCDEF";
-    return std::string("<0x") + kDigits[byte >> 4] + kDigits[byte & 15] + ">";
-}
-
-/// The BPE model: characters, merged by the ranks of pairs.
-class BpeModel {
-  public:
-    Result<void> open(const json& model) {
-        if (auto checked = check_options(model); !checked) return checked;
-        byte_fallback_ = flag_member(model, "byte_fallback", false);
-        ignore_merges_ = flag_member(model, "ignore_merges", false);
-        fuse_unknown_ = flag_member(model, "fuse_unk", false);
-        for (const auto& [token, id] : member(model, "vocab").items()) {
-            if (!id.is_number_unsigned() || id.get<uint64_t>() >= kMostTokens) return damaged("the id of " + token);
-            vocab_.emplace(token, id.get<uint32_t>());
-        }
-        if (vocab_.empty()) return damaged("it has no vocabulary");
-        for (const json& merge : member(model, "merges")) {
-            if (auto added = add_merge(merge); !added) return added;
-        }
-        if (const std::string name = text_member(model, "unk_token"); !name.empty()) {
-            const auto found = vocab_.find(name);
-            if (found == vocab_.end()) return damaged("its unk_token is not in the vocabulary");
-            unknown_ = found->second;
-        }
-        return {};
-    }
-
-    const std::unordered_map<std::string, uint32_t>& vocab() const { return vocab_; }
-
-    void encode(const std::string& word, std::vector<int64_t>& ids) const {
-        if (ignore_merges_) {
-            if (const auto whole = vocab_.find(word); whole != vocab_.end()) return ids.push_back(whole->second);
-        }
-        std::vector<Symbol> symbols = symbols_of(word);
-        merge_symbols(symbols, [this](const Symbol& left, const Symbol& right) -> std::optional<Merge> {
-            const auto found = merges_.find(uint64_t{left.id} << 32 | right.id);
-            return found == merges_.end() ? std::nullopt : std::optional(found->second);
-        });
-        for (const Symbol& symbol : symbols) ids.push_back(symbol.id);
-    }
-
-  private:
-    static Result<void> check_options(const json& model) {
-        const std::string type = text_member(model, "type");
-        if (!type.empty() && type != "BPE") return unknown_part("a model of type " + type);
-        for (const char* option : {"dropout", "continuing_subword_prefix", "end_of_word_suffix"}) {
-            const json& value = member(model, option);
-            if (!value.is_null() && value != "" && value != 0.0) return unknown_part(option + (" " + value.dump()));
-        }
-        return {};
-    }
-
-    Result<void> add_merge(const json& merge) {
-        std::string left;
-        std::string right;
-        if (merge.is_string()) {
-            const std::string pair = merge.get<std::string>();
-            const size_t space = pair.find(' ');
-            left = pair.substr(0, space);
-            right = space == std::string::npos ? "" : pair.substr(space + 1);
-        } else if (merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string()) {
-            left = merge[0].get<std::string>();
-            right = merge[1].get<std::string>();
-        }
-        const auto a = vocab_.find(left);
-        const auto b = vocab_.find(right);
-        const auto merged = vocab_.find(left + right);
-        if (a == vocab_.end() || b == vocab_.end() || merged == vocab_.end()) {
-            return damaged("merge " + std::to_string(rank_) + " is not of its vocabulary");
-        }
-        merges_[uint64_t{a->second} << 32 | b->second] = {rank_++, merged->second};
-        return {};
-    }
-
-    std::vector<Symbol> symbols_of(const std::string& word) const {
-        std::vector<Symbol> symbols;
-        std::optional<Symbol> pending;  // an unknown that later unknowns may join
-        const auto flush = [&] {
-            if (pending) symbols.push_back(*pending);
-            pending.reset();
-        };
-        for (size_t start = 0; start < word.size();) {
-            const std::string character = word.substr(start, length_of_character(word[start]));
-            const auto at = static_cast<uint32_t>(start);
-            const auto length = static_cast<uint32_t>(character.size());
-            start += length;
-            if (const auto found = vocab_.find(character); found != vocab_.end()) {
-                flush();
-                symbols.push_back({found->second, at, length});
-            } else if (byte_fallback_ && add_bytes(character, at, symbols)) {
-                continue;
-            } else if (unknown_) {
-                if (pending && fuse_unknown_) {
-                    pending->length += length;
-                } else {
-                    flush();
-                    pending = Symbol{*unknown_, at, length};
-                }
-            }
-        }
-        flush();
-        return symbols;
-    }
-
-    bool add_bytes(const std::string& character, uint32_t start, std::vector<Symbol>& symbols) const {
-        std::vector<Symbol> bytes;
-        for (const char byte : character) {
-            const auto found = vocab_.find(byte_name(static_cast<unsigned char>(byte)));
-            if (found == vocab_.end()) return false;
-            bytes.push_back({found->second, start++, 1});
-        }
-        symbols.insert(symbols.end(), bytes.begin(), bytes.end());
-        return true;
-    }
-
-    std::unordered_map<std::string, uint32_t> vocab_;
-    std::unordered_map<uint64_t, Merge> merges_;
-    uint32_t rank_ = 0;
-    std::optional<uint32_t> unknown_;
-    bool byte_fallback_ = false;
-    bool ignore_merges_ = false;
-    bool fuse_unknown_ = false;
-};
 
 /// A token that is found in the text before the model sees it.
 struct AddedToken {
@@ -160,6 +25,7 @@ struct AddedToken {
     bool special;
     bool strip_left;
     bool strip_right;
+    bool single_word;
 };
 
 /// Added tokens that are looked for in the same text: the raw one, or the normalized one.
@@ -171,7 +37,9 @@ struct AddedTokens {
 class JsonTokenizer final : public Tokenizer {
   public:
     Result<void> open(const json& file) {
-        if (auto opened = model_.open(member(file, "model")); !opened) return opened;
+        auto model = model_from(member(file, "model"));
+        if (!model) return model.error();
+        model_ = *std::move(model);
         auto normalizers = normalizers_from(member(file, "normalizer"));
         if (!normalizers) return normalizers.error();
         normalizers_ = *std::move(normalizers);
@@ -189,18 +57,22 @@ class JsonTokenizer final : public Tokenizer {
   protected:
     Result<std::vector<int64_t>> encode_plain(std::string_view text, bool parse_special) const override {
         std::vector<int64_t> ids;
-        const auto done = encode_raw({std::string(text), true}, parse_special, ids);
+        const auto done = encode_raw(section_of(text, true), parse_special, ids);
         if (!done) return done.error();
         return ids;
     }
 
     Result<void> encode_section(std::string_view text, bool first, std::vector<int64_t>& ids) const override {
-        return encode_raw({std::string(text), first}, false, ids);
+        return encode_raw(section_of(text, first), false, ids);
     }
 
     const SpecialTokens& special_tokens() const override { return special_tokens_; }
 
   private:
+    static Section section_of(std::string_view text, bool first) {
+        return {std::string(text), first && !text.empty() ? character_at(text, 0).length : 0};
+    }
+
     /// Appends the ids of the added tokens in `section` and hands what lies between them to `encode_rest`.
     static Result<void> cut(const AddedTokens& added, const Section& section, bool parse_special,
                             std::vector<int64_t>& ids, const std::function<Result<void>(Section)>& encode_rest) {
@@ -212,23 +84,32 @@ class JsonTokenizer final : public Tokenizer {
             const AddedToken* token = match.index < added.tokens.size() ? &added.tokens[match.index] : nullptr;
             from = match.start + match.length;
             if (token != nullptr && token->special && !parse_special) continue;
+            if (token != nullptr && token->single_word && !stands_alone(text, match.start, from)) continue;
             size_t end = match.start;
-            if (token != nullptr && token->strip_left) end -= spaces_before(text.substr(done, end - done));
+            if (token != nullptr && token->strip_left) end = std::max(done, end - spaces_before(text.substr(0, end)));
             if (end > done) {
-                auto rest = encode_rest({std::string(text.substr(done, end - done)), section.first && done == 0});
+                auto rest = encode_rest(section.part(done, end));
                 if (!rest) return rest;
             }
             if (token == nullptr) return {};
-            if (token->strip_right) from += spaces_after(text.substr(from));
             ids.push_back(token->id);
-            done = from;
+            done = from + (token->strip_right ? spaces_after(text.substr(from)) : 0);
         }
+    }
+
+    /// Whether no word goes on into bytes `start` to `end` of a text, or out of them.
+    static bool stands_alone(std::string_view text, size_t start, size_t end) {
+        size_t before = start;
+        while (before > 0 && (static_cast<unsigned char>(text[--before]) & 0xC0) == 0x80) {
+        }
+        return (start == 0 || !is_word_character(character_at(text, before).code)) &&
+               (end == text.size() || !is_word_character(character_at(text, end).code));
     }
 
     Result<void> encode_raw(const Section& section, bool parse_special, std::vector<int64_t>& ids) const {
         const auto encode_normalized = [&](Section part) -> Result<void> {
             for (const Normalizer& normalizer : normalizers_) {
-                if (auto done = normalizer(part.text); !done) return done;
+                if (auto done = normalizer(part); !done) return done;
             }
             return cut(normalized_, part, parse_special, ids,
                        [&](Section words) { return encode_words(std::move(words), ids); });
@@ -246,7 +127,9 @@ class JsonTokenizer final : public Tokenizer {
             }
             parts = std::move(next);
         }
-        for (const Section& part : parts) model_.encode(part.text, ids);
+        for (const Section& part : parts) {
+            if (auto encoded = model_->encode(part.text, ids); !encoded) return encoded;
+        }
         return {};
     }
 
@@ -267,10 +150,9 @@ class JsonTokenizer final : public Tokenizer {
 
     Result<void> add_token(const json& entry) {
         std::string text = text_member(entry, "content");
-        if (text.empty()) return damaged("an added token " + entry.dump());
-        if (flag_member(entry, "single_word", false)) return unknown_part("an added token " + entry.dump());
+        if (text.empty()) return damaged_json("an added token " + entry.dump());
         const AddedToken token{id_of(text), flag_member(entry, "special", false), flag_member(entry, "lstrip", false),
-                               flag_member(entry, "rstrip", false)};
+                               flag_member(entry, "rstrip", false), flag_member(entry, "single_word", false)};
         added_.emplace(text, token.id);
         if (token.special) {
             special_ids_.insert(token.id);
@@ -279,10 +161,13 @@ class JsonTokenizer final : public Tokenizer {
             fixed_.emplace(text, token.id);
         }
         const bool normalized = flag_member(entry, "normalized", !token.special);
+        Section section{text, 0};
         for (const Normalizer& normalizer : normalizers_) {
             if (!normalized) break;
-            if (auto done = normalizer(text); !done) return done;
+            if (auto done = normalizer(section); !done) return done;
         }
+        text = section.text;
+        shown_.insert_or_assign(token.id, text);
         AddedTokens& group = normalized ? normalized_ : raw_;
         group.texts.add(std::move(text));
         group.tokens.push_back(token);
@@ -291,9 +176,9 @@ class JsonTokenizer final : public Tokenizer {
 
     /// The id that tokenizers gives an added token, whatever the file says: the model's, or the next one.
     int64_t id_of(const std::string& text) {
-        if (const auto found = model_.vocab().find(text); found != model_.vocab().end()) return found->second;
+        if (const auto found = model_->vocab().find(text); found != model_->vocab().end()) return found->second;
         if (const auto found = added_.find(text); found != added_.end()) return found->second;
-        next_id_ = std::max(next_id_, static_cast<int64_t>(model_.vocab().size()));
+        next_id_ = std::max(next_id_, model_->size());
         return next_id_++;
     }
 
@@ -303,8 +188,8 @@ class JsonTokenizer final : public Tokenizer {
             if (id >= tokens.size()) tokens.resize(id + 1, nullptr);
             tokens[id] = &text;
         };
-        for (const auto& [text, id] : model_.vocab()) add(id, text);
-        for (const auto& [text, id] : added_) add(static_cast<size_t>(id), text);
+        for (const auto& [text, id] : model_->vocab()) add(id, text);
+        for (const auto& [id, text] : shown_) add(static_cast<size_t>(id), text);
         std::unordered_map<std::string, char> bytes;
         for (int byte = 0; byte < 256; ++byte) {
             const auto value = static_cast<unsigned char>(byte);
@@ -324,7 +209,7 @@ class JsonTokenizer final : public Tokenizer {
         }
         std::string piece;
         for (size_t start = 0; start < token.size();) {
-            const std::string character = token.substr(start, length_of_character(token[start]));
+            const std::string character = token.substr(start, character_at(token, start).length);
             const auto byte = bytes.find(character);
             byte != bytes.end() ? void(piece += byte->second) : void(piece += character);
             start += character.size();
@@ -332,12 +217,13 @@ class JsonTokenizer final : public Tokenizer {
         add_piece(piece, false);
     }
 
-    BpeModel model_;
+    std::unique_ptr<TokenModel> model_;
     std::vector<Normalizer> normalizers_;
     std::vector<PreTokenizer> stages_;
     AddedTokens raw_;
     AddedTokens normalized_;
     std::unordered_map<std::string, int64_t> added_;
+    std::map<int64_t, std::string> shown_;  // what added tokens stand for: their text as the normalizers leave it
     int64_t next_id_ = 0;
     std::set<int64_t> special_ids_;
     SpecialTokens special_tokens_;
@@ -353,7 +239,7 @@ Result<std::unique_ptr<Tokenizer>> open_tokenizer_json(std::string_view data) {
         return !too_deep;
     };
     const json file = json::parse(data, is_flat, false);
-    if (file.is_discarded() || too_deep) return damaged("it is no JSON");
+    if (file.is_discarded() || too_deep) return damaged_json("it is no JSON");
     // The post_processor only adds special tokens, which encode never does; padding and truncation are not wanted.
     auto tokenizer = std::make_unique<JsonTokenizer>();
     if (auto opened = tokenizer->open(file); !opened) return opened.error();

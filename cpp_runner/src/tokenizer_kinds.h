@@ -16,7 +16,7 @@ Result<std::unique_ptr<Tokenizer>> open_sentencepiece(std::string_view data);
 /// Llama 3's ranks file: one `base64 rank` a line, with the 256 special tokens after them.
 Result<std::unique_ptr<Tokenizer>> open_tiktoken(std::string_view data);
 
-/// A Hugging Face tokenizer.json with a BPE model.
+/// A Hugging Face tokenizer.json, with any model.
 Result<std::unique_ptr<Tokenizer>> open_tokenizer_json(std::string_view data);
 
 }  // namespace llama_runner

@@ -2,6 +2,7 @@
 #include <charconv>
 #include <unordered_map>
 
+#include "base64.h"
 #include "bpe.h"
 #include "regex.h"
 #include "special_text.h"
@@ -36,27 +37,6 @@ constexpr std::array<std::string_view, 11> kNamedSpecials = {
 std::string special(size_t index) {
     if (index < kNamedSpecials.size()) return std::string(kNamedSpecials[index]);
     return "<|reserved_special_token_" + std::to_string(index - kNamedSpecials.size() + 2) + "|>";
-}
-
-int value_of(char c) {
-    constexpr std::string_view kAlphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    const size_t value = kAlphabet.find(c);
-    return value == std::string_view::npos ? -1 : static_cast<int>(value);
-}
-
-std::optional<std::string> from_base64(std::string_view text) {
-    if (text.empty() || text.size() % 4 != 0) return std::nullopt;
-    for (int i = 0; i < 2 && text.ends_with('='); ++i) text.remove_suffix(1);
-    std::string bytes;
-    uint32_t bits = 0;
-    int count = 0;
-    for (const char c : text) {
-        const int value = value_of(c);
-        if (value < 0) return std::nullopt;
-        bits = bits << 6 | static_cast<uint32_t>(value);
-        if ((count += 6) >= 8) bytes += static_cast<char>(bits >> (count -= 8) & 0xFF);
-    }
-    return bytes;
 }
 
 /// `base64 rank`, or nothing.

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,12 @@ class Checkpoint:
         files: what the content consists of, for `digest`.
         layout: the layout's name.
         bos_id: the id that starts a text, where the checkpoint says so.
+        adds_bos: whether one does, where the checkpoint says so.
         stop_ids: the ids that end a text, where the checkpoint says so.
         tokenizer: the tokenizer that belongs to it, where there is one: its file, or what makes the bytes of one.
         chat: how messages become a text.
+        sampling: what it recommends of SAMPLING.
+        warnings: what a person should know before.
     """
 
     config: ModelConfig
@@ -66,9 +69,12 @@ class Checkpoint:
     files: tuple[Path, ...]
     layout: str
     bos_id: int | None = None
+    adds_bos: bool | None = None
     stop_ids: tuple[int, ...] = ()
     tokenizer: Path | Callable[[], bytes] | None = None
     chat: ChatSource = ChatSource()
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """XXH3-128 over the content of all files, in hex: equal checkpoints have equal digests wherever they lie."""
@@ -270,6 +276,27 @@ def token_ids(value: Any, name: str, path: Path, vocab_size: int) -> tuple[int, 
     return tuple(ids)
 
 
+SAMPLING: dict[str, type] = {"temperature": float, "top_k": int, "top_p": float, "repetition_penalty": float}
+"""What a checkpoint may recommend for choosing tokens, as `runtime.sampler.SamplingOptions` has it."""
+
+
+def recommended(settings: Mapping[str, Any], path: Path) -> dict[str, float]:
+    """What a generation_config.json recommends. Where it asks for the likeliest token, only the penalty.
+
+    Raises:
+        InputError: a value is no number.
+    """
+    found = {}
+    for name, kind in SAMPLING.items():
+        value = settings.get(name)
+        if value is None or (settings.get("do_sample") is False and name != "repetition_penalty"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value or value < 0:
+            raise InputError(f"{path} sets {name} to {value!r}, which is impossible; correct it or leave it out")
+        found[name] = kind(value)
+    return found
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds.
 
@@ -279,7 +306,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors write a mark before it
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}); download the checkpoint again") from error
+        raise InputError(f"{path} is not JSON ({error}); give the checkpoint with a whole one") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__} where an object belongs; download it again")
+        raise InputError(f"{path} holds a {type(content).__name__} where an object belongs; give one that does")
     return content

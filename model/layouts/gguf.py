@@ -62,21 +62,30 @@ def open_gguf(path: Path) -> Checkpoint:
         for name, tensor in file.tensors.items()
     }
     weights = match(path, config, sources, Storage(GGUF_NAMES, interleaved=True), {_ROPE_FACTORS})
-    bos, eos, eot = (
+    bos, eos, eot, eom = (
         token_ids(fields.get(key), key, path, config.vocab_size)
-        for key in (f"{TOKENIZER}{name}_token_id" for name in ("bos", "eos", "eot"))
+        for key in (f"{TOKENIZER}{name}_token_id" for name in ("bos", "eos", "eot", "eom"))
     )
     starts = fields.get(f"{TOKENIZER}model") != "gpt2" or fields.get(f"{TOKENIZER}pre") in STARTS_TEXTS
+    adds = bool(fields.get(f"{TOKENIZER}add_bos_token", starts))
     return Checkpoint(
         config,
         weights,
         (path,),
         "GGUF",
-        bos_id=bos[0] if bos and fields.get(f"{TOKENIZER}add_bos_token", starts) else None,
-        stop_ids=eos + eot,
+        bos_id=bos[0] if bos and adds else None,
+        adds_bos=adds,
+        stop_ids=tuple(dict.fromkeys(eos + eot + eom)),
         tokenizer=partial(_tokenizer, path, fields) if f"{TOKENIZER}model" in fields else None,
         chat=_chat(fields, bos, eos),
+        warnings=_warnings(path, fields),
     )
+
+
+def _warnings(path: Path, fields: dict[str, Any]) -> tuple[str, ...]:
+    if fields.get(f"{TOKENIZER}model") != "gpt2" or f"{TOKENIZER}pre" in fields:
+        return ()
+    return (f"{path} does not say how its tokenizer splits text; as GPT-2's is assumed, as llama.cpp does",)
 
 
 def _chat(fields: dict[str, Any], bos: tuple[int, ...], eos: tuple[int, ...]) -> ChatSource:

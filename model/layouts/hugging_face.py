@@ -1,23 +1,34 @@
 """A Hugging Face folder: config.json, and weights in one or more .safetensors or pytorch_model.bin files."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.errors import InputError, listed
-from model.layouts.common import ChatSource, Checkpoint, Index, Source, is_plain, match, read_json, token_ids
-from model.layouts.pickled import load_tensors
+from model.layouts.common import (
+    ChatSource,
+    Checkpoint,
+    Index,
+    Source,
+    is_plain,
+    match,
+    read_json,
+    recommended,
+    token_ids,
+)
+from model.layouts.pickled import is_torch_file, load_tensors, without_wrappers
 from model.layouts.settings import config_of, family_of
+from preproc.tokenizer import from_bytes
 
 _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attn.causal_mask")
 """How the names of tensors end that old checkpoints carry, and that follow from the configuration."""
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def is_folder(path: Path) -> bool:
@@ -25,13 +36,36 @@ def is_folder(path: Path) -> bool:
     return path.is_dir() and (path / "config.json").is_file()
 
 
-def open_folder(path: Path) -> Checkpoint:
-    """Opens the folder; generation_config.json's ids win over config.json's, as in transformers."""
+def is_safetensors(path: Path) -> bool:
+    """Whether the file starts as safetensors do: a length, and an object of JSON."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(9)[8:] == b"{"
+
+
+def open_file(path: Path) -> Checkpoint:
+    """Opens a file of weights with the configuration that lies beside it.
+
+    Raises:
+        InputError: there is none, or as `open_folder`.
+    """
+    if not is_folder(path.parent):
+        raise InputError(f"{path} is weights alone; put the checkpoint's config.json beside it")
+    return open_folder(path.parent, path)
+
+
+def open_folder(path: Path, alone: Path | None = None) -> Checkpoint:
+    """Opens the folder.
+
+    Args:
+        alone: the file to take weights from, unless it is one of several that belong together.
+    """
     settings = read_json(path / "config.json")
     _check_unquantised(path, settings)
     family, config = family_of(settings, path / "config.json"), config_of(settings, path / "config.json")
-    files = _weight_files(path)
-    sources = _bare(_sources(files))
+    files = _weight_files(path, alone)
+    sources = without_wrappers(_sources(files))
     storage = family.storage
     if not any(name.startswith(family.prefix) for name in sources):
         bare = {ours: theirs.removeprefix(family.prefix) for ours, theirs in storage.names.items()}
@@ -42,21 +76,30 @@ def open_folder(path: Path) -> Checkpoint:
         config = replace(config, tied=_is_tied(sources, embedding, head))
         spare.add(head)
     weights = match(path, config, sources, storage, spare)
-    generation = path / "generation_config.json"
-    ids = settings | (read_json(generation) if generation.is_file() else {})
-    bos, stop = (token_ids(ids.get(key), key, path, config.vocab_size) for key in ("bos_token_id", "eos_token_id"))
-    tokenizer = next((p for p in (path / "tokenizer.json", path / "tokenizer.model") if p.is_file()), None)
-    decides = tokenizer is not None and tokenizer.suffix == ".json"  # whether a text starts with BOS
-    chat = _chat(path)
+    generation, said = (_object(path / name) for name in ("generation_config.json", "tokenizer_config.json"))
+    chat = _chat(path, said)
+    bos, *stop = (
+        token_ids(each.get(key), key, path, config.vocab_size)
+        for each, key in (
+            (generation if generation.get("bos_token_id") is not None else settings, "bos_token_id"),
+            (generation, "eos_token_id"),
+            (settings, "eos_token_id"),
+        )
+    )
+    stop.append(_named(chat.eos_token, path, said, config.vocab_size))
+    tokenizer = _tokenizer(path, said)
+    decides = isinstance(tokenizer, Path) and tokenizer.suffix == ".json"  # whether a text starts with BOS
     return Checkpoint(
         config,
         weights,
         (path / "config.json", *files),
         "Hugging Face folder",
         bos_id=bos[0] if bos and not decides else None,
-        stop_ids=stop or _named(chat.eos_token, tokenizer, config.vocab_size),
+        adds_bos=None if decides else said.get("add_bos_token"),
+        stop_ids=tuple(dict.fromkeys(itertools.chain(*stop))),
         tokenizer=tokenizer,
         chat=chat,
+        sampling=recommended(generation, path / "generation_config.json"),
     )
 
 
@@ -76,39 +119,87 @@ def _is_tied(sources: dict[str, Source], embedding: str, head: str) -> bool:
     """
     if embedding not in sources and head in sources:
         sources[embedding] = sources[head]
-    if head not in sources or embedding not in sources or sources[head].shape != sources[embedding].shape:
+    if head not in sources or embedding not in sources:
         return True
+    if sources[head].shape != sources[embedding].shape:
+        return False
     return torch.equal(sources[head].read(()), sources[embedding].read(()))
 
 
-def _bare(sources: dict[str, Source]) -> dict[str, Source]:
-    """The sources by their names without what wrappers (torch.compile, DataParallel) put before all of them."""
-    for prefix in _WRAPPERS:
-        if sources and all(name.startswith(prefix) for name in sources):
-            sources = {name.removeprefix(prefix): source for name, source in sources.items()}
-    return sources
+def _object(path: Path) -> dict[str, Any]:
+    """What a file of JSON holds that need not be there."""
+    return read_json(path) if path.is_file() else {}
 
 
-def _named(token: str | None, tokenizer: Path | None, vocab_size: int) -> tuple[int, ...]:
-    """The id of an added token of a tokenizer.json; none where there is no such file or token."""
-    if token is None or tokenizer is None or tokenizer.suffix != ".json":
+def _named(token: str | None, path: Path, said: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """The id of a token, by the vocabularies that name it: tokenizer.json, or tokenizer_config.json's added tokens."""
+    if token is None:
         return ()
-    added = read_json(tokenizer).get("added_tokens")
-    ids = [entry.get("id") for entry in added or () if isinstance(entry, dict) and entry.get("content") == token]
-    return token_ids(ids, f"added_tokens {token!r}", tokenizer, vocab_size)
+    whole = _object(path / "tokenizer.json")
+    model, added = whole.get("model") or {}, whole.get("added_tokens") or ()
+    ids = [entry.get("id") for entry in added if isinstance(entry, dict) and entry.get("content") == token]
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not ids and isinstance(vocabulary, dict) and token in vocabulary:
+        ids = [vocabulary[token]]
+    if not whole:
+        ids = [number for number, text in _added_tokens(path, said).items() if text == token]
+    return token_ids(ids, f"eos_token {token!r}", path, vocab_size)
 
 
-def _chat(path: Path) -> ChatSource:
+def _added_tokens(path: Path, said: dict[str, Any]) -> dict[int, str]:
+    """What added_tokens.json and tokenizer_config.json add to the tokenizer's own vocabulary: id -> text."""
+    found = {number: text for text, number in _object(path / "added_tokens.json").items() if type(number) is int}
+    listed_there = said.get("added_tokens_decoder")
+    for number, token in listed_there.items() if isinstance(listed_there, dict) else ():
+        text = _token_text(token)
+        if text is not None and str(number).isdecimal():
+            found[int(number)] = text
+    return found
+
+
+def _tokenizer(path: Path, said: dict[str, Any]) -> Path | Callable[[], bytes] | None:
+    """The tokenizer's file. One that would give other ids than transformers fails once it is asked for."""
+    whole, pieces = path / "tokenizer.json", path / "tokenizer.model"
+    if whole.is_file():
+        return whole
+    if pieces.is_file():
+        added = _added_tokens(path, said)
+        return partial(_pieces, pieces, added) if added else pieces
+    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        return partial(_refuse, f"{path} has its tokenizer as vocab.json and merges.txt")
+    return None
+
+
+def _pieces(file: Path, added: dict[int, str]) -> bytes:
+    """The bytes of a tokenizer.model.
+
+    Raises:
+        InputError: tokens have been added to it that it does not hold.
+    """
+    data = file.read_bytes()
+    size = from_bytes(data).vocab_size
+    if missing := [text for number, text in sorted(added.items()) if number >= size]:
+        _refuse(f"{file} lacks {listed(missing)}, which added_tokens.json or tokenizer_config.json add")
+    return data
+
+
+def _refuse(what: str) -> NoReturn:
+    raise InputError(
+        f"{what}; save a tokenizer.json there: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    )
+
+
+def _chat(path: Path, said: dict[str, Any]) -> ChatSource:
     """From tokenizer_config.json, over whose template a chat_template.jinja wins, as in transformers."""
-    file, alone = path / "tokenizer_config.json", path / "chat_template.jinja"
-    settings = read_json(file) if file.is_file() else {}
-    template = settings.get("chat_template")
+    alone = path / "chat_template.jinja"
+    template = said.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     if alone.is_file():
-        template = alone.read_text(encoding="utf-8")
-    bos, eos = (_token_text(settings.get(key)) for key in ("bos_token", "eos_token"))
+        template = alone.read_text(encoding="utf-8-sig")
+    tokens = _object(path / "special_tokens_map.json") | said
+    bos, eos = (_token_text(tokens.get(key)) for key in ("bos_token", "eos_token"))
     return ChatSource(template if isinstance(template, str) else None, bos, eos)
 
 
@@ -118,8 +209,13 @@ def _token_text(value: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """The safetensors files, or the pickled ones where there are none: a single file, or those that an index names."""
+def _weight_files(path: Path, alone: Path | None) -> list[Path]:
+    """The safetensors files, or the pickled ones where there are none: a single file, or those that an index names.
+    One that is given alone and that no index names is the only one.
+    """
+    named = [name for index in path.glob("*.index.json") for name in _indexed_names(index)]
+    if alone is not None and alone.name not in named:
+        return [alone]
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = path / f"{single}.index.json"
         if index.is_file():
@@ -143,7 +239,7 @@ def _sources(files: Iterable[Path]) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     found_in: dict[str, Path] = {}
     for file in files:
-        for name, source in (_index_pickled(file) if file.suffix == ".bin" else _index_safetensors(file)).items():
+        for name, source in (_index_pickled(file) if is_torch_file(file) else _index_safetensors(file)).items():
             if name in sources:
                 raise InputError(f"{name} stands in both {found_in[name].name} and {file.name}; remove one")
             sources[name], found_in[name] = source, file

@@ -1,5 +1,6 @@
 """Meta's own folder: params.json, and consolidated.NN.pth, one file per tensor-parallel rank."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from model.config import ModelConfig, RopeScaling
 from model.errors import InputError, listed
+from model.layouts import hugging_face
 from model.layouts.common import Checkpoint, Source, Storage, expected_shapes, is_plain, match, read_json, renamed
-from model.layouts.pickled import load_tensors
+from model.layouts.pickled import load_model, load_tensors
 
 META_NAMES = {
     "tok_embeddings.weight": "tok_embeddings.weight",
@@ -27,7 +29,7 @@ META_NAMES = {
 }
 """Our name -> Meta's, a star standing for the layer's number."""
 
-_SPARE = {"rope.freqs"}  # Llama 1 and 2 carry it; it follows from params.json
+_SPARE = {"rope.freqs", "freqs_cos", "freqs_sin"}  # Llama 1 and 2 and llama2.c carry them; they follow from settings
 
 
 def is_folder(path: Path) -> bool:
@@ -41,20 +43,48 @@ def open_folder(path: Path) -> Checkpoint:
     shards = [load_tensors(file) for file in files]
     if uneven := {name for shard in shards for name in shard.keys() ^ shards[0].keys()}:
         raise InputError(f"{path}: {listed(uneven)} are not in every consolidated file; download the checkpoint again")
-    settings = read_json(path / "params.json")
-    config = _config(settings, shards, path / "params.json")
+    return _open(path, read_json(path / "params.json"), shards, (path / "params.json", *files))
+
+
+def _open(path: Path, settings: dict[str, Any], shards: list[dict[str, Tensor]], files: tuple[Path, ...]) -> Checkpoint:
+    """The checkpoint of weights and settings that were read."""
+    config = _config(settings, shards, path)
     shapes = {renamed(name, META_NAMES): shape for name, shape in expected_shapes(config).items()}
     sources = {
         name: _joined(name, [shard[name] for shard in shards], shapes.get(name)) for name in shards[0].keys() - _SPARE
     }
-    tokenizer = path / "tokenizer.model"
+    tokenizer = (path if path.is_dir() else path.parent) / "tokenizer.model"
     return Checkpoint(
         config,
         match(path, config, sources, Storage(META_NAMES, interleaved=True), {"output.weight"} if config.tied else ()),
-        (path / "params.json", *files),
-        "Meta folder",
+        files,
+        "Meta folder" if path.is_dir() else "torch file",
         tokenizer=tokenizer if tokenizer.is_file() else None,
     )
+
+
+def open_file(path: Path) -> Checkpoint:
+    """Opens a single torch file: Meta's, or llama2.c's ckpt.pt, with the settings in it or in a params.json beside it;
+    or weights of a Hugging Face checkpoint with config.json beside it.
+
+    Raises:
+        InputError: there are no settings, or they are another's.
+    """
+    beside = path.parent / "params.json"
+    if path.name.startswith("consolidated.") and is_folder(path.parent):
+        return open_folder(path.parent)
+    state, trained = load_model(path)
+    if "tok_embeddings.weight" not in state:
+        return hugging_face.open_file(path)
+    if not trained and not beside.is_file():
+        raise InputError(f"{path} holds weights without settings; put the checkpoint's params.json beside it")
+    settings = (read_json(beside) if beside.is_file() else {}) | trained
+    if "norm_eps" not in settings:
+        settings["norm_eps"] = 1e-5  # llama2.c's, which it does not write
+    files = (path, beside) if beside.is_file() else (path,)
+    weights = {name: tensor for name, tensor in state.items() if name not in _SPARE}
+    found = _open(path, settings, [weights], files)
+    return replace(found, bos_id=1, stop_ids=(1, 2)) if trained else found  # as llama2.c trains and ends texts
 
 
 def _shard_files(path: Path) -> list[Path]:
@@ -78,16 +108,16 @@ def _config(settings: dict[str, Any], shards: list[dict[str, Tensor]], path: Pat
             head_dim=dim // heads,
             hidden_dim=sum(shard["layers.0.feed_forward.w1.weight"].shape[0] for shard in shards),
             vocab_size=sum(shard["output.weight"].shape[0] for shard in shards),
-            context=_context(settings, theta),
+            context=settings.get("max_seq_len") or _context(settings, theta),
             norm_eps=settings["norm_eps"],
             tied=all(torch.equal(shard["output.weight"], shard["tok_embeddings.weight"]) for shard in shards),
             rope_theta=theta,
             rope_scaling=_scaling(settings, dim) if settings.get("use_scaled_rope") else None,
         )
     except KeyError as error:
-        raise InputError(f"{path.parent} lacks {error}; download the checkpoint again") from error
+        raise InputError(f"{path} lacks {error}; add it to params.json, or give another checkpoint") from error
     except (TypeError, ValueError, ZeroDivisionError, IndexError) as error:
-        raise InputError(f"{path} holds a dimension that is no number ({error}); download it again") from error
+        raise InputError(f"{path} has a dimension that is no number ({error}); correct its params.json") from error
 
 
 def _context(settings: dict[str, Any], theta: float) -> int:

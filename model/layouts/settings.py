@@ -1,7 +1,7 @@
 """config.json -> ModelConfig, by the table of families."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,11 @@ from model.layouts.families import ACTIVATIONS, FAMILIES, Family, Key, Settings,
 
 _ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 _LAYER_TYPES = {"sliding_attention": True, "full_attention": False}
+
+_NULLS = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads")
+"""Keys whose null says something. Elsewhere it is as if the key were left out, as transformers has had it."""
+
+_WHOLE = {field.name for field in fields(ModelConfig) if field.type in (int, int | None)}
 
 
 def family_of(settings: Settings, path: Path) -> Family:
@@ -35,24 +40,25 @@ def config_of(settings: Settings, path: Path) -> ModelConfig:
     family = family_of(settings, path)
     settings = _completed(settings, family, path)
     try:
-        fields = dict(family.features) | {field: _value(settings, key) for field, key in family.keys.items()}
-        fields["n_kv_heads"] = fields.get("n_kv_heads") or fields["n_heads"]
-        fields["head_dim"] = fields.get("head_dim") or fields["dim"] // fields["n_heads"]
-        fields["hidden_dim"] = fields.get("hidden_dim") or 4 * fields["dim"]
-        if fields.get("positions", "rope") == "rope":
-            fields |= _rope(settings, family, fields["head_dim"], path)
-        config = ModelConfig(**fields)
+        found = dict(family.features) | {field: _value(settings, key) for field, key in family.keys.items()}
+        found = {field: _whole(value) if field in _WHOLE else value for field, value in found.items()}
+        found["n_kv_heads"] = found.get("n_kv_heads") or found["n_heads"]
+        found["head_dim"] = found.get("head_dim") or found["dim"] // found["n_heads"]
+        found["hidden_dim"] = found.get("hidden_dim") or 4 * found["dim"]
+        if found.get("positions", "rope") == "rope":
+            found |= _rope(settings, family, found["head_dim"], path)
+        config = ModelConfig(**found)
         local = _local_layers(settings, family, config.n_layers, path)
         return replace(
             config,
             nope_layers=tuple(layer for layer in range(config.n_layers) if not rotates(settings, layer)),
             local_layers=local,
-            sliding_window=settings["sliding_window"] if local else None,
+            sliding_window=_whole(settings["sliding_window"]) if local else None,
         )
     except KeyError as error:
-        raise InputError(f"{path} lacks the key {error}; download the checkpoint again") from error
+        raise InputError(f"{path} lacks the key {error}; add it, or give another checkpoint") from error
     except (TypeError, ZeroDivisionError, IndexError) as error:
-        raise InputError(f"{path} holds a dimension that is no number ({error}); download it again") from error
+        raise InputError(f"{path} holds a dimension that is no number ({error}); correct it") from error
 
 
 def _completed(settings: Settings, family: Family, path: Path) -> dict[str, Any]:
@@ -67,6 +73,7 @@ def _completed(settings: Settings, family: Family, path: Path) -> dict[str, Any]
         if not isinstance(content, dict):
             raise InputError(f"{path} holds a {type(content).__name__} as {section}; give an object of settings")
         found |= content
+    found = {key: value for key, value in found.items() if value is not None or key in _NULLS}
     for key, known in {**family.only, **dict.fromkeys(_ACTIVATION_KEYS, tuple(ACTIVATIONS))}.items():
         if found.get(key, known[0]) not in known:
             only = " or ".join(repr(value) for value in known)
@@ -79,6 +86,11 @@ def _value(settings: Settings, key: Key) -> Any:
         return settings[key]
     name, convert = key
     return convert(settings[name])
+
+
+def _whole(value: Any) -> Any:
+    """A whole number as such, where JSON's 32768.0 stands for it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _local_layers(settings: Settings, family: Family, n_layers: int, path: Path) -> tuple[int, ...]:
@@ -97,14 +109,14 @@ def _rope(settings: Settings, family: Family, head_dim: int, path: Path) -> dict
     rope: Any = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise InputError(f"{path} describes its rotary scaling as {rope!r}, which is no flat object; give another")
-    theta: Any = rope.get("rope_theta", settings["rope_theta"])
-    fields = {"rope_theta": float(theta), "rope_scaling": _scaling(rope, settings, family, path)}
+    theta: Any = settings["rope_theta"] if rope.get("rope_theta") is None else rope["rope_theta"]
+    found = {"rope_theta": float(theta), "rope_scaling": _scaling(rope, settings, family, path)}
     share: Any = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor"))
     if share in (None, 1):
-        return fields
+        return found
     if "partial_rotary_factor" not in family.defaults:
         raise InputError(f"{path} sets partial_rotary_factor to {share!r}; only 1 can be exported for its architecture")
-    return fields | {"rotary_dim": int(head_dim * share)}
+    return found | {"rotary_dim": int(head_dim * share)}
 
 
 def _scaling(rope: Settings, settings: Settings, family: Family, path: Path) -> RopeScaling | None:
@@ -114,26 +126,26 @@ def _scaling(rope: Settings, settings: Settings, family: Family, path: Path) -> 
         return None
     if kind not in RopeScaling.KINDS:
         raise InputError(f"{path} asks for rope scaling {named!r}; known are default, {', '.join(RopeScaling.KINDS)}")
-    context = settings["max_position_embeddings"]
+    context = _whole(settings["max_position_embeddings"])
     original, factor = context, rope.get("factor")
     if kind in ("llama3", "yarn", "longrope"):
         key = "original_max_position_embeddings"
-        original = settings.get(key) or rope.get(key) or context
+        original = _whole(settings.get(key) or rope.get(key) or context)
     if kind in ("yarn", "longrope") and factor is None:
         factor = max(1.0, context / original)
     if factor is None:
         raise KeyError("factor")
-    fields: dict[str, Any] = {"kind": kind, "factor": float(factor), "original_context": original}
+    found: dict[str, Any] = {"kind": kind, "factor": float(factor), "original_context": original}
     if kind == "llama3":
-        fields |= {key: float(rope[key]) for key in ("low_freq_factor", "high_freq_factor")}
+        found |= {key: float(rope[key]) for key in ("low_freq_factor", "high_freq_factor")}
     elif kind == "longrope":
-        fields |= {"short_factors": tuple(rope["short_factor"]), "long_factors": tuple(rope["long_factor"])}
+        found |= {"short_factors": tuple(rope["short_factor"]), "long_factors": tuple(rope["long_factor"])}
     elif kind == "yarn":
-        fields |= {"beta_fast": float(rope.get("beta_fast") or 32), "beta_slow": float(rope.get("beta_slow") or 1)}
-        fields["truncate"] = bool(rope.get("truncate", True))
+        found |= {"beta_fast": float(rope.get("beta_fast") or 32), "beta_slow": float(rope.get("beta_slow") or 1)}
+        found["truncate"] = bool(rope.get("truncate", True))
     if kind in ("yarn", "longrope"):
-        fields["attention_factor"] = rope.get("attention_factor")
-    if kind == "yarn" and fields["attention_factor"] is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        found["attention_factor"] = rope.get("attention_factor")
+    if kind == "yarn" and found["attention_factor"] is None and rope.get("mscale") and rope.get("mscale_all_dim"):
         growth = 0.1 * math.log(factor)
-        fields["attention_factor"] = (growth * rope["mscale"] + 1) / (growth * rope["mscale_all_dim"] + 1)
-    return RopeScaling(**fields)
+        found["attention_factor"] = (growth * rope["mscale"] + 1) / (growth * rope["mscale_all_dim"] + 1)
+    return RopeScaling(**found)

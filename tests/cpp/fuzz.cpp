@@ -102,6 +102,7 @@ bool try_metadata(Mutator& mutate) {
         if (key == "get_rope_cos" || key == "get_rope_sin") return take({table}), Result<void>();
         if (key == "get_alibi_slopes") return take({ConstantTensor{true, {8}, kTable.data(), 32}}), Result<void>();
         if (key == "get_chat_template") return take({std::string("{}")}), Result<void>();
+        if (key == "get_sampling") return take({mutate(R"({"temperature": 0.25, "top_k": 40})")}), Result<void>();
         if (key == "get_tokenizer") return take({table}), Result<void>();
         return take({static_cast<int64_t>(mutate.below(100) == 0 ? -1 : 1)}), Result<void>();
     };
@@ -110,8 +111,10 @@ bool try_metadata(Mutator& mutate) {
 
 bool try_template(Mutator& mutate) {
     static const std::string kTemplate =
-        R"({"opening": "<s>", "answer": "a", "again": "</s><s>", "ask": "", "strips_user": true, "strips_assistant": )"
-        R"(true, "system": {"before": "<s>", "behind": "\n", "joins": true, "is_late": true, "skips_empty": true}})";
+        R"({"data": {"opening": "<s>", "answer": "a", "again": "</s><s>", "ask": "", "strips_user": true, )"
+        R"("thought_end": "</t>", "thought_strips": "\n", "strips_assistant": true, "system": {"before": )"
+        "\"<s>\xEE\x80\x80%d %B\xEE\x80\x81\", "
+        R"("behind": "\n", "joins": true, "is_late": true, "skips_empty": true}}})";
     const auto made = ChatTemplate::from_json(mutate(kTemplate));
     const std::vector<Message> messages = {{Role::kSystem, mutate(" \xC2\xA0\n")},
                                            {Role::kUser, mutate(" \x1C")},

@@ -20,7 +20,9 @@ ChatTemplate simple() {
             .ask = ">",
             .strips_user = false,
             .strips_assistant = false,
-            .system = std::nullopt};
+            .system = std::nullopt,
+            .thought_end = "",
+            .thought_strips = ""};
 }
 
 TEST(ChatTemplate, Golden) {
@@ -28,17 +30,24 @@ TEST(ChatTemplate, Golden) {
     ASSERT_TRUE(tokenizer);
     const json golden = testing::golden("chat.json");
     ASSERT_GT(golden["cases"].size(), 50);
+    const json& at = golden["now"];
+    std::tm local{};
+    local.tm_year = at[0].get<int>() - 1900;
+    local.tm_mon = at[1].get<int>() - 1;
+    local.tm_mday = at[2];
+    local.tm_hour = at[3];
+    local.tm_min = at[4];
+    local.tm_isdst = -1;
+    const std::time_t now = std::mktime(&local);
     for (const json& entry : golden["cases"]) {
         const auto made = ChatTemplate::from_json(entry["template"].dump());
         ASSERT_TRUE(made) << made.error().message;
         std::vector<Message> messages;
         for (const json& message : entry["messages"]) messages.push_back({role_of(message[0]), message[1]});
-        const auto text = made->text(messages);
+        const auto text = made->text(messages, now);
         ASSERT_TRUE(text) << text.error().message;
         EXPECT_EQ(*text, entry["text"].get<std::string>());
-        const auto ids = made->encode(messages, **tokenizer);
-        ASSERT_TRUE(ids) << ids.error().message;
-        EXPECT_EQ(*ids, entry["ids"].get<std::vector<int64_t>>());
+        EXPECT_EQ(*(*tokenizer)->encode_parts(*made->parts(messages, now)), entry["ids"].get<std::vector<int64_t>>());
         const auto end_id = made->end_id(**tokenizer, 1);
         EXPECT_EQ(end_id ? json(*end_id) : json(nullptr), entry["end_id"]);
     }
@@ -60,12 +69,18 @@ TEST(ChatTemplate, RefusesMessagesOutOfTurn) {
 }
 
 TEST(ChatTemplate, RefusesDamage) {
-    for (const char* text : {"", "{", "{}", "[]", R"({"opening": "", "answer": "", "again": "", "ask": 1})",
-                             R"({"opening": "", "answer": "", "again": "", "ask": "", "system": {}})"}) {
+    for (const char* text : {"", "{", "{}", "[]", R"({"data": {"opening": "", "answer": "", "again": "", "ask": 1}})",
+                             R"({"data": {"opening": "", "answer": "", "again": "", "ask": "", "system": {}}})"}) {
         const auto made = ChatTemplate::from_json(text);
         ASSERT_FALSE(made) << text;
         EXPECT_TRUE(made.error().message.starts_with("the file's chat template cannot be read (")) << text;
     }
+}
+
+TEST(ChatTemplate, SaysThatItsJinjaIsNotForThisRunner) {
+    const auto made = ChatTemplate::from_json(R"({"jinja": {"source": ""}, "data": null})");
+    ASSERT_FALSE(made);
+    EXPECT_TRUE(made.error().message.starts_with("the file's chat template needs Jinja, which this runner lacks; "));
 }
 
 TEST(ChatTemplate, RefusesATokenThatIsCutOutOfAnyText) {

@@ -35,6 +35,7 @@ std::map<std::string, std::vector<Constant>> good() {
         {"get_activation_bytes", {int64_t{512}}},
         {"get_tokenizer_kind", {std::string("none")}},
         {"get_chat_template", {std::string("{}")}},
+        {"get_sampling", {std::string(R"({"temperature": 0.25, "top_k": 40})")}},
     };
 }
 
@@ -64,6 +65,9 @@ TEST(Metadata, ReadsEveryField) {
     EXPECT_EQ(metadata->sliding_window, 4);
     EXPECT_EQ(metadata->tokenizer, "");
     EXPECT_EQ(metadata->chat_template, "{}");
+    EXPECT_EQ(metadata->sampling.temperature, 0.25);
+    EXPECT_EQ(metadata->sampling.top_k, 40);
+    EXPECT_EQ(metadata->sampling.top_p, 1);
 }
 
 TEST(Metadata, SlopesOfZeroAreNone) {

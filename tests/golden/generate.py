@@ -6,6 +6,7 @@ python -m tests.golden.generate
 import json
 import random
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from export.llama import export_llama
 from export.plan import ExportOptions
 from model.checkpoint import BUILT_IN
 from preproc.chat import NAMED
+from preproc.jinja_template import JinjaTemplate, to_file
 from preproc.tokenizer import Tokenizer, open_tokenizer
 from runtime.generate import prompt_ids
 from runtime.generation import GenerationOptions, StopFilter, generate
@@ -225,7 +227,8 @@ def chat() -> dict[str, Any]:
     Their special tokens are its BOS and EOS, and whatever else is one elsewhere is ordinary text.
     """
     tokenizer = open_tokenizer(BUILT_IN / "tokenizer.model")
-    public = {name: reduced(public.source, "<s>", "</s>") for name, public in PUBLIC.items()}
+    public = {name: reduced(JinjaTemplate(public.source, "<s>", "</s>")) for name, public in PUBLIC.items()}
+    now = datetime(2026, 2, 3, 12, 30)
     cases = []
     for template in (NAMED | public).values():
         for number in range(6):
@@ -233,10 +236,11 @@ def chat() -> dict[str, Any]:
             messages = [("assistant" if i % 2 else "user", content) for i, content in enumerate(contents)]
             if template.system and number % 2:
                 messages = [("system", CONTENTS[number]), *messages]
-            case = {"template": template.to_json(), "messages": messages, "text": template.text(messages)}
+            case = {"template": to_file(None, template), "messages": messages, "text": template.text(messages, now)}
             end_id = template.end_id(tokenizer, tokenizer.bos_id)
-            cases.append(case | {"ids": template.encode(messages, tokenizer), "end_id": end_id})
-    return {"cases": cases}
+            ids = tokenizer.encode_parts(template.parts(messages, now))
+            cases.append(case | {"ids": ids, "end_id": end_id})
+    return {"now": [now.year, now.month, now.day, now.hour, now.minute], "cases": cases}
 
 
 def write(name: str, content: dict[str, Any]) -> None:

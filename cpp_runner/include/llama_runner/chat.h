@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <ctime>
 #include <memory>
 #include <optional>
 #include <span>
@@ -57,17 +58,25 @@ struct ChatTemplate {
     bool strips_assistant = false;
     /// How a system message is given; none refuses one.
     std::optional<SystemPlace> system;
+    /// What ends a thought, such as </think>: of an answer that is given again, only what stands behind the last one
+    /// is. Empty where answers are given again as they were.
+    std::string thought_end;
+    /// The characters that fall away right behind it.
+    std::string thought_strips;
 
     /// Reads what a file carries. Fails where it is no template.
     static Result<ChatTemplate> from_json(std::string_view text);
 
     /// The whole text. Special tokens are only in what comes from the template.
     ///
+    /// `now` is the time of the conversation; without it, the clock's.
+    ///
     /// Fails where the messages do not take turns, or there is a system message where none can be given.
-    Result<std::vector<Part>> parts(std::span<const Message> messages) const;
+    Result<std::vector<Part>> parts(std::span<const Message> messages,
+                                    std::optional<std::time_t> now = std::nullopt) const;
 
     /// The whole text; see `parts`.
-    Result<std::string> text(std::span<const Message> messages) const;
+    Result<std::string> text(std::span<const Message> messages, std::optional<std::time_t> now = std::nullopt) const;
 
     /// The ids of the whole text, which no BOS is added to: the template says what opens it.
     ///
@@ -80,6 +89,8 @@ struct ChatTemplate {
 
   private:
     Result<void> check(std::span<const Message> messages) const;
+    Result<std::vector<Part>> undated(std::span<const Message> messages) const;
+    std::string_view answered(std::string_view content) const;
     void add_with_system(const std::string& before, const std::string& system_message, const std::string& content,
                          std::vector<Part>& parts) const;
 };

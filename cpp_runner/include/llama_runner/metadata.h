@@ -12,11 +12,12 @@
 #include <vector>
 
 #include "llama_runner/result.h"
+#include "llama_runner/sampler.h"
 
 /// The contract with export (export/metadata.py): what a file carries, under which names, in which format version.
 namespace llama_runner {
 
-inline constexpr uint32_t kFormatVersion = 3;
+inline constexpr uint32_t kFormatVersion = 4;
 
 /// Stands in a shape for the method's length.
 inline constexpr int64_t kLength = -1;
@@ -123,6 +124,8 @@ struct Metadata {
     std::string tokenizer;
     /// How messages become a text, see `ChatTemplate::from_json`; empty where nothing says.
     std::string chat_template;
+    /// What the checkpoint recommends; the rest is as if nothing were said.
+    SamplingOptions sampling;
 
     /// Of the KV caches.
     int64_t cache_bytes() const;
