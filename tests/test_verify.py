@@ -1,6 +1,9 @@
 import copy
 import math
+import mmap
 import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,16 +11,21 @@ import pytest
 import torch
 
 from export import verify as command
-from export.fidelity import LIMITS, compare
+from export.cut import Cut
+from export.fidelity import LIMITS, Observed, compare, judge, observed
+from export.link import weight_digest
 from export.llama import export_llama
-from export.plan import ExportOptions
+from export.plan import ExportOptions, plan
 from export.recipe import Recipe
 from export.scheme import SCHEMES
 from export.trace import GraphOptions
 from export.verify import Verdict, verify
+from export.weights import altered, identity_of, weight_places
 from model.checkpoint import open_checkpoint
 from model.errors import InputError
 from model.model import Llama
+from runtime.program import Program, read_metadata
+from tests.bench.gate import MOE, PLANTED, RUN, Right, random_file
 from tests.conftest import DEEP, TOY, planned, random_model, toy_model, write_pte
 from tests.families import CASES, hugging_face_model
 
@@ -110,6 +118,66 @@ def test_massive_activations_pass_and_hide_no_fault(massive: tuple[Path, Llama])
         found = verdict(file, other)
         assert found.failure, fault.__name__
         assert found.fidelity.kl > 10 * found.fidelity.limits.kl, fault.__name__
+
+
+@pytest.fixture(scope="module", params=["fp32", "8da8w", "experts"])
+def right(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Right, Observed]:
+    """A right file of a random model, and what it computes."""
+    is_moe = request.param == "experts"
+    model = random_model(MOE if is_moe else DEEP)
+    scheme = SCHEMES["fp32" if is_moe else request.param]
+    made = random_file(request.param, model, scheme, tmp_path_factory.mktemp("right"))
+    return made, observed(Program(made.path))
+
+
+def test_a_right_file_passes_and_holds_the_weights(right: tuple[Right, Observed]) -> None:
+    file, found = right
+    fidelity = judge(file.recipe, found)
+    assert fidelity.passed
+    assert fidelity.cached is not None, "its keys and values were compared"
+    assert list(altered(file.path, file.recipe)) == []
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_fault_of_the_model_is_refused(fault: Callable[[Recipe], Recipe], right: tuple[Right, Observed]) -> None:
+    file, found = right
+    assert not judge(fault(file.recipe), found).passed
+
+
+@pytest.mark.parametrize("fault", RUN)
+def test_a_fault_of_the_runtime_is_refused(fault: Callable[[], AbstractContextManager[None]],
+                                           right: tuple[Right, Observed]) -> None:  # fmt: skip
+    file, _ = right
+    with fault():
+        found = observed(Program(file.path))
+    assert not judge(file.recipe, found).passed
+
+
+@pytest.mark.parametrize("kind", ["linear", "head"])
+@pytest.mark.parametrize("embedding_bits", [8, 4])
+def test_one_bit_of_a_weight_is_named(kind: str, embedding_bits: int, tmp_path: Path) -> None:
+    scheme = SCHEMES["8da8w"]
+    if embedding_bits == 4:
+        scheme = replace(SCHEMES["8da4w"], embedding=SCHEMES["8da4w"].head)
+    made = random_file("", random_model(DEEP), scheme, tmp_path)
+    assert list(altered(made.path, made.recipe)) == []
+    name = "head.output.weight" if kind == "head" else "layers.3.feed_forward.w1.weight"
+    with made.path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as program:
+        start, _ = weight_places(program)[weight_digest(identity_of(read_metadata(made.path)), name, 0)]
+        program[start + 5] ^= 1
+    assert list(altered(made.path, made.recipe)) == [name]
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_shards_and_slices_hold_the_weights(count: int, toy_options: ExportOptions, tmp_path: Path) -> None:
+    cut = Cut(slices=2) if count == 2 else Cut(shards=2)
+    options = replace(toy_options, quantize="8da8w", cut=cut, output=tmp_path / "cut", max_ppl_increase=100.0)
+    found = plan(options)
+    assert list(altered(export_llama(options), found.recipe)) == []
+    model = changed(open_checkpoint(options.checkpoint).build())
+    model.layers["1"].attention.wo.weight[3, 3] = 5.0
+    other = Recipe(model.config, model.state_dict(), found.recipe.scheme, slices=cut.slices)
+    assert set(altered(tmp_path / "cut", other)) == {"layers.1.attention.wo.weight"}
 
 
 def test_limits_are_widened_by_what_rounding_does_to_the_reference_itself() -> None:
