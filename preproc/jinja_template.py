@@ -60,7 +60,8 @@ class JinjaTemplate:
     clock: Callable[[], Any] = field(default=datetime.now, compare=False, repr=False)
 
     def text(self, messages: Sequence[Said], tools: Sequence[Any] | None = None) -> str:
-        """The whole text of messages, with what asks for an answer.
+        """The whole text of messages, with what asks for an answer; or up to the end of a last message of the
+        assistant, which is then gone on with.
 
         Args:
             tools: functions that the model may call, each as OpenAI's API describes it.
@@ -70,15 +71,17 @@ class JinjaTemplate:
             InputError: it is no Jinja, or fails otherwise.
         """
         given = [_described(message) for message in messages]
+        begun = str(given[-1].get("content", "")) if given and given[-1].get("role") == ASSISTANT else None
         try:
-            return self._compiled.render(
+            text = self._compiled.render(
                 messages=given,
                 tools=tools,
                 documents=None,
-                add_generation_prompt=True,
+                add_generation_prompt=begun is None,
                 bos_token=self.bos_token,
                 eos_token=self.eos_token,
             )
+            return text if begun is None else _begun(text, begun)
         except InputError:  # as _refuse raises it
             raise
         except Exception as error:  # what a template does is not known, and what its expressions raise neither
@@ -160,6 +163,15 @@ def to_file(jinja: JinjaTemplate | None, data: ChatTemplate | None) -> dict[str,
     if jinja is None and data is None:
         return None
     return {"jinja": jinja.to_json() if jinja else None, "data": data.to_json() if data else None}
+
+
+def _begun(text: str, content: str) -> str:
+    """The text up to the end of a content, cut as transformers cuts it for continue_final_message."""
+    start = text.rfind(content.strip())
+    if start < 0:
+        raise InputError("the chat template changes the last message, of the assistant; leave it out")
+    whole = content.lstrip()
+    return text[: start + len(whole if text.startswith(whole, start) else content.strip())]
 
 
 def _described(message: Said) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -35,6 +36,14 @@ _PAGE_HEADERS = {
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
+
+
+_PAGES: dict[str, Any] = {
+    "allow_origin_regex": r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?",
+    "allow_methods": ["GET", "POST"],
+    "allow_headers": ["*"],
+}
+"""Pages that may ask from a browser: those of this machine. Others could make it work for anybody."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,11 @@ def create_app(model: Model, worker: Worker, access: Access) -> Starlette:
         ClientDisconnect: _nobody_listens,
         Exception: _failed,
     }
-    return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(_KeyCheck, access.api_key)])
+    return Starlette(
+        routes=routes,
+        exception_handlers=handlers,
+        middleware=[Middleware(CORSMiddleware, **_PAGES), Middleware(_KeyCheck, access.api_key)],
+    )
 
 
 class _Steps:

@@ -29,6 +29,9 @@ COMPLETION_TOKENS = 16
 
 MOST_STOPS, MOST_BIASES, MOST_LOGPROBS = 16, 1024, 20
 
+LIKELIEST = 1e-9
+"""What top_p 0 stands for: a probability that the likeliest token alone reaches."""
+
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (0, 1),
@@ -112,8 +115,8 @@ def read_completion(raw: bytes, model: Model) -> Order:
     values = _Values(raw, model)
     prompt = values.prompt(model)
     logprobs = values.whole("logprobs", 0, MOST_LOGPROBS)
-    limit = values.whole("max_tokens", 1)
-    options = values.options(logprobs, COMPLETION_TOKENS if limit is None else limit, model.metadata.stop_ids)
+    limit = values.limit(("max_tokens",), COMPLETION_TOKENS)
+    options = values.options(logprobs, limit, model.metadata.stop_ids)
     return values.order(False, prompt, options, model)
 
 
@@ -129,7 +132,7 @@ def read_chat(raw: bytes, model: Model) -> Order:
     logprobs = (top or 0) if values.flag("logprobs") else None
     if top is not None and logprobs is None:
         refuse("top_logprobs", f"top_logprobs {top} is impossible without logprobs; add logprobs: true")
-    limit = values.whole("max_completion_tokens", 1) or values.whole("max_tokens", 1)
+    limit = values.limit(("max_completion_tokens", "max_tokens"), None)
     options = values.options(logprobs, limit, stop_ids)
     return values.order(True, prompt, options, model)
 
@@ -179,6 +182,13 @@ class _Values:
             bounds = f"{low} or more" if high is None else f"{low} to {high}"
             refuse(name, f"{name} {value} is impossible; give {bounds}")
         return value
+
+    def limit(self, names: Sequence[str], usual: int | None) -> int | None:
+        """A number of tokens, by the first of the names that is given; -1, as with llama.cpp, is as many as fit."""
+        name = next((name for name in names if name in self._values), None)
+        if name is None:
+            return usual
+        return None if self._values[name] == -1 else self.whole(name, 1)
 
     def flag(self, name: str) -> bool:
         """True or false, which it is unless given."""
@@ -266,7 +276,8 @@ class _Values:
             return self.whole(name) or 0
         if name == "logit_bias":
             return self._biases()
-        return _number(name, self._values[name])
+        number = _number(name, self._values[name])
+        return LIKELIEST if name == "top_p" and number == 0 else number
 
     def _biases(self) -> dict[int, float]:
         given = self.entries("logit_bias")

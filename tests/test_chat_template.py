@@ -143,6 +143,15 @@ def test_ids_are_those_of_apply_chat_template(name: str, kind: str, stopped: dat
         assert from_file(json.dumps(to_file(None, data))) == data
 
 
+@pytest.mark.parametrize("content", ["Sure, ", " It is\n\n", "Yes"])
+@pytest.mark.parametrize("name", ["qwen2", "llama3", "gemma 3", "mistral v0.3"])
+def test_a_last_message_of_the_assistant_is_gone_on_with(name: str, content: str) -> None:
+    theirs = theirs_of(PUBLIC[name], byte_level())
+    messages = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": content}]
+    expected = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert jinja_of(PUBLIC[name]).text(messages) == expected
+
+
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "Grüße <b>", "parameters": {"type": "object"}}}]
 
 

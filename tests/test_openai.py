@@ -1,15 +1,19 @@
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import pytest
 
 from preproc.chat import NAMED
+from preproc.jinja_template import JinjaTemplate
 from runtime import serve
 from runtime.generate import prompt_ids
 from runtime.generation import GenerationOptions, Step, generate
+from runtime.openai_request import read_chat
 from runtime.program import Program
 from runtime.sampler import Rng, SamplingOptions
 from runtime.session import Session
@@ -239,3 +243,37 @@ def test_what_is_impossible_is_refused(
 def test_unknown_parameters_and_nulls_are_ignored(server: Server) -> None:
     harmless = {"user": "me", "store": False, "n": 1, "tools": [{}], "tool_choice": "none", "stop": None, "seed": None}
     assert server.post("completions", prompt="x", max_tokens=1, best_of=1, **harmless).status_code == 200
+
+
+def test_top_p_0_takes_the_likeliest_and_max_tokens_minus_1_as_many_as_fit(server: Server) -> None:
+    def text(**how: Any) -> str:
+        answer = server.post("completions", prompt=STORY, **how)
+        assert answer.status_code == 200
+        return str(answer.json()["choices"][0]["text"])
+
+    assert text(top_p=0, max_tokens=12) == text(temperature=0, max_tokens=12)
+    assert len(text(temperature=0, max_tokens=-1, stop=["."])) > len(text(temperature=0, max_tokens=1))
+    assert server.post("chat/completions", messages=MESSAGES, max_tokens=-1, stop=["a"]).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "roles",
+    ["user user", "assistant user", "system system user", "system", "user assistant", "user assistant system user"],
+)
+def test_a_jinja_template_takes_the_messages_that_it_renders(roles: str, server: Server) -> None:
+    template = JinjaTemplate("{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{{ '[assistant]' }}")
+    model = replace(server.model, template=template)
+    messages = [{"role": role, "content": f"Text {number}"} for number, role in enumerate(roles.split())]
+    order = read_chat(json.dumps({"messages": messages}).encode(), model)
+    text = "".join(f"[{each['role']}]{each['content']}\n" for each in messages) + "[assistant]"
+    if messages[-1]["role"] == "assistant":
+        text = text.removesuffix("\n[assistant]")
+    assert order.prompt == model.tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(("origin", "is_let"), [("http://localhost:3000", True), ("https://elsewhere.example", False)])
+def test_pages_of_this_machine_may_ask_from_a_browser(origin: str, is_let: bool, server: Server) -> None:
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    answer = httpx.options(f"{server.url}/v1/chat/completions", headers=headers)
+    assert (answer.status_code == 200) == is_let
+    assert answer.headers.get("access-control-allow-origin") == (origin if is_let else None)
