@@ -258,7 +258,7 @@ def test_top_p_0_takes_the_likeliest_and_max_tokens_minus_1_as_many_as_fit(serve
 
 @pytest.mark.parametrize(
     "roles",
-    ["user user", "assistant user", "system system user", "system", "user assistant", "user assistant system user"],
+    ["user user", "assistant user", "system system user", "system", "user assistant", "user system user"],
 )
 def test_a_jinja_template_takes_the_messages_that_it_renders(roles: str, server: Server) -> None:
     template = JinjaTemplate("{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{{ '[assistant]' }}")
