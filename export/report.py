@@ -36,6 +36,7 @@ FIELDS = {
     "quality": "the quantised model against float32, on a text",
     "quality.text": "the text's name, or `random tokens` where the file has no tokenizer",
     "quality.windows[]": "tokens predicted in each part of the text; none sees another",
+    "quality.finer[]": "flags that lose less, each by itself",
     "quality.limit": "largest relative increase of perplexity that passes",
     "quality.kl_limit": "largest mean KL that passes: log(1 + limit), what such an increase comes to",
     "quality.quantised": "the eager quantised model against float32",
