@@ -137,8 +137,8 @@ TEST(CheckFile, ToldApart) {
         {"hello", "is no .pte file"},
         {whole.substr(0, whole.size() - 1), "is truncated or was not made by llama-pte"},
         {whole.substr(0, 100), "is truncated or was not made by llama-pte"},
-        {newer, "has format version 9, newer than this version's 3"},
-        {older, "has format version 1, and this version reads 3; export it again"},
+        {newer, "has format version 9, newer than this version's 4"},
+        {older, "has format version 1, and this version reads 4; export it again"},
         {longer, "is damaged: "},
         {damaged, "is damaged: its checksum does not match"},
     };
