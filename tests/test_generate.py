@@ -18,7 +18,7 @@ from runtime.generation import GenerationOptions, Step, StopFilter, generate
 from runtime.program import Program
 from runtime.sampler import Rng, SamplingOptions
 from runtime.session import Session
-from tests.conftest import TOY
+from tests.conftest import ROOT, TOY
 
 
 def ids(program: Program, prompt: list[int], options: GenerationOptions, seed: int = 0) -> list[Step]:
@@ -222,3 +222,47 @@ def test_stories260k_prints_what_llama2c_prints(
     expected = (shared / "stories260K" / "greedy-200.txt").read_bytes()
     assert len(expected) == 464
     assert capfd.readouterr().out.encode() == expected
+
+
+@pytest.mark.parametrize("name", ["prompt.txt", "-"])
+def test_a_prompt_from_a_file_is_what_python_makes_of_it(
+    name: str, runner: Path, toy_pte: Path, tmp_path: Path
+) -> None:
+    """More than a command line can hold, where the model then says that its context cannot."""
+    short = (
+        "\N{ZERO WIDTH NO-BREAK SPACE}Two\nlines, gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n\r\n".encode() + b"\xff\n"
+    )
+    for content, code in ((short, 0), (b"word " * 60_000, 2)):
+        (tmp_path / "prompt.txt").write_bytes(content)
+        file = "-" if name == "-" else str(tmp_path / name)
+        flags = [str(toy_pte), "--prompt-file", file, "--format", "json", "--max-new-tokens", "2"]
+        python = [sys.executable, "-m", "runtime.generate"]
+        ours, theirs = (
+            subprocess.run([*program, *flags], input=content, capture_output=True, cwd=ROOT, check=False)
+            for program in ([str(runner)], python)
+        )
+        assert (ours.returncode, theirs.returncode) == (code, code), (ours.stderr, theirs.stderr)
+        if code:
+            assert ours.stderr == theirs.stderr
+            assert b"60" in ours.stderr
+        else:
+            found = [json.loads(done.stdout) for done in (ours, theirs)]
+            assert found[0]["prompt_ids"] == found[1]["prompt_ids"]
+            text = content.decode("utf-8-sig", "replace").removesuffix("\n")
+            program = Program(toy_pte)
+            assert program.tokenizer
+            assert found[0]["prompt_ids"][1:] == program.tokenizer.encode(text)
+
+
+def test_a_prompt_file_that_is_absent_is_named(runner: Path, toy_pte: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([runner, toy_pte, *arguments], capture_output=True, text=True, check=False)
+
+    done = run("--prompt-file", "absent.txt")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: absent.txt cannot be read (No such file or directory); give a text file\n",
+    )
+    both = run("--prompt-file", "a.txt", "--prompt", "x")
+    assert both.returncode == 2
+    assert "excludes" in both.stderr
