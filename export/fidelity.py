@@ -149,7 +149,7 @@ def empty_text(program: Program) -> Session | Lane:
 
 def observed(program: Program) -> Observed:
     """Has the file read prompts and continue them greedily."""
-    texts, logits, cached, session = list[list[int]](), list[Tensor](), list[dict[str, tuple[Tensor, Tensor]]](), None
+    texts, logits, cached = list[list[int]](), list[Tensor](), list[dict[str, tuple[Tensor, Tensor]]]()
     session = empty_text(program)
     for prompt in _prompts(program):
         session.reset()

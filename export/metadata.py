@@ -6,6 +6,7 @@ newer one before anything else is believed.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import struct
@@ -205,6 +206,11 @@ class Metadata:
         """What the inputs that depend on the position are made from."""
         slopes = self.alibi_slopes if self.config.positions == "alibi" else torch.zeros(0)
         return Positions(self.rope_cos, self.rope_sin, slopes, self.config.sliding_window, self.max_seq_len)
+
+
+def export_identity(provenance: Mapping[str, Any]) -> str:
+    """Equal for exports that are the same byte for byte."""
+    return hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()
 
 
 def to_constants(metadata: Metadata) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from export.cpp_tokenizer import unsupported_in_cpp
 from export.cut import Cut
 from export.inspect import activation_bytes, cache_bytes, matrix_bytes
 from export.link import Linked
-from export.metadata import FORMAT_VERSION, NO_TOKENIZER, Metadata, MethodSpec
+from export.metadata import FORMAT_VERSION, NO_TOKENIZER, Metadata, MethodSpec, export_identity
 from export.quantize import ROUNDINGS
 from export.recipe import Recipe
 from export.scheme import CALIBRATED, SCHEMES, Scheme, adjusted, swaps_pairs
@@ -180,7 +180,7 @@ class Plan:
     @property
     def identity(self) -> str:
         """Equal for exports that are the same byte for byte."""
-        return hashlib.sha256(json.dumps(self.provenance, sort_keys=True).encode()).hexdigest()
+        return export_identity(self.provenance)
 
     def metadata(self, linked: Linked, methods: tuple[MethodSpec, ...]) -> Metadata:
         """What the file of one of the shards or slices carries beside graph and weights."""

@@ -4,8 +4,6 @@ Where activations are rounded to 8 bits, a right file's logits differ from the r
 in a late block makes; its weights do not differ by a bit.
 """
 
-import hashlib
-import json
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
@@ -18,7 +16,7 @@ from torch import Tensor
 from export.emit import NAMED, SEGMENTS
 from export.link import part_of, weight_digest
 from export.lower import parts, to_bytes
-from export.metadata import Metadata
+from export.metadata import export_identity
 from export.quantize import QuantizedEmbedding
 from export.recipe import Recipe
 from export.scheme import is_shared
@@ -39,15 +37,10 @@ def altered(path: Path | Sequence[Path], recipe: Recipe) -> Iterator[str]:
     """
     for each in files(path) if isinstance(path, Path) else path:
         metadata = Shard(each).metadata
-        part, identity = part_of(recipe, identity_of(metadata), metadata.methods[0])
+        part, identity = part_of(recipe, export_identity(metadata.provenance), metadata.methods[0])
         is_whole = metadata.slices == 1 and metadata.span == range(recipe.config.n_layers)
         with each.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as program:
             yield from _altered(program, part, identity, is_whole)
-
-
-def identity_of(metadata: Metadata) -> str:
-    """What `export.plan.Plan.identity` was when the file was made."""
-    return hashlib.sha256(json.dumps(metadata.provenance, sort_keys=True).encode()).hexdigest()
 
 
 def _altered(program: mmap.mmap, recipe: Recipe, identity: str, is_whole: bool) -> Iterator[str]:

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from model.errors import InputError, listed
-from preproc.special_text import Part
+from preproc.special_text import Part, any_of
 from preproc.tokenizer import Tokenizer
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -99,10 +99,7 @@ class ChatTemplate:
         parts = list[Part]()
         for i, content in enumerate(contents):
             if i % 2:
-                answered = content.rpartition(self.thought_end)[2] if self.thought_end else content
-                if answered != content:
-                    answered = answered.lstrip(self.thought_strips) if self.thought_strips else answered
-                parts += [Part(self.answer, True), _content(answered, self.strips_assistant)]
+                parts += [Part(self.answer, True), _content(self._answered(content), self.strips_assistant)]
                 continue
             opening = Part(self.again if i else self.opening, True)
             late = self.system is not None and self.system.is_late
@@ -125,9 +122,7 @@ class ChatTemplate:
         """
         parts = self.parts(messages)
         own = "".join(part.text for part in parts if part.parse_special)
-        for text in markers(tokenizer.fixed):
-            if text in own and any(text in part.text for part in parts if not part.parse_special):
-                raise InputError(f"a message holds {text}, which stands between messages; leave it out")
+        check_contents(tokenizer, own, [part.text for part in parts if not part.parse_special])
         return tokenizer.encode_parts(parts)
 
     def end_id(self, tokenizer: Tokenizer, bos_id: int | None) -> int | None:
@@ -136,8 +131,7 @@ class ChatTemplate:
 
     def stop_ids(self, tokenizer: Tokenizer, bos_id: int | None, others: Sequence[int]) -> tuple[int, ...]:
         """The ids that end a text where messages are answered: those that do anyway, and `end_id`."""
-        end_id = self.end_id(tokenizer, bos_id)
-        return (*others, *(() if end_id is None or end_id in others else (end_id,)))
+        return with_end(others, self.end_id(tokenizer, bos_id))
 
     def to_json(self) -> dict[str, Any]:
         """As an object of JSON."""
@@ -174,6 +168,12 @@ class ChatTemplate:
             system = None
         return system, [content for _, content in messages[has_system:]]
 
+    def _answered(self, content: str) -> str:
+        """What an answer is when it is given again: all behind its last thought."""
+        if not self.thought_end or self.thought_end not in content:
+            return content
+        return content.rpartition(self.thought_end)[2].lstrip(self.thought_strips)
+
     def _with_system(self, place: SystemPlace, opening: Part, system: str, content: str) -> list[Part]:
         before = [*([opening] if place.is_late else ()), Part(place.before, True)]
         both = [_content(system, place.strips), Part(place.behind, True), _content(content, self.strips_user)]
@@ -192,14 +192,31 @@ def _content(text: str, strips: bool) -> Part:
 
 def end_id(behind: str, tokenizer: Tokenizer, bos_id: int | None) -> int | None:
     """The id that ends an answer: the first token in what stands behind it that is no ordinary text."""
-    found_texts = {**tokenizer.specials, **markers(tokenizer.fixed)}
-    longest_first = sorted(found_texts, key=len, reverse=True)
-    found = re.search("|".join(map(re.escape, longest_first)) or "(?!)", behind)
-    token = found_texts[found[0]] if found else None
+    texts = {**tokenizer.specials, **_markers(tokenizer.fixed)}
+    found = any_of(texts).search(behind)
+    token = texts[found[0]] if found else None
     return None if token == bos_id else token
 
 
-def markers(texts: Mapping[str, int]) -> dict[str, int]:
+def with_end(others: Sequence[int], end_id: int | None) -> tuple[int, ...]:
+    """Ids that end a text, and one more where it is none of them."""
+    return (*others, *(() if end_id is None or end_id in others else (end_id,)))
+
+
+def check_contents(tokenizer: Tokenizer, own: str, contents: Sequence[str]) -> None:
+    """
+    Args:
+        own: what a template has between contents.
+
+    Raises:
+        InputError: a content holds some of it that the tokenizer knows no other way than to take for a token.
+    """
+    for text in _markers(tokenizer.fixed):
+        if text in own and any(text in content for content in contents):
+            raise InputError(f"a message holds {text}, which stands between messages; leave it out")
+
+
+def _markers(texts: Mapping[str, int]) -> dict[str, int]:
     """Those that are no mere spaces, line ends or punctuation."""
     return {text: i for text, i in texts.items() if re.search("[0-9A-Za-z]", text)}
 

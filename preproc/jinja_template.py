@@ -14,8 +14,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.errors import InputError
-from preproc.chat import ASSISTANT, USER, ChatTemplate, Message, end_id, markers
-from preproc.special_text import Part
+from preproc.chat import ASSISTANT, USER, ChatTemplate, Message, check_contents, end_id, with_end
+from preproc.special_text import Part, any_of
 from preproc.tokenizer import Tokenizer
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
@@ -96,19 +96,15 @@ class JinjaTemplate:
             InputError: as in `text`; or a message holds what the template puts between messages, and the tokenizer
                 knows no other way than to take it for a token.
         """
-        for text in markers(tokenizer.fixed):
-            if text in self._between and any(text in _content(each) for each in messages if _role(each) != ASSISTANT):
-                raise InputError(f"a message holds {text}, which stands between messages; leave it out")
-        longest_first = sorted(tokenizer.specials, key=len, reverse=True)
-        specials = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        text = self.text([_marked(_described(each), specials) for each in messages], _marked(tools, specials))
-        return tokenizer.encode_parts(_parts(text))
+        given, specials = [_described(message) for message in messages], any_of(tokenizer.specials)
+        contents = [str(each.get("content", "")) for each in given if each.get("role") != ASSISTANT]
+        check_contents(tokenizer, self._between, contents)
+        return tokenizer.encode_parts(_parts(self.text(_marked(given, specials), _marked(tools, specials))))
 
     def stop_ids(self, tokenizer: Tokenizer, bos_id: int | None, others: Sequence[int]) -> tuple[int, ...]:
         """The ids that end a text where messages are answered: those that do anyway, and the one behind an answer."""
         _, _, behind = self._between.partition(_PROBE[1][1])
-        token = end_id(behind.partition(_PROBE[2][1])[0], tokenizer, bos_id)
-        return (*others, *(() if token is None or token in others else (token,)))
+        return with_end(others, end_id(behind.partition(_PROBE[2][1])[0], tokenizer, bos_id))
 
     def to_json(self) -> dict[str, str]:
         """As an object of JSON."""
@@ -179,14 +175,6 @@ def _described(message: Said) -> dict[str, Any]:
     if isinstance(message, Mapping):
         return {key: value for key, value in message.items() if value is not None}
     return {"role": message[0], "content": message[1]}
-
-
-def _role(message: Said) -> str:
-    return str(_described(message).get("role"))
-
-
-def _content(message: Said) -> str:
-    return str(_described(message).get("content", ""))
 
 
 def _marked(value: Any, specials: re.Pattern[str]) -> Any:

@@ -25,13 +25,18 @@ _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x20
 """What tokenizers strips: Unicode's White_Space, which is less than what Python does."""
 
 
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for any of some texts, the longest that stands at a place; for nothing where there are none."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
 class SpecialText:
     """Finds special tokens in a text, leftmost first and the longest of those."""
 
     def __init__(self, specials: Mapping[str, Special]) -> None:
         self._specials = specials
-        longest_first = sorted(specials, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._pattern = any_of(specials)
 
     def cut(self, parts: Sequence[Part]) -> Iterable[int | tuple[str, bool]]:
         """The ids of the special tokens in the parts that may hold some, and in between what is left of the text: no

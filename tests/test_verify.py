@@ -15,12 +15,13 @@ from export.cut import Cut
 from export.fidelity import LIMITS, Observed, compare, judge, observed
 from export.link import weight_digest
 from export.llama import export_llama
+from export.metadata import export_identity
 from export.plan import ExportOptions, plan
 from export.recipe import Recipe
 from export.scheme import SCHEMES
 from export.trace import GraphOptions
 from export.verify import Verdict, verify
-from export.weights import altered, identity_of, weight_places
+from export.weights import altered, weight_places
 from model.checkpoint import open_checkpoint
 from model.errors import InputError
 from model.model import Llama
@@ -163,7 +164,7 @@ def test_one_bit_of_a_weight_is_named(kind: str, embedding_bits: int, tmp_path: 
     assert list(altered(made.path, made.recipe)) == []
     name = "head.output.weight" if kind == "head" else "layers.3.feed_forward.w1.weight"
     with made.path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as program:
-        start, _ = weight_places(program)[weight_digest(identity_of(read_metadata(made.path)), name, 0)]
+        start, _ = weight_places(program)[weight_digest(export_identity(read_metadata(made.path).provenance), name, 0)]
         program[start + 5] ^= 1
     assert list(altered(made.path, made.recipe)) == [name]
 

@@ -123,10 +123,6 @@ class BpeModel final : public TokenModel {
 
 }  // namespace
 
-Result<std::unique_ptr<TokenModel>> bpe_from(const json& model) {
-    auto made = std::make_unique<BpeModel>();
-    if (auto done = made->open(model); !done) return done.error();
-    return std::unique_ptr<TokenModel>(std::move(made));
-}
+Result<std::unique_ptr<TokenModel>> bpe_from(const json& model) { return opened<BpeModel>(model); }
 
 }  // namespace llama_runner

@@ -9,7 +9,6 @@
 #include <string_view>
 
 #include "unicode_sets.h"
-#include "unicode_tables.h"
 
 namespace llama_runner {
 
@@ -29,11 +28,7 @@ constexpr std::array kNewCharacters = std::to_array<CodeRange>(
      {0x1612F, 0x1612F}, {0x16FF0, 0x16FF1}, {0x1E08F, 0x1E08F}, {0x1E130, 0x1E136}, {0x1E2AE, 0x1E2AE},
      {0x1E2EC, 0x1E2EF}, {0x1E4EC, 0x1E4EF}, {0x1E5EE, 0x1E5EF}, {0x1F16C, 0x1F16C}, {0x1FBF0, 0x1FBF9}});
 
-bool is_new(int32_t code) {
-    const auto range = std::lower_bound(kNewCharacters.begin(), kNewCharacters.end(), code,
-                                        [](const CodeRange& candidate, int32_t c) { return candidate.last < c; });
-    return range != kNewCharacters.end() && range->first <= code;
-}
+bool is_new(int32_t code) { return is_in(kNewCharacters, code); }
 
 utf8proc_option_t options_of(NormalForm form) {
     const bool composes = form == NormalForm::kNfc || form == NormalForm::kNfkc;

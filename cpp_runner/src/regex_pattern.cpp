@@ -225,7 +225,7 @@ class Translator {
     }
 
     static std::string boundary(bool negated) {
-        const std::string word = classes(std::string(kWordMembers), false);
+        const std::string word = classes(word_members(), false);
         const std::string ahead = "(?=" + word + ")";
         const std::string behind = "(?<=" + word + ")";
         const std::string not_ahead = "(?!" + word + ")";
@@ -250,7 +250,7 @@ class Translator {
         if (name == 's' || name == 'w' || name == 'd') {
             rest_.remove_prefix(2);
             if (name == 's') return std::string(kSpaceMembers);
-            return name == 'w' ? std::string(kWordMembers) : members_of("Nd");
+            return name == 'w' ? word_members() : members_of("Nd");
         }
         if (name != 'p' || rest_.size() < 3 || rest_[2] != '{') return std::nullopt;
         const size_t end = rest_.find('}');

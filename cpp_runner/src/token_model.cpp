@@ -14,19 +14,19 @@ using nlohmann::json;
 constexpr uint64_t kMostTokens = uint64_t{1} << 24;
 
 /// The id of the unknown token, which words that are no token get.
-Result<int64_t> unknown_of(const TokenModel& model, const json& file) {
+int64_t unknown_of(const TokenModel& model, const json& file) {
     const auto found = model.vocab().find(text_member(file, "unk_token"));
     return found == model.vocab().end() ? -1 : static_cast<int64_t>(found->second);
 }
 
 Error no_unknown() { return {"the text has a word that the tokenizer has no token for, and no unknown token"}; }
 
+/// Whole words only.
 class WordLevel final : public TokenModel {
   public:
     Result<void> open(const json& model) {
         if (auto read = read_vocab(model); !read) return read;
-        const auto unknown = unknown_of(*this, model);
-        unknown_ = *unknown;
+        unknown_ = unknown_of(*this, model);
         return {};
     }
 
@@ -41,12 +41,12 @@ class WordLevel final : public TokenModel {
     int64_t unknown_ = -1;
 };
 
+/// The longest token that a word starts with, and so on.
 class WordPiece final : public TokenModel {
   public:
     Result<void> open(const json& model) {
         if (auto read = read_vocab(model); !read) return read;
-        const auto unknown = unknown_of(*this, model);
-        unknown_ = *unknown;
+        unknown_ = unknown_of(*this, model);
         prefix_ = text_member(model, "continuing_subword_prefix");
         const json& most = member(model, "max_input_chars_per_word");
         if (!most.is_number_unsigned()) return damaged_json("its max_input_chars_per_word");
@@ -86,13 +86,6 @@ class WordPiece final : public TokenModel {
     size_t longest_ = 0;
 };
 
-template <typename Model>
-Result<std::unique_ptr<TokenModel>> opened(const json& model) {
-    auto made = std::make_unique<Model>();
-    if (auto done = made->open(model); !done) return done.error();
-    return std::unique_ptr<TokenModel>(std::move(made));
-}
-
 }  // namespace
 
 Error damaged_json(const std::string& detail) {
@@ -126,16 +119,12 @@ bool TokenModel::append_bytes(const std::string& text, std::vector<uint32_t>& id
     return true;
 }
 
-Result<std::unique_ptr<TokenModel>> word_level_from(const json& model) { return opened<WordLevel>(model); }
-
-Result<std::unique_ptr<TokenModel>> word_piece_from(const json& model) { return opened<WordPiece>(model); }
-
 Result<std::unique_ptr<TokenModel>> model_from(const json& model) {
     const std::string type = text_member(model, "type");
     if (type.empty() || type == "BPE") return bpe_from(model);
     if (type == "Unigram") return unigram_from(model);
-    if (type == "WordLevel") return word_level_from(model);
-    if (type == "WordPiece") return word_piece_from(model);
+    if (type == "WordLevel") return opened<WordLevel>(model);
+    if (type == "WordPiece") return opened<WordPiece>(model);
     return unknown_part("a model of type " + type);
 }
 

@@ -43,11 +43,13 @@ Result<std::unique_ptr<TokenModel>> bpe_from(const nlohmann::json& model);
 /// Unigram takes the tokens whose scores add up to the most.
 Result<std::unique_ptr<TokenModel>> unigram_from(const nlohmann::json& model);
 
-/// WordLevel has whole words only.
-Result<std::unique_ptr<TokenModel>> word_level_from(const nlohmann::json& model);
-
-/// WordPiece takes the longest token that a word starts with, and so on.
-Result<std::unique_ptr<TokenModel>> word_piece_from(const nlohmann::json& model);
+/// A model that its `open` fills.
+template <typename Model>
+Result<std::unique_ptr<TokenModel>> opened(const nlohmann::json& model) {
+    auto made = std::make_unique<Model>();
+    if (auto done = made->open(model); !done) return done.error();
+    return std::unique_ptr<TokenModel>(std::move(made));
+}
 
 /// "<0x0A>" and its like.
 std::string byte_name(unsigned char byte);

@@ -3,7 +3,8 @@
 #include <utf8proc.h>
 
 #include <algorithm>
-#include <span>
+#include <array>
+#include <cstdio>
 
 #include "unicode_tables.h"
 
@@ -11,11 +12,9 @@ namespace llama_runner {
 
 namespace {
 
-bool is_in(std::span<const CodeRange> ranges, int32_t code) {
-    const auto range = std::lower_bound(ranges.begin(), ranges.end(), code,
-                                        [](const CodeRange& candidate, int32_t c) { return candidate.last < c; });
-    return range != ranges.end() && range->first <= code;
-}
+/// Letters in circles and squares.
+constexpr auto kEnclosedLetters =
+    std::to_array<CodeRange>({{0x24B6, 0x24E9}, {0x1F130, 0x1F149}, {0x1F150, 0x1F169}, {0x1F170, 0x1F189}});
 
 bool is_category_in(int32_t code, utf8proc_category_t first, utf8proc_category_t last) {
     const utf8proc_category_t category = utf8proc_category(code);
@@ -47,6 +46,12 @@ int32_t small_letter(int32_t code) {
 }
 
 }  // namespace
+
+bool is_in(std::span<const CodeRange> ranges, int32_t code) {
+    const auto range = std::lower_bound(ranges.begin(), ranges.end(), code,
+                                        [](const CodeRange& candidate, int32_t c) { return candidate.last < c; });
+    return range != ranges.end() && range->first <= code;
+}
 
 Character character_at(std::string_view text, size_t at) {
     utf8proc_int32_t code = 0;
@@ -103,10 +108,24 @@ bool is_word_character(int32_t code) {
         default:
             break;
     }
-    // Joiners and letters in circles and squares.
-    constexpr auto kOthers = std::to_array<CodeRange>(
-        {{0x200C, 0x200D}, {0x24B6, 0x24E9}, {0x1F130, 0x1F149}, {0x1F150, 0x1F169}, {0x1F170, 0x1F189}});
-    return is_in(kOthers, code) || is_in(kNewWordCharacters, code);
+    const bool is_joiner = code == 0x200C || code == 0x200D;
+    return is_joiner || is_in(kEnclosedLetters, code) || is_in(kNewWordCharacters, code);
+}
+
+const std::string& word_members() {
+    static const std::string kMembers = [] {
+        std::string members = R"(\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\x{B2}\x{B3}\x{B9}\x{BC}-\x{BE})";
+        const auto add = [&members](const CodeRange& range) {
+            char text[32];
+            std::snprintf(text, sizeof text, R"(\x{%X}-\x{%X})", static_cast<unsigned>(range.first),
+                          static_cast<unsigned>(range.last));
+            members += text;
+        };
+        std::ranges::for_each(kEnclosedLetters, add);
+        std::ranges::for_each(kNewWordCharacters, add);
+        return members;
+    }();
+    return kMembers;
 }
 
 std::string lowercase(std::string_view text) {

@@ -1,10 +1,20 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 
 namespace llama_runner {
+
+/// Characters from `first` to `last`.
+struct CodeRange {
+    int32_t first;
+    int32_t last;
+};
+
+/// Whether a character is in one of some ranges, which are in order.
+bool is_in(std::span<const CodeRange> ranges, int32_t code);
 
 /// A character of valid UTF-8, and the bytes it takes.
 struct Character {
@@ -35,6 +45,9 @@ bool is_new_mark(int32_t code);
 
 /// Whether a character is part of a word (\w of Rust's regex).
 bool is_word_character(int32_t code);
+
+/// The same of Oniguruma, as members of a pattern's class.
+const std::string& word_members();
 
 /// A text in lower case, each character by itself.
 std::string lowercase(std::string_view text);

@@ -4,16 +4,12 @@
 #include <cstdint>
 #include <string_view>
 
+#include "unicode_sets.h"
+
 namespace llama_runner {
 
 // What the Unicode tables of the tokenizers library (Oniguruma: Unicode 16; others: 8, 9 and 17) and those of PCRE2 and
 // utf8proc (Unicode 14) disagree on. Libraries with newer tables than these only have what stands here twice.
-
-/// Characters from `first` to `last`.
-struct CodeRange {
-    int32_t first;
-    int32_t last;
-};
 
 /// A name that a pattern may have inside \p{...}: what PCRE2 calls it, and the characters that it gained since.
 struct Property {
@@ -115,23 +111,6 @@ inline constexpr auto kProperties = std::to_array<Property>({
     {"Ethiopic", "\\p{sc:Ethiopic}", ""},
     {"Mongolian", "\\p{sc:Mongolian}", ""},
 });
-
-/// \w of Oniguruma, as members of a class.
-inline constexpr std::string_view kWordMembers =
-    R"(\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\x{B2}\x{B3}\x{B9}\x{BC}-\x{BE}\x{24B6}-\x{24E9}\x{1F130}-\x{1F149})"
-    R"(\x{1F150}-\x{1F169}\x{1F170}-\x{1F189})"
-    R"(\x{897}\x{CF3}\x{ECE}\x{1C89}-\x{1C8A}\x{A7CB}-\x{A7CD}\x{A7DA}-\x{A7DC}\x{105C0}-\x{105F3})"
-    R"(\x{10D40}-\x{10D49}\x{10D4A}-\x{10D65}\x{10D69}-\x{10D6D}\x{10D6F}-\x{10D85}\x{10EC2}-\x{10EC4})"
-    R"(\x{10EFC}-\x{10EFF}\x{1123F}-\x{11240}\x{11241}\x{11380}-\x{11389}\x{1138B}\x{1138E})"
-    R"(\x{11390}-\x{113B5}\x{113B7}\x{113B8}-\x{113C0}\x{113C2}\x{113C5}\x{113C7}-\x{113CA})"
-    R"(\x{113CC}-\x{113D0}\x{113D1}\x{113D2}\x{113D3}\x{113E1}-\x{113E2}\x{116D0}-\x{116E3})"
-    R"(\x{11BC0}-\x{11BE0}\x{11BF0}-\x{11BF9}\x{11F00}-\x{11F01}\x{11F02}\x{11F03}\x{11F04}-\x{11F10})"
-    R"(\x{11F12}-\x{11F33}\x{11F34}-\x{11F3A}\x{11F3E}-\x{11F42}\x{11F50}-\x{11F59}\x{11F5A}\x{1342F})"
-    R"(\x{13440}\x{13441}-\x{13446}\x{13447}-\x{13455}\x{13460}-\x{143FA}\x{16100}-\x{1611D})"
-    R"(\x{1611E}-\x{1612F}\x{16130}-\x{16139}\x{16D40}-\x{16D6C}\x{16D70}-\x{16D79}\x{18CFF}\x{1B132})"
-    R"(\x{1B155}\x{1CCF0}-\x{1CCF9}\x{1DF25}-\x{1DF2A}\x{1E030}-\x{1E06D}\x{1E08F}\x{1E4D0}-\x{1E4EB})"
-    R"(\x{1E4EC}-\x{1E4EF}\x{1E4F0}-\x{1E4F9}\x{1E5D0}-\x{1E5ED}\x{1E5EE}-\x{1E5EF}\x{1E5F0})"
-    R"(\x{1E5F1}-\x{1E5FA}\x{2B739}\x{2EBF0}-\x{2EE5D}\x{31350}-\x{323AF})";
 
 /// Letters, marks and digits since Unicode 14: word characters.
 inline constexpr auto kNewWordCharacters = std::to_array<CodeRange>(

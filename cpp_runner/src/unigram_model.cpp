@@ -162,10 +162,6 @@ class Unigram final : public TokenModel {
 
 }  // namespace
 
-Result<std::unique_ptr<TokenModel>> unigram_from(const json& model) {
-    auto made = std::make_unique<Unigram>();
-    if (auto done = made->open(model); !done) return done.error();
-    return std::unique_ptr<TokenModel>(std::move(made));
-}
+Result<std::unique_ptr<TokenModel>> unigram_from(const json& model) { return opened<Unigram>(model); }
 
 }  // namespace llama_runner

@@ -297,6 +297,14 @@ def recommended(settings: Mapping[str, Any], path: Path) -> dict[str, float]:
     return found
 
 
+def read_head(path: Path, size: int) -> bytes:
+    """A file's first bytes; fewer where it is shorter, and none where the path is no file."""
+    if not path.is_file():
+        return b""
+    with path.open("rb") as stream:
+        return stream.read(size)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds.
 

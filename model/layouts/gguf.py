@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.config import ModelConfig, RopeScaling
 from model.errors import InputError
-from model.layouts.common import ChatSource, Checkpoint, Index, Source, Storage, match, token_ids
+from model.layouts.common import ChatSource, Checkpoint, Index, Source, Storage, match, read_head, token_ids
 from model.layouts.gguf_file import MAGIC, GGUFTensor, read_gguf
 from model.layouts.gguf_tokenizer import STARTS_TEXTS, TOKENIZER, tokenizer_bytes
 from preproc.rope import llama3_scaled
@@ -38,10 +38,7 @@ _NO_WEIGHTS = {GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64"
 
 def is_gguf(path: Path) -> bool:
     """Whether the file starts with GGUF's magic number."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return stream.read(4) == MAGIC
+    return read_head(path, len(MAGIC)) == MAGIC
 
 
 def open_gguf(path: Path) -> Checkpoint:

@@ -19,6 +19,7 @@ from model.layouts.common import (
     Source,
     is_plain,
     match,
+    read_head,
     read_json,
     recommended,
     token_ids,
@@ -38,10 +39,7 @@ def is_folder(path: Path) -> bool:
 
 def is_safetensors(path: Path) -> bool:
     """Whether the file starts as safetensors do: a length, and an object of JSON."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return stream.read(9)[8:] == b"{"
+    return read_head(path, 9)[8:] == b"{"
 
 
 def open_file(path: Path) -> Checkpoint:

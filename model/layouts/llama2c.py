@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import InputError
-from model.layouts.common import Checkpoint, LazyWeights, expected_shapes, rotary_order
+from model.layouts.common import Checkpoint, LazyWeights, expected_shapes, read_head, rotary_order
 
 _VERSION_1_MAGIC = 0x616B3432  # "ak42"
 _VERSION_1_HEADER = 256
@@ -40,22 +40,15 @@ _VERSION_1_ORDER = (
 )
 
 
-def _read_head(path: Path, size: int) -> bytes:
-    if not path.is_file():
-        return b""
-    with path.open("rb") as stream:
-        return stream.read(size)
-
-
 def is_version_1(path: Path) -> bool:
     """Whether the file starts with version 1's magic number."""
-    head = _read_head(path, 8)
+    head = read_head(path, 8)
     return len(head) == 8 and struct.unpack("<I", head[:4])[0] == _VERSION_1_MAGIC
 
 
 def is_legacy(path: Path) -> bool:
     """Seven plausible dimensions at the start: the legacy layout has no magic number."""
-    head = _read_head(path, _LEGACY_HEADER)
+    head = read_head(path, _LEGACY_HEADER)
     if len(head) < _LEGACY_HEADER:
         return False
     dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack("<7i", head)
@@ -65,7 +58,7 @@ def is_legacy(path: Path) -> bool:
 
 def open_version_1(path: Path) -> Checkpoint:
     """Opens version 1: magic, version and dimensions in 256 bytes."""
-    head = _read_head(path, _VERSION_1_HEADER)
+    head = read_head(path, _VERSION_1_HEADER)
     if len(head) < _VERSION_1_HEADER:
         raise InputError(f"{path} is truncated: {len(head)} bytes hold no llama2.c header; copy the file again")
     version = struct.unpack("<i", head[4:8])[0]
@@ -77,7 +70,7 @@ def open_version_1(path: Path) -> Checkpoint:
 
 def open_legacy(path: Path) -> Checkpoint:
     """Opens the legacy layout: dimensions in 28 bytes."""
-    dims = struct.unpack("<7i", _read_head(path, _LEGACY_HEADER))
+    dims = struct.unpack("<7i", read_head(path, _LEGACY_HEADER))
     return _open(path, _config(dims, tied=dims[5] > 0), _LEGACY_ORDER, _LEGACY_HEADER)
 
 

@@ -78,12 +78,9 @@ def open_file(path: Path) -> Checkpoint:
         return hugging_face.open_file(path)
     if not trained and not beside.is_file():
         raise InputError(f"{path} holds weights without settings; put the checkpoint's params.json beside it")
-    settings = (read_json(beside) if beside.is_file() else {}) | trained
-    if "norm_eps" not in settings:
-        settings["norm_eps"] = 1e-5  # llama2.c's, which it does not write
-    files = (path, beside) if beside.is_file() else (path,)
-    weights = {name: tensor for name, tensor in state.items() if name not in _SPARE}
-    found = _open(path, settings, [weights], files)
+    said = read_json(beside) if beside.is_file() else {}
+    settings = {"norm_eps": 1e-5} | said | trained  # llama2.c's epsilon, which it does not write
+    found = _open(path, settings, [state], (path, beside) if said else (path,))
     return replace(found, bos_id=1, stop_ids=(1, 2)) if trained else found  # as llama2.c trains and ends texts
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from model.errors import InputError, listed
+from model.layouts.common import read_head
 
 T = TypeVar("T")
 
+_ZIP = b"PK\x03\x04"
 _WRAPPERS = ("module.", "_orig_mod.", "language_model.")
 
 
@@ -46,10 +48,7 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def is_torch_file(path: Path) -> bool:
     """Whether the file starts as torch.save starts one: a zip, or a pickle of protocol 2."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return stream.read(4) in (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
+    return read_head(path, 4) in (_ZIP, b"\x80\x02\x8a\x0a")
 
 
 def without_wrappers(tensors: Mapping[str, T]) -> dict[str, T]:
@@ -63,6 +62,4 @@ def without_wrappers(tensors: Mapping[str, T]) -> dict[str, T]:
 
 
 def _load(path: Path) -> Any:
-    with path.open("rb") as stream:
-        zipped = stream.read(4) == b"PK\x03\x04"
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=read_head(path, len(_ZIP)) == _ZIP)

@@ -86,20 +86,20 @@ def _feed(recipe: Recipe) -> str:
     return f"{_middle(recipe)}.feed_forward" + (".experts.0" if recipe.config.n_experts else "")
 
 
-def swapped_rows(recipe: Recipe) -> Recipe:
-    """Two rows of a value matrix."""
-    name = f"{_middle(recipe)}.attention.wv.weight"
+def _swapped(recipe: Recipe, name: str) -> Recipe:
     weight = recipe.weight(name).clone()
     weight[[0, 1]] = weight[[1, 0]]
     return others(recipe, {name: weight})
+
+
+def swapped_rows(recipe: Recipe) -> Recipe:
+    """Two rows of a value matrix."""
+    return _swapped(recipe, f"{_middle(recipe)}.attention.wv.weight")
 
 
 def swapped_late_rows(recipe: Recipe) -> Recipe:
     """Two rows in the last block's feed-forward, behind all keys and values."""
-    name = f"layers.{recipe.config.n_layers - 1}." + _feed(recipe).split(".", 2)[2] + ".w1.weight"
-    weight = recipe.weight(name).clone()
-    weight[[0, 1]] = weight[[1, 0]]
-    return others(recipe, {name: weight})
+    return _swapped(recipe, f"layers.{recipe.config.n_layers - 1}.{_feed(recipe).split('.', 2)[2]}.w1.weight")
 
 
 def doubled_scale(recipe: Recipe) -> Recipe:
