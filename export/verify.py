@@ -47,8 +47,10 @@ class VerificationError(Exception):
     """The exported program does not compute what was exported, or not well enough; nothing was written."""
 
 
-MAX_PPL_INCREASE = {8: 0.01, 4: 0.1}
-"""See `Quality.limit`; by `Scheme.fewest_bits`."""
+MAX_PPL_INCREASE = {8: 0.05, 4: 0.1}
+"""See `Quality.limit`; by `Scheme.fewest_bits`. A sound model of 135 million parameters loses 2 to 3% by 8 bits, as its
+activations are rounded by token, and a larger one less; a model that is ruined loses tens of percents.
+"""
 
 
 @dataclass(frozen=True)
