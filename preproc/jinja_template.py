@@ -71,7 +71,8 @@ class JinjaTemplate:
             InputError: it is no Jinja, or fails otherwise.
         """
         given = [_described(message) for message in messages]
-        begun = str(given[-1].get("content", "")) if given and given[-1].get("role") == ASSISTANT else None
+        last = given[-1] if given else {}
+        begun = str(last.get("content", "")) if last.get("role") == ASSISTANT and "tool_calls" not in last else None
         try:
             text = self._compiled.render(
                 messages=given,

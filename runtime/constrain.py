@@ -7,7 +7,7 @@ tells it what the tokens of a file's own tokenizer stand for.
 import codecs
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,20 @@ def json_grammar(schema: Any) -> str:
     return LLMatcher.grammar_from_json_schema(schema, defaults=JSON_FORM)  # type: ignore[arg-type]
 
 
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """The same as the right side of a rule in `rules`."""
+    return f"%json {json.dumps({'x-guidance': JSON_FORM} | dict(schema))}"
+
+
+def rules(text: str) -> str:
+    """The grammar of some rules, of which the first is called start, in llguidance's Lark
+    (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md).
+    """
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_lark(text)
+
+
 def regex(pattern: str) -> str:
     """The grammar of text that matches a regular expression as a whole, in the syntax of Rust's regex crate.
 
@@ -72,7 +86,7 @@ class Constraint:
         """Starts behind `prompt`, which the grammar does not see.
 
         Args:
-            grammar: what `json_schema` or `regex` return.
+            grammar: what `json_schema`, `rules` or `regex` return.
             stop_ids: the tokens that end a text.
             vocab_size: width of the logits, which may be more than the tokenizer's ids.
 

@@ -47,6 +47,7 @@ class GenerationOptions:
         stop_strings: texts that end it, too; see `StopFilter`.
         logprobs: of how many of the likeliest tokens each step tells the probability; None to tell not even its own.
         on_full: what happens where the context is used up: "stop", or "slide", see `Session.slide`.
+        shown_ids: special tokens that the text shows, as what they are called; others it does not.
     """
 
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -55,6 +56,7 @@ class GenerationOptions:
     stop_strings: tuple[str, ...] = ()
     logprobs: int | None = None
     on_full: Literal["stop", "slide"] = "stop"
+    shown_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -158,6 +160,8 @@ class Teller:
         self._options, self._told = options, 0
         self._decoder = StreamDecoder(tokenizer, prompt) if tokenizer else None
         self._stops = StopFilter(options.stop_strings)
+        specials = tokenizer.specials if tokenizer and options.shown_ids else {}
+        self._shown = {token: text for text, token in specials.items() if token in options.shown_ids}
 
     def tell(self, token: int, full: bool) -> Step:
         """The step of the token that was chosen.
@@ -169,7 +173,9 @@ class Teller:
         self._told += 1
         stop = token in options.stop_ids
         end = stop or self._told == options.max_new_tokens or (full and options.on_full == "stop")
-        text = self._stops.add(self._decoder.add(token)) if self._decoder and not stop else ""
+        text = ""
+        if self._decoder and not stop:
+            text = self._stops.add(self._shown.get(token) or self._decoder.add(token))
         if end and self._decoder:
             text += self._stops.add(self._decoder.finish()) + self._stops.finish()
         if end or self._stops.stopped:
@@ -255,6 +261,31 @@ def _next(session: Session, generation: Generation, drafter: Drafter | None) -> 
             break
     session.accept(len(steps))
     return steps
+
+
+def score(
+    session: Session, prompt: Sequence[int], count: int, tokenizer: Tokenizer | None = None
+) -> Iterator[list[Step]]:
+    """Makes the session's text the prompt, but for its last token, and yields the prompt's tokens as if they had been
+    generated: as many at a time as come of a step. The first has no probability.
+
+    Args:
+        count: of how many of the likeliest tokens each step tells the probability.
+    """
+    session.reset()
+    decoder = StreamDecoder(tokenizer) if tokenizer else None
+
+    def text(token: int) -> str:
+        return decoder.add(token) if decoder else ""
+
+    yield [Step(prompt[0], text(prompt[0]))]
+    while (start := session.position) < len(prompt) - 1:
+        end = min(start + session.chunk, len(prompt) - 1)
+        steps = list[Step]()
+        for row, token in zip(session.extend(prompt[start:end], end - start), prompt[start + 1 : end + 1], strict=True):
+            logprob, top = logprobs(row, token, count)
+            steps.append(Step(token, text(token), None, logprob, top))
+        yield steps
 
 
 def told(steps: Sequence[Step]) -> dict[str, Any]:

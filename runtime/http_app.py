@@ -20,11 +20,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model.errors import InputError
-from runtime.generation import Step
+from runtime.jobs import RESTARTED, Jobs
 from runtime.openai_reply import Reply
-from runtime.openai_request import Model, Order, RequestError, read_chat, read_completion
-from runtime.sampler import Rng
-from runtime.worker import ClosedError, Job, QueueFullError, Worker
+from runtime.openai_request import Model, Order, read_chat, read_completion
+from runtime.request_values import RequestError
+from runtime.worker import ClosedError, Worker
 
 RETRY_AFTER = "1"
 """Seconds after which one who found the queue full may ask again."""
@@ -83,59 +83,19 @@ def create_app(model: Model, worker: Worker, access: Access) -> Starlette:
     )
 
 
-class _Steps:
-    """The steps of a job, as they come. Who is done with them, or no longer wants them, cancels."""
-
-    def __init__(self, order: Order, worker: Worker) -> None:
-        """
-        Raises:
-            RequestError: the worker takes no more.
-        """
-        loop = asyncio.get_running_loop()
-        self._items = asyncio.Queue[Step | Exception]()
-        self._worker = worker
-
-        def deliver(item: Step | Exception) -> None:
-            if not loop.is_closed():  # else nobody is left who waits
-                loop.call_soon_threadsafe(self.put, item)
-
-        self.job = Job(order.prompt, order.options, Rng(order.seed), order.constraint, deliver)
-        try:
-            worker.submit(self.job)
-        except QueueFullError:
-            raise RequestError(429, "too many requests wait already; ask again later", code="queue_full") from None
-        except ClosedError as error:
-            raise _told(error) from None
-
-    def put(self, item: Step | Exception) -> None:
-        self._items.put_nowait(item)
-
-    def cancel(self) -> None:
-        self._worker.cancel(self.job)
-
-    async def __aiter__(self) -> AsyncIterator[Step]:
-        while True:
-            item = await self._items.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
-            if item.finish_reason:
-                return
-
-
 class _EventStream(StreamingResponse):
-    """Server-sent events of some steps, which are cancelled when it ends, however it does."""
+    """Server-sent events of some jobs, which are cancelled when it ends, however it does."""
 
-    def __init__(self, events: AsyncIterator[str], steps: _Steps) -> None:
+    def __init__(self, events: AsyncIterator[str], jobs: Jobs) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._steps = steps
+        self._jobs = jobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._steps.cancel()
+            self._jobs.cancel()
 
 
 class _Service:
@@ -173,19 +133,20 @@ class _Service:
     async def _answer(self, request: Request, read: Callable[[bytes, Model], Order]) -> Response:
         raw = await self._body(request)
         order = await run_in_threadpool(read, raw, self._model)
-        steps, reply = _Steps(order, self._worker), Reply(order, self._model)
+        jobs = Jobs(order, self._worker)
+        reply = Reply(order, self._model, jobs)
         if order.stream:
-            return _EventStream(_events(steps, reply), steps)
-        watch = asyncio.create_task(_watch(request, steps))
+            return _EventStream(_events(jobs, reply), jobs)
+        watch = asyncio.create_task(_watch(request, jobs))
         try:
-            told = [step async for step in steps]
+            async for number, step in jobs:
+                reply.take(number, step)
         except (InputError, ClosedError) as error:
             raise _told(error) from error
         finally:
             watch.cancel()
-            steps.cancel()
-        reply.cached = steps.job.cached
-        return JSONResponse(reply.whole(told))
+            jobs.cancel()
+        return JSONResponse(reply.whole())
 
     async def _body(self, request: Request) -> bytes:
         """
@@ -200,26 +161,25 @@ class _Service:
         return bytes(body)
 
 
-async def _watch(request: Request, steps: _Steps) -> None:
-    """Ends the steps when the client is gone."""
+async def _watch(request: Request, jobs: Jobs) -> None:
+    """Ends the jobs' steps when the client is gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    steps.put(ClientDisconnect())
+    jobs.fail(ClientDisconnect())
 
 
-async def _events(steps: _Steps, reply: Reply) -> AsyncIterator[str]:
+async def _events(jobs: Jobs, reply: Reply) -> AsyncIterator[str]:
     try:
         for chunk in reply.opening():
             yield _event(chunk)
-        async for step in steps:
-            for chunk in reply.chunks(step):
+        async for number, step in jobs:
+            for chunk in reply.chunks(number, step):
                 yield _event(chunk)
     except Exception as error:  # the status is sent already
         if not isinstance(error, InputError | ClosedError):
             logging.getLogger(__name__).error("a request failed", exc_info=error)
         yield _event(_told(error).content)
         return
-    reply.cached = steps.job.cached
     for chunk in reply.closing():
         yield _event(chunk)
     yield "data: [DONE]\n\n"
@@ -234,7 +194,7 @@ def _told(error: Exception) -> RequestError:
     if isinstance(error, InputError):
         return RequestError(400, str(error))
     if isinstance(error, ClosedError):
-        return RequestError(503, "the server ends; ask again when it is back")
+        return RequestError(503, RESTARTED)
     return RequestError(500, "the server failed; its log says why")
 
 

@@ -4,61 +4,48 @@ Beside OpenAI's parameters, requests may have the sampler's others: top_k, min_p
 What is unknown is ignored. What would have to change the answer, and cannot, is refused.
 """
 
-import json
+import hashlib
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 from export.metadata import Metadata
-from model.errors import InputError
-from preproc.chat import NAMED, SYSTEM, Message
+from preproc.chat import NAMED
 from preproc.jinja_template import Carried
-from preproc.tokenizer import Tokenizer
-from runtime.constrain import Constraint, json_grammar
+from preproc.tokenizer import StreamDecoder, Tokenizer
+from runtime.constrain import Constraint, json_grammar, json_rule, rules
 from runtime.generate import prompt_ids
 from runtime.generation import GenerationOptions
+from runtime.openai_messages import Tools, read_messages, read_tools
 from runtime.program import Program
+from runtime.request_values import RequestError, Values, blamed_on, number, refuse, shown
 from runtime.sampler import SamplingOptions
 from runtime.session import check_tokens
+from runtime.tool_calls import Form, call_rules
+from runtime.tool_prompt import encode, manner_of
 
 COMPLETION_TOKENS = 16
 """How many tokens /v1/completions gives unless asked for more, as OpenAI's does."""
 
-MOST_STOPS, MOST_BIASES, MOST_LOGPROBS = 16, 1024, 20
+MOST_STOPS, MOST_BIASES, MOST_LOGPROBS, MOST_CHOICES, MOST_TEXTS = 16, 1024, 20, 16, 256
 
 LIKELIEST = 1e-9
 """What top_p 0 stands for: a probability that the likeliest token alone reaches."""
 
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (0, 1),
-    "echo": (False,),
     "suffix": ("",),
-    "tools": ([],),
     "functions": ([],),
+    "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
 }
 """Parameters that cannot be honoured, with the values that ask for nothing; null does so, too."""
 
-
-class RequestError(Exception):
-    """A request that gets no answer but an error in OpenAI's form.
-
-    Attributes:
-        status: the HTTP status.
-        content: the response's JSON.
-    """
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        kinds = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
-        kind = kinds.get(status, "invalid_request_error")
-        self.status = status
-        self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+_ONLY_TEXTS: dict[str, tuple[Any, ...]] = {"tools": ([],)}
+_ONLY_MESSAGES: dict[str, tuple[Any, ...]] = {"echo": (False,), "best_of": (0, 1)}
+"""The same, of one of the endpoints."""
 
 
 @dataclass(frozen=True)
@@ -85,25 +72,60 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Text:
+    """One text that is to be made.
+
+    Attributes:
+        prompt: the place of its prompt in the order.
+        seed: of its own.
+        constraint: see `runtime.generation.generate`.
+    """
+
+    prompt: int
+    seed: int
+    constraint: Constraint | None
+
+
+@dataclass(frozen=True)
 class Order:
     """What a request asks for.
 
     Attributes:
         is_chat: whether the answer is a message in place of a text.
-        prompt: its ids; they fit in the context.
-        options, constraint: see `runtime.generation.generate`.
-        seed: as given, or one that is new every time.
+        prompts: the ids of each; they fit in the context.
+        texts: what is to be made: of the first prompt, then of the second, as many of each.
+        choices: how many of each prompt's texts the answer has: the likeliest, where it is not all.
+        options: see `runtime.generation.generate`.
+        logprobs: of how many of the likeliest tokens the answer tells the probability; None to tell none's.
         stream: whether the answer is told step by step.
         include_usage: whether the end of a stream tells how many tokens there were.
+        echoes: the prompts as texts, where the answer begins with its own; empty otherwise.
+        is_silent: whether nothing is to be told but the prompt: the one token that is made is not.
+        form, names: how calls of functions are written, and which there are; None where there are none.
     """
 
     is_chat: bool
-    prompt: Sequence[int]
+    prompts: Sequence[Sequence[int]]
+    texts: Sequence[Text]
+    choices: int
     options: GenerationOptions
-    constraint: Constraint | None
-    seed: int
+    logprobs: int | None
     stream: bool
     include_usage: bool
+    echoes: Sequence[str] = ()
+    is_silent: bool = False
+    form: Form | None = None
+    names: Sequence[str] = ()
+
+    @property
+    def tries(self) -> int:
+        """How many texts are made of each prompt."""
+        return len(self.texts) // len(self.prompts)
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether the answer tells how likely the prompts' own tokens are."""
+        return bool(self.echoes) and self.logprobs is not None
 
 
 def read_completion(raw: bytes, model: Model) -> Order:
@@ -112,12 +134,19 @@ def read_completion(raw: bytes, model: Model) -> Order:
     Raises:
         RequestError: it cannot be answered.
     """
-    values = _Values(raw, model)
-    prompt = values.prompt(model)
+    values = _Request(raw, model, _ONLY_TEXTS)
+    given = values.prompts()
+    echo = values.flag("echo")
     logprobs = values.whole("logprobs", 0, MOST_LOGPROBS)
-    limit = values.limit(("max_tokens",), COMPLETION_TOKENS)
-    options = values.options(logprobs, limit, model.metadata.stop_ids)
-    return values.order(False, prompt, options, model)
+    is_silent = echo and values.get("max_tokens") == 0 and values.whole("max_tokens") == 0
+    limit = 1 if is_silent else values.limit(("max_tokens",), COMPLETION_TOKENS)
+    choices = values.whole("n", 1, MOST_CHOICES) or 1
+    tries = values.tries(choices)
+    options = values.options(logprobs if tries == choices else logprobs or 0, limit, model.metadata.stop_ids)
+    prompts = [values.ids(each) for each in given]
+    echoes = [each if isinstance(each, str) else _said(model.tokenizer, each) for each in given] if echo else []
+    texts = values.texts(prompts, tries, options, values.grammar())
+    return Order(False, prompts, texts, choices, options, logprobs, *values.streaming(), echoes, is_silent)
 
 
 def read_chat(raw: bytes, model: Model) -> Order:
@@ -126,145 +155,163 @@ def read_chat(raw: bytes, model: Model) -> Order:
     Raises:
         RequestError: it cannot be answered.
     """
-    values = _Values(raw, model)
-    prompt, stop_ids = values.conversation(model)
+    values = _Request(raw, model, _ONLY_MESSAGES)
+    tools = read_tools(values)
+    prompt, template = values.conversation(tools)
     top = values.whole("top_logprobs", 0, MOST_LOGPROBS)
     logprobs = (top or 0) if values.flag("logprobs") else None
-    if top is not None and logprobs is None:
+    if top and logprobs is None:
         refuse("top_logprobs", f"top_logprobs {top} is impossible without logprobs; add logprobs: true")
     limit = values.limit(("max_completion_tokens", "max_tokens"), None)
-    options = values.options(logprobs, limit, stop_ids)
-    return values.order(True, prompt, options, model)
+    metadata, specials = model.metadata, model.tokenizer.specials
+    stop_ids = template.stop_ids(model.tokenizer, metadata.bos_id, metadata.stop_ids)
+    form = manner_of(template).form if tools.given else None
+    options = values.options(logprobs, limit, stop_ids, form.shown_ids(specials) if form else ())
+    choices = values.whole("n", 1, MOST_CHOICES) or 1
+    grammar = values.grammar_with(form, tools) if form else values.grammar()
+    texts = values.texts([prompt], choices, options, grammar)
+    streaming = values.streaming()
+    return Order(True, [prompt], texts, choices, options, logprobs, *streaming, form=form, names=tools.names)
 
 
-def refuse(param: str | None, message: str, code: str | None = None) -> NoReturn:
-    """Raises:
-    RequestError: with status 400.
-    """
-    raise RequestError(400, message, param, code)
+class _Grammar(NamedTuple):
+    """What an answer must be like, and the parameter that says so."""
+
+    param: str
+    text: str
 
 
-@contextmanager
-def _blamed_on(param: str) -> Iterator[None]:
-    """What the library refuses is a parameter's fault."""
-    try:
-        yield
-    except InputError as error:
-        refuse(param, str(error))
+class _Request(Values):
+    """A body's values, and what they say of a model."""
 
-
-class _Values:
-    """A body's values, checked as they are taken. One that is null counts as none, as with OpenAI."""
-
-    def __init__(self, raw: bytes, model: Model) -> None:
-        values = _object(raw)
-        self._values: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-        self._recommended = model.metadata.sampling
-        name = self._values.get("model", model.name)
+    def __init__(self, raw: bytes, model: Model, harmless: Mapping[str, tuple[Any, ...]]) -> None:
+        super().__init__(raw)
+        self._model = model
+        name = self.get("model", model.name)
         if name != model.name:
-            message = f"the model {_shown(name)} is not served here; give {_shown(model.name)}, or leave it out"
+            message = f"the model {shown(name)} is not served here; give {shown(model.name)}, or leave it out"
             raise RequestError(404, message, "model", "model_not_found")
-        if self._values.get("tool_choice") == "none":
-            self._values.pop("tools", None)
-        for param, harmless in _HARMLESS.items():
-            if param in self._values and self._values[param] not in harmless:
-                fix = f"give {_shown(harmless[0])}" if harmless else "leave it out"
-                refuse(param, f"{param} {_shown(self._values[param])} is not possible here; {fix}", "unsupported_value")
-
-    def whole(self, name: str, low: int | None = None, high: int | None = None) -> int | None:
-        """A whole number."""
-        value = self._values.get(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int):
-            refuse(name, f"{name} {_shown(value)} is no whole number; give one")
-        if (low is not None and value < low) or (high is not None and value > high):
-            bounds = f"{low} or more" if high is None else f"{low} to {high}"
-            refuse(name, f"{name} {value} is impossible; give {bounds}")
-        return value
+        for param, values in {**_HARMLESS, **harmless}.items():
+            is_idle = param == "tools" and self.get("tool_choice") == "none"
+            if param in self and self.get(param) not in values and not is_idle:
+                fix = f"give {shown(values[0])}" if values else "leave it out"
+                refuse(param, f"{param} {shown(self.get(param))} is not possible here; {fix}", "unsupported_value")
 
     def limit(self, names: Sequence[str], usual: int | None) -> int | None:
         """A number of tokens, by the first of the names that is given; -1, as with llama.cpp, is as many as fit."""
-        name = next((name for name in names if name in self._values), None)
+        name = next((name for name in names if name in self), None)
         if name is None:
             return usual
-        return None if self._values[name] == -1 else self.whole(name, 1)
+        return None if self.get(name) == -1 else self.whole(name, 1)
 
-    def flag(self, name: str) -> bool:
-        """True or false, which it is unless given."""
-        value = self._values.get(name, False)
-        if not isinstance(value, bool):
-            refuse(name, f"{name} {_shown(value)} is neither true nor false; give one of them")
-        return value
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each a text or ids."""
+        value = self.get("prompt")
+        is_list = isinstance(value, list) and bool(value) and all(isinstance(each, str | list) for each in value)
+        given = value if is_list else [value]
+        for each in given:
+            if not isinstance(each, str) and not _are_ids(each):
+                message = f"prompt {shown(each)} is neither one text nor one list of ids; give one of them, or a list"
+                refuse("prompt", f"{message} of such")
+        return given
 
-    def entries(self, name: str) -> Mapping[str, Any]:
-        """An object's, empty unless given."""
-        value = self._values.get(name, {})
-        if not isinstance(value, dict):
-            refuse(name, f"{name} {_shown(value)} is no object; give one")
-        return value
+    def ids(self, prompt: str | list[int]) -> Sequence[int]:
+        """A prompt's ids."""
+        return self._fitting("prompt", prompt_ids(self._model.program, prompt) if isinstance(prompt, str) else prompt)
 
-    def prompt(self, model: Model) -> Sequence[int]:
-        """The prompt's ids, be it a text or ids."""
-        value = self._values.get("prompt")
-        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-            (value,) = value
-        if isinstance(value, str):
-            return self._fitting("prompt", prompt_ids(model.program, value), model)
-        if not isinstance(value, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
-            refuse("prompt", f"prompt {_shown(value)} is neither one text nor one list of ids; give one of them")
-        return self._fitting("prompt", value, model)
+    def tries(self, choices: int) -> int:
+        """How many texts are made of each prompt."""
+        best_of = self.whole("best_of", 0, MOST_CHOICES) or choices
+        if best_of < choices:
+            refuse("best_of", f"best_of {best_of} is less than n {choices}; give at least as many, or leave it out")
+        if best_of > choices and self.flag("stream"):
+            refuse("best_of", f"best_of {best_of} is known only at the end, which no stream can wait for; leave it out")
+        return best_of
 
-    def conversation(self, model: Model) -> tuple[Sequence[int], tuple[int, ...]]:
-        """The messages' ids, and those that end the answer."""
-        template, value = model.template, self._values.get("messages")
+    def conversation(self, tools: Tools) -> tuple[Sequence[int], Carried]:
+        """The messages' ids, and the template that made them."""
+        template = self._model.template
         if template is None:
             refuse(
                 "messages",
                 "the file carries no chat template, so messages cannot become a text; start the server with "
                 f"--chat-template {', '.join(NAMED)}, or export the file again with it",
             )
-        if not isinstance(value, list) or not value:
-            refuse("messages", f"messages {_shown(value)} is no list of messages; give at least one")
-        messages = [_message(each) for each in value]
-        with _blamed_on("messages"):
-            ids = template.encode(messages, model.tokenizer)
-        stop_ids = template.stop_ids(model.tokenizer, model.metadata.bos_id, model.metadata.stop_ids)
-        return self._fitting("messages", ids, model), stop_ids
+        messages = read_messages(self)
+        with blamed_on("messages"):
+            ids = encode(template, messages, tools.given, self._model.tokenizer)
+        return self._fitting("messages", ids), template
 
-    def options(self, logprobs: int | None, max_new_tokens: int | None, stop_ids: tuple[int, ...]) -> GenerationOptions:
+    def options(
+        self,
+        logprobs: int | None,
+        max_new_tokens: int | None,
+        stop_ids: tuple[int, ...],
+        shown_ids: tuple[int, ...] = (),
+    ) -> GenerationOptions:
         """How tokens are chosen, where nothing is asked for as the checkpoint recommends, and when the text ends."""
-        given: dict[str, Any] = {"temperature": 1.0, **self._recommended}
+        given: dict[str, Any] = {"temperature": 1.0, **self._model.metadata.sampling}
         for field in fields(SamplingOptions):
-            if field.name in self._values:
+            if field.name in self:
                 given[field.name] = self._option(field.name)
         for name, value in given.items():
-            with _blamed_on(name):
+            with blamed_on(name):
                 SamplingOptions(**{name: value})
-        return GenerationOptions(SamplingOptions(**given), max_new_tokens, stop_ids, self._stops(), logprobs)
-
-    def order(self, is_chat: bool, prompt: Sequence[int], options: GenerationOptions, model: Model) -> Order:
-        """All of it together."""
-        vocab_size = model.metadata.config.vocab_size
-        for token in options.sampling.logit_bias:
+        sampling, vocab_size = SamplingOptions(**given), self._model.metadata.config.vocab_size
+        for token in sampling.logit_bias:
             if token >= vocab_size:
                 refuse("logit_bias", f"logit_bias {token} is no token; ids run from 0 to {vocab_size - 1}")
-        stream, usage = self.flag("stream"), self.entries("stream_options").get("include_usage", False)
-        if "stream_options" in self._values and not stream:
-            refuse("stream_options", "stream_options are of no use without stream; add stream: true, or leave them out")
-        seed = self.whole("seed")
-        with _blamed_on("response_format"):
-            grammar = self._grammar()
-            constraint = (
-                None if grammar is None else Constraint(grammar, model.tokenizer, options.stop_ids, vocab_size, prompt)
-            )
-        seed = secrets.randbits(64) if seed is None else seed
-        return Order(is_chat, prompt, options, constraint, seed, stream, usage is True)
+        return GenerationOptions(sampling, max_new_tokens, stop_ids, self._stops(), logprobs, shown_ids=shown_ids)
 
-    def _fitting(self, param: str, ids: Sequence[int], model: Model) -> Sequence[int]:
-        with _blamed_on(param):
-            check_tokens(ids, model.metadata.config.vocab_size)
-        capacity = model.metadata.max_seq_len
+    def texts(
+        self, prompts: Sequence[Sequence[int]], each: int, options: GenerationOptions, grammar: _Grammar | None
+    ) -> list[Text]:
+        """What is to be made, so many of each prompt."""
+        if len(prompts) * each > MOST_TEXTS:
+            message = f"prompt has {len(prompts)} texts, of which {each} each are wanted; give fewer: {MOST_TEXTS} are"
+            refuse("prompt", f"{message} the most that a request may have")
+        model, seed, texts = self._model, self.whole("seed"), list[Text]()
+        seed = secrets.randbits(64) if seed is None else seed
+        vocab_size = model.metadata.config.vocab_size
+        for i in range(len(prompts) * each):
+            constraint = None
+            if grammar is not None:
+                with blamed_on(grammar.param):
+                    prompt = prompts[i // each]
+                    constraint = Constraint(grammar.text, model.tokenizer, options.stop_ids, vocab_size, prompt)
+            texts.append(Text(i // each, _seed(seed, i), constraint))
+        return texts
+
+    def grammar(self) -> _Grammar | None:
+        """That of the answer's JSON, where it must be some."""
+        schema = self._schema()
+        return None if schema is None else _Grammar("response_format", json_grammar(schema))
+
+    def grammar_with(self, form: Form, tools: Tools) -> _Grammar | None:
+        """That of an answer which must call a function, or may in place of the JSON that it has to be."""
+        schema = None if tools.required else self._schema()
+        if schema is None and not tools.required:
+            return None
+        if tools.required:
+            _require_grammars("tool_choice")
+        functions = [tool["function"] for tool in tools.required or tools.given]
+        calls = call_rules(form, functions, tools.several, self._model.tokenizer.specials)
+        if schema is None:
+            return _Grammar("tools", rules(f"start: calls\n{calls}"))
+        return _Grammar("response_format", rules(f"start: calls | json\njson: {json_rule(schema)}\n{calls}"))
+
+    def streaming(self) -> tuple[bool, bool]:
+        """Whether the answer is told step by step, and the number of tokens at its end."""
+        stream, usage = self.flag("stream"), self.entries("stream_options").get("include_usage", False)
+        if "stream_options" in self and not stream:
+            refuse("stream_options", "stream_options are of no use without stream; add stream: true, or leave them out")
+        return stream, usage is True
+
+    def _fitting(self, param: str, ids: Sequence[int]) -> Sequence[int]:
+        metadata = self._model.metadata
+        with blamed_on(param):
+            check_tokens(ids, metadata.config.vocab_size)
+        capacity = metadata.max_seq_len
         if len(ids) > capacity:
             message = f"the {param} has {len(ids)} tokens, and the context only {capacity}; shorten it"
             refuse(param, message, "context_length_exceeded")
@@ -272,12 +319,14 @@ class _Values:
 
     def _option(self, name: str) -> float | int | dict[int, float]:
         """A value of SamplingOptions."""
+        if name == "top_k" and self.get(name) == -1:  # as vLLM says for all
+            return 0
         if name in ("top_k", "penalty_window"):
             return self.whole(name) or 0
         if name == "logit_bias":
             return self._biases()
-        number = _number(name, self._values[name])
-        return LIKELIEST if name == "top_p" and number == 0 else number
+        value = number(name, self.get(name))
+        return LIKELIEST if name == "top_p" and value == 0 else value
 
     def _biases(self) -> dict[int, float]:
         given = self.entries("logit_bias")
@@ -285,19 +334,19 @@ class _Values:
             refuse("logit_bias", f"logit_bias has {len(given)} entries; give at most {MOST_BIASES}")
         for token in given:
             if not token.isdecimal():
-                refuse("logit_bias", f"logit_bias {_shown(token)} is no token's id; give a whole number as a string")
-        return {int(token): _number("logit_bias", value) for token, value in given.items()}
+                refuse("logit_bias", f"logit_bias {shown(token)} is no token's id; give a whole number as a string")
+        return {int(token): number("logit_bias", value) for token, value in given.items()}
 
     def _stops(self) -> tuple[str, ...]:
-        value = self._values.get("stop", [])
-        stops = [value] if isinstance(value, str) else value
+        value = self.get("stop", "")
+        stops = [value][: len(value)] if isinstance(value, str) else value
         if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
-            refuse("stop", f"stop {_shown(value)} is no text; give one, or a list of them, none of them empty")
+            refuse("stop", f"stop {shown(value)} is no text; give one, or a list of them, none of them empty")
         if len(stops) > MOST_STOPS:
             refuse("stop", f"stop has {len(stops)} texts; give at most {MOST_STOPS}")
         return tuple(stops)
 
-    def _grammar(self) -> str | None:
+    def _schema(self) -> dict[str, Any] | None:
         """That of the answer's JSON, where it must be some."""
         wanted = self.entries("response_format")
         kind = wanted.get("type", "text")
@@ -308,59 +357,31 @@ class _Values:
             schema = wanted["json_schema"].get("schema") if isinstance(wanted.get("json_schema"), dict) else None
         elif kind != "json_object":
             refuse(
-                "response_format", f"response_format {_shown(kind)} is unknown; give text, json_object or json_schema"
+                "response_format", f"response_format {shown(kind)} is unknown; give text, json_object or json_schema"
             )
         if not isinstance(schema, dict):
-            refuse("response_format", f"response_format has the schema {_shown(schema)}; give an object")
-        if find_spec("llguidance") is None:
-            refuse(
-                "response_format", "the server lacks llguidance for it; run there: pip install 'llama-pte[constrain]'"
-            )
-        return json_grammar(schema)
+            refuse("response_format", f"response_format has the schema {shown(schema)}; give an object")
+        _require_grammars("response_format")
+        return schema
 
 
-def _object(raw: bytes) -> dict[str, Any]:
-    """A body's JSON object."""
-    try:
-        values = json.loads(raw, parse_constant=_no_number)
-        json.dumps(values, ensure_ascii=False).encode()  # which half a surrogate pair fails
-    except (ValueError, RecursionError) as error:
-        refuse(None, f"the body is no JSON ({error}); send an object with Content-Type: application/json")
-    if not isinstance(values, dict):
-        refuse(None, f"the body is {_shown(values)}; send an object")
-    return values
+def _require_grammars(param: str) -> None:
+    if find_spec("llguidance") is None:
+        refuse(param, "the server lacks llguidance for it; run there: pip install 'llama-pte[constrain]'")
 
 
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number")
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and not any(isinstance(i, bool) or not isinstance(i, int) for i in value)
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        refuse(name, f"{name} {_shown(value)} is no number; give one")
-    try:
-        return float(value)
-    except OverflowError:
-        refuse(name, f"{name} {_shown(value)} is too large; give a smaller number")
+def _said(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of a prompt, but for a character that ends behind it."""
+    decoder = StreamDecoder(tokenizer)
+    return "".join(decoder.add(token) for token in ids)
 
 
-def _message(value: Any) -> Message:
-    """Reads one message; a content may come as a list of texts."""
-    role = value.get("role") if isinstance(value, dict) else None
-    if not isinstance(role, str):
-        refuse("messages", f"the message {_shown(value)} has no role; give system, user or assistant")
-    content = value.get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list) or not all(_is_text(part) for part in parts):
-        refuse("messages", f"the content {_shown(content)} is no text; give only texts")
-    return SYSTEM if role == "developer" else role, "".join(part["text"] for part in parts)
-
-
-def _is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-def _shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _seed(seed: int, index: int) -> int:
+    """The seed of a request's text by its place: the first has the request's, the others one made of it."""
+    if index == 0:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest())

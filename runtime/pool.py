@@ -40,7 +40,8 @@ class SessionPool:
         """A session whose text is what the prompt begins with, as far as one that is here began like it.
 
         A session that would lose nothing comes first; then a new one, which copies what it can of another's text; then
-        the idle one with the longest beginning in common, of several the least recently used.
+        the idle one with the longest beginning in common, of several the least recently used; or, where one that is
+        taken has much more in common, a copy of that, in place of the least recently used.
         """
         assert self.has_room, f"all {self._limit} sessions are taken"
 
@@ -48,9 +49,12 @@ class SessionPool:
             return common(session.tokens, prompt[:-1])
 
         session = max(self._idle, key=shared, default=None)
+        nearest = max([*self._idle, *self._taken], key=shared, default=None)
         if session is None or (len(self) < self._limit and shared(session) < session.position):
-            nearest = max([*self._idle, *self._taken], key=shared, default=None)
             session = nearest.fork() if nearest and shared(nearest) >= WORTH_COPYING else Session(self._program)
+        elif nearest and shared(nearest) >= shared(session) + WORTH_COPYING:
+            self._idle.pop(0)
+            session = nearest.fork()
         else:
             self._idle.remove(session)
         self._taken.append(session)

@@ -3,11 +3,11 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from model.errors import InputError
 from runtime.constrain import Constraint
-from runtime.generation import GenerationOptions, Step, generate
+from runtime.generation import GenerationOptions, Step, generate, score
 from runtime.pool import SessionPool
 from runtime.program import Program
 from runtime.sampler import Rng
@@ -31,6 +31,8 @@ class Job:
         options, rng, constraint: see `generate`.
         deliver: is given each step, of which the last has a finish_reason, or what went wrong instead of it. It is
             called by the worker's thread, or by `Worker.close`, and returns at once.
+        scores: of how many of the likeliest tokens the prompt's own are compared with, see `score`; None not to.
+        scored: the prompt's steps, where they were asked for; complete with the first step.
         cached: how many of the prompt's tokens were not run, because a session began with them; known with the first
             step.
     """
@@ -40,6 +42,8 @@ class Job:
     rng: Rng
     constraint: Constraint | None
     deliver: Callable[[Step | Exception], None]
+    scores: int | None = None
+    scored: list[Step] = field(default_factory=list)
     cached: int = 0
     cancelled: bool = False
 
@@ -57,6 +61,9 @@ class Worker:
     """Takes jobs first come, first served; those that have a session go on in turns, a step of each.
 
     A step is a token, or a part of a prompt as long as the program takes at once. So a long prompt holds nobody up.
+
+    Attributes:
+        sessions: how many jobs can be active.
     """
 
     def __init__(self, program: Program, sessions: int, max_queue: int) -> None:
@@ -70,6 +77,7 @@ class Worker:
             InputError: the program takes no sessions, or so many are impossible.
         """
         self._program, self._room = program, sessions + max_queue
+        self.sessions = sessions
         self._pool = SessionPool(program, sessions)
         self._changed = threading.Condition()
         self._waiting = deque[Job]()
@@ -84,8 +92,11 @@ class Worker:
         with self._changed:
             return {"active": len(self._active), "waiting": len(self._waiting), "sessions": len(self._pool)}
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job, is_more: bool = False) -> None:
         """Puts a job behind those that wait.
+
+        Args:
+            is_more: whether it belongs to one that was taken, so that there is a place.
 
         Raises:
             QueueFullError: there is no place.
@@ -94,7 +105,7 @@ class Worker:
         with self._changed:
             if self._closed:
                 raise ClosedError
-            if len(self._active) + len(self._waiting) >= self._room:
+            if not is_more and len(self._active) + len(self._waiting) >= self._room:
                 raise QueueFullError
             self._waiting.append(job)
             self._changed.notify()
@@ -135,7 +146,7 @@ class Worker:
 
     def _activate(self, job: Job) -> None:
         try:
-            session = self._pool.take(job.prompt)
+            session = self._pool.take(job.prompt if job.scores is None else job.prompt[:1])  # all of which is run
         except Exception as error:  # memory may be short
             _deliver(job, error)
             return
@@ -144,6 +155,10 @@ class Worker:
 
     def _steps(self, job: Job, session: Session) -> Iterator[Step | None]:
         """What a job takes: its prompt in parts but for the last, and then its tokens."""
+        if job.scores is not None:
+            for part in score(session, job.prompt, job.scores, self._program.tokenizer):
+                job.scored += part
+                yield None
         length = max(method.max_length for method in self._program.metadata.methods)
         while len(job.prompt) - session.position > length:
             session.prefill(job.prompt[session.position : session.position + length])

@@ -162,6 +162,57 @@ def test_logprobs_are_those_of_generate(server: Server, expected: Callable[..., 
     assert b"".join(bytes(entry.bytes or ()) for entry in streamed).decode() == text_of(steps)
 
 
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_an_echo_with_logprobs_tells_how_likely_the_prompts_tokens_are(
+    server: Server, expected: Callable[..., list[Step]], tokens: int
+) -> None:
+    ids, seen = prompt_ids(server.model.program, STORY), list[float]()
+    for end in range(1, len(ids)):
+        (step,) = expected(ids[:end], 1, logprobs=server.model.metadata.config.vocab_size)
+        seen.append(dict(step.top_logprobs)[ids[end]])
+    steps = expected(ids, 3, logprobs=2)[:tokens]
+    ask: Any = {"model": "tiny", "temperature": 0, "max_tokens": tokens, "echo": True, "logprobs": 2}
+    for prompt in (STORY, ids):
+        answer = server.client().completions.create(prompt=prompt, **ask)
+        (choice,) = answer.choices
+        assert (choice.text, choice.finish_reason) == (STORY + text_of(steps), "length")
+        assert answer.usage
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), tokens)
+        logs = choice.logprobs
+        assert logs
+        assert logs.token_logprobs
+        assert logs.token_logprobs[0] is None
+        assert logs.token_logprobs[1:] == pytest.approx([*seen, *(step.logprob for step in steps)], abs=1e-4)
+        assert logs.top_logprobs
+        assert logs.top_logprobs[0] is None
+        assert all(max(top.values()) >= own - 1e-6 for top, own in zip(logs.top_logprobs[1:], seen, strict=False))
+        assert logs.tokens
+        assert logs.tokens[0] == "<s>"
+        assert "".join(logs.tokens[1:]) == " " + choice.text
+        assert logs.text_offset
+        assert all(map(choice.text.startswith, (token.lstrip() for token in logs.tokens[1:2]), logs.text_offset[1:2]))
+        assert all(map(choice.text.startswith, logs.tokens[2:], logs.text_offset[2:]))
+        chunks = list(server.client().completions.create(prompt=prompt, **ask, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
+        told = [part for chunk in chunks if (part := chunk.choices[0].logprobs)]
+        assert [value for part in told for value in part.token_logprobs or ()] == logs.token_logprobs
+        assert [value for part in told for value in part.text_offset or ()] == logs.text_offset
+
+
+def test_an_echo_without_logprobs_is_the_prompt_and_what_follows(
+    server: Server, expected: Callable[..., list[Step]]
+) -> None:
+    text = STORY + text_of(expected(STORY, 5))
+    assert server.post("completions", prompt=STORY, echo=True, temperature=0, max_tokens=5).json()["choices"][0] == {
+        "index": 0,
+        "text": text,
+        "logprobs": None,
+        "finish_reason": "length",
+    }
+    alone = server.post("completions", prompt=STORY, echo=True, max_tokens=0).json()
+    assert (alone["choices"][0]["text"], alone["usage"]["completion_tokens"]) == (STORY, 0)
+
+
 def test_a_response_format_is_kept(server: Server) -> None:
     schema = {"type": "object", "properties": {"pet": {"enum": ["dog", "cat"]}}, "required": ["pet"]}
     schema["additionalProperties"] = False  # type: ignore[assignment]
@@ -195,8 +246,18 @@ def test_a_talk_that_goes_on_is_not_run_again(server: Server, tiny_pte: Path) ->
 @pytest.mark.parametrize(
     ("endpoint", "values", "param", "message"),
     [
-        ("completions", {"prompt": "x", "n": 2}, "n", "n 2 is not possible here; give 1"),
-        ("completions", {"prompt": "x", "echo": True}, "echo", "give false"),
+        ("completions", {"prompt": "x", "n": 17}, "n", "n 17 is impossible; give 1 to 16"),
+        ("completions", {"prompt": "x", "echo": "yes"}, "echo", '"yes" is neither true nor false'),
+        ("completions", {"prompt": "x", "best_of": 1, "n": 2}, "best_of", "best_of 1 is less than n 2"),
+        ("completions", {"prompt": "x", "best_of": 2, "stream": True}, "best_of", "which no stream can wait for"),
+        ("completions", {"prompt": "x", "tools": [{}]}, "tools", "tools [{}] is not possible here; give []"),
+        ("completions", {"prompt": "x", "suffix": "y"}, "suffix", 'suffix "y" is not possible here; give ""'),
+        (
+            "chat/completions",
+            {"messages": MESSAGES, "echo": True},
+            "echo",
+            "echo true is not possible here; give false",
+        ),
         ("completions", {"prompt": "x", "temperature": -1}, "temperature", "temperature -1.0 is impossible"),
         ("completions", {"prompt": "x", "temperature": "hot"}, "temperature", '"hot" is no number'),
         ("completions", {"prompt": "x", "temperature": 10**400}, "temperature", "is too large"),
@@ -211,7 +272,15 @@ def test_a_talk_that_goes_on_is_not_run_again(server: Server, tiny_pte: Path) ->
         ("completions", {"prompt": "x", "seed": True}, "seed", "true is no whole number"),
         ("completions", {"prompt": "x", "stream": "yes"}, "stream", "neither true nor false"),
         ("completions", {"prompt": "x", "stream_options": {}}, "stream_options", "of no use without stream"),
-        ("completions", {"prompt": ["a", "b"]}, "prompt", "neither one text nor one list of ids"),
+        ("completions", {"prompt": ["a", 1]}, "prompt", "neither one text nor one list of ids"),
+        ("completions", {"prompt": [[1], [True]]}, "prompt", "neither one text nor one list of ids"),
+        (
+            "completions",
+            {"prompt": ["a", ""] * 129},
+            "prompt",
+            "258 texts, of which 1 each are wanted; give fewer: 256",
+        ),
+        ("completions", {"prompt": [[1], []]}, "prompt", "the prompt is empty"),
         ("completions", {}, "prompt", "neither one text nor one list of ids"),
         ("completions", {"prompt": []}, "prompt", "the prompt is empty"),
         ("completions", {"prompt": [1, 99999]}, "prompt", "token 99999 is not in the vocabulary"),
@@ -227,7 +296,6 @@ def test_a_talk_that_goes_on_is_not_run_again(server: Server, tiny_pte: Path) ->
         ("chat/completions", {"messages": ["Hi"]}, "messages", '"Hi" has no role'),
         ("chat/completions", {"messages": [{"role": "user"}]}, "messages", "the content null is no text"),
         ("chat/completions", {"messages": [{"role": "tool", "content": ""}]}, "messages", "the messages are of tool"),
-        ("chat/completions", {"messages": MESSAGES, "tools": [{}]}, "tools", "tools [{}] is not possible here"),
         ("chat/completions", {"messages": MESSAGES, "top_logprobs": 1}, "top_logprobs", "add logprobs: true"),
     ],
 )
@@ -243,6 +311,21 @@ def test_what_is_impossible_is_refused(
 def test_unknown_parameters_and_nulls_are_ignored(server: Server) -> None:
     harmless = {"user": "me", "store": False, "n": 1, "tools": [{}], "tool_choice": "none", "stop": None, "seed": None}
     assert server.post("completions", prompt="x", max_tokens=1, best_of=1, **harmless).status_code == 200
+
+
+def test_values_that_ask_for_nothing_change_nothing(server: Server) -> None:
+    idle: dict[str, Any] = {"top_k": -1, "stop": "", "logit_bias": {}, "functions": [], "tools": [], "user": ""}
+    texts = {"suffix": "", "echo": False, "best_of": 0, "n": 1, "logprobs": None}
+    talk = {"n": 1, "logprobs": False, "top_logprobs": 0, "tool_choice": "auto", "parallel_tool_calls": True}
+    for endpoint, body, others in (
+        ("completions", {"prompt": STORY}, texts),
+        ("chat/completions", {"messages": MESSAGES}, talk | {"modalities": ["text"], "response_format": None}),
+    ):
+        plain = server.post(endpoint, **body, temperature=0, max_tokens=9).json()["choices"]
+        for more in (idle, idle | {"stop": []}):
+            assert (
+                server.post(endpoint, **body, temperature=0, max_tokens=9, **more, **others).json()["choices"] == plain
+            )
 
 
 def test_top_p_0_takes_the_likeliest_and_max_tokens_minus_1_as_many_as_fit(server: Server) -> None:
@@ -268,7 +351,7 @@ def test_a_jinja_template_takes_the_messages_that_it_renders(roles: str, server:
     text = "".join(f"[{each['role']}]{each['content']}\n" for each in messages) + "[assistant]"
     if messages[-1]["role"] == "assistant":
         text = text.removesuffix("\n[assistant]")
-    assert order.prompt == model.tokenizer.encode(text)
+    assert order.prompts == [model.tokenizer.encode(text)]
 
 
 @pytest.mark.parametrize(("origin", "is_let"), [("http://localhost:3000", True), ("https://elsewhere.example", False)])

@@ -66,6 +66,19 @@ def test_a_session_in_use_is_copied_too(toy_program: Program) -> None:
     assert not pool.has_room
 
 
+def test_with_no_room_a_session_in_use_is_copied_over_the_one_used_longest_ago(toy_program: Program) -> None:
+    pool = SessionPool(toy_program, 3)
+    older, newer = said(pool, [7, 8, 9]), said(pool, [*LONG[:3], 9])
+    first = pool.take([6])
+    first.restart(LONG)
+    second = pool.take([*LONG, 1])
+    assert second.tokens == LONG
+    assert second not in (older, newer, first)
+    assert first.tokens == LONG
+    assert len(pool) == 3
+    assert pool.take([*LONG[:3], 9, 9]) is newer
+
+
 def test_with_no_room_the_longest_beginning_counts_and_then_who_was_used_last(toy_program: Program) -> None:
     pool = SessionPool(toy_program, 2)
     older, newer = said(pool, [1, 2, 3]), said(pool, [4, 5, 6])

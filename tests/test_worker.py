@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 
+from export.reference import reference
 from model.errors import InputError
 from runtime.generation import GenerationOptions, Step, generate
 from runtime.program import Program
 from runtime.sampler import Rng, SamplingOptions
 from runtime.session import Session
 from runtime.worker import ClosedError, Job, QueueFullError, Worker
-from tests.conftest import TOY
+from tests.conftest import TOY, toy_model
 from tests.serving import Gate, wait
 
 WARM = SamplingOptions(temperature=1.0)
@@ -68,6 +69,25 @@ def test_texts_in_turns_are_those_of_each_alone(toy_program: Program) -> None:
         alone = generate(Session(toy_program), client.job.prompt, client.job.options, Rng(seed), toy_program.tokenizer)
         assert [step.token for step in alone] == tokens
     assert sum(client.job.cached for client in clients) > 40
+
+
+@pytest.mark.parametrize("length", [1, 2, 8, 30])
+def test_a_prompts_own_tokens_are_scored_as_the_eager_model_has_them(worker: Worker, length: int) -> None:
+    prompt = [(token * 37) % TOY.vocab_size for token in range(1, length + 1)]
+    clients = [Client(prompt, GenerationOptions(max_new_tokens=3)) for _ in range(2)]
+    clients[1].job.scores = 2
+    for client in clients:  # so that the second finds a session that begins like it
+        worker.submit(client.job)
+        client.steps()
+    scored = clients[1].job.scored
+    assert (clients[0].job.scored, clients[1].job.cached) == ([], 0)
+    assert [step.token for step in scored] == prompt
+    assert (scored[0].logprob, scored[0].top_logprobs) == (None, ())
+    (logits,) = reference(toy_model(), [prompt], max_seq_len=TOY.context)
+    logprobs = logits.double().log_softmax(-1)
+    for step, token, row in zip(scored[1:], prompt[1:], logprobs, strict=False):
+        assert step.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert [value for _, value in step.top_logprobs] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
 
 
 def test_a_short_text_does_not_wait_for_a_long_one_or_a_long_prompt(worker: Worker, gate: Gate) -> None:

@@ -1,0 +1,116 @@
+"""Values: a request's JSON object, each value checked as it is taken, and RequestError, what is wrong with one."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from model.errors import InputError
+
+
+class RequestError(Exception):
+    """A request that gets no answer but an error in OpenAI's form.
+
+    Attributes:
+        status: the HTTP status.
+        content: the response's JSON.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        kinds = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+        kind = kinds.get(status, "invalid_request_error")
+        self.status = status
+        self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def refuse(param: str | None, message: str, code: str | None = None) -> NoReturn:
+    """Raises:
+    RequestError: with status 400.
+    """
+    raise RequestError(400, message, param, code)
+
+
+@contextmanager
+def blamed_on(param: str) -> Iterator[None]:
+    """What the library refuses is a parameter's fault."""
+    try:
+        yield
+    except InputError as error:
+        refuse(param, str(error))
+
+
+class Values:
+    """A body's values. One that is null counts as none, as with OpenAI."""
+
+    def __init__(self, raw: bytes) -> None:
+        """
+        Raises:
+            RequestError: the body is no object of JSON.
+        """
+        self._values = {name: value for name, value in _object(raw).items() if value is not None}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def get(self, name: str, usual: Any = None) -> Any:
+        """A value as it is, or what it usually is."""
+        return self._values.get(name, usual)
+
+    def whole(self, name: str, low: int | None = None, high: int | None = None) -> int | None:
+        """A whole number."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int):
+            refuse(name, f"{name} {shown(value)} is no whole number; give one")
+        if (low is not None and value < low) or (high is not None and value > high):
+            bounds = f"{low} or more" if high is None else f"{low} to {high}"
+            refuse(name, f"{name} {value} is impossible; give {bounds}")
+        return value
+
+    def flag(self, name: str, usual: bool = False) -> bool:
+        """True or false."""
+        value = self.get(name, usual)
+        if not isinstance(value, bool):
+            refuse(name, f"{name} {shown(value)} is neither true nor false; give one of them")
+        return value
+
+    def entries(self, name: str) -> Mapping[str, Any]:
+        """An object's, empty unless given."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            refuse(name, f"{name} {shown(value)} is no object; give one")
+        return value
+
+
+def number(name: str, value: Any) -> float:
+    """A number, of the parameter of that name."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        refuse(name, f"{name} {shown(value)} is no number; give one")
+    try:
+        return float(value)
+    except OverflowError:
+        refuse(name, f"{name} {shown(value)} is too large; give a smaller number")
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    """A body's JSON object."""
+    try:
+        values = json.loads(raw, parse_constant=_no_number)
+        json.dumps(values, ensure_ascii=False).encode()  # which half a surrogate pair fails
+    except (ValueError, RecursionError) as error:
+        refuse(None, f"the body is no JSON ({error}); send an object with Content-Type: application/json")
+    if not isinstance(values, dict):
+        refuse(None, f"the body is {shown(values)}; send an object")
+    return values
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
