@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 import xxhash
 from hypothesis import settings
 
+from export.code_cache import CodeCache, default_folder
 from export.cut import Cut
 from export.emit import emit
 from export.link import Linked, link
@@ -24,6 +27,8 @@ from model.config import ModelConfig
 from model.model import Llama
 from runtime.program import Program
 from tests.checkpoints import write_llama2c
+
+torch.set_num_threads(1)  # two workers share the cores, and threads of tiny products only wait for each other
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
@@ -106,10 +111,17 @@ def toy_program(toy_pte: Path) -> Program:
 def exported(options: ExportOptions) -> Path:
     """The export, made once where several workers want it at the same time."""
     assert options.output, "a shared model has a name"
-    MODELS.mkdir(parents=True, exist_ok=True)
-    with options.output.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(options.output.stem):
         return export_llama(options)
+
+
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Lets one worker at a time pass, of those that come with the same name: what the first makes, the others find."""
+    MODELS.mkdir(parents=True, exist_ok=True)
+    with (MODELS / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def toy_model() -> Llama:
@@ -164,7 +176,9 @@ def _digest(model: Llama) -> str:
 def linked(plan: Plan, backend: str = "portable", number: int = 0) -> Linked:
     """The program of a plan, or of one of its shards or slices."""
     recipe = plan.recipe
-    codes = lower(recipe.config, plan.shards, backend, recipe.scheme)
+    key = xxhash.xxh3_64_hexdigest(repr((recipe.config, plan.shards, backend, recipe.scheme)).encode())
+    with alone(f"{key}.codes"):
+        codes = lower(recipe.config, plan.shards, backend, recipe.scheme, CodeCache(default_folder()))
     return link(recipe, plan.shards[number], codes, backend, plan.identity)
 
 

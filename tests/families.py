@@ -54,7 +54,7 @@ DIVISORS = {
 }
 
 CASES = {
-    "Llama 2": Case("LlamaForCausalLM", exported=True),
+    "Llama 2": Case("LlamaForCausalLM"),
     "Llama 3, grouped": Case("LlamaForCausalLM", {"num_key_value_heads": 2} | rope("default", rope_theta=500000.0)),
     "Llama 3.2, tied and scaled": Case(
         "LlamaForCausalLM",
@@ -76,7 +76,7 @@ CASES = {
         rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=8.0, beta_slow=2.0, truncate=False)
         | {"num_key_value_heads": 1},
     ),
-    "Mistral": Case("MistralForCausalLM", {"num_key_value_heads": 2, "sliding_window": 8}, exported=True),
+    "Mistral": Case("MistralForCausalLM", {"num_key_value_heads": 2, "sliding_window": 8}),
     "Mistral without a window": Case("MistralForCausalLM", {"num_key_value_heads": 2, "sliding_window": None}),
     "Mixtral": Case(
         "MixtralForCausalLM",
@@ -87,7 +87,7 @@ CASES = {
         "MixtralForCausalLM",
         {"num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 8},
     ),
-    "Qwen 2": Case("Qwen2ForCausalLM", {"num_key_value_heads": 2}, exported=True),
+    "Qwen 2": Case("Qwen2ForCausalLM", {"num_key_value_heads": 2}),
     "Qwen 2, upper windows": Case(
         "Qwen2ForCausalLM",
         {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
@@ -114,7 +114,7 @@ CASES = {
         "Phi3ForCausalLM",
         {"original_max_position_embeddings": 16, "max_position_embeddings": 256} | rope("longrope", **DIVISORS),
     ),
-    "Gemma": Case("GemmaForCausalLM", {"num_key_value_heads": 1, "head_dim": 12}, exported=True),
+    "Gemma": Case("GemmaForCausalLM", {"num_key_value_heads": 1, "head_dim": 12}),
     "Gemma 2": Case(
         "Gemma2ForCausalLM",
         {
@@ -174,7 +174,7 @@ CASES = {
     "MPT, six heads": Case("MptForCausalLM", {"d_model": 48, "n_heads": 6, "attn_config": {"softmax_scale": 0.5}}),
     "CodeGen": Case("CodeGenForCausalLM", {"rotary_dim": 4}, exported=True),
     "CodeGen, two heads a turn": Case("CodeGenForCausalLM", {"n_head": 8, "n_embd": 64, "rotary_dim": 8}),
-    "GPT-J": Case("GPTJForCausalLM", {"rotary_dim": 4}, exported=True),
+    "GPT-J": Case("GPTJForCausalLM", {"rotary_dim": 4}),
     "GPT-J, tied": Case("GPTJForCausalLM", {"rotary_dim": 8, "tie_word_embeddings": True, "n_inner": 40}),
 }
 

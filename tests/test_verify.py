@@ -169,7 +169,7 @@ def test_one_bit_of_a_weight_is_named(kind: str, embedding_bits: int, tmp_path: 
     assert list(altered(made.path, made.recipe)) == [name]
 
 
-@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("count", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_shards_and_slices_hold_the_weights(count: int, toy_options: ExportOptions, tmp_path: Path) -> None:
     cut = Cut(slices=2) if count == 2 else Cut(shards=2)
     options = replace(toy_options, quantize="8da8w", cut=cut, output=tmp_path / "cut", max_ppl_increase=100.0)
