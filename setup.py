@@ -10,15 +10,17 @@ assert found, "executorch is needed for its headers: pip install executorch==1.5
 assert found.submodule_search_locations
 EXECUTORCH = Path(found.submodule_search_locations[0])
 SOURCES = Path("cpp_runner/src")
+KERNELS = ("attention.cpp", "operator.cpp", "bandwidth.cpp")
 
 setup(
     ext_modules=[
         Extension(
             "runtime._operators",
-            [str(SOURCES / name) for name in ("attention.cpp", "attention_operator.cpp", "bandwidth.cpp")],
-            depends=[*map(str, SOURCES.glob("*.h")), "cpp_runner/include/llama_runner/meter.h"],
+            [str(SOURCES / "attention" / name) for name in KERNELS],
+            depends=[*map(str, SOURCES.glob("attention/*")), "cpp_runner/include/llama_runner/measure.h"],
             include_dirs=[
                 "cpp_runner/include",
+                str(SOURCES),
                 str(EXECUTORCH / "include"),
                 str(EXECUTORCH / "include/executorch/runtime/core/portable_type/c10"),
             ],

@@ -6,7 +6,7 @@ python -m export.llama --checkpoint stories260K.bin --tokenizer tok512.model
 python -m export.llama --run "Once upon a time"
 """
 
-from model import command
+from runtime.cli import command
 
 if __name__ == "__main__":
     command.start("export.llama")
@@ -23,26 +23,27 @@ from pathlib import Path
 
 from rich.console import Console
 
-from export.backends import BACKENDS, lowering
-from export.calibrate import TOKENS, calibrate
-from export.code_cache import CodeCache, default_folder
-from export.cut import Cut
-from export.emit import emit, replacing
-from export.link import link
-from export.lower import lower
-from export.plan import DEFAULT_CHUNK, DEFAULT_CONTEXT, ExportOptions, Plan, plan
-from export.quality import Gate
-from export.quantize import ROUNDINGS
-from export.scheme import SCHEMES, matrices
-from export.search import DEFAULT_BUDGET, NothingFitsError, decided
-from export.together import runs
-from export.verify import VerificationError, add_flags, verify
-from model.checkpoint import BUILT_IN
+from export.atomic_file import replacing
+from export.checkpoints.layouts import BUILT_IN
+from export.lowering.assemble import link
+from export.lowering.backends import BACKENDS, lowering
+from export.lowering.code_cache import CodeCache, default_folder
+from export.lowering.lower import lower
+from export.lowering.write import emit
+from export.planning.plan import DEFAULT_CHUNK, DEFAULT_CONTEXT, ExportOptions, Plan, plan
+from export.planning.scheme_search import DEFAULT_BUDGET, NothingFitsError, decided
+from export.planning.sharding import Cut
+from export.quality.gptq import TOKENS, calibrate
+from export.quality.perplexity import Gate
+from export.quality.verification import VerificationError, add_flags, verify
+from export.weights.quantize import ROUNDINGS
+from export.weights.scheme import SCHEMES, matrices
 from model.errors import InputError
-from model.kv_rows import KV_DTYPES
-from preproc.chat import NAMED
+from model.kv_row_format import KV_DTYPES
+from preproc.chat_template import NAMED
 from runtime import generate
-from runtime.program import files, read_metadata
+from runtime.engine.program import files, read_metadata
+from runtime.pte.parts import runs
 
 
 class Progress:

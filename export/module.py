@@ -14,11 +14,11 @@ from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.extension.pybindings import _C
 from torch import Tensor, nn
 
-from export.backends import BACKENDS, check, partitioners, quietly
-from export.emit import replacing
-from export.verify import VerificationError
+from export.atomic_file import replacing
+from export.lowering.backends import BACKENDS, check, partitioners, quietly
+from export.quality.verification import VerificationError
 from model.errors import InputError, listed
-from runtime.shard import lacking
+from runtime.engine.executorch import lacking
 
 LIMIT = 1e-4
 """The largest difference from the eager module that passes, relative to the largest result if that is above 1."""
@@ -33,7 +33,7 @@ def export_module(
         module: takes tensors and returns a tensor or several; in eval mode, float32.
         inputs: an example of every argument; their shapes are fixed in the file.
         path: the .pte to write, which is complete and verified, or as it was before.
-        backend: one of `export.backends.BACKENDS` that can be run here.
+        backend: one of `export.lowering.backends.BACKENDS` that can be run here.
         limit: see LIMIT.
 
     Raises:

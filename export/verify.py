@@ -2,188 +2,32 @@
 
 The first says whether the file is faithful, through prefill and decode: the reference sees each whole sequence in one
 pass, without caches, so that a fault in a cache, a mask or a rotary slice shows as well as one in the graph or a
-weight. The second says what quantising costs, see `export.quality`.
+weight. The second says what quantising costs, see `export.quality.perplexity`.
 
     python -m export.verify tiny.pte
     python -m export.verify llama.pte --checkpoint path/to/Llama-3.2-1B --eval-text mine.txt --report
 """
 
-from model import command
+from runtime.cli import command
 
 if __name__ == "__main__":
     command.start("export.verify")
 
-import argparse
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from export.calibrate import CalibrationText, calibrate
-from export.fidelity import Fidelity, empty_text, judge, observed
-from export.metadata import Metadata
-from export.plan import for_length
-from export.quality import Gate, Quality, measure, most_tokens, random_windows, windows
-from export.recipe import Recipe
-from export.report import write_report
-from export.scheme import Scheme
-from export.weights import altered
-from model import command
-from model.checkpoint import BUILT_IN, open_checkpoint
+from export.checkpoints.hub import fetched, is_hub_name
+from export.checkpoints.layouts import BUILT_IN, open_checkpoint
+from export.planning.plan import for_length
+from export.quality.gptq import CalibrationText, calibrate
+from export.quality.perplexity import Gate
+from export.quality.verification import add_flags, check_same, verify
+from export.weights.scheme import Scheme
+from export.weights.source import Recipe
 from model.errors import InputError
-from model.hub import fetched, is_hub_name
 from preproc.tokenizer import from_bytes
-from runtime.program import Program, files, read_metadata
-
-UNCACHED_TOKENS = 64
-"""Tokens of the text that a file without caches is given, which takes the whole text anew for each."""
-
-
-class VerificationError(Exception):
-    """The exported program does not compute what was exported, or not well enough; nothing was written."""
-
-
-MAX_PPL_INCREASE = {8: 0.05, 4: 0.1}
-"""See `Quality.limit`; by `Scheme.fewest_bits`. A sound model of 135 million parameters loses 2 to 3% by 8 bits, as its
-activations are rounded by token, and a larger one less; a model that is ruined loses tens of percents.
-"""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What was found of a file.
-
-    Attributes:
-        metadata: what the file carries.
-        fidelity: whether it computes what was exported.
-        quality: what quantising cost; None for float32.
-        altered: the parameters whose bytes in the file are not those that the scheme makes of the checkpoint's.
-    """
-
-    metadata: Metadata
-    fidelity: Fidelity
-    quality: Quality | None
-    altered: tuple[str, ...] = ()
-
-    @property
-    def failure(self) -> str | None:
-        """Why the file does not pass, in a sentence; None if it does."""
-        if self.altered:
-            more = f" and {len(self.altered) - 1} more" if len(self.altered) > 1 else ""
-            return f"the file holds other weights than the checkpoint: {self.altered[0]}{more}"
-        if not self.fidelity.passed:
-            return f"the program differs from the checkpoint: {self.fidelity}"
-        return self.quality.failure if self.quality else None
-
-    def __str__(self) -> str:
-        return f"{self.fidelity}; {self.quality}" if self.quality else str(self.fidelity)
-
-    def save(self, output: Path, size: int) -> Path:
-        """Writes the report of a quantised file beside `output`, which has `size` bytes, and returns the page."""
-        assert self.quality, "a float32 file has no report"
-        scheme = Scheme.parse(self.metadata.provenance["options"]["scheme"])
-        quality = asdict(self.quality) | {"worst": [loss.worst for loss in self.quality.worst]}
-        quality["kl_limit"] = self.quality.kl_limit
-        for name in ("quantised", "file", "file_float32"):
-            quality[name]["increase"] = getattr(self.quality, name).increase
-        content: dict[str, Any] = {
-            "passed": self.failure is None,
-            "failure": self.failure,
-            "file": {"name": output.name, "bytes": size},
-            "scheme": {name: str(form) for name, form in vars(scheme).items()},
-            "provenance": self.metadata.provenance,
-            "fidelity": asdict(self.fidelity),
-            "quality": quality,
-        }
-        return write_report(output, content)
-
-
-def verify(file: Path | Sequence[Path], recipe: Recipe, gate: Gate | None = None) -> Verdict:
-    """Compares the rows after each prompt and each decoded token, and of a quantised file those of a text.
-
-    The file is run first and closed before the models, whose pieces are read one after another, take memory.
-
-    Args:
-        file: the .pte, the folder of its shards, or these.
-        recipe: what the file was made from.
-        gate: what a quantised model is held to; None for the built-in text and the scheme's limit.
-
-    Raises:
-        InputError: file and model do not have the same dimensions, or the gate asks for what cannot be measured.
-    """
-    program, gate = Program(file), gate or Gate()
-    metadata = program.metadata
-    _check_same(metadata, recipe)
-    bits = recipe.scheme.fewest_bits
-    gate.check(bits is not None, program.tokenizer)
-    found = observed(program)
-    parts = _parts(program, gate) if bits else []
-    followed = _followed(program, parts)
-    source = gate.source if program.tokenizer else None
-    del program
-    fidelity = judge(recipe, found)
-    del found
-    changed = tuple(altered(file, recipe))
-    if bits is None:
-        return Verdict(metadata, fidelity, None, changed)
-    limit = MAX_PPL_INCREASE[bits] if gate.max_ppl_increase is None else gate.max_ppl_increase
-    quality = measure(recipe, parts, followed, metadata.max_seq_len, source, limit)
-    return Verdict(metadata, fidelity, quality, changed)
-
-
-def _check_same(metadata: Metadata, recipe: Recipe) -> None:
-    if metadata.config != recipe.config:
-        raise InputError(f"the file was made from another model: {metadata.config} is not {recipe.config}")
-
-
-def _parts(program: Program, gate: Gate) -> list[list[int]]:
-    """What the models are to predict, see `windows`; random tokens where there is no tokenizer."""
-    metadata = program.metadata
-    if program.tokenizer is None:
-        return random_windows(metadata.config.vocab_size, metadata.max_seq_len)
-    ids = program.tokenizer.encode(gate.read())
-    return windows(ids, metadata.bos_id, metadata.max_seq_len, most_tokens(metadata.config))
-
-
-def _followed(program: Program, texts: Sequence[Sequence[int]]) -> Tensor:
-    """The file's logits behind each token that it is given of the texts, one by one, [N, V]."""
-    given = [(token, not index) for text in texts for index, token in enumerate(text[:-1])]
-    if not program.metadata.use_kv_cache:
-        given = given[:UNCACHED_TOKENS]
-    session, rows = empty_text(program), torch.empty(len(given), program.metadata.config.vocab_size)
-    for row, (token, is_first) in zip(rows, given, strict=True):
-        if is_first:
-            session.reset()
-        row.copy_(session.decode(token))
-    return rows
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `Gate.of`."""
-    parser.add_argument(
-        "--eval-text",
-        type=Path,
-        metavar="FILE",
-        help="what a quantised model is measured on: the first 512 tokens, for small models 2048 (default: a text of "
-        "the project's own)",
-    )
-    parser.add_argument(
-        "--max-ppl-increase",
-        type=_share,
-        metavar="SHARE",
-        help="by how much quantising may increase the perplexity, such as 2%% or 0.02 (default: the scheme's own)",
-    )
-
-
-def _share(text: str) -> float:
-    try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no share; give one such as 2% or 0.02") from None
+from runtime.cli import command
+from runtime.engine.program import files, read_metadata
 
 
 def _recipe(recipe: Recipe, file: Path, path: Path | None, folder: Path) -> Recipe:
@@ -206,7 +50,7 @@ def _recipe(recipe: Recipe, file: Path, path: Path | None, folder: Path) -> Reci
             f"--calibrate {path} is not the text that {file} was calibrated with (SHA-256 {text.sha256} is not "
             f"{made_with['sha256']}); give that one"
         )
-    _check_same(metadata, recipe)
+    check_same(metadata, recipe)
     texts = text.windows(from_bytes(metadata.tokenizer, metadata.tokenizer_kind), metadata.bos_id, metadata.max_seq_len)
     return calibrate(recipe, texts, metadata.max_seq_len, folder)
 

@@ -19,10 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.kv_rows import decode, encode
-
-Angles = tuple[Tensor, Tensor]
-"""cos and sin, see `rope`."""
+from model.kv_row_format import decode, encode
+from model.rotary import Angles, rope
 
 
 class Norm(nn.Module):
@@ -50,20 +48,6 @@ def last_mean(x: Tensor) -> Tensor:
     return x.reshape(1, -1, 1, x.shape[-1]).mean((2, 3), keepdim=True).view(x.shape[0], -1, *x.shape[2:-1], 1)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each head's pairs (i, i + P) by the position's angle (RoFormer, https://arxiv.org/abs/2104.09864).
-
-    Args:
-        x: [..., L, Dh], in the half-split order of Hugging Face checkpoints; what follows the 2P rotated values stays.
-        cos, sin: [..., L, P], from `preproc.rope`.
-    """
-    P = cos.shape[-1]
-    a, b = x[..., :P], x[..., P : 2 * P]
-    parts = [a * cos - b * sin, b * cos + a * sin]
-    rest = [x[..., 2 * P :]] if x.shape[-1] > 2 * P else []
-    return torch.cat(parts + rest, dim=-1)
-
-
 def softcap(x: Tensor, cap: float | None) -> Tensor:
     """Keeps values within (-cap, cap): cap * tanh(x / cap) (Gemma 2, https://arxiv.org/abs/2408.00118, section 2)."""
     return x if cap is None else torch.tanh(x * (1 / cap)) * cap
@@ -74,7 +58,7 @@ class Attention(nn.Module):
     `attend`, and `wo`.
 
     Attributes:
-        kv_dtype: keys and values are rounded to what a cache of this dtype would hold, see `model.kv_rows`.
+        kv_dtype: keys and values are rounded to what a cache of this dtype would hold, see `model.kv_row_format`.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

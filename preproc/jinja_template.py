@@ -14,8 +14,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.errors import InputError
-from preproc.chat import ASSISTANT, USER, ChatTemplate, Message, check_contents, end_id, with_end
-from preproc.special_text import Part, any_of
+from preproc.chat_template import ASSISTANT, USER, ChatTemplate, Message, check_contents, end_id, with_end
+from preproc.special_tokens import Part, any_of
 from preproc.tokenizer import Tokenizer
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"

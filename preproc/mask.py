@@ -4,8 +4,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
-
 HIDDEN = -1e9
 """Added to a hidden score. Finite, so that no row can turn into NaN, and far below any real score."""
 
@@ -40,15 +38,6 @@ def alibi(position: int, length: int, capacity: int, slopes: Tensor, window: int
     """
     mask = causal(position, length, capacity, window)
     return mask - slopes.view(-1, 1, 1) * (mask == 0) * _distances(position, length, capacity)
-
-
-def alibi_slopes(config: ModelConfig) -> Tensor:
-    """[H] float32: 2^(-max_bias * i / n) for i = 1 ... n, n being H rounded up to a power of two; where H is none, the
-    odd-numbered ones come first (as in MPT: mosaicml/llm-foundry, llmfoundry/models/layers/attention.py, gen_slopes).
-    """
-    n = 1 << (config.n_heads - 1).bit_length()
-    slopes = 2.0 ** (-config.alibi_max_bias * torch.arange(1, n + 1, dtype=torch.float32) / n)
-    return slopes if n == config.n_heads else torch.cat((slopes[1::2], slopes[::2]))[: config.n_heads]
 
 
 def held(position: int, capacity: int) -> Tensor:

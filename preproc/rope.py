@@ -1,113 +1,11 @@
 """RoPE tables, worked out before the graph: the graph only multiplies by the slice it is given."""
 
-import math
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig, RopeScaling
-from model.model import rope as apply
-
-
-def inverse_frequencies(config: ModelConfig, length: int) -> Tensor:
-    """[P] float32: theta^(-i/P) for pair i (RoFormer, https://arxiv.org/abs/2104.09864, section 3.2.2), scaled.
-
-    float32 throughout, as in training: at long positions a more exact angle is a different angle.
-
-    Args:
-        length: positions that a text may have; dynamic and longrope scaling depend on it.
-    """
-    if config.rope_scaling is None:
-        return 1.0 / _powers(config, config.rope_theta)
-    return _SCALED[config.rope_scaling.kind](config, config.rope_scaling, length)
-
-
-def _powers(config: ModelConfig, theta: float) -> Tensor:
-    """[P]: theta^(i/P), the wavelength of pair i in radians."""
-    return theta ** (torch.arange(0, config.rotated, 2, dtype=torch.float32) / config.rotated)
-
-
-def llama3_scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1's scaling (meta-llama/llama-models, models/llama3/model.py, apply_scaling).
-
-    Wavelengths under original_context / high_freq_factor are kept, those over original_context / low_freq_factor are
-    stretched by the factor, and the ones between are blended linearly in original_context / wavelength.
-    """
-    wavelengths = 2 * math.pi / frequencies
-    blend = (scaling.original_context / wavelengths - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    blend = blend.clamp(0, 1)
-    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
-
-
-def _llama3(config: ModelConfig, scaling: RopeScaling, length: int) -> Tensor:
-    return llama3_scaled(1.0 / _powers(config, config.rope_theta), scaling)
-
-
-def _linear(config: ModelConfig, scaling: RopeScaling, length: int) -> Tensor:
-    """Position interpolation: all stretched alike (https://arxiv.org/abs/2306.15595, eq. 4)."""
-    return 1.0 / _powers(config, config.rope_theta) / scaling.factor
-
-
-def _dynamic(config: ModelConfig, scaling: RopeScaling, length: int) -> Tensor:
-    """NTK-aware scaling: a larger base, which grows with the text beyond the original context
-    (https://arxiv.org/abs/2309.00071, section 3.1 and appendix A.1).
-    """
-    longer = scaling.factor * max(length, scaling.original_context) / scaling.original_context - (scaling.factor - 1)
-    return 1.0 / _powers(config, config.rope_theta * longer ** (config.rotated / (config.rotated - 2)))
-
-
-def _yarn(config: ModelConfig, scaling: RopeScaling, length: int) -> Tensor:
-    """YaRN: pairs that turn beta_fast times or more within the original context are kept, those that turn beta_slow
-    times or less are stretched, and a ramp lies between (https://arxiv.org/abs/2309.00071, section 3.2).
-    """
-
-    def pair(turns: float) -> float:
-        radians = scaling.original_context / (turns * 2 * math.pi)
-        return config.rotated * math.log(radians) / (2 * math.log(config.rope_theta))
-
-    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
-    if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, config.rotated - 1)
-    ramp = (torch.arange(config.rotated // 2, dtype=torch.float32) - low) / (high - low if high != low else 0.001)
-    stretched = ramp.clamp(0, 1)
-    powers = _powers(config, config.rope_theta)
-    return stretched / (scaling.factor * powers) + (1 - stretched) / powers
-
-
-def _longrope(config: ModelConfig, scaling: RopeScaling, length: int) -> Tensor:
-    """LongRoPE: a divisor for each pair, one set for texts up to the original context and one beyond
-    (https://arxiv.org/abs/2402.13753, section 3.2).
-    """
-    factors = scaling.long_factors if length > scaling.original_context else scaling.short_factors
-    return 1.0 / (torch.tensor(factors, dtype=torch.float32) * _powers(config, config.rope_theta))
-
-
-_SCALED: dict[str, Callable[[ModelConfig, RopeScaling, int], Tensor]] = {
-    "llama3": _llama3,
-    "linear": _linear,
-    "dynamic": _dynamic,
-    "yarn": _yarn,
-    "longrope": _longrope,
-}
-
-
-def attention_factor(scaling: RopeScaling | None) -> float:
-    """What cos and sin are multiplied by: it sharpens the attention of stretched positions (YaRN, section 3.4;
-    LongRoPE as in microsoft/Phi-3-mini-128k-instruct, modeling_phi3.py, Phi3LongRoPEScaledRotaryEmbedding).
-    """
-    if scaling is None or scaling.kind not in ("yarn", "longrope"):
-        return 1.0
-    if scaling.attention_factor is not None:
-        return scaling.attention_factor
-    if scaling.factor <= 1:
-        return 1.0
-    if scaling.kind == "yarn":
-        return 0.1 * math.log(scaling.factor) + 1
-    return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_context))
+from model.config import ModelConfig
+from model.rotary import attention_factor, inverse_frequencies
+from model.rotary import rope as apply
 
 
 def tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:

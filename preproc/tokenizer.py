@@ -18,7 +18,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 
 from model.errors import InputError, listed
-from preproc.special_text import Part, Special, SpecialText
+from preproc.special_tokens import Part, Special, SpecialText
 
 SENTENCEPIECE, TIKTOKEN, HUGGING_FACE = "sentencepiece", "tiktoken", "tokenizer.json"
 

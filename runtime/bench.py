@@ -5,7 +5,7 @@ python -m runtime.bench llama.pte --prefill 512 --decode 16 1000 4000 --format j
 python -m runtime.bench llama.pte --plot speed.svg
 """
 
-from model import command
+from runtime.cli import command
 
 if __name__ == "__main__":
     command.start("runtime.bench")
@@ -20,11 +20,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from model.errors import InputError
-from runtime.flags import add_threads_flag
-from runtime.meter import median_seconds, peak_memory, seconds
-from runtime.program import Program
-from runtime.session import Session
-from runtime.shard import read_bandwidth
+from runtime.cli.flags import add_threads_flag
+from runtime.engine.executorch import read_bandwidth
+from runtime.engine.measure import median_seconds, peak_memory, seconds
+from runtime.engine.program import Program
+from runtime.engine.session import Session
 
 PREFILL = (128, 512, 2048)
 """Lengths of prompts."""

@@ -6,7 +6,7 @@ python -m runtime.generate tiny.pte --prompt-file story.txt
 python -m runtime.generate tiny.pte --prompt "Her name is" --temperature 1 --regex " (Lily|Mia)[.]"
 """
 
-from model import command
+from runtime.cli import command
 
 if __name__ == "__main__":
     command.start("runtime.generate")
@@ -22,41 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import InputError
-from runtime.constrain import Constraint, json_schema, regex
-from runtime.flags import add_generation_flags, add_program_flags, generation_options, open_program, valid
-from runtime.generation import GenerationOptions, Step, generate, told
-from runtime.meter import peak_memory
-from runtime.program import Program
-from runtime.sampler import Rng
-from runtime.session import Session
-from runtime.speculate import Draft, Drafter, Lookup
-
-
-def prompt_ids(program: Program, text: str, parse_special: bool = False) -> list[int]:
-    """The ids of a prompt, BOS first where the model has one; see `Tokenizer.encode` for parse_special.
-
-    Raises:
-        InputError: the file carries no tokenizer.
-    """
-    if program.tokenizer is None:
-        raise InputError("the file carries no tokenizer; give --prompt-ids, or export again with --tokenizer")
-    bos_id = program.metadata.bos_id
-    text = text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
-    return ([] if bos_id is None else [bos_id]) + program.tokenizer.encode(text, parse_special)
-
-
-def read_text(path: Path) -> str:
-    """A file's text, or what comes in by standard input for `-`, without the mark that editors may write before it.
-    Invalid UTF-8 becomes U+FFFD.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give a text file") from error
-    return content.decode("utf-8-sig", "replace")
+from runtime.cli.flags import add_generation_flags, add_program_flags, generation_options, open_program, valid
+from runtime.engine.measure import peak_memory
+from runtime.engine.program import Program
+from runtime.engine.session import Session
+from runtime.text.constraint import Constraint, json_schema, regex
+from runtime.text.generation import GenerationOptions, Step, generate, told
+from runtime.text.prompts import prompt_ids, read_text
+from runtime.text.sampler import Rng
+from runtime.text.speculative import Draft, Drafter, Lookup
 
 
 @dataclass

@@ -4,7 +4,7 @@ python -m runtime.serve llama.pte
 python -m runtime.serve llama.pte --host 0.0.0.0 --port 8080 --api-key SECRET --sessions 8
 """
 
-from model import command
+from runtime.cli import command
 
 if __name__ == "__main__":
     command.start("runtime.serve")
@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import InputError
-from preproc.chat import NAMED, named
+from preproc.chat_template import NAMED, named
 from preproc.jinja_template import from_file
-from runtime.flags import add_threads_flag
-from runtime.openai_request import Model
-from runtime.program import Program
-from runtime.worker import Worker
+from runtime.cli.flags import add_threads_flag
+from runtime.engine.program import Program
+from runtime.serving.openai_request import Model
+from runtime.serving.scheduler import Worker
 
 if TYPE_CHECKING:
     import uvicorn
@@ -84,7 +84,7 @@ def create_server(model: Model, worker: Worker, api_key: str | None, max_body: i
     """A server that closes the worker when it ends."""
     import uvicorn
 
-    from runtime.http_app import Access, create_app
+    from runtime.serving.http_app import Access, create_app
 
     class Server(uvicorn.Server):
         """Ends the answers first: it would wait for them otherwise."""

@@ -12,21 +12,21 @@ import torch
 import xxhash
 from hypothesis import settings
 
-from export.code_cache import CodeCache, default_folder
-from export.cut import Cut
-from export.emit import emit
-from export.link import Linked, link
+from export.checkpoints.layouts import BUILT_IN
 from export.llama import export_llama
-from export.lower import lower
-from export.plan import ExportOptions, Plan
-from export.recipe import Recipe
-from export.scheme import SCHEMES, Scheme
-from export.trace import GraphOptions
-from model.checkpoint import BUILT_IN
+from export.lowering.assemble import Linked, link
+from export.lowering.code_cache import CodeCache, default_folder
+from export.lowering.lower import lower
+from export.lowering.trace import GraphOptions
+from export.lowering.write import emit
+from export.planning.plan import ExportOptions, Plan
+from export.planning.sharding import Cut
+from export.weights.scheme import SCHEMES, Scheme
+from export.weights.source import Recipe
 from model.config import ModelConfig
 from model.model import Llama
-from runtime.program import Program
-from tests.checkpoints import write_llama2c
+from runtime.engine.program import Program
+from tests.support.checkpoints import write_llama2c
 
 torch.set_num_threads(1)  # two workers share the cores, and threads of tiny products only wait for each other
 

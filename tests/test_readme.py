@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from export.metadata import FIELDS, FORMAT_VERSION
-from model.layouts.families import FAMILIES
-from tests.families import CASES
+from export.checkpoints.families import FAMILIES
+from runtime.pte.metadata import FIELDS, FORMAT_VERSION
+from tests.support.families import CASES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,11 +37,12 @@ def test_every_make_target_named_is_there() -> None:
     assert set(named) <= set(targets)
 
 
-def test_every_module_is_in_its_folders_row() -> None:
-    modules = [path.stem for path in (ROOT / "export").glob("*.py") if path.stem != "__init__"]
+@pytest.mark.parametrize("folder", ["export", "runtime"])
+def test_every_module_is_in_its_folders_row(folder: str) -> None:
+    modules = [path.stem for path in (ROOT / folder).rglob("*.py") if path.stem != "__init__"]
     assert len(modules) > 8
     for module in modules:
-        assert re.search(rf"^\| `export/` .*`{module}`", README, re.MULTILINE), module
+        assert re.search(rf"^\| `{folder}/` .*`{module}`", README, re.MULTILINE), module
 
 
 def test_every_family_is_in_the_table_with_its_cases() -> None:

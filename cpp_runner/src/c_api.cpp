@@ -1,10 +1,10 @@
 #include <algorithm>
 #include <string>
 
-#include "guard.h"
 #include "llama_runner.h"
-#include "llama_runner/generate.h"
+#include "llama_runner/generation.h"
 #include "llama_runner/program.h"
+#include "support/no_throw.h"
 
 struct llama_runner_program {
     std::unique_ptr<llama_runner::Program> program;

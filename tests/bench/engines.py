@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from runtime.meter import median_seconds, peak_memory, seconds
+from runtime.engine.measure import median_seconds, peak_memory, seconds
 
 PROMPT = 512
 POSITIONS = {2048: (16, 1000), 8192: (4000,)}
@@ -41,8 +41,8 @@ class Ours:
     """The Python runtime of this project."""
 
     def __init__(self, file: Path, context: int) -> None:
-        from runtime.program import Program
-        from runtime.session import Session
+        from runtime.engine.program import Program
+        from runtime.engine.session import Session
 
         self._session = Session(Program(file))
 

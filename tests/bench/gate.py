@@ -19,19 +19,19 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from export.fidelity import Observed, judge, observed
+from export.checkpoints.layouts import BUILT_IN
 from export.llama import Progress, _write
-from export.plan import ExportOptions, Plan, plan
-from export.recipe import Recipe
-from export.scheme import SCHEMES, Scheme
-from export.trace import GraphOptions
-from export.weights import altered
-from model.checkpoint import BUILT_IN
+from export.lowering.trace import GraphOptions
+from export.planning.plan import ExportOptions, Plan, plan
+from export.quality.fidelity import Observed, judge, observed
+from export.quality.weight_bytes import altered
+from export.weights.scheme import SCHEMES, Scheme
+from export.weights.source import Recipe
 from model.model import Llama
 from preproc.mask import CausalMask
-from preproc.positions import PositionInputs
-from runtime.kv_cache import KVCache
-from runtime.program import Program
+from preproc.position_inputs import PositionInputs
+from runtime.engine.kv_cache import KVCache
+from runtime.engine.program import Program
 from tests.conftest import DEEP, planned, random_model, write_pte
 
 SMOLLM2 = (

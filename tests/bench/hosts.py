@@ -1,4 +1,4 @@
-"""Four texts on two ranks of one thread each, to one such rank, and what runtime.plan says of it: Llama 2 110M's shape.
+"""Four texts on two ranks of one thread each, to one such rank, and what runtime.placement says of it: 110M's shape.
 
 python -m tests.bench.hosts
 python -m tests.bench.hosts --ranks 4 --network    # in network namespaces, with links of 100 Mbit/s; as root
@@ -21,8 +21,8 @@ import torch
 from model.config import ModelConfig
 from model.model import Llama
 from tests.bench.peers import FOLDER, export
-from tests.checkpoints import write_llama2c
-from tests.ranks import ended, hosts, start
+from tests.support.checkpoints import write_llama2c
+from tests.support.ranks import ended, hosts, start
 
 SHAPE = ModelConfig(
     dim=768, n_layers=12, n_heads=12, n_kv_heads=12, head_dim=64, hidden_dim=2048, vocab_size=32000, context=1024,
@@ -43,11 +43,11 @@ def rate(folder: Path, prompts: Path, ranks: int, place: Place) -> float:
 
 
 def planned(folder: Path, ranks: int, place: Place) -> float:
-    """The same by runtime.plan, from what so many ranks measure at the same time, in a file that `rate` reads, too."""
-    measured = ended(start([["runtime.plan", folder, "--measure", "--threads", "1"]] * ranks, *place), within=600)
+    """The same by runtime.placement, from what so many ranks measure at the same time, in a file for `rate`, too."""
+    measured = ended(start([["runtime.placement", folder, "--measure", "--threads", "1"]] * ranks, *place), within=600)
     assert measured[0][0] == 0, measured[0][2]
     _hosts(folder, ranks).write_text(measured[0][1])
-    command = ["runtime.plan", folder, "--hosts", _hosts(folder, ranks), "--texts", str(TEXTS)]
+    command = ["runtime.placement", folder, "--hosts", _hosts(folder, ranks), "--texts", str(TEXTS)]
     return _number(start([command]), r"(?m)^([\d.]+) tok/s")
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.meter import seconds
+from runtime.engine.measure import seconds
 from tests.bench.engines import ENGINES, POSITIONS, PROMPT, Result, decode_row
 from tests.bench.export import HIDDEN, SHAPES, SHARED, theirs, write_checkpoint
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from export.calibrate import calibrate
+from export.checkpoints.layouts import BUILT_IN
 from export.llama import export_llama
-from export.lockstep import lockstep
-from export.plan import ExportOptions, plan
-from export.quality import Comparison, Gate, Rows, windows
-from export.recipe import Recipe
-from export.reference import packed
-from export.search import decided
-from model.checkpoint import BUILT_IN
+from export.planning.plan import ExportOptions, plan
+from export.planning.scheme_search import decided
+from export.quality.eager import packed
+from export.quality.gptq import calibrate
+from export.quality.layer_errors import lockstep
+from export.quality.perplexity import Comparison, Gate, Rows, windows
+from export.weights.source import Recipe
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "fp32": {},

@@ -1,7 +1,7 @@
 """What guesses gain, and how much faster several texts are at once than one after another.
 
 python -m tests.bench.sessions                                  # from what `make bench` left in build/bench
-python -m tests.bench.sessions --larger build/small --rounds 5  # model.train --preset small: the built-in one guesses
+python -m tests.bench.sessions --larger build/small --rounds 5  # train_tiny's preset small: the built-in one guesses
 
 Each way of running takes its turn in every round, in a process of its own; ratios are within a round. Run nothing else
 meanwhile.
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from model.checkpoint import BUILT_IN
+from export.checkpoints.layouts import BUILT_IN
 from tests.bench.peers import FOLDER, ROOT, RUNNER, decoded, export
 
 REPETITIVE = "Lily said hello. Tom said hello. Mom said hello. Lily said hello. Tom said hello."

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from model.command import byte_count
-from runtime.meter import seconds
+from runtime.cli.command import byte_count
+from runtime.engine.measure import seconds
 from tests.bench.peers import FOLDER, RUNNER, decoded, export
 
 SHARDS = FOLDER / "ours.shards"

@@ -12,7 +12,7 @@
 #include <functional>
 #include <iterator>
 
-#include "llama_runner/chat.h"
+#include "llama_runner/conversation.h"
 #include "llama_runner/metadata.h"
 #include "llama_runner/program.h"
 #include "llama_runner/sampler.h"

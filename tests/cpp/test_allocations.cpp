@@ -12,7 +12,7 @@
 #include <cstring>
 #include <new>
 
-#include "llama_runner/generate.h"
+#include "llama_runner/generation.h"
 #include "llama_runner/program.h"
 
 extern "C" {

@@ -1,6 +1,6 @@
-// The golden file that Python is tested against too (tests/test_chat.py), and what it does not hold.
+// The golden file that Python is tested against too (tests/runtime/test_chat.py), and what it does not hold.
 
-#include "llama_runner/chat.h"
+#include "llama_runner/conversation.h"
 #include "llama_runner/program.h"
 #include "support.h"
 
@@ -103,7 +103,7 @@ TEST(ChatTemplate, RefusesATokenThatIsCutOutOfAnyText) {
     EXPECT_EQ(made.end_id(**tokenizer, 2), std::nullopt);
 }
 
-/// chat.pte is made by tests/test_chat.py, which shows that it talks as Python does.
+/// chat.pte is made by tests/runtime/test_chat.py, which shows that it talks as Python does.
 TEST(Chat, RefusesAFileWithoutATemplate) {
     REQUIRE_TINY(path);
     const auto program = Program::open(path, {});

@@ -1,6 +1,6 @@
-// The golden files that Python is tested against too (tests/test_golden.py).
+// The golden files that Python is tested against too (tests/integration/test_golden.py).
 
-#include "llama_runner/generate.h"
+#include "llama_runner/generation.h"
 #include "llama_runner/program.h"
 #include "support.h"
 

@@ -1,6 +1,7 @@
 #include <map>
 
 #include "llama_runner/metadata.h"
+#include "llama_runner/trailer.h"
 #include "support.h"
 
 namespace llama_runner {

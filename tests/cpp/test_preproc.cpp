@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "llama_runner/preproc.h"
+#include "llama_runner/position_inputs.h"
 
 namespace llama_runner {
 namespace {

@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
-from export.chat_template import reduced
+from export.checkpoints.layouts import BUILT_IN
 from export.llama import export_llama
-from export.plan import ExportOptions
-from model.checkpoint import BUILT_IN
-from preproc.chat import NAMED
+from export.planning.jinja_reduction import reduced
+from export.planning.plan import ExportOptions
+from preproc.chat_template import NAMED
 from preproc.jinja_template import JinjaTemplate, to_file
 from preproc.tokenizer import Tokenizer, open_tokenizer
-from runtime.generate import prompt_ids
-from runtime.generation import GenerationOptions, StopFilter, generate
-from runtime.program import Program
-from runtime.sampler import Rng, SamplingOptions, logprobs, sample
-from runtime.session import Session
-from tests.chat_templates import PUBLIC
-from tests.prescribed import steps_of
+from runtime.engine.program import Program
+from runtime.engine.session import Session
+from runtime.text.generation import GenerationOptions, StopFilter, generate
+from runtime.text.prompts import prompt_ids
+from runtime.text.sampler import Rng, SamplingOptions, logprobs, sample
+from tests.support.chat_templates import PUBLIC
+from tests.support.prescribed import steps_of
 
 GOLDEN = Path(__file__).parent
 MODELS = GOLDEN.parent.parent / "build" / "models"

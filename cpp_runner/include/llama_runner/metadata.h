@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "llama_runner/result.h"
-#include "llama_runner/sampler.h"
+#include "llama_runner/sampling_options.h"
 
-/// The contract with export (export/metadata.py): what a file carries, under which names, in which format version.
+/// The contract with export (runtime/pte/metadata.py): what a file carries, under which names, in which format version.
 namespace llama_runner {
 
 inline constexpr uint32_t kFormatVersion = 4;
@@ -148,22 +148,7 @@ using Constants = std::function<Result<void>(const char* name, const std::functi
 /// Reads the metadata. Fails where a value is missing, has the wrong form, or asks for what this runner cannot do.
 Result<Metadata> from_constants(const Constants& constants);
 
-/// A file and what it carries.
-struct NamedMetadata {
-    std::string path;
-    const Metadata* metadata;
-};
-
-/// What the whole carries of which these are the shards, in the order of their blocks; of one file, what it carries.
-/// Fails, and names the file, where one is not of the same export, is there twice, or is missing.
-Result<Metadata> joined(std::span<const NamedMetadata> shards);
-
 /// The tensor that a shard hands to the next: the residual stream between two blocks.
 inline constexpr std::string_view kStream = "stream";
-
-/// Refuses what is not a whole file of ours in a format this version reads.
-///
-/// `checksum` also reads the file through and compares its checksum (about 0.1 s per GB in the page cache).
-Result<void> check_file(const std::string& path, bool checksum);
 
 }  // namespace llama_runner

@@ -6,7 +6,7 @@
 
 #include "llama_runner/metadata.h"
 #include "llama_runner/result.h"
-#include "llama_runner/session.h"
+#include "llama_runner/steps.h"
 #include "llama_runner/tokenizer.h"
 
 namespace llama_runner {

@@ -2,37 +2,16 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <vector>
 
 #include "llama_runner/kv_cache.h"
 #include "llama_runner/metadata.h"
-#include "llama_runner/preproc.h"
+#include "llama_runner/position_inputs.h"
 #include "llama_runner/result.h"
+#include "llama_runner/steps.h"
 
 namespace llama_runner {
-
-/// What a session needs of a program: `Program`, or a stand-in.
-class Steps {
-  public:
-    virtual ~Steps() = default;
-
-    virtual const Metadata& metadata() const = 0;
-
-    /// Runs a method once.
-    ///
-    /// `method` counts in metadata().methods; `inputs` are in the order of its spec, as large as `step` says, and are
-    /// read in place. Returns the outputs in the order of its spec, valid only until the next step of this program.
-    virtual Result<std::span<const void* const>> step(size_t method, StepSize step,
-                                                      std::span<const void* const> inputs) = 0;
-
-    /// Whose turn it is: held by a session while it runs steps and looks at their outputs.
-    std::mutex& turn() { return turn_; }
-
-  private:
-    std::mutex turn_;
-};
 
 /// Tokens at the start of a text that `Session::slide` keeps, because attention falls back on them (StreamingLLM,
 /// https://arxiv.org/abs/2309.17453, section 3.2).

@@ -1,0 +1,249 @@
+#include "attention/attention.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define LLAMA_RUNNER_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define LLAMA_RUNNER_UNROLL LLAMA_RUNNER_PRAGMA(clang loop unroll(full))
+#define LLAMA_RUNNER_BEGIN(features) \
+    LLAMA_RUNNER_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define LLAMA_RUNNER_END LLAMA_RUNNER_PRAGMA(clang attribute pop)
+#else
+#define LLAMA_RUNNER_UNROLL LLAMA_RUNNER_PRAGMA(GCC unroll 16)
+#define LLAMA_RUNNER_BEGIN(features) LLAMA_RUNNER_PRAGMA(GCC push_options) LLAMA_RUNNER_PRAGMA(GCC target(features))
+#define LLAMA_RUNNER_END LLAMA_RUNNER_PRAGMA(GCC pop_options)
+#endif
+
+namespace llama_runner {
+
+namespace {
+
+constexpr int kTileRows = 64;  // query rows that share a block of keys
+constexpr int kTileKeys = 64;  // keys of a block
+
+// A step with few query rows splits the keys instead, into about as many tasks as the largest CPUs have cores, but not
+// below a length at which a task is hardly worth a thread, nor into more than fit a modest piece of stack.
+constexpr int64_t kMostTasks = 32;
+constexpr int64_t kShortestChunk = 512;
+constexpr int64_t kPartialFloats = 1 << 16;
+
+/// A step cut into tasks, in a way that depends on nothing but its sizes: (sequence and KV head, block of query rows),
+/// or (sequence and KV head, chunk of keys).
+struct Work {
+    const Attention& attention;
+    int64_t blocks;  // of query rows
+    int64_t chunks;  // of keys
+    float* partial;  // where chunks > 1: [B * K, chunks, G * L] rows of maximum, sum and Dh unscaled results
+
+    int64_t group() const { return attention.heads / attention.kv_heads; }
+    int64_t rows() const { return group() * attention.length; }  // query rows of a KV head
+    int64_t token(int64_t sequence_head, int64_t row) const {    // of all sequences
+        return sequence_head / attention.kv_heads * attention.length + row / group();
+    }
+    int64_t head(int64_t sequence_head, int64_t row) const {
+        return sequence_head % attention.kv_heads * group() + row % group();
+    }
+    int64_t tasks() const { return attention.batch * attention.kv_heads * blocks * chunks; }
+    float* partial_row(int64_t sequence_head, int64_t chunk, int64_t row) const {
+        return partial + ((sequence_head * chunks + chunk) * rows() + row) * (attention.head_dim + 2);
+    }
+};
+
+/// What one instruction set provides.
+struct Kernel {
+    InstructionSet set;
+    void (*append)(const Attention& attention, int64_t token);
+    void (*attend)(const Work& work, int64_t task);
+    void (*merge)(const Work& work, int64_t sequence_head);
+    void (*turn)(const Attention& attention, std::byte* row);
+};
+
+}  // namespace
+
+}  // namespace llama_runner
+
+// kernel.inc is compiled once for each instruction set, all of them in this file, whatever its flags are.
+
+#if defined(__GNUC__) && !defined(__clang__) && (defined(__x86_64__) || defined(__aarch64__))
+#pragma GCC push_options
+#pragma GCC optimize("Os")  // hardly ever run where there is another, so it is to be small
+#define LLAMA_RUNNER_IS_SMALL
+#endif
+#define LLAMA_RUNNER_SET kPortable
+#define LLAMA_RUNNER_LANES 4
+#define LLAMA_RUNNER_REGISTERS 16
+#include "attention/kernel.inc"
+#ifdef LLAMA_RUNNER_IS_SMALL
+#pragma GCC pop_options
+#endif
+
+#if defined(__aarch64__)
+#define LLAMA_RUNNER_SET kNeon
+#define LLAMA_RUNNER_NEON
+#define LLAMA_RUNNER_LANES 4
+#define LLAMA_RUNNER_REGISTERS 32
+#include "attention/kernel.inc"
+#undef LLAMA_RUNNER_NEON
+#endif
+
+#if defined(__x86_64__)
+LLAMA_RUNNER_BEGIN("avx,avx2,fma,f16c")
+#define LLAMA_RUNNER_SET kAvx2
+#define LLAMA_RUNNER_AVX2
+#define LLAMA_RUNNER_LANES 8
+#define LLAMA_RUNNER_REGISTERS 16
+#include "attention/kernel.inc"
+#undef LLAMA_RUNNER_AVX2
+LLAMA_RUNNER_END
+
+LLAMA_RUNNER_BEGIN("avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#define LLAMA_RUNNER_SET kAvx512
+#define LLAMA_RUNNER_AVX512
+#define LLAMA_RUNNER_LANES 16
+#define LLAMA_RUNNER_REGISTERS 32
+#include "attention/kernel.inc"
+#undef LLAMA_RUNNER_AVX512
+LLAMA_RUNNER_END
+#endif
+
+namespace llama_runner {
+
+namespace {
+
+constexpr Kernel kKernels[] = {
+    kPortable::kKernel,
+#if defined(__aarch64__)
+    kNeon::kKernel,
+#elif defined(__x86_64__)
+    kAvx2::kKernel,
+    kAvx512::kKernel,
+#endif
+};
+
+struct Found {
+    std::array<InstructionSet, std::size(kKernels)> sets{};
+    size_t count = 0;
+};
+
+Found find_sets() {
+    Found found;
+    for (const Kernel& kernel : kKernels) {
+#if defined(__x86_64__)
+        if (kernel.set == InstructionSet::kAvx2 &&
+            !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) {
+            break;
+        }
+        if (kernel.set == InstructionSet::kAvx512 &&
+            !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))) {
+            break;
+        }
+#endif
+        found.sets[found.count++] = kernel.set;
+    }
+    return found;
+}
+
+const Kernel& kernel_of(InstructionSet set) {
+    for (const Kernel& kernel : kKernels) {
+        if (kernel.set == set) return kernel;
+    }
+    return kKernels[0];
+}
+
+/// How many chunks a step of one block of query rows splits the keys into.
+int64_t chunks_of(const Attention& attention, int64_t rows) {
+    const int64_t sequence_heads = attention.batch * attention.kv_heads;
+    int64_t keys = 0;
+    for (int64_t b = 0; b < attention.batch; ++b) {
+        keys = std::max(keys, std::min(attention.position[b], attention.slots) + attention.length);
+    }
+    if (attention.window > 0) keys = std::min(keys, attention.window + attention.length);
+    const int64_t fit = kPartialFloats / (sequence_heads * rows * (attention.head_dim + 2));
+    return std::max(int64_t{1}, std::min({keys / kShortestChunk, kMostTasks / sequence_heads, fit}));
+}
+
+}  // namespace
+
+size_t row_bytes(RowForm form, int64_t head_dim) {
+    const auto count = static_cast<size_t>(head_dim);
+    switch (form) {
+        case RowForm::kFloat32:
+            return count * sizeof(float);
+        case RowForm::kFloat16:
+            return count * sizeof(uint16_t);
+        case RowForm::kInt8:
+            break;
+    }
+    return count + sizeof(float);
+}
+
+/// How many numbers a row of so many bytes has.
+static int64_t head_dim_of(RowForm form, size_t bytes) {
+    const auto count = static_cast<int64_t>(bytes);
+    if (form == RowForm::kInt8) return count - static_cast<int64_t>(sizeof(float));
+    return count / static_cast<int64_t>(form == RowForm::kFloat16 ? sizeof(uint16_t) : sizeof(float));
+}
+
+std::span<const InstructionSet> instruction_sets() {
+    static const Found found = find_sets();
+    return {found.sets.data(), found.count};
+}
+
+void attend(const Attention& attention, ParallelFor parallel_for, InstructionSet set) {
+    struct Context {
+        const Kernel& kernel;
+        const Work& work;
+    };
+    if (attention.batch == 0 || attention.length == 0) return;
+    alignas(64) float partial[kPartialFloats];
+    Work work{attention, 0, 1, partial};
+    work.blocks = (work.rows() + kTileRows - 1) / kTileRows;
+    if (work.blocks == 1) work.chunks = chunks_of(attention, work.rows());
+    const Context context{kernel_of(set), work};
+
+    // A few rows are converted before a second thread has woken up.
+    const int64_t tokens = attention.batch * attention.length;
+    if (tokens * attention.kv_heads * attention.head_dim <= 1 << 14) {
+        for (int64_t token = 0; token < tokens; ++token) context.kernel.append(attention, token);
+    } else {
+        parallel_for(
+            tokens,
+            [](const void* opaque, int64_t token) {
+                const auto& [kernel, whole] = *static_cast<const Context*>(opaque);
+                kernel.append(whole.attention, token);
+            },
+            &context);
+    }
+    parallel_for(
+        work.tasks(),
+        [](const void* opaque, int64_t task) {
+            const auto& [kernel, whole] = *static_cast<const Context*>(opaque);
+            kernel.attend(whole, task);
+        },
+        &context);
+    if (work.chunks > 1) {
+        for (int64_t i = 0; i < attention.batch * attention.kv_heads; ++i) context.kernel.merge(work, i);
+    }
+}
+
+void turn(RowForm form, std::span<const float> cos, std::span<const float> sin, std::span<std::byte> row) {
+    Attention attention{};
+    attention.form = form;
+    attention.head_dim = head_dim_of(form, row.size());
+    attention.rope_pairs = static_cast<int64_t>(cos.size());
+    attention.cos = cos.data();
+    attention.sin = sin.data();
+    kernel_of(instruction_sets().back()).turn(attention, row.data());
+}
+
+}  // namespace llama_runner

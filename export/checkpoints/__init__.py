@@ -1,0 +1,1 @@
+"""One module per layout of checkpoint; export.checkpoints.layouts has the table of them."""

@@ -1,0 +1,162 @@
+"""GGUF files of the `llama` architecture; quantised tensors are dequantised as they are read."""
+
+import struct
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+
+from export.checkpoints.checkpoint import ChatSource, Checkpoint, Index, Source, Storage, match, read_head, token_ids
+from export.checkpoints.gguf_file import MAGIC, GGUFTensor, read_gguf
+from export.checkpoints.gguf_tokenizer import STARTS_TEXTS, TOKENIZER, tokenizer_bytes
+from model.config import ModelConfig, RopeScaling
+from model.errors import InputError
+from model.rotary import llama3_scaled
+
+GGUF_NAMES = {
+    "tok_embeddings.weight": "token_embd.weight",
+    "layers.*.attention_norm.weight": "blk.*.attn_norm.weight",
+    "layers.*.attention.wq.weight": "blk.*.attn_q.weight",
+    "layers.*.attention.wk.weight": "blk.*.attn_k.weight",
+    "layers.*.attention.wv.weight": "blk.*.attn_v.weight",
+    "layers.*.attention.wo.weight": "blk.*.attn_output.weight",
+    "layers.*.ffn_norm.weight": "blk.*.ffn_norm.weight",
+    "layers.*.feed_forward.w1.weight": "blk.*.ffn_gate.weight",
+    "layers.*.feed_forward.w2.weight": "blk.*.ffn_down.weight",
+    "layers.*.feed_forward.w3.weight": "blk.*.ffn_up.weight",
+    "head.norm.weight": "output_norm.weight",
+    "head.output.weight": "output.weight",
+}
+"""Our name -> GGUF's, a star standing for the layer's number."""
+
+_ROPE_FACTORS = "rope_freqs.weight"
+_NO_WEIGHTS = {GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")}
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file starts with GGUF's magic number."""
+    return read_head(path, len(MAGIC)) == MAGIC
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Opens the file. Its rotary pairs are interleaved; wq and wk are reordered as they are read."""
+    try:
+        file = read_gguf(path)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (ValueError, struct.error, MemoryError, OverflowError) as error:
+        raise InputError(f"{path} is truncated or no GGUF file ({error}); download it again") from error
+    fields = file.fields
+    if (parts := fields.get("split.count", 1)) > 1:
+        number = fields.get("split.no", 0) + 1
+        raise InputError(f"{path} is part {number} of {parts}; merge them first: llama-gguf-split --merge PART1 OUTPUT")
+    config = _config(path, fields, file.tensors)
+    sources = {
+        name: Source(tensor.shape, partial(_read, tensor), tensor.kind not in _NO_WEIGHTS)
+        for name, tensor in file.tensors.items()
+    }
+    weights = match(path, config, sources, Storage(GGUF_NAMES, interleaved=True), {_ROPE_FACTORS})
+    bos, eos, eot, eom = (
+        token_ids(fields.get(key), key, path, config.vocab_size)
+        for key in (f"{TOKENIZER}{name}_token_id" for name in ("bos", "eos", "eot", "eom"))
+    )
+    starts = fields.get(f"{TOKENIZER}model") != "gpt2" or fields.get(f"{TOKENIZER}pre") in STARTS_TEXTS
+    adds = bool(fields.get(f"{TOKENIZER}add_bos_token", starts))
+    return Checkpoint(
+        config,
+        weights,
+        (path,),
+        "GGUF",
+        bos_id=bos[0] if bos and adds else None,
+        adds_bos=adds,
+        stop_ids=tuple(dict.fromkeys(eos + eot + eom)),
+        tokenizer=partial(_tokenizer, path, fields) if f"{TOKENIZER}model" in fields else None,
+        chat=_chat(fields, bos, eos),
+        warnings=_warnings(path, fields),
+    )
+
+
+def _warnings(path: Path, fields: dict[str, Any]) -> tuple[str, ...]:
+    if fields.get(f"{TOKENIZER}model") != "gpt2" or f"{TOKENIZER}pre" in fields:
+        return ()
+    return (f"{path} does not say how its tokenizer splits text; as GPT-2's is assumed, as llama.cpp does",)
+
+
+def _chat(fields: dict[str, Any], bos: tuple[int, ...], eos: tuple[int, ...]) -> ChatSource:
+    tokens, template = fields.get(f"{TOKENIZER}tokens"), fields.get("tokenizer.chat_template")
+    texts = (
+        tokens[ids[0]] if ids and isinstance(tokens, list) and ids[0] < len(tokens) else None for ids in (bos, eos)
+    )
+    return ChatSource(template if isinstance(template, str) else None, *texts)
+
+
+def _tokenizer(path: Path, fields: dict[str, Any]) -> bytes:
+    try:
+        return tokenizer_bytes(fields)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _config(path: Path, fields: dict[str, Any], tensors: dict[str, GGUFTensor]) -> ModelConfig:
+    if (architecture := fields.get("general.architecture")) != "llama":
+        raise InputError(f"{path} is of the architecture {architecture!r}; only 'llama' can be exported so far")
+    try:
+        dim, heads = fields["llama.embedding_length"], fields["llama.attention.head_count"]
+        theta = float(fields.get("llama.rope.freq_base", 10000.0))
+        context, head_dim = fields["llama.context_length"], fields.get("llama.attention.key_length", dim // heads)
+        rotated = fields.get("llama.rope.dimension_count", head_dim)
+        stretched = _linear(path, fields, context)
+        return ModelConfig(
+            dim=dim,
+            n_layers=fields["llama.block_count"],
+            n_heads=heads,
+            n_kv_heads=fields.get("llama.attention.head_count_kv", heads),
+            head_dim=head_dim,
+            hidden_dim=fields["llama.feed_forward_length"],
+            vocab_size=tensors["token_embd.weight"].shape[0],
+            context=context,
+            norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
+            rope_theta=theta,
+            rope_scaling=_scaling(path, tensors[_ROPE_FACTORS], theta) if _ROPE_FACTORS in tensors else stretched,
+            rotary_dim=None if rotated == head_dim else rotated,
+            tied="output.weight" not in tensors,
+        )
+    except KeyError as error:
+        raise InputError(f"{path} lacks {error}; convert the checkpoint again") from error
+    except (TypeError, ZeroDivisionError) as error:
+        raise InputError(f"{path} holds a dimension that is none ({error}); convert the checkpoint again") from error
+
+
+def _linear(path: Path, fields: dict[str, Any], context: int) -> RopeScaling | None:
+    """The linear scaling that fields ask for, under the key of today or that of the first files, as llama.cpp does.
+
+    Raises:
+        InputError: they ask for another kind.
+    """
+    factor = float(fields.get("llama.rope.scaling.factor") or fields.get("llama.rope.scale_linear") or 1)
+    kind = fields.get("llama.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise InputError(f"{path} asks for rope scaling {kind!r}; only linear and Llama 3.1's can be exported so far")
+    return None if kind == "none" or factor == 1 else RopeScaling("linear", factor, original_context=context)
+
+
+def _scaling(path: Path, tensor: GGUFTensor, theta: float) -> RopeScaling:
+    """Llama 3.1's scaling, which GGUF stores as the divisor of each frequency: [Dh/2], 1 up to the factor.
+
+    Raises:
+        InputError: the divisors are not those of Llama 3.1's formula.
+    """
+    divisors = _read(tensor, ())
+    scaling = RopeScaling("llama3", float(divisors.max()), original_context=8192)
+    pairs = len(divisors)
+    frequencies = theta ** -(torch.arange(pairs, dtype=torch.float32) / pairs)
+    if not torch.allclose(frequencies / llama3_scaled(frequencies, scaling), divisors, rtol=1e-3):
+        raise InputError(f"{path} scales its rotary frequencies in a way that is not Llama 3.1's; give another file")
+    return scaling
+
+
+def _read(tensor: GGUFTensor, index: Index) -> Tensor:
+    return torch.from_numpy(tensor.read())[index]

@@ -1,0 +1,151 @@
+"""config.json -> ModelConfig, by the table of families."""
+
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from export.checkpoints.families import ACTIVATIONS, FAMILIES, Family, Key, Settings, rotates
+from model.config import ModelConfig, RopeScaling
+from model.errors import InputError, listed
+
+_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+_LAYER_TYPES = {"sliding_attention": True, "full_attention": False}
+
+_NULLS = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads")
+"""Keys whose null says something. Elsewhere it is as if the key were left out, as transformers has had it."""
+
+_WHOLE = {field.name for field in fields(ModelConfig) if field.type in (int, int | None)}
+
+
+def family_of(settings: Settings, path: Path) -> Family:
+    """The family that config.json names.
+
+    Raises:
+        InputError: it names none of those known, or several.
+    """
+    architectures = settings.get("architectures") or []
+    if not isinstance(architectures, list) or len(architectures) != 1 or str(architectures[0]) not in FAMILIES:
+        raise InputError(f"{path} names the architecture {architectures}; known are {listed(FAMILIES, len(FAMILIES))}")
+    return FAMILIES[architectures[0]]
+
+
+def config_of(settings: Settings, path: Path) -> ModelConfig:
+    """The model that config.json describes.
+
+    Raises:
+        InputError: a key is missing, damaged, or asks for what cannot be exported.
+        ValueError: the dimensions are impossible together.
+    """
+    family = family_of(settings, path)
+    settings = _completed(settings, family, path)
+    try:
+        found = dict(family.features) | {field: _value(settings, key) for field, key in family.keys.items()}
+        found = {field: _whole(value) if field in _WHOLE else value for field, value in found.items()}
+        found["n_kv_heads"] = found.get("n_kv_heads") or found["n_heads"]
+        found["head_dim"] = found.get("head_dim") or found["dim"] // found["n_heads"]
+        found["hidden_dim"] = found.get("hidden_dim") or 4 * found["dim"]
+        if found.get("positions", "rope") == "rope":
+            found |= _rope(settings, family, found["head_dim"], path)
+        config = ModelConfig(**found)
+        local = _local_layers(settings, family, config.n_layers, path)
+        return replace(
+            config,
+            nope_layers=tuple(layer for layer in range(config.n_layers) if not rotates(settings, layer)),
+            local_layers=local,
+            sliding_window=_whole(settings["sliding_window"]) if local else None,
+        )
+    except KeyError as error:
+        raise InputError(f"{path} lacks the key {error}; add it, or give another checkpoint") from error
+    except (TypeError, ZeroDivisionError, IndexError) as error:
+        raise InputError(f"{path} holds a dimension that is no number ({error}); correct it") from error
+
+
+def _completed(settings: Settings, family: Family, path: Path) -> dict[str, Any]:
+    """All keys, those of sections and those left out among them.
+
+    Raises:
+        InputError: one has a value that would change the result in a way that is not computed here.
+    """
+    found = dict(settings)
+    for section in family.sections:
+        content = settings.get(section) or {}
+        if not isinstance(content, dict):
+            raise InputError(f"{path} holds a {type(content).__name__} as {section}; give an object of settings")
+        found |= content
+    found = {key: value for key, value in found.items() if value is not None or key in _NULLS}
+    for key, known in {**family.only, **dict.fromkeys(_ACTIVATION_KEYS, tuple(ACTIVATIONS))}.items():
+        if found.get(key, known[0]) not in known:
+            only = " or ".join(repr(value) for value in known)
+            raise InputError(f"{path} sets {key} to {found[key]!r}; only {only} can be exported")
+    return {**family.defaults, **found}
+
+
+def _value(settings: Settings, key: Key) -> Any:
+    if isinstance(key, str):
+        return settings[key]
+    name, convert = key
+    return convert(settings[name])
+
+
+def _whole(value: Any) -> Any:
+    """A whole number as such, where JSON's 32768.0 stands for it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _local_layers(settings: Settings, family: Family, n_layers: int, path: Path) -> tuple[int, ...]:
+    """The blocks that see only the window."""
+    types = settings["layer_types"] if "layer_types" in family.defaults else None
+    if types is None:
+        windowed = settings.get("sliding_window") is not None
+        return tuple(layer for layer in range(n_layers) if windowed and family.local(settings, layer))
+    if not isinstance(types, list) or len(types) != n_layers or not set(map(str, types)) <= _LAYER_TYPES.keys():
+        raise InputError(f"{path} sets layer_types to {types}; they are {listed(_LAYER_TYPES)}, one for each layer")
+    return tuple(layer for layer, kind in enumerate(types) if _LAYER_TYPES[kind])
+
+
+def _rope(settings: Settings, family: Family, head_dim: int, path: Path) -> dict[str, Any]:
+    """Reads both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling`."""
+    rope: Any = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise InputError(f"{path} describes its rotary scaling as {rope!r}, which is no flat object; give another")
+    theta: Any = settings["rope_theta"] if rope.get("rope_theta") is None else rope["rope_theta"]
+    found = {"rope_theta": float(theta), "rope_scaling": _scaling(rope, settings, family, path)}
+    share: Any = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor"))
+    if share in (None, 1):
+        return found
+    if "partial_rotary_factor" not in family.defaults:
+        raise InputError(f"{path} sets partial_rotary_factor to {share!r}; only 1 can be exported for its architecture")
+    return found | {"rotary_dim": int(head_dim * share)}
+
+
+def _scaling(rope: Settings, settings: Settings, family: Family, path: Path) -> RopeScaling | None:
+    named = rope.get("rope_type", rope.get("type", "default"))
+    kind = family.rope_kinds.get(named, named)
+    if kind == "default":
+        return None
+    if kind not in RopeScaling.KINDS:
+        raise InputError(f"{path} asks for rope scaling {named!r}; known are default, {', '.join(RopeScaling.KINDS)}")
+    context = _whole(settings["max_position_embeddings"])
+    original, factor = context, rope.get("factor")
+    if kind in ("llama3", "yarn", "longrope"):
+        key = "original_max_position_embeddings"
+        original = _whole(settings.get(key) or rope.get(key) or context)
+    if kind in ("yarn", "longrope") and factor is None:
+        factor = max(1.0, context / original)
+    if factor is None:
+        raise KeyError("factor")
+    found: dict[str, Any] = {"kind": kind, "factor": float(factor), "original_context": original}
+    if kind == "llama3":
+        found |= {key: float(rope[key]) for key in ("low_freq_factor", "high_freq_factor")}
+    elif kind == "longrope":
+        found |= {"short_factors": tuple(rope["short_factor"]), "long_factors": tuple(rope["long_factor"])}
+    elif kind == "yarn":
+        found |= {"beta_fast": float(rope.get("beta_fast") or 32), "beta_slow": float(rope.get("beta_slow") or 1)}
+        found["truncate"] = bool(rope.get("truncate", True))
+    if kind in ("yarn", "longrope"):
+        found["attention_factor"] = rope.get("attention_factor")
+    if kind == "yarn" and found["attention_factor"] is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        growth = 0.1 * math.log(factor)
+        found["attention_factor"] = (growth * rope["mscale"] + 1) / (growth * rope["mscale_all_dim"] + 1)
+    return RopeScaling(**found)

@@ -1,0 +1,61 @@
+"""open_checkpoint(path): any known layout becomes a ModelConfig and a lazy state dict with model.Llama's names.
+
+A layout is one entry of LAYOUTS: how to recognise it from content, and how to open it. Nothing is guessed from a
+file's name, and a weight that is unknown, missing or misshapen is an error that lists the names.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.checkpoints import gguf, hugging_face, llama2c, meta
+from export.checkpoints.checkpoint import Checkpoint as Checkpoint
+from export.checkpoints.checkpoint import read_json
+from export.checkpoints.pickled import is_torch_file
+from model.errors import InputError
+
+BUILT_IN = Path(__file__).parents[2] / "model" / "tiny"
+"""The model that comes with the project."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How to recognise a layout from content, and how to open it."""
+
+    name: str
+    matches: Callable[[Path], bool]
+    open: Callable[[Path], Checkpoint]
+
+
+LAYOUTS = (
+    Layout("Hugging Face folder (config.json)", hugging_face.is_folder, hugging_face.open_folder),
+    Layout("Meta folder (params.json and consolidated.NN.pth)", meta.is_folder, meta.open_folder),
+    Layout("GGUF", gguf.is_gguf, gguf.open_gguf),
+    Layout("safetensors file beside config.json", hugging_face.is_safetensors, hugging_face.open_file),
+    Layout("torch file (.pt, .pth, .bin) beside params.json or config.json", is_torch_file, meta.open_file),
+    Layout("llama2.c .bin, version 1", llama2c.is_version_1, llama2c.open_version_1),
+    Layout("llama2.c .bin, legacy", llama2c.is_legacy, llama2c.open_legacy),
+)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a checkpoint of any known layout, reading only its headers.
+
+    Raises:
+        InputError: the path does not exist, is of no known layout, or its content is damaged or unsupported.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"checkpoint {path} does not exist; give a file or folder that does")
+    if (adapter := path / "adapter_config.json").is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise InputError(f"{path} holds a LoRA adapter of {base}; merge it first (merge_and_unload)")
+    for layout in LAYOUTS:
+        if layout.matches(path):
+            try:
+                return layout.open(path)
+            except InputError:
+                raise
+            except ValueError as error:  # ModelConfig and RopeScaling refuse impossible dimensions
+                raise InputError(f"{path}: {error}") from error
+    raise InputError(f"{path} is no known checkpoint; known are: {', '.join(layout.name for layout in LAYOUTS)}")

@@ -1,0 +1,156 @@
+"""Meta's own folder: params.json, and consolidated.NN.pth, one file per tensor-parallel rank."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export.checkpoints import hugging_face
+from export.checkpoints.checkpoint import (
+    Checkpoint,
+    Source,
+    Storage,
+    expected_shapes,
+    is_plain,
+    match,
+    read_json,
+    renamed,
+)
+from export.checkpoints.pickled import load_model, load_tensors
+from model.config import ModelConfig, RopeScaling
+from model.errors import InputError, listed
+
+META_NAMES = {
+    "tok_embeddings.weight": "tok_embeddings.weight",
+    "layers.*.attention_norm.weight": "layers.*.attention_norm.weight",
+    "layers.*.attention.wq.weight": "layers.*.attention.wq.weight",
+    "layers.*.attention.wk.weight": "layers.*.attention.wk.weight",
+    "layers.*.attention.wv.weight": "layers.*.attention.wv.weight",
+    "layers.*.attention.wo.weight": "layers.*.attention.wo.weight",
+    "layers.*.ffn_norm.weight": "layers.*.ffn_norm.weight",
+    "layers.*.feed_forward.w1.weight": "layers.*.feed_forward.w1.weight",
+    "layers.*.feed_forward.w2.weight": "layers.*.feed_forward.w2.weight",
+    "layers.*.feed_forward.w3.weight": "layers.*.feed_forward.w3.weight",
+    "head.norm.weight": "norm.weight",
+    "head.output.weight": "output.weight",
+}
+"""Our name -> Meta's, a star standing for the layer's number."""
+
+_SPARE = {"rope.freqs", "freqs_cos", "freqs_sin"}  # Llama 1 and 2 and llama2.c carry them; they follow from settings
+
+
+def is_folder(path: Path) -> bool:
+    """Whether the path is a folder with params.json and a first consolidated file."""
+    return (path / "params.json").is_file() and (path / "consolidated.00.pth").is_file()
+
+
+def open_folder(path: Path) -> Checkpoint:
+    """Opens the folder. Its rotary pairs are interleaved; wq and wk are reordered as they are read."""
+    files = _shard_files(path)
+    shards = [load_tensors(file) for file in files]
+    if uneven := {name for shard in shards for name in shard.keys() ^ shards[0].keys()}:
+        raise InputError(f"{path}: {listed(uneven)} are not in every consolidated file; download the checkpoint again")
+    return _open(path, read_json(path / "params.json"), shards, (path / "params.json", *files))
+
+
+def _open(path: Path, settings: dict[str, Any], shards: list[dict[str, Tensor]], files: tuple[Path, ...]) -> Checkpoint:
+    """The checkpoint of weights and settings that were read."""
+    config = _config(settings, shards, path)
+    shapes = {renamed(name, META_NAMES): shape for name, shape in expected_shapes(config).items()}
+    sources = {
+        name: _joined(name, [shard[name] for shard in shards], shapes.get(name)) for name in shards[0].keys() - _SPARE
+    }
+    tokenizer = (path if path.is_dir() else path.parent) / "tokenizer.model"
+    return Checkpoint(
+        config,
+        match(path, config, sources, Storage(META_NAMES, interleaved=True), {"output.weight"} if config.tied else ()),
+        files,
+        "Meta folder" if path.is_dir() else "torch file",
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+    )
+
+
+def open_file(path: Path) -> Checkpoint:
+    """Opens a single torch file: Meta's, or llama2.c's ckpt.pt, with the settings in it or in a params.json beside it;
+    or weights of a Hugging Face checkpoint with config.json beside it.
+
+    Raises:
+        InputError: there are no settings, or they are another's.
+    """
+    beside = path.parent / "params.json"
+    if path.name.startswith("consolidated.") and is_folder(path.parent):
+        return open_folder(path.parent)
+    state, trained = load_model(path)
+    if "tok_embeddings.weight" not in state:
+        return hugging_face.open_file(path)
+    if not trained and not beside.is_file():
+        raise InputError(f"{path} holds weights without settings; put the checkpoint's params.json beside it")
+    said = read_json(beside) if beside.is_file() else {}
+    settings = {"norm_eps": 1e-5} | said | trained  # llama2.c's epsilon, which it does not write
+    found = _open(path, settings, [state], (path, beside) if said else (path,))
+    return replace(found, bos_id=1, stop_ids=(1, 2)) if trained else found  # as llama2.c trains and ends texts
+
+
+def _shard_files(path: Path) -> list[Path]:
+    files = sorted(path.glob("consolidated.*.pth"))
+    wanted = [path / f"consolidated.{i:02d}.pth" for i in range(len(files))]
+    if absent := [file.name for file in wanted if file not in files]:
+        raise InputError(f"{path} lacks {listed(absent)}; download the checkpoint again")
+    return files
+
+
+def _config(settings: dict[str, Any], shards: list[dict[str, Tensor]], path: Path) -> ModelConfig:
+    """Dimensions from params.json; what Llama 2's leaves open (vocabulary, feed-forward) from the tensors."""
+    try:
+        dim, heads = settings["dim"], settings["n_heads"]
+        theta = float(settings.get("rope_theta", 10000.0))
+        return ModelConfig(
+            dim=dim,
+            n_layers=settings["n_layers"],
+            n_heads=heads,
+            n_kv_heads=settings.get("n_kv_heads") or heads,
+            head_dim=dim // heads,
+            hidden_dim=sum(shard["layers.0.feed_forward.w1.weight"].shape[0] for shard in shards),
+            vocab_size=sum(shard["output.weight"].shape[0] for shard in shards),
+            context=settings.get("max_seq_len") or _context(settings, theta),
+            norm_eps=settings["norm_eps"],
+            tied=all(torch.equal(shard["output.weight"], shard["tok_embeddings.weight"]) for shard in shards),
+            rope_theta=theta,
+            rope_scaling=_scaling(settings, dim) if settings.get("use_scaled_rope") else None,
+        )
+    except KeyError as error:
+        raise InputError(f"{path} lacks {error}; add it to params.json, or give another checkpoint") from error
+    except (TypeError, ValueError, ZeroDivisionError, IndexError) as error:
+        raise InputError(f"{path} has a dimension that is no number ({error}); correct its params.json") from error
+
+
+def _context(settings: dict[str, Any], theta: float) -> int:
+    """What the models were trained for; params.json does not say, but they differ in the base of their rotary angles:
+    Llama 3.1 and later are scaled, Llama 3 has 500,000, Code Llama 1,000,000, and Llama 2 the original's 10,000.
+    """
+    if settings.get("use_scaled_rope"):
+        return 131072
+    return {500000.0: 8192, 1000000.0: 16384}.get(theta, 4096)
+
+
+def _scaling(settings: dict[str, Any], dim: int) -> RopeScaling:
+    """Llama 3.1 stretches by 8; Llama 3.2's small models, narrower than any 3.1, by 32."""
+    factor = settings.get("rope_scaling_factor") or (32.0 if dim < 4096 else 8.0)
+    return RopeScaling("llama3", factor, original_context=8192)
+
+
+def _joined(name: str, parts: list[Tensor], shape: tuple[int, ...] | None) -> Source:
+    """One tensor over all ranks: split along the dimension in which the parts fall short of `shape`.
+
+    Column-parallel matrices are split by rows, row-parallel ones by columns, Llama 2's embedding by columns and Llama
+    3's by rows; norms are whole on every rank.
+    """
+    first, plain = tuple(parts[0].shape), all(map(is_plain, parts))
+    same_shape = all(part.shape == parts[0].shape for part in parts)
+    if len(parts) == 1 or shape is None or not same_shape or len(first) != len(shape) or first == shape:
+        return Source(first, lambda index: parts[0][index], plain)
+    split = next(dim for dim, (have, want) in enumerate(zip(first, shape, strict=True)) if have != want)
+    joined = (*first[:split], first[split] * len(parts), *first[split + 1 :])
+    return Source(joined, lambda index: torch.cat(parts, dim=split)[index], plain)

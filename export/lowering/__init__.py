@@ -1,0 +1,1 @@
+"""Traced, lowered by a backend, put together and written."""

@@ -1,0 +1,216 @@
+"""assemble: the model is put together from lowered blocks, each with weights of its own, and traced as a whole."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import IO
+
+from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
+from executorch.exir._serialize._cord import FileBackedData
+from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
+from executorch.exir._serialize.data_serializer import DataEntry
+from executorch.exir.lowered_backend_module import LoweredBackendModule
+from executorch.exir.operator.convert import to_out_variant
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
+
+from export.lowering.backends import partitioners, quietly
+from export.lowering.lower import Code, Codes, delegates, parts, to_bytes
+from export.lowering.slices import SliceRecipe
+from export.lowering.trace import kinds, parameter_name, trace
+from export.weights.scheme import is_shared
+from export.weights.source import Recipe, embedding_names, piece_names
+from runtime.pte.metadata import MethodSpec, Requirements
+from runtime.pte.parts import runs
+
+ALIGNMENT = 16
+"""Of weights in the file, in bytes: XNNPACK's for constant tensors."""
+
+
+@dataclass(frozen=True)
+class Linked:
+    """Programs ready to be emitted.
+
+    Attributes:
+        requirements: what a runtime needs to run them.
+        delegates: how many parts of them a backend runs.
+        shared: name of a backend's data -> the constant of the programs that it is.
+    """
+
+    edge: EdgeProgramManager
+    requirements: Requirements
+    delegates: int
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def link(
+    recipe: Recipe,
+    methods: Sequence[MethodSpec],
+    codes: Codes,
+    backend: str,
+    identity: str,
+) -> Linked:
+    """Puts a shard's or slice's methods together. Weights of lowered pieces stay on storage until the file is written.
+
+    Args:
+        identity: of the export, different where any weight may be: XNNPACK takes weights of one name for the same, in
+            all the files that a process has open.
+    """
+    programs = dict[str, ExportedProgram]()
+    first, *_ = runs(methods)
+    span, fused = first.span, first.is_fused
+    recipe, identity = part_of(recipe, identity, first)
+    by_kind = kinds(recipe.config, first, recipe.scheme.careful) if codes else {}
+    others = {name: recipe.piece(name) for name in (embedding_names if codes else piece_names)(recipe.config, span)}
+    data = _Data(recipe, identity, others.get("tok_embeddings"))
+    for spec in runs(methods):
+        made = others | {name: LoweredPiece(name, codes[spec.name, kind], data) for name, kind in by_kind.items()}
+        if isinstance(recipe, SliceRecipe):
+            programs |= trace(recipe.sliced(made), methods)
+        else:
+            programs |= trace(recipe.fused(made, span) if fused else recipe.model(made, span), [spec])
+    with quietly():
+        partitioner = [] if codes else partitioners(backend)
+        edge = to_edge_transform_and_lower(programs, partitioner=dict.fromkeys(programs, partitioner))
+    finished = [edge.exported_program(name) for name in programs]
+    return Linked(
+        edge,
+        Requirements(
+            executorch=version("executorch"),
+            backends=tuple(sorted({module.backend_id for program in finished for module in delegates(program)})),
+            operators=tuple(sorted({name for program in finished for name in operators(program)})),
+        ),
+        delegates=sum(len(delegates(program)) for program in finished),
+        shared=data.shared,
+    )
+
+
+def part_of(recipe: Recipe, identity: str, method: MethodSpec) -> tuple[Recipe, str]:
+    """The recipe and identity of the slice that a method is of; those of the model where it is not sliced."""
+    if method.slices == 1:
+        return recipe, identity
+    return SliceRecipe(recipe, method.slice, method.slices), f"{identity} {method.slice}"
+
+
+def operators(program: ExportedProgram) -> Iterator[str]:
+    """Names of the kernels that a lowered graph calls outside its delegates, such as `aten::embedding.out`."""
+    for node in program.graph.nodes:
+        operator = getattr(node.target, "_op", None)  # of sizes, those are Python's own, and the runtime's too
+        if node.op == "call_function" and isinstance(operator, OpOverload):
+            out, _ = to_out_variant(operator)
+            yield f"{out._schema.name}.{out._schema.overload_name}"
+
+
+class LoweredPiece(nn.Module):
+    """A block or head that is a backend's code: the arguments and results of what it stands for."""
+
+    def __init__(self, name: str, code: Code, data: "_Data") -> None:
+        """Gives a copy of `code` the weights of the piece `name`."""
+        super().__init__()
+        self.code = _with_weights(name, code, data)
+        self.results = code.results
+        self.arguments = list[int | str]()
+        for number, argument in enumerate(code.arguments):
+            if not isinstance(argument, int):
+                value = data.weight(name, argument).float() if isinstance(argument, str) else argument
+                self.register_buffer(f"constant_{number}", value)
+            self.arguments.append(argument if isinstance(argument, int) else f"constant_{number}")
+
+    def forward(self, *arguments: object) -> tuple[Tensor, ...]:
+        given = [argument for argument in tree_leaves(arguments) if argument is not None]
+        results = self.code(*(given[i] if isinstance(i, int) else getattr(self, i) for i in self.arguments))
+        return tuple(results[i] for i in self.results)
+
+
+class _Data:
+    """What the backend stores of each weight, made when it is asked for."""
+
+    def __init__(self, recipe: Recipe, identity: str, embedding: nn.Module | None) -> None:
+        self.recipe = recipe
+        self.identity = identity
+        self.shared = dict[str, Tensor]()
+        self._constants = list(embedding.state_dict().values()) if embedding else []
+        self._last: tuple[str, list[Tensor]] = ("", [])
+
+    def weight(self, piece: str, role: str) -> Tensor:
+        """A parameter of a piece, as it is on storage."""
+        return self.recipe.weight(parameter_name(self.recipe.config, piece, role))
+
+    def constant(self, name: str, number: int, nbytes: int) -> Tensor | None:
+        """The embedding's tensor that a part of a parameter is, byte for byte, if it is one."""
+        is_here = self._constants and is_shared(self.recipe.config, self.recipe.scheme)
+        if name != "head.output.weight" or not is_here:
+            return None
+        constant = self._constants[number]
+        return constant if constant.nbytes == nbytes else None
+
+    def part(self, name: str, number: int) -> bytes:
+        """A part of a parameter. Parts of one parameter are asked for one after another: the last one's are kept."""
+        if self._last[0] != name:
+            self._last = (name, self._parts(name))
+        return to_bytes(self._last[1][number])
+
+    def _parts(self, name: str) -> list[Tensor]:
+        value = self.recipe.weight(name)
+        return [data for _, data in parts(value.float() if value.dim() == 1 else self.recipe.stored(name))]
+
+
+def _with_weights(name: str, code: Code, data: _Data) -> LoweredBackendModule:
+    """A copy of the code in which each weight has a name of its own; the weights themselves are read when written."""
+    payload, buffers, entries = code.payload, list[Deferred](), dict[str, DataEntry]()
+    for part in code.data:
+        parameter = parameter_name(data.recipe.config, name, part.parameter)
+        digest = weight_digest(data.identity, parameter, part.number)
+        key = part.key[:-64] + digest
+        assert payload.count(part.key.encode()) == 1, f"the code does not name {part.parameter} once"
+        payload = payload.replace(part.key.encode(), key.encode())
+        entries[key] = DataEntry(len(buffers), ALIGNMENT, None)
+        constant = data.constant(parameter, part.number, part.nbytes)
+        if constant is None:
+            make = functools.partial(data.part, parameter, part.number)
+            buffers.append(Deferred(key, part.nbytes, make))
+        else:
+            data.shared[key] = constant
+            buffers.append(Deferred(key, 1, lambda: bytes(1)))  # stands for it until the file is written
+    store = NamedDataStoreOutput(buffers, entries, {})
+    return LoweredBackendModule(code.stand_in, code.backend_id, payload, code.compile_specs, store)
+
+
+def weight_digest(identity: str, parameter: str, number: int) -> str:
+    """What the name of a part of a parameter ends with, in the file."""
+    return hashlib.sha256(f"{identity} {parameter}.{number}".encode()).hexdigest()
+
+
+class Deferred(FileBackedData):  # type: ignore[misc]  # ExecuTorch's exir is not typed
+    """Data of a known size that is made when the file is written, and not kept."""
+
+    def __init__(self, identity: str, size: int, make: Callable[[], bytes]) -> None:
+        self._identity = hashlib.sha256(identity.encode()).digest()
+        self._size = size
+        self._make = make
+
+    def __len__(self) -> int:
+        return self._size
+
+    def prefix(self, size: int) -> bytes:
+        """Stands for the first bytes where data is compared: equal for equal names only."""
+        return self._identity[:size]
+
+    def sha256(self) -> bytes:
+        """Stands for the digest of the data, like `prefix`."""
+        return self._identity
+
+    def to_bytes(self) -> bytes:
+        made = self._make()
+        assert len(made) == self._size, f"{len(made)} bytes were made where {self._size} were announced"
+        return made
+
+    def write_to_file(self, outfile: IO[bytes]) -> None:
+        outfile.write(self.to_bytes())
+
+    def close(self) -> None:
+        """Nothing is open."""

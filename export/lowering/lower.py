@@ -1,0 +1,270 @@
+"""lower: each kind of block becomes a backend's code, once; the weights are named, so that others can be put in."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from executorch.exir import to_edge_transform_and_lower
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.backend.utils import is_same_node
+from executorch.exir.delegate import executorch_call_delegate
+from executorch.exir.lowered_backend_module import LoweredBackendModule, get_lowered_submodules
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torchao.quantization import IntxUnpackedToInt8Tensor
+
+from export.lowering.backends import BACKENDS, Backend
+from export.lowering.code_cache import CodeCache
+from export.lowering.slices import sliced
+from export.lowering.trace import dynamic_shapes, kinds, parameter_name, trace_piece
+from export.weights.quantize import by_rows, random
+from export.weights.scheme import FLOAT, Scheme, swaps_pairs
+from model.config import ModelConfig
+from model.fused_attention import FusedLlama
+from model.model import Llama
+from model.tensor_parallel import SlicedLlama
+from runtime.pte.metadata import MethodSpec, TensorSpec
+from runtime.pte.parts import runs
+
+NO_CACHE = CodeCache(None)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a parameter in a backend's code.
+
+    Attributes:
+        key: the name in the code: a prefix, and 64 hexadecimal digits.
+        parameter: the piece's parameter.
+        number: which of its `parts`.
+        nbytes: of the data.
+    """
+
+    key: str
+    parameter: str
+    number: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Code:
+    """A block or head as a backend runs it, with random weights, for one method.
+
+    Attributes:
+        backend_id, payload, compile_specs: the backend's code, in which data is named by its SHA-256.
+        arguments: what the code takes: a number for an argument of the piece, a name for one of its parameters, or a
+            constant.
+        results: which of the code's results the piece returns, in order.
+        data: what the code holds by name.
+        stand_in: a graph with the code's arguments and results, for when only their shapes matter.
+    """
+
+    backend_id: str
+    payload: bytes
+    compile_specs: list[CompileSpec]
+    arguments: tuple[int | str | Tensor, ...]
+    results: tuple[int, ...]
+    data: tuple["Part", ...]
+    stand_in: ExportedProgram
+
+
+Codes = Mapping[tuple[str, str], Code]
+"""(method, kind of `export.lowering.trace.pieces`) -> its code."""
+
+
+def lower(
+    config: ModelConfig,
+    shards: Sequence[Sequence[MethodSpec]],
+    backend: str,
+    scheme: Scheme,
+    cache: CodeCache = NO_CACHE,
+) -> Codes:
+    """The code of each kind of piece that shards or slices have, once; none if the backend does not work by block.
+
+    Args:
+        cache: where codes are found that were made before, and kept for the next time.
+    """
+    codes = dict[tuple[str, str], Code]()
+    for methods in shards if BACKENDS[backend].by_block else ():
+        specs = runs(methods)
+        first = specs[0]
+        part = sliced(config, first.slices)
+        for name, kind in kinds(part, first, scheme.careful).items():
+            if (first.name, kind) in codes:
+                continue
+            module = None
+            for spec in specs:
+                key = _key(part, spec, backend, scheme) | {"kind": kind}
+                entry = cache.get(key)
+                if entry is None:
+                    module = module or _random_piece(part, first.span, name, scheme)
+                    entry = _lowered(trace_piece(part, name, module, spec), BACKENDS[backend], module)
+                    cache.put(key, entry)
+                codes[spec.name, kind] = _code(entry, spec)
+    is_same_node.cache_clear()  # it would hold every graph compared, with its weights, for good
+    return codes
+
+
+def parts(weight: Tensor) -> list[tuple[str, Tensor]]:
+    """What XNNPACK stores of a parameter, in its own form: (prefix of the key that names it, data)."""
+    if not isinstance(weight, IntxUnpackedToInt8Tensor):
+        return [("", weight.detach().contiguous())]
+    codes, scale = weight.qdata, weight.scale
+    if str(weight.target_dtype) == "torch.int4":
+        (codes,) = by_rows(codes, lambda rows: [_packed(rows)])
+    return [("", codes.contiguous()), ("scale_", scale.contiguous())]
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """4-bit integers, two to a byte: the first in the lower half, offset by 8."""
+    flat = codes.to(torch.uint8).add_(8).view(-1)
+    return (flat[1::2] << 4).bitwise_or_(flat[::2]).view(codes.shape[0], -1)
+
+
+def to_bytes(tensor: Tensor) -> bytes:
+    """A contiguous tensor's memory."""
+    return tensor.view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def delegates(program: ExportedProgram) -> list[LoweredBackendModule]:
+    """The parts of a lowered graph that a backend runs."""
+    return [module for _, module, _ in get_lowered_submodules(program.graph_module)]
+
+
+def _random_piece(config: ModelConfig, span: range, name: str, scheme: Scheme) -> nn.Module:
+    with torch.device("meta"):
+        whole: nn.Module = (model := Llama(config, span))
+        if name.startswith("segments."):
+            whole = FusedLlama(model)
+        elif name.startswith(("attend.", "feed.")):
+            whole = SlicedLlama(model, 0)
+        module = whole.get_submodule(name)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for path, layer in list(module.named_modules()):
+            for role, parameter in layer.named_parameters(recurse=False):
+                full = parameter_name(config, name, f"{path}.{role}")
+                is_matrix = isinstance(layer, nn.Linear) and role == "weight"
+                form = scheme.format(full, parameter.shape[-1]) if is_matrix else FLOAT
+                if full == "head.output.weight" and swaps_pairs(config, span, scheme):
+                    layer = _PairsSwapped(config.dim, config.vocab_size, config.head_bias, device="meta")
+                    module.set_submodule(path, layer)
+                setattr(layer, role, nn.Parameter(random(parameter.shape, form), requires_grad=False))
+    return module.eval()
+
+
+class _PairsSwapped(nn.Linear):
+    """Takes a weight whose columns 0 and 1, 2 and 3 and so on are swapped: as 4-bit pairs, it is byte for byte what the
+    embedding looks up.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = x.view(*x.shape[:-1], -1, 2)
+        return super().forward(torch.cat((pairs[..., 1:], pairs[..., :1]), dim=-1).view(x.shape))
+
+
+def _key(config: ModelConfig, spec: MethodSpec, backend: str, scheme: Scheme) -> dict[str, Any]:
+    """What a code depends on, beside its kind."""
+    return {
+        "config": dataclasses.asdict(config),
+        "method": dataclasses.asdict(spec),
+        "backend": backend,
+        "scheme": scheme.to_json(),
+    }
+
+
+def _lowered(graph: ExportedProgram, backend: Backend, module: nn.Module) -> dict[str, Any]:
+    """What makes up the code of a graph, in plain values and tensors."""
+    lowered = to_edge_transform_and_lower(graph, partitioner=backend.partitioners()).exported_program()
+    (delegate,) = delegates(lowered)
+    call: Any = next(node for node in lowered.graph.nodes if node.target is executorch_call_delegate)
+    results: Any = lowered.graph.output_node().args[0]
+    inputs, rows = list(lowered.graph_signature.user_inputs), _rows(graph)
+    return {
+        "backend_id": delegate.backend_id,
+        "payload": torch.frombuffer(bytearray(delegate.processed_bytes), dtype=torch.uint8),
+        "compile_specs": [(spec.key, bytes(spec.value).hex()) for spec in delegate.compile_specs],
+        "arguments": [_argument(lowered, node, inputs) for node in call.args[1:]],
+        "results": [result.args[1] for result in results],
+        "data": [dataclasses.astuple(part) for part in _data(delegate, module)],
+        "takes": [_shape(node.meta["val"], rows) for node in call.args[1:]],
+        "gives": [_shape(value, rows) for value in call.meta["val"]],
+    }
+
+
+def _code(entry: Mapping[str, Any], spec: MethodSpec) -> Code:
+    """The code that `_lowered` described."""
+    return Code(
+        backend_id=entry["backend_id"],
+        payload=to_bytes(entry["payload"]),
+        compile_specs=[CompileSpec(key, bytes.fromhex(value)) for key, value in entry["compile_specs"]],
+        arguments=tuple(entry["arguments"]),
+        results=tuple(entry["results"]),
+        data=tuple(Part(*fields) for fields in entry["data"]),
+        stand_in=_stand_in(entry["takes"], entry["gives"], spec),
+    )
+
+
+def _argument(program: ExportedProgram, node: Node, inputs: list[str]) -> int | str | Tensor:
+    if node.name in inputs:
+        return inputs.index(node.name)
+    signature = program.graph_signature
+    if node.name in signature.inputs_to_parameters:
+        return signature.inputs_to_parameters[node.name].removeprefix("module.")
+    constant = (signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants)[node.name]
+    return program.state_dict.get(constant, program.constants.get(constant))
+
+
+def _data(delegate: LoweredBackendModule, module: nn.Module) -> tuple[Part, ...]:
+    """Finds every parameter's parts in the code by their content."""
+    stored = delegate.named_data_store_output.pte_data
+    found = []
+    for name, parameter in module.named_parameters():
+        for number, (prefix, data) in enumerate(parts(parameter)):
+            key = prefix + hashlib.sha256(to_bytes(data)).hexdigest()
+            if key in stored:
+                found.append(Part(key, name, number, data.nbytes))
+    assert {part.key for part in found} == stored.keys(), "the backend changed a weight, so its code fits no other"
+    return tuple(found)
+
+
+class _Shapes(nn.Module):
+    """Results of these kinds, whose sizes are those of the arguments."""
+
+    def __init__(self, arguments: list[TensorSpec], results: list[TensorSpec]) -> None:
+        super().__init__()
+        self.results = results
+        found = ((number, spec.shape.index("R")) for number, spec in enumerate(arguments) if "R" in spec.shape)
+        self.rows = next(found, None)
+
+    def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        rows = arguments[self.rows[0]].shape[self.rows[1]] if self.rows else 1
+        return tuple(arguments[0].new_empty(result.sizes(arguments[0].shape[1], rows)) for result in self.results)
+
+
+def _stand_in(takes: Sequence[Any], gives: Sequence[Any], spec: MethodSpec) -> ExportedProgram:
+    arguments, results = ([TensorSpec("", tuple(size), dtype) for size, dtype in found] for found in (takes, gives))
+    return torch.export.export(
+        _Shapes(arguments, results),
+        tuple(argument.zeros(spec.max_length, spec.max_rows) for argument in arguments),
+        dynamic_shapes=dynamic_shapes("arguments", arguments, spec),
+    )
+
+
+def _rows(graph: ExportedProgram) -> str | None:
+    """The symbol of the number of rows in a head's graph, whose `select` alone has a last size that is not fixed."""
+    inputs = set(graph.graph_signature.user_inputs)
+    shapes = [node.meta["val"].shape for node in graph.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    return next((str(shape[1]) for shape in shapes if not isinstance(shape[-1], int)), None)
+
+
+def _shape(value: Tensor, rows: str | None) -> tuple[list[int | str], str]:
+    """Sizes and dtype. Any size that is not fixed is the step's length, but for that of the symbol `rows`."""
+    sizes: list[int | str] = [
+        size if isinstance(size, int) else "R" if str(size) == rows else "L" for size in value.shape
+    ]
+    return sizes, str(value.dtype).removeprefix("torch.")

@@ -1,0 +1,185 @@
+"""slices: which part of a model is a slice's: its dimensions, its methods, and its share of every matrix."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
+
+from export.lowering.trace import GraphOptions, signatures
+from export.weights.quantize import from_parts
+from export.weights.scheme import Scheme, matrices
+from export.weights.source import Recipe
+from model.config import ModelConfig
+from model.errors import InputError
+from model.tensor_parallel import BY_COLUMNS, BY_ROWS, SlicedLlama, dealt
+from preproc.position_inputs import names
+from runtime.pte.metadata import STREAM, MethodSpec, TensorSpec
+
+_UNABLE: dict[str, Callable[[ModelConfig], bool]] = {
+    "norms behind attention and feed-forward (post_norms)": lambda config: config.post_norms,
+    "parallel blocks": lambda config: config.parallel,
+    "a mixture of experts": lambda config: config.n_experts > 0,
+    "ALiBi": lambda config: config.positions == "alibi",
+}
+"""What a model may not have, whose halves of a block are not sums over heads and hidden units, or not yet."""
+
+
+def sliced(config: ModelConfig, count: int) -> ModelConfig:
+    """The dimensions of one slice of `count`, the same for all: what of the last ones' is past the model's is zeros.
+    Where heads of several slices share a KV head, each has a copy.
+
+    Raises:
+        InputError: the model cannot be dealt out to so many.
+    """
+    if count == 1:
+        return config
+    flag = f"--tensor-parallel {count}"
+    for words, has in _UNABLE.items():
+        if has(config):
+            raise InputError(f"{flag} is not for a model with {words}; leave it out")
+    if count > config.n_heads:
+        raise InputError(f"{flag} is more than the model's {config.n_heads} heads; give at most so many")
+    return dataclasses.replace(
+        config,
+        n_heads=dealt(config.n_heads, count),
+        n_kv_heads=len(kv_heads(config, 0, count)),
+        hidden_dim=dealt(config.hidden_dim, count),
+        vocab_size=dealt(config.vocab_size, count),
+    )
+
+
+def kv_heads(config: ModelConfig, number: int, count: int) -> list[int]:
+    """The KV heads of slice `number`: one for as many of its heads in a row as share one in every slice. Heads past the
+    model's have KV heads past the model's: so many in a row are all the model's, or none.
+    """
+    heads, group = dealt(config.n_heads, count), config.n_heads // config.n_kv_heads
+    first = number * heads
+    return [head // group for head in range(first, first + heads, math.gcd(heads, group))]
+
+
+def check_groups(config: ModelConfig, scheme: Scheme, count: int) -> None:
+    """Whether each slice has whole groups of the weights that share a scale, where the model has such groups.
+
+    Raises:
+        InputError: it has not; or only with its zeros it would have.
+    """
+    whole = matrices(config)
+    for name, (_, columns) in matrices(sliced(config, count)).items():
+        form, of_slice = (scheme.format(name, each) for each in (whole[name][1], columns))
+        if form.group_size and not form.fits(columns):
+            raise InputError(
+                f"--tensor-parallel {count} leaves {columns} columns of {name}, which are not whole groups of "
+                f"{form.group_size}; give a --group-size that divides them, --quantize 8da8w, or fewer slices"
+            )
+        if form != of_slice:
+            raise InputError(
+                f"--tensor-parallel {count} leaves {columns} columns of {name}, which are whole groups of "
+                f"{of_slice.group_size} where the model's {whole[name][1]} are not; give another --group-size, "
+                "--quantize 8da8w, or another number of slices"
+            )
+
+
+def slices(config: ModelConfig, options: GraphOptions, kv_dtype: str, count: int) -> tuple[tuple[MethodSpec, ...], ...]:
+    """The methods of each slice, in the order in which they are run: `forward.embed`, `forward.attend.0`,
+    `forward.feed.0`, ..., `forward.head`; see `model.tensor_parallel`. Each but the last returns a part of a sum.
+    """
+    part = sliced(config, count)
+    (whole,) = signatures(part, options, kv_dtype)
+    return tuple(
+        tuple(dataclasses.replace(half, slice=number, slices=count) for half in _halves(part, whole))
+        for number in range(count)
+    )
+
+
+def _halves(config: ModelConfig, whole: MethodSpec) -> Iterator[MethodSpec]:
+    """The halves of a method."""
+    found = {spec.name: spec for spec in (*whole.inputs, *whole.outputs)}
+    found[STREAM] = TensorSpec(STREAM, (*found["tokens"].shape, config.dim), "float32")
+
+    def half(name: str, layers: range, taken: Sequence[str], given: Sequence[str]) -> MethodSpec:
+        inputs, outputs = (tuple(found[each] for each in roles if each in found) for roles in (taken, given))
+        ends = {"start_layer": layers.start, "end_layer": layers.stop}
+        return dataclasses.replace(whole, name=f"{whole.name}.{name}", inputs=inputs, outputs=outputs, **ends)
+
+    yield half("embed", range(0), ["tokens", "positions"], [STREAM])
+    for layer in range(config.n_layers):
+        span = range(layer, layer + 1)
+        elsewhere = {"positions"} | ({"cos", "sin"} if layer in config.nope_layers else set())
+        positions = [name for name in names(config, fused=True, span=span) if name not in elsewhere]
+        caches = [f"k_cache.{layer}", f"v_cache.{layer}"]
+        rows = [f"k_rows.{layer}", f"v_rows.{layer}"]
+        yield half(f"attend.{layer}", span, [STREAM, *positions, *caches], [STREAM, *rows])
+        yield half(f"feed.{layer}", span, [STREAM], [STREAM])
+    yield half("head", range(config.n_layers, config.n_layers), [STREAM, "select"], ["logits", "hidden"])
+
+
+class SliceRecipe(Recipe):
+    """The recipe of one slice: a view of the whole's. Matrices are quantised whole and then dealt out, so that the
+    slices' weights are the whole's.
+    """
+
+    def __init__(self, whole: Recipe, number: int, count: int) -> None:
+        """Takes what the whole is made from, and which slice this is of how many."""
+        super().__init__(sliced(whole.config, count), {}, whole.scheme)
+        self._whole = whole
+        self._number = number
+        self._count = count
+
+    def weight(self, name: str) -> Tensor:
+        """The slice's share of a parameter: rows or columns, all of it, or zeros where slice 0 alone adds it."""
+        found = self._whole.weight(name)
+        axis, of_first = _axis(name), name.endswith((".wo.bias", ".w2.bias", "pos_embeddings.weight"))
+        if of_first and self._number > 0:
+            return torch.zeros_like(found)
+        return found if axis is None else self._share(found, name, axis)
+
+    def stored(self, name: str) -> Tensor:
+        """The slice's share of a matrix as the scheme has it."""
+        found, axis = self._whole.stored(name), _axis(name)
+        assert axis is not None, f"{name} is no matrix"
+        if not isinstance(found, IntxUnpackedToInt8Tensor):
+            return self._share(found, name, axis)
+        form = self.scheme.format(name, found.shape[1])
+        codes, scale = self._share(found.qdata, name, axis), found.scale
+        if axis == 0 or form.group_size:
+            scale = self._share(scale, name, axis, padding=1.0)  # XNNPACK takes no scale of 0
+        return from_parts(codes, scale, form)
+
+    def _share(self, whole: Tensor, name: str, axis: int, padding: float = 0.0) -> Tensor:
+        """Of the rows or columns, the slice's, by whole heads; of KV heads, those that its heads look at."""
+        config, role = self._whole.config, name.split(".")[-2]
+        if role in ("wk", "wv"):
+            heads = kv_heads(config, self._number, self._count)
+            each = whole.reshape(config.n_kv_heads, -1, *whole.shape[1:])
+            return _reaching(each, 0, max(heads) + 1, padding)[heads].flatten(0, 1)
+        units = config.n_heads if role in ("wq", "wo") else whole.shape[axis]
+        size = dealt(units, self._count) * whole.shape[axis] // units
+        start = min(self._number * size, whole.shape[axis])
+        found = whole.narrow(axis, start, min(size, whole.shape[axis] - start))
+        return _reaching(found, axis, size, padding)
+
+    def sliced(self, made: Mapping[str, nn.Module]) -> SlicedLlama:
+        """The slice in halves, of embeddings, and of blocks and head or of `export.lowering.trace.half_pieces`."""
+        pieces = {name for name in made if name.startswith(("attend.", "feed."))}
+        model = SlicedLlama(self.model({name: made[name] for name in made.keys() - pieces}), self._number)
+        for name in pieces:
+            model.set_submodule(name, made[name])
+        return model.eval()
+
+
+def _reaching(found: Tensor, axis: int, size: int, padding: float) -> Tensor:
+    """The tensor, with `padding` behind it on an axis where it has less than `size`."""
+    lacking = max(size - found.shape[axis], 0)
+    return F.pad(found, [0, 0] * (found.dim() - 1 - axis) + [0, lacking], value=padding) if lacking else found
+
+
+def _axis(name: str) -> int | None:
+    """Along which of its axes a parameter is dealt out: rows 0, columns 1; None for none."""
+    role, kind = name.split(".")[-2:]
+    if role in BY_ROWS:
+        return 0
+    return 1 if role in BY_COLUMNS and kind == "weight" else None

@@ -1,0 +1,307 @@
+"""trace: the eager model becomes one torch.export graph per method, with its signature written down."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from model.config import ModelConfig
+from model.fused_attention import FusedLlama, Segment
+from model.kv_row_format import row_width
+from model.model import Block, Head, Llama
+from model.tensor_parallel import Attend, Embed, Merge, SlicedLlama
+from preproc.position_inputs import mask_name, names
+from runtime.pte.metadata import STREAM, MethodSpec, TensorSpec
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What the graphs take and give.
+
+    Attributes:
+        max_seq_len: positions of a text, and the capacity of the caches (T); local blocks' have the window's.
+        prefill_chunk: L of `prefill`; 1 for none.
+        attention: "aten", plain operators on whole caches: static, and for every backend; or "fused", one operator that
+            reads as much of the caches as is filled: one method for any number of tokens.
+        kv_cache: whether the methods take and extend caches; otherwise each step takes the whole text.
+        hidden_states: whether they also return what the last block does, normalised.
+        batch_size: texts that a step extends at once (B), each at a position of its own; more than 1 where attention is
+            fused.
+        max_rows: the most rows of logits that a step returns of each text; more than 1 where attention is fused.
+    """
+
+    max_seq_len: int
+    prefill_chunk: int
+    attention: str = "aten"
+    kv_cache: bool = True
+    hidden_states: bool = False
+    batch_size: int = 1
+    max_rows: int = 1
+
+
+def trace(model: Llama | FusedLlama | SlicedLlama, methods: Iterable[MethodSpec]) -> dict[str, ExportedProgram]:
+    """The whole model as one graph per method; of a slice, each half. See tests/bench/NOTES.md for what was tried.
+
+    Parts of the model may be lowered already: they are then calls in the graph.
+    """
+    return {spec.name: _export(_Flat(model, spec), spec.inputs, spec) for spec in methods}
+
+
+def pieces(config: ModelConfig, span: range, fused: bool, careful: Collection[int] = ()) -> dict[str, str]:
+    """The parts of a shard that a backend can take as one: name -> kind, equal where only the weights differ.
+
+    Args:
+        span: the shard's blocks.
+        fused: whether attention is an operator of its own, between segments.
+        careful: blocks whose weights are stored in another format than the others'.
+    """
+    found = dict[str, str]()
+    for number in range(span.start, span.stop + fused):
+        before, after = fused and number > span.start, number < span.stop
+        ends = number == config.n_layers
+        if fused:
+            kind = {"before": before, "after": after, "head": ends}
+            kind |= {"careful_before": before and number - 1 in careful, "careful_after": after and number in careful}
+        else:
+            local, unrotated = config.is_local(number), number in config.nope_layers
+            kind = {"block": True, "local": local, "unrotated": unrotated, "careful": number in careful}
+        found[f"{'segments' if fused else 'layers'}.{number}"] = " ".join(name for name in kind if kind[name])
+    return found if fused or span.stop < config.n_layers else found | {"head": "head"}
+
+
+def kinds(config: ModelConfig, spec: MethodSpec, careful: Collection[int]) -> dict[str, str]:
+    """The pieces of what a method runs."""
+    return half_pieces(config, careful) if spec.slices > 1 else pieces(config, spec.span, spec.is_fused, careful)
+
+
+def half_pieces(config: ModelConfig, careful: Collection[int] = ()) -> dict[str, str]:
+    """The same of a slice, and for attention as an operator of its own."""
+    found = dict[str, str]()
+    for layer in range(config.n_layers):
+        careful_too = " careful" if layer in careful else ""
+        halves = {f"attend.{layer}.project": "project", f"attend.{layer}.merge": "merge", f"feed.{layer}": "feed"}
+        found |= {name: kind + careful_too for name, kind in halves.items()}
+    return found | {"head": "head"}
+
+
+def parameter_name(config: ModelConfig, piece: str, role: str) -> str:
+    """What a parameter of a piece is called in the model: layers.3.attention.wo.weight."""
+    if piece.startswith(("attend.", "feed.")):
+        return f"layers.{piece.split('.')[1]}.{role.removeprefix('block.')}"
+    if not piece.startswith("segments."):
+        return f"{piece}.{role}"
+    side, role = role.split(".", 1)
+    layer = int(piece.removeprefix("segments.")) - (side == "before")
+    return f"head.{role}" if layer == config.n_layers else f"layers.{layer}.{role}"
+
+
+def trace_piece(config: ModelConfig, name: str, module: nn.Module, spec: MethodSpec) -> ExportedProgram:
+    """The graph of one of `pieces`, as `spec` calls it.
+
+    Args:
+        module: the Block, Head, Segment, Project, Merge or Feed.
+    """
+    inputs = {tensor.name: tensor for tensor in spec.inputs}
+    stream = inputs["tokens" if "tokens" in inputs else STREAM].shape[:2]
+    taken = [] if isinstance(module, Merge) else [TensorSpec("x", (*stream, config.dim), "float32")]
+    if isinstance(module, Merge) or (isinstance(module, Segment) and module.before):
+        taken += [TensorSpec("out", (*stream, config.n_heads * config.head_dim), "float32")]
+    if isinstance(module.after if isinstance(module, Segment) else module, Head):
+        taken += [inputs["select"]]
+    if isinstance(module, Block):
+        layer = int(name.removeprefix("layers."))
+        wanted = ("cos", "sin", mask_name(config, layer), f"k_cache.{layer}", f"v_cache.{layer}")
+        taken += [inputs[role] for role in wanted if role in inputs]
+    return _export(_FlatPiece(module, rotated="cos" in inputs), taken, spec)
+
+
+def _export(module: nn.Module, inputs: Sequence[TensorSpec], spec: MethodSpec) -> ExportedProgram:
+    shapes = dynamic_shapes("tensors", inputs, spec)
+    with torch.no_grad():
+        return torch.export.export(
+            module,
+            tuple(tensor.zeros(spec.max_length, spec.max_rows) for tensor in inputs),
+            dynamic_shapes=shapes,
+            prefer_deferred_runtime_asserts_over_guards=shapes is not None,
+        )
+
+
+def dynamic_shapes(name: str, inputs: Sequence[TensorSpec], spec: MethodSpec) -> dict[str, Any] | None:
+    """For torch.export, of a module whose forward takes *name: each tensor's axes whose size is not fixed."""
+    axes = [{axis: size for axis, size in enumerate(tensor.shape) if isinstance(size, str)} for tensor in inputs]
+    if not any(axes):
+        return None
+    ranges = {"L": (spec.min_length, spec.max_length), "R": (1, spec.max_rows)}
+    used = {size for found in axes for size in found.values()}
+    sizes = {size: torch.export.Dim(size, min=ranges[size][0], max=ranges[size][1]) for size in used}
+    return {name: tuple({axis: sizes[size] for axis, size in found.items()} for found in axes)}
+
+
+def signatures(
+    config: ModelConfig, options: GraphOptions, kv_dtype: str = "float32", span: range | None = None
+) -> tuple[MethodSpec, ...]:
+    """`decode` (one token) and, unless the chunk is one token, `prefill` (prefill_chunk tokens). Only `forward` where
+    attention is fused (up to prefill_chunk tokens), and without caches (max_seq_len tokens). All return the logits of
+    one row of each text, and where attention is fused of up to max_rows.
+
+    Args:
+        span: the blocks of a shard, whose methods take and return the stream [B, L, D] between blocks where the model
+            does not begin or end there; None for the whole model.
+    """
+    if options.attention == "fused" or not options.kv_cache:
+        lengths = {"forward": options.prefill_chunk if options.kv_cache else options.max_seq_len}
+    else:
+        lengths = {"decode": 1} | ({"prefill": options.prefill_chunk} if options.prefill_chunk > 1 else {})
+    return tuple(signature(config, name, length, options, kv_dtype, span) for name, length in lengths.items())
+
+
+def signature(
+    config: ModelConfig,
+    name: str,
+    length: int,
+    options: GraphOptions,
+    kv_dtype: str = "float32",
+    span: range | None = None,
+) -> MethodSpec:
+    """One method of `signatures`, for `length` tokens, or up to so many where attention is fused."""
+    span = range(config.n_layers) if span is None else span
+    is_fused = options.attention == "fused" and options.kv_cache
+    B = options.batch_size
+    L = _length(length, is_fused)
+    max_rows = min(options.max_rows, length) if is_fused else 1
+    R: int | Literal["R"] = "R" if max_rows > 1 else 1
+    stream = TensorSpec(STREAM, (B, L, config.dim), "float32")
+
+    def rows(role: str, counts: Sequence[int | Literal["L"]]) -> list[TensorSpec]:
+        shapes = [(B * config.n_kv_heads, count, row_width(config.head_dim, kv_dtype)) for count in counts]
+        return [TensorSpec(f"{role}.{layer}", shape, kv_dtype) for layer, shape in zip(span, shapes, strict=True)]
+
+    inputs = [TensorSpec("tokens", (B, L), "int64") if span.start == 0 else stream]
+    inputs += _position_inputs(config, span, length, options, is_fused)
+    outputs = list[TensorSpec]()
+    if span.stop == config.n_layers:
+        inputs += [TensorSpec("select", (B, R, L), "float32")]
+        outputs += [TensorSpec("logits", (B, R, config.vocab_size), "float32")]
+    else:
+        outputs += [stream]
+    if options.kv_cache:
+        capacities = [_capacity(config, layer, options) for layer in span]
+        inputs += [*rows("k_cache", capacities), *rows("v_cache", capacities)]
+        outputs += [*rows("k_rows", [L] * len(span)), *rows("v_rows", [L] * len(span))]
+    if options.hidden_states and span.stop == config.n_layers:
+        outputs += [TensorSpec("hidden", (B, L, config.dim), "float32")]
+    return MethodSpec(
+        name=name,
+        min_length=1 if is_fused else length,
+        max_length=length,
+        max_rows=max_rows,
+        start_layer=span.start,
+        end_layer=span.stop,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+    )
+
+
+def _length(length: int, is_fused: bool) -> int | Literal["L"]:
+    """L, in a shape."""
+    return "L" if is_fused and length > 1 else length
+
+
+def _position_inputs(
+    config: ModelConfig, span: range, length: int, options: GraphOptions, is_fused: bool
+) -> list[TensorSpec]:
+    """Those of `preproc.position_inputs` that a shard's blocks ask for."""
+    B, L, pairs = options.batch_size, _length(length, is_fused), config.rotated // 2
+    found = {
+        "positions": TensorSpec("positions", (B, L), "int64"),
+        "cos": TensorSpec("cos", (B, L, pairs), "float32"),
+        "sin": TensorSpec("sin", (B, L, pairs), "float32"),
+        "start": TensorSpec("start", (B,), "int64"),
+    }
+    heads = config.n_heads if config.positions == "alibi" else 1
+    for layer in span:
+        mask = mask_name(config, layer)
+        found[mask] = TensorSpec(mask, (heads, length, _capacity(config, layer, options) + length), "float32")
+    return [found[name] for name in names(config, is_fused, span)]
+
+
+def _capacity(config: ModelConfig, layer: int, options: GraphOptions) -> int:
+    """Of a block's cache: a local block's is a ring of the window's size."""
+    if not options.kv_cache:
+        return 0
+    return min(options.max_seq_len, config.window(layer) or options.max_seq_len)
+
+
+def step(model: Llama | FusedLlama, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Runs the model on inputs by the names of a `signature`, and returns its outputs by theirs."""
+    span, select, positions = model.span, inputs.get("select"), inputs.get("positions")
+    x = inputs["tokens" if model.begins else STREAM]
+    angles = (inputs["cos"], inputs["sin"]) if "cos" in inputs else None
+    cached = f"k_cache.{span.start}" in inputs
+    caches = [[inputs[f"{kind}_cache.{layer}"] for layer in span] for kind in "kv" if cached]
+    if isinstance(model, FusedLlama):
+        found = model(x, angles, inputs["start"], select, *caches, positions=positions)
+    else:
+        masks = [inputs[mask_name(model.config, layer)] for layer in span]
+        found = model(x, angles, masks, select, *caches, positions=positions)
+    others = {"logits": found.logits, "hidden": found.hidden, STREAM: found.stream}
+    return {
+        **{f"k_rows.{layer}": rows for layer, rows in zip(span, found.k_rows, strict=True)},
+        **{f"v_rows.{layer}": rows for layer, rows in zip(span, found.v_rows, strict=True)},
+        **{name: value for name, value in others.items() if value is not None},
+    }
+
+
+def half_step(half: nn.Module, layer: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same of a half of a slice, which is of block `layer`."""
+    if isinstance(half, Embed):
+        return {STREAM: half(inputs["tokens"], inputs.get("positions"))}
+    stream = inputs[STREAM]
+    if isinstance(half, Attend):
+        angles = (inputs["cos"], inputs["sin"]) if "cos" in inputs else None
+        caches = (inputs[f"{kind}_cache.{layer}"] for kind in "kv")
+        part, k_rows, v_rows = half(stream, angles, inputs["start"], *caches)
+        return {STREAM: part, f"k_rows.{layer}": k_rows, f"v_rows.{layer}": v_rows}
+    if "select" in inputs:
+        logits, hidden = half(stream, inputs["select"])
+        return {"logits": logits, "hidden": hidden}
+    (part,) = half(stream)
+    return {STREAM: part}
+
+
+class _Flat(nn.Module):
+    """The model, or a half of a slice, with the flat arguments and results of a `signature`."""
+
+    def __init__(self, model: Llama | FusedLlama | SlicedLlama, spec: MethodSpec) -> None:
+        super().__init__()
+        self.model = model.get_submodule(spec.half)
+        self.layer = spec.start_layer
+        self.inputs = [tensor.name for tensor in spec.inputs]
+        self.outputs = [tensor.name for tensor in spec.outputs]
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        inputs = dict(zip(self.inputs, tensors, strict=True))
+        if isinstance(self.model, Llama | FusedLlama):
+            found = step(self.model, inputs)
+        else:
+            found = half_step(self.model, self.layer, inputs)
+        return [found[name] for name in self.outputs]
+
+
+class _FlatPiece(nn.Module):
+    """A piece with flat arguments; a block's are x, cos and sin if there are any, and the others in their order."""
+
+    def __init__(self, module: nn.Module, rotated: bool) -> None:
+        super().__init__()
+        self.module = module
+        self.rotated = rotated
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if not isinstance(self.module, Block):
+            return self.module(*tensors)
+        x, *others = tensors
+        angles, rest = (others[:2], others[2:]) if self.rotated else (None, others)
+        return self.module(x, angles, *rest)

@@ -1,0 +1,83 @@
+"""write: lowered programs and their metadata become one file, which appears whole or not at all."""
+
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
+from executorch.exir.passes import MemoryPlanningPass
+from flatbuffers.table import Table  # type: ignore[import-untyped]
+
+from export.lowering.assemble import Linked
+from export.lowering.lower import to_bytes
+from runtime.pte.metadata import Metadata, to_constants
+from runtime.pte.trailer import Trailer
+
+
+def emit(linked: Linked, metadata: Metadata, path: Path) -> None:
+    """Writes program, metadata and trailer to `path`.
+
+    Inputs and outputs of the methods are not memory-planned: the runtime points them at buffers of its own.
+    """
+    edge = linked.edge
+    programs = {name: edge.exported_program(name) for name in edge.methods}
+    planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
+    program = EdgeProgramManager(programs, to_constants(metadata), edge.compile_config).to_executorch(
+        ExecutorchBackendConfig(memory_planning_pass=planning)
+    )
+    constants = [buffer.storage for buffer in program.executorch_program.constant_buffer]
+    shared = {key: (constants.index(to_bytes(tensor)), tensor.nbytes) for key, tensor in linked.shared.items()}
+    with path.open("wb") as stream:
+        checked = _Checked(stream, lambda piece: _sharing(piece, shared))
+        program.write_to_file(checked)
+        stream.write(checked.trailer.pack())
+
+
+SEGMENTS, _CONSTANTS, NAMED = 4, 5, 7
+"""Fields of a program in the order of executorch/schema/program.fbs."""
+
+
+def _sharing(program: bytes, shared: Mapping[str, tuple[int, int]]) -> bytes:
+    """The first piece of a file, all but its data, in which named data is the same bytes of the file as a constant.
+
+    Args:
+        shared: name -> the constant's number and size.
+    """
+    made = bytearray(program)
+    root = Table(made, *struct.unpack_from("<I", made))
+
+    def field(table: Table, number: int) -> int:
+        """Where it starts."""
+        return int(table.Pos + table.Offset(4 + 2 * number))
+
+    def item(table: Table, number: int, index: int) -> Table:
+        return Table(made, table.Indirect(table.Vector(table.Offset(4 + 2 * number)) + 4 * index))
+
+    constants = Table(made, root.Indirect(field(root, _CONSTANTS)))  # these are the first segment, so they start at 0
+    offsets = constants.Vector(constants.Offset(6))
+    for index in range(root.VectorLen(root.Offset(4 + 2 * NAMED)) if shared else 0):
+        data = item(root, NAMED, index)
+        if found := shared.get(data.String(field(data, 0)).decode()):
+            number, size = found
+            segment = item(root, SEGMENTS, *struct.unpack_from("<I", made, field(data, 1)))
+            (offset,) = struct.unpack_from("<Q", made, offsets + 8 * number)
+            struct.pack_into("<Q", made, field(segment, 0), offset)
+            struct.pack_into("<Q", made, field(segment, 1), size)
+    return bytes(made)
+
+
+class _Checked:
+    """A stream that works out the trailer while it is written to."""
+
+    def __init__(self, stream: BinaryIO, program: Callable[[bytes], bytes]) -> None:
+        """Takes what becomes of the first piece, which is all but the data."""
+        self._stream = stream
+        self._program: Callable[[bytes], bytes] | None = program
+        self.trailer = Trailer()
+
+    def write(self, piece: bytes) -> int:
+        if self._program:
+            piece, self._program = self._program(piece), None
+        self.trailer.add(piece)
+        return self._stream.write(piece)

@@ -1,0 +1,400 @@
+"""plan: what is asked for and what is on storage become everything that an export will do, before it does any of it."""
+
+import copy
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from export.checkpoints.hub import fetched, is_hub_name
+from export.checkpoints.layouts import BUILT_IN, Checkpoint, open_checkpoint
+from export.lowering.assemble import Linked
+from export.lowering.backends import BACKENDS, check
+from export.lowering.code_cache import source_digest, versions
+from export.lowering.slices import sliced
+from export.lowering.trace import GraphOptions
+from export.planning.cpp_tokenizer import unsupported_in_cpp
+from export.planning.jinja_reduction import Chosen, chosen
+from export.planning.memory import activation_bytes, cache_bytes, matrix_bytes
+from export.planning.sharding import Cut
+from export.quality.gptq import CalibrationText
+from export.weights.quantize import ROUNDINGS
+from export.weights.scheme import CALIBRATED, SCHEMES, Scheme, adjusted, swaps_pairs
+from export.weights.source import Recipe
+from model.alibi import alibi_slopes
+from model.config import ModelConfig
+from model.errors import InputError
+from model.kv_row_format import KV_DTYPES
+from model.rotary import inverse_frequencies
+from preproc import rope
+from preproc.tokenizer import HUGGING_FACE, Tokenizer, from_bytes, open_tokenizer
+from runtime.engine.executorch import lacking
+from runtime.pte.metadata import FORMAT_VERSION, NO_TOKENIZER, Metadata, MethodSpec, export_identity
+from runtime.pte.parts import runs
+
+DEFAULT_CONTEXT = 2048
+"""The longest max-seq-len that is chosen without being asked for: caches grow with it."""
+
+MAX_ROWS = 8
+"""Logits of so many tokens can be had at once: what checks a guess of several tokens asks for."""
+
+DEFAULT_CHUNK = 128
+"""Tokens that prefill takes at once: with fewer, weights are read more often; with more, activations outgrow caches."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export and how.
+
+    Attributes:
+        checkpoint: a file or folder of any layout that `export.checkpoints.layouts` knows, or a name on the Hugging
+            Face hub.
+        tokenizer: a tokenizer file; None takes the checkpoint's own, "none" exports without one.
+        output: the .pte to write, or the folder of shards or slices; None names it after the checkpoint, and is in the
+            current folder.
+        max_seq_len: capacity of the KV cache; None takes the checkpoint's context, at most DEFAULT_CONTEXT.
+        prefill_chunk: tokens that prefill takes at once; None takes DEFAULT_CHUNK, or max_seq_len where that is less.
+        backend: one of `export.lowering.backends.BACKENDS`.
+        attention: one of the backend's; None takes its first, or "aten" without a KV cache.
+        quantize: how weights are stored, one of `export.weights.scheme.SCHEMES`.
+        group_size, embedding_bits, head_bits, rounding: what differs from it, see `export.weights.scheme.adjusted`.
+        calibrate: a text by which the linear layers' weights are rounded, see `export.quality.gptq`.
+        batch_size: texts that are extended at once, see `runtime.batch`.
+        cut: into shards or slices, each a file in the folder `output`.
+        kv_dtype: of the KV caches, one of `model.kv_row_format.KV_DTYPES`.
+        kv_cache: whether the methods take and extend a KV cache; otherwise each step takes the whole text.
+        hidden_states: whether the methods also return the last block's result, normalised.
+        original_context: keep to the context that the model had before it was extended.
+        auto: choose the smallest scheme that passes, in place of `quantize`.
+        chat_template: a name or file, see `export.planning.jinja_reduction.chosen`; None takes the checkpoint's own.
+        eval_text, max_ppl_increase: what a quantised model is held to, see `export.quality.perplexity.Gate`.
+        hub_token, cache_dir: for a name on the hub, see `export.checkpoints.hub.fetched`.
+        force: export even if the output is already what would be made.
+    """
+
+    checkpoint: Path = BUILT_IN
+    tokenizer: Path | None = None
+    output: Path | None = None
+    max_seq_len: int | None = None
+    prefill_chunk: int | None = None
+    backend: str = "xnnpack"
+    attention: str | None = None
+    quantize: str = "fp32"
+    group_size: int | None = None
+    embedding_bits: int | None = None
+    head_bits: int | None = None
+    rounding: str = "nearest"
+    calibrate: Path | None = None
+    batch_size: int = 1
+    cut: Cut = field(default_factory=Cut)
+    kv_dtype: str = "fp32"
+    kv_cache: bool = True
+    hidden_states: bool = False
+    original_context: bool = False
+    auto: bool = False
+    eval_text: Path | None = None
+    max_ppl_increase: float | None = None
+    chat_template: str | None = None
+    hub_token: str | None = field(default=None, repr=False)
+    cache_dir: Path | None = None
+    force: bool = False
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.auto and (self.quantize, self.group_size, self.embedding_bits, self.head_bits) != ("fp32", *[None] * 3):
+            raise InputError("--auto chooses the scheme itself; leave --quantize and what differs from it out")
+        if self.max_seq_len is not None and self.max_seq_len < 1:
+            raise InputError(f"--max-seq-len {self.max_seq_len} is impossible; give 1 or more")
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise InputError(f"--prefill-chunk {self.prefill_chunk} is impossible; give 1 or more")
+        if self.batch_size < 1:
+            raise InputError(f"--batch-size {self.batch_size} is impossible; give 1 or more")
+        for flag, value, known in (
+            ("quantize", self.quantize, SCHEMES),
+            ("rounding", self.rounding, ROUNDINGS),
+            ("kv-dtype", self.kv_dtype, KV_DTYPES),
+        ):
+            if value not in known:
+                raise InputError(f"--{flag} {value} is unknown; choose from {', '.join(known)}")
+        if self.calibrate and self.rounding != "nearest":
+            raise InputError(f"--rounding {self.rounding} has no effect with --calibrate; leave one of them out")
+        check(self.backend)
+        able = BACKENDS[self.backend].attention
+        if self.attention not in (None, *able):
+            raise InputError(
+                f"--attention {self.attention} is not for --backend {self.backend}; choose from {', '.join(able)}"
+            )
+        if self.attention == "fused" and not self.kv_cache:
+            raise InputError("--attention fused reads KV caches, which --no-kv-cache leaves out; give one of them")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An export, worked out.
+
+    Attributes:
+        recipe: the model.
+        graph: what the methods take and give.
+        cut: into which shards or slices.
+        tokenizer: what the first shard and each slice will carry, or None.
+        provenance: all that decides what is written: files made from equal provenance are equal.
+        output: the file or folder to write.
+        summary: the checkpoint in words.
+        warnings: what a person should know before.
+        texts: tokens to calibrate with; none where the scheme does without.
+    """
+
+    recipe: Recipe
+    graph: GraphOptions
+    cut: Cut
+    tokenizer: Tokenizer | None
+    provenance: dict[str, Any]
+    output: Path
+    summary: str
+    warnings: tuple[str, ...]
+    texts: Sequence[Sequence[int]] = ()
+
+    def with_scheme(self, quantize: str, scheme: Scheme) -> "Plan":
+        """The same export with another scheme, by its name in SCHEMES and what differs from that."""
+        graph = _with_rows(self.graph, self.recipe.config, scheme, self.cut)
+        provenance = copy.deepcopy(self.provenance)
+        provenance["options"] |= asdict(graph) | {"quantize": quantize, "scheme": scheme.to_json()}
+        return replace(self, recipe=self.recipe.with_scheme(scheme), graph=graph, provenance=provenance)
+
+    @functools.cached_property
+    def shards(self) -> tuple[tuple[MethodSpec, ...], ...]:
+        """The methods of each shard or slice; of one, where the model is not cut."""
+        return self.cut.methods(self.recipe.config, self.graph, self.recipe.scheme)
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The file of each shard or slice."""
+        if self.cut.is_whole:
+            return (self.output,)
+        count = len(self.shards)
+        return tuple(self.output / f"{number}-of-{count}.pte" for number in range(1, count + 1))
+
+    @property
+    def identity(self) -> str:
+        """Equal for exports that are the same byte for byte."""
+        return export_identity(self.provenance)
+
+    def metadata(self, linked: Linked, methods: tuple[MethodSpec, ...]) -> Metadata:
+        """What the file of one of the shards or slices carries beside graph and weights."""
+        config, max_seq_len = self.recipe.config, self.graph.max_seq_len
+        part = sliced(config, methods[0].slices)
+        span = range(methods[0].start_layer, methods[-1].end_layer)
+        cos, sin = rope.tables(config, max_seq_len)
+        tokenizer = self.tokenizer if methods[0].start_layer == 0 else None
+        return Metadata(
+            config=config,
+            matrix_bytes=matrix_bytes(part, self.recipe.scheme, span),
+            activation_bytes=self.graph.batch_size
+            * max(activation_bytes(part, spec, max_seq_len) for spec in runs(methods)),
+            max_seq_len=max_seq_len,
+            batch_size=self.graph.batch_size,
+            bos_id=self.provenance["bos_id"],
+            stop_ids=tuple(self.provenance["stop_ids"]),
+            methods=methods,
+            requirements=linked.requirements,
+            provenance=self.provenance,
+            rope_cos=cos,
+            rope_sin=sin,
+            rope_inverse_frequencies=inverse_frequencies(config, max_seq_len),
+            alibi_slopes=alibi_slopes(config) if config.positions == "alibi" else torch.zeros(config.n_heads),
+            tokenizer_kind=tokenizer.kind if tokenizer else NO_TOKENIZER,
+            tokenizer=tokenizer.data if tokenizer else b"",
+            chat_template=json.dumps(self.provenance["chat_template"]) if self.provenance.get("chat_template") else "",
+            sampling=self.provenance.get("sampling", {}),
+        )
+
+
+def plan(options: ExportOptions) -> Plan:
+    """Opens what is to be read and checks that it fits together.
+
+    Raises:
+        InputError: checkpoint, tokenizer or options cannot be used.
+    """
+    named = is_hub_name(options.checkpoint)
+    path = fetched(options.checkpoint, options.hub_token, options.cache_dir) if named else options.checkpoint
+    checkpoint = open_checkpoint(path)
+    tokenizer = _tokenizer(checkpoint, options)
+    graph = _graph(checkpoint.config, options)
+    config = for_length(checkpoint.config, graph.max_seq_len)
+    scheme = adjusted(
+        SCHEMES[options.quantize],
+        options.group_size,
+        options.embedding_bits,
+        options.head_bits,
+        options.rounding,
+    )
+    scheme = replace(scheme, kv_dtype=KV_DTYPES[options.kv_dtype])
+    graph = _with_rows(graph, config, scheme, options.cut)
+    text = CalibrationText.of(options.calibrate) if options.calibrate else None
+    if text:
+        if not options.auto:
+            text.check(scheme)
+        scheme = replace(scheme, rounding=CALIBRATED)
+    check(options.backend, quantised=any(form.bits for form in (scheme.linear, scheme.head, scheme.embedding)))
+    suffix = "pte" if options.cut.is_whole else "shards" if options.cut.slices == 1 else "slices"
+    output = options.output or Path(f"{options.checkpoint.name if named else _name(path)}.{suffix}")
+    if output.resolve() in {file.resolve() for file in (*checkpoint.files, options.tokenizer or output.parent)}:
+        raise InputError(f"--output {output} is one of the files to read; give another name")
+    provenance = _provenance(checkpoint, tokenizer, options, graph, scheme)
+    chat = chosen(options.chat_template, checkpoint, tokenizer)
+    provenance |= _chat(chat, tokenizer, provenance)
+    provenance["calibration"] = {"sha256": text.sha256} if text else None
+    return Plan(
+        recipe=Recipe(config, checkpoint.weights, scheme, slices=options.cut.slices),
+        graph=graph,
+        cut=options.cut,
+        tokenizer=tokenizer,
+        provenance=provenance,
+        output=output,
+        summary=f"{checkpoint.layout}, {config.n_layers} layers, dim {config.dim}, vocabulary {config.vocab_size}",
+        warnings=(*_warnings(checkpoint, tokenizer, graph.max_seq_len), *chat.warnings),
+        texts=text.windows(tokenizer, provenance["bos_id"], graph.max_seq_len) if text else (),
+    )
+
+
+def _tokenizer(checkpoint: Checkpoint, options: ExportOptions) -> Tokenizer | None:
+    source = options.tokenizer or checkpoint.tokenizer
+    if source is None:
+        raise InputError(
+            f"{options.checkpoint} comes with no tokenizer; give --tokenizer FILE, or `none` to go without"
+        )
+    if str(source) == NO_TOKENIZER:
+        return None
+    name = f"tokenizer {source}" if isinstance(source, Path) else f"the tokenizer in {options.checkpoint}"
+    tokenizer = open_tokenizer(source) if isinstance(source, Path) else from_bytes(source())
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+        raise InputError(
+            f"{name} has {tokenizer.vocab_size} ids where the model has {checkpoint.config.vocab_size}; "
+            "give the one the model was trained with"
+        )
+    return tokenizer
+
+
+def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
+    """Sizes of the graphs, checked against the model and this machine."""
+    scaling = config.rope_scaling
+    if options.original_context and scaling is None:
+        raise InputError("--original-context needs a model whose context was extended; this one's was not")
+    limit = scaling.original_context if options.original_context and scaling else config.context
+    max_seq_len = options.max_seq_len or min(limit, DEFAULT_CONTEXT)
+    if max_seq_len > limit and (options.original_context or config.positions == "learned"):
+        why = "--original-context keeps to" if options.original_context else "the model has learned positions for"
+        raise InputError(f"--max-seq-len {max_seq_len} is too much: {why} {limit}; give at most that")
+    chunk = options.prefill_chunk or min(DEFAULT_CHUNK, max_seq_len)
+    if chunk > max_seq_len:
+        raise InputError(f"--prefill-chunk {chunk} is larger than --max-seq-len {max_seq_len}; give at most that")
+    need = options.kv_cache * options.batch_size * cache_bytes(config, max_seq_len, KV_DTYPES[options.kv_dtype])
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise InputError(
+            f"--max-seq-len {max_seq_len} needs KV caches of {need / 1e9:.1f} GB, but this machine has "
+            f"{have / 1e9:.1f} GB; give less"
+        )
+    attention = options.attention or _attention(config, options)
+    if attention == "fused" and config.n_experts:
+        raise InputError("--attention fused is not for mixtures of experts, whose graph has one length; give aten")
+    if attention == "aten" and options.kv_dtype != "fp32":
+        raise InputError(f"--kv-dtype {options.kv_dtype} needs --attention fused, and here it is aten; leave it out")
+    if attention == "aten" and options.batch_size > 1:
+        raise InputError(
+            f"--batch-size {options.batch_size} needs --attention fused, and here it is aten; leave it out"
+        )
+    graph = GraphOptions(max_seq_len, chunk, attention, options.kv_cache, options.hidden_states, options.batch_size)
+    options.cut.check(graph)
+    return graph
+
+
+def _with_rows(graph: GraphOptions, config: ModelConfig, scheme: Scheme, cut: Cut) -> GraphOptions:
+    """The same for as many rows of logits as its head can give."""
+    last = cut.spans(config, scheme)[-1]
+    return replace(graph, max_rows=1 if graph.attention == "aten" or swaps_pairs(config, last, scheme) else MAX_ROWS)
+
+
+def _attention(config: ModelConfig, options: ExportOptions) -> str:
+    """The form that is chosen unasked. What weighs experts is sliced, which backends leave outside if it is dynamic."""
+    is_static = config.n_experts or not options.kv_cache
+    return "aten" if is_static else BACKENDS[options.backend].attention[0]
+
+
+def for_length(config: ModelConfig, max_seq_len: int) -> ModelConfig:
+    """Beyond the trained context, a scaling that is stated as a factor is stretched in proportion; the other kinds
+    take the length into account by themselves.
+    """
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind not in ("llama3", "linear", "yarn") or max_seq_len <= config.context:
+        return config
+    stretched = replace(scaling, factor=scaling.factor * max_seq_len / config.context)
+    return replace(config, rope_scaling=stretched)
+
+
+def _warnings(checkpoint: Checkpoint, tokenizer: Tokenizer | None, max_seq_len: int) -> tuple[str, ...]:
+    context, scaling = checkpoint.config.context, checkpoint.config.rope_scaling
+    found = list(checkpoint.warnings)
+    if max_seq_len > context:
+        how = f"; its {scaling.kind} scaling is stretched to it" if scaling else ""
+        found.append(f"--max-seq-len {max_seq_len} is beyond the {context} the model was trained for{how}")
+    if scaling and scaling.kind == "longrope" and max_seq_len > scaling.original_context:
+        found.append(
+            f"texts of up to {scaling.original_context} tokens, too, are taken with the factors for longer ones, other "
+            "than in transformers; --original-context exports for short texts alone"
+        )
+    if tokenizer and (lacking_in_cpp := unsupported_in_cpp(tokenizer.data)):
+        found.append(f"llama_runner cannot use this tokenizer: {lacking_in_cpp}; the Python runtime can")
+    return tuple(f"warning: {each}" for each in found)
+
+
+def _name(checkpoint: Path) -> str:
+    """A folder's may hold dots of its own, as in Llama-3.2-1B."""
+    path = Path(os.path.abspath(checkpoint))  # not resolved: a link's name says more than its target's
+    return path.name if path.is_dir() else path.stem
+
+
+def _provenance(
+    checkpoint: Checkpoint, tokenizer: Tokenizer | None, options: ExportOptions, graph: GraphOptions, scheme: Scheme
+) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "checkpoint": {"layout": checkpoint.layout, "xxh3_128": checkpoint.digest()},
+        "bos_id": _bos_id(checkpoint, tokenizer, is_given=options.tokenizer is not None),
+        "stop_ids": list(checkpoint.stop_ids or (tokenizer.stop_ids if tokenizer else ())),
+        "sampling": dict(checkpoint.sampling),
+        "tokenizer": {"sha256": hashlib.sha256(tokenizer.data).hexdigest()} if tokenizer else None,
+        "options": {
+            **asdict(graph),
+            "backend": options.backend,
+            "quantize": options.quantize,
+            "scheme": scheme.to_json(),
+            "tensor_parallel": options.cut.slices,
+        },
+        "versions": versions(),
+        "source": {"sha256": source_digest()},
+        "verified": not lacking([BACKENDS[options.backend].runtime]),
+    }
+
+
+def _bos_id(checkpoint: Checkpoint, tokenizer: Tokenizer | None, is_given: bool) -> int | None:
+    """What starts a text: what a tokenizer.json that was given says, then the checkpoint, then any other tokenizer."""
+    if tokenizer and is_given and tokenizer.kind == HUGGING_FACE:
+        return tokenizer.bos_id
+    if checkpoint.adds_bos is False:
+        return None
+    return checkpoint.bos_id if checkpoint.bos_id is not None or tokenizer is None else tokenizer.bos_id
+
+
+def _chat(chat: Chosen, tokenizer: Tokenizer | None, ids: dict[str, Any]) -> dict[str, Any]:
+    """What a chat template adds to the provenance: itself, and the token that ends an answer, which ends a text."""
+    if chat.template is None or tokenizer is None:
+        return {"chat_template": None}
+    stop_ids = chat.template.stop_ids(tokenizer, ids["bos_id"], ids["stop_ids"])
+    return {"chat_template": chat.file, "stop_ids": list(stop_ids)}

@@ -1,0 +1,141 @@
+"""Schemes that depend on the model, found by measuring: which blocks need more bits, and the fewest that do."""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from export.planning.plan import Plan
+from export.quality.eager import packed
+from export.quality.layer_errors import Loss, lockstep
+from export.quality.perplexity import Comparison, Gate, Rows, most_tokens, percent, windows
+from export.weights.scheme import BYTE, SCHEMES, Format, Scheme, embedding_size, is_shared, matrix_sizes
+from export.weights.source import Recipe
+from model.config import ModelConfig
+from model.errors import InputError
+
+MIXED = {"mixed": 0.25}
+"""What `--quantize` takes besides -> the share of the blocks that is kept at 8 bits: those that lose most."""
+
+
+DEFAULT_BUDGET = 0.02
+"""Of `--auto`: the largest relative increase of perplexity."""
+
+
+class NothingFitsError(Exception):
+    """No scheme stays inside the budget."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A scheme to try.
+
+    Attributes:
+        quantize: its name in SCHEMES.
+        careful: the share of the blocks that is kept at 8 bits.
+    """
+
+    quantize: str
+    scheme: Scheme
+    careful: float = 0.0
+
+
+def ladder(rounding: str, kv_dtype: str = "float32") -> list[Rung]:
+    """Schemes, each with at least the bits of the one before."""
+    four = [Format(4, size) for size in (128, 64, 32)]
+    finest = four[-1]
+    rungs = [Rung("8da4w", Scheme(form, form, form)) for form in four]
+    rungs += [Rung("8da4w", Scheme(finest, head, BYTE)) for head in (finest, BYTE)]
+    rungs += [Rung("mixed", Scheme(finest, BYTE, BYTE), share) for share in (0.25, 0.5)]
+    rungs += [Rung("8da8w", SCHEMES["8da8w"])]
+    return [replace(rung, scheme=replace(rung.scheme, rounding=rounding, kv_dtype=kv_dtype)) for rung in rungs]
+
+
+def stored_bytes(config: ModelConfig, scheme: Scheme) -> int:
+    """Of all matrices in a file."""
+    embedding = 0 if is_shared(config, scheme) else embedding_size(config, scheme)
+    return sum(matrix_sizes(config, scheme).values()) + embedding
+
+
+def measured(recipe: Recipe, texts: Sequence[Sequence[int]], max_seq_len: int) -> tuple[Comparison, tuple[Loss, ...]]:
+    """The quantised model's predictions of texts against float32's, and what each piece loses. What is to be calibrated
+    is rounded as it is without.
+    """
+    recipe = recipe.with_scheme(replace(recipe.scheme, rounding=recipe.scheme.plain_rounding))
+    targets, rows = torch.tensor([token for text in texts for token in text[1:]]), list[Rows]()
+
+    def take(start: int, exact: Tensor, found: Tensor) -> None:
+        rows.append(Rows.of(exact, found, targets[start : start + len(exact)]))
+
+    losses = lockstep(recipe, packed(recipe.config, [text[:-1] for text in texts], max_seq_len), take)
+    return Rows.joined(rows).comparison(is_text=True), losses
+
+
+def most_sensitive(losses: Collection[Loss], share: float) -> tuple[int, ...]:
+    """The share of the blocks, at least one, whose own loss is largest."""
+    blocks = {int(loss.name.removeprefix("layers.")): loss.own for loss in losses if loss.name.startswith("layers.")}
+    ranked = sorted(blocks, key=lambda layer: -blocks[layer])
+    return tuple(sorted(ranked[: math.ceil(share * len(blocks))]))
+
+
+def with_careful(planned: Plan, share: float, texts: Sequence[Sequence[int]]) -> Plan:
+    """The plan with a share of the blocks at 8 bits: those that lose most when all have few."""
+    options = planned.provenance["options"]
+    _, losses = measured(planned.recipe, texts, options["max_seq_len"])
+    scheme = replace(planned.recipe.scheme, careful=most_sensitive(losses, share))
+    return planned.with_scheme(options["quantize"], scheme)
+
+
+def smallest(planned: Plan, texts: Sequence[Sequence[int]], budget: float, note: Callable[[str], None]) -> Plan:
+    """The plan with the smallest file whose perplexity stays inside the budget.
+
+    Args:
+        texts: to measure on.
+        budget: the largest relative increase of perplexity.
+        note: hears of each scheme that is tried.
+
+    Raises:
+        NothingFitsError: none does.
+    """
+    config, sized = planned.recipe.config, list[tuple[int, int, Plan]]()
+    asked = planned.recipe.scheme
+    for number, rung in enumerate(ladder(asked.rounding, asked.kv_dtype)):
+        tried = planned.with_scheme(rung.quantize, rung.scheme)
+        if rung.careful:
+            tried = with_careful(tried, rung.careful, texts)
+        sized.append((stored_bytes(config, tried.recipe.scheme), number, tried))
+    for size, _, tried in sorted(sized, key=lambda entry: entry[:2]):
+        found, _ = measured(tried.recipe, texts, planned.provenance["options"]["max_seq_len"])
+        scheme = tried.recipe.scheme
+        note(
+            f"linear {scheme.linear}, head {scheme.head}, embedding {scheme.embedding}, blocks at 8 bits: "
+            f"{len(scheme.careful)}: {size / 1e6:.1f} MB, perplexity {found.increase:+.2%}, mean KL {found.mean_kl:.2g}"
+        )
+        if found.within(budget):
+            return tried
+    raise NothingFitsError(
+        f"no scheme up to 8 bits keeps perplexity within {percent(budget)} of float32's; allow more with "
+        "--max-ppl-increase, or export with --quantize fp32"
+    )
+
+
+def decided(planned: Plan, gate: Gate, auto: bool, note: Callable[[str], None]) -> Plan:
+    """The plan with the scheme that is to be found, for `--auto` and the schemes in MIXED; otherwise as it is.
+
+    Raises:
+        InputError: there is no text to measure on.
+        NothingFitsError: as `smallest`.
+    """
+    quantize, max_seq_len = (planned.provenance["options"][name] for name in ("quantize", "max_seq_len"))
+    if not auto and quantize not in MIXED:
+        return planned
+    if planned.tokenizer is None:
+        flag = "--auto" if auto else f"--quantize {quantize}"
+        raise InputError(f"{flag} measures on a text, which needs a tokenizer; give --tokenizer FILE")
+    ids, most = planned.tokenizer.encode(gate.read()), most_tokens(planned.recipe.config)
+    texts = windows(ids, planned.provenance["bos_id"], max_seq_len, most)
+    if auto:
+        return smallest(planned, texts, gate.max_ppl_increase or 0.0, note)
+    return with_careful(planned, MIXED[quantize], texts)

@@ -1,0 +1,119 @@
+"""Cut: which blocks go into which shard, so that the largest shard is as small as it can be; or how many slices."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from export.lowering.slices import check_groups, slices
+from export.lowering.trace import GraphOptions, signatures
+from export.weights.scheme import Scheme, embedding_size, matrix_sizes
+from model.config import ModelConfig
+from model.errors import InputError
+from runtime.pte.metadata import MethodSpec
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a model is cut.
+
+    Attributes:
+        shards: into so many.
+        shard_bytes: or into as few as have at most so many bytes of matrices each; None for the former.
+        slices: or so many times along the matrices, see `export.lowering.slices`.
+    """
+
+    shards: int = 1
+    shard_bytes: int | None = None
+    slices: int = 1
+
+    def __post_init__(self) -> None:
+        if self.shards < 1:
+            raise InputError(f"--shards {self.shards} is impossible; give 1 or more")
+        if self.shards > 1 and self.shard_bytes is not None:
+            raise InputError("--shards and --shard-bytes both say where to cut; leave one of them out")
+        if self.slices < 1:
+            raise InputError(f"--tensor-parallel {self.slices} is impossible; give 1 or more")
+        if self.slices > 1 and (self.shards > 1 or self.shard_bytes is not None):
+            raise InputError(
+                f"--tensor-parallel {self.slices} slices every block, and --shards or --shard-bytes cut between them; "
+                "leave one of them out"
+            )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the model stays in one file."""
+        return self.shards == 1 and self.shard_bytes is None and self.slices == 1
+
+    def check(self, graph: GraphOptions) -> None:
+        """Raises:
+        InputError: slices cannot have such methods.
+        """
+        if self.slices > 1 and graph.attention != "fused":
+            raise InputError(
+                f"--tensor-parallel {self.slices} needs --attention fused, and here it is {graph.attention}; leave it "
+                "out"
+            )
+        if self.slices > 1 and graph.batch_size > 1:
+            raise InputError(
+                f"--tensor-parallel {self.slices} is for one text at once, not --batch-size {graph.batch_size}; leave "
+                "one of them out"
+            )
+
+    def methods(self, config: ModelConfig, graph: GraphOptions, scheme: Scheme) -> tuple[tuple[MethodSpec, ...], ...]:
+        """Those of each shard or slice; of one, where the model is not cut.
+
+        Raises:
+            InputError: as in `spans`.
+        """
+        spans = self.spans(config, scheme)
+        if self.slices > 1:
+            return slices(config, graph, scheme.kv_dtype, self.slices)
+        return tuple(signatures(config, graph, scheme.kv_dtype, span) for span in spans)
+
+    def spans(self, config: ModelConfig, scheme: Scheme) -> tuple[range, ...]:
+        """The blocks of each shard, in order; of slices, all of them.
+
+        Raises:
+            InputError: the model has too few blocks, or cannot be dealt out to so many slices.
+        """
+        if self.shards > config.n_layers:
+            raise InputError(f"--shards {self.shards} is more than the model's {config.n_layers} blocks; give fewer")
+        if self.slices > 1:
+            check_groups(config, scheme, self.slices)
+        if self.is_whole or self.slices > 1:
+            return (range(config.n_layers),)
+        sizes = block_bytes(config, scheme)
+        if self.shard_bytes is None:
+            return _balanced(sizes, self.shards)
+        for count in range(1, config.n_layers + 1):
+            spans = _balanced(sizes, count)
+            if max(sum(sizes[span.start : span.stop]) for span in spans) <= self.shard_bytes:
+                return spans
+        raise InputError(
+            f"--shard-bytes {self.shard_bytes} is less than one block takes, with what comes before or behind it "
+            f"{max(sizes)}; give at least that"
+        )
+
+
+def block_bytes(config: ModelConfig, scheme: Scheme) -> list[int]:
+    """Bytes of the matrices of each block; the embedding's go with the first one's, and the head's with the last's."""
+    sizes = [embedding_size(config, scheme)] + [0] * (config.n_layers - 1)
+    for name, size in matrix_sizes(config, scheme).items():
+        sizes[-1 if name.startswith("head.") else int(name.split(".")[1])] += size
+    return sizes
+
+
+def _balanced(sizes: Sequence[int], count: int) -> tuple[range, ...]:
+    """`count` spans of which the largest is smallest."""
+
+    @functools.cache
+    def best(start: int, count: int) -> tuple[int, tuple[range, ...]]:
+        if count == 1:
+            return sum(sizes[start:]), (range(start, len(sizes)),)
+        found = []
+        for end in range(start + 1, len(sizes) - count + 2):
+            largest, spans = best(end, count - 1)
+            found.append((max(sum(sizes[start:end]), largest), (range(start, end), *spans)))
+        return min(found, key=lambda each: each[0])
+
+    return best(0, count)[1]

@@ -1,0 +1,1 @@
+"""What a file computes, against the model it was made from, and what quantising costs."""

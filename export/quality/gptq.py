@@ -1,0 +1,265 @@
+"""gptq: matrices are rounded by what a text makes of their inputs, with GPTQ (Frantar et al. 2022,
+https://arxiv.org/abs/2210.17323, algorithm 1): weights that are rounded later make up for the errors of the earlier.
+
+It is written here as torchao 0.18 has it for CUDA only, and in other formats than those of `export.weights.scheme`.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from export.lowering.trace import step
+from export.quality.perplexity import read_text, windows
+from export.weights.quantize import QuantizedLinear, as_8_bits, by_rows, from_parts, hqq
+from export.weights.scheme import CALIBRATED, Format, Scheme
+from export.weights.source import Recipe, piece_names
+from model.config import ModelConfig
+from model.errors import InputError
+from preproc.position_inputs import Positions, names
+from preproc.tokenizer import Tokenizer
+
+TOKENS = 4096
+"""Of a text that are looked at."""
+
+WINDOW = 256
+"""Tokens that see each other: attention is worked out for all windows at once."""
+
+DAMPING = 0.1
+"""Share of the inputs' mean square that is added to each one's. The paper takes 0.01, which measures alike on small
+models; more is safer where a layer has more inputs than there are tokens.
+"""
+
+_COLUMNS_AT_ONCE = 128
+"""Columns of which the others hear together where no group is smaller."""
+
+_ELEMENTS_AT_ONCE = 1 << 22
+"""Elements of a matrix that are rounded at a time: enough for long columns."""
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """What `--calibrate` names."""
+
+    path: Path
+    text: str = field(repr=False)
+
+    @staticmethod
+    def of(path: Path) -> "CalibrationText":
+        """Reads it.
+
+        Raises:
+            InputError: the file is none of text.
+        """
+        return CalibrationText(path, read_text("--calibrate", path))
+
+    @property
+    def sha256(self) -> str:
+        """Of the text in UTF-8."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def check(self, scheme: Scheme) -> None:
+        """Refuses what would have no effect.
+
+        Raises:
+            InputError: no matrix of the scheme can be calibrated.
+        """
+        if scheme.linear.bits is None and scheme.head.bits is None:
+            raise InputError(
+                f"--calibrate {self.path} is for quantised layers, and these are float32; give --quantize 8da4w as "
+                "well, or leave it out"
+            )
+
+    def windows(self, tokenizer: Tokenizer | None, bos_id: int | None, max_seq_len: int) -> list[list[int]]:
+        """Its first TOKENS tokens in parts of one length.
+
+        Raises:
+            InputError: there is no tokenizer, or no token.
+        """
+        if tokenizer is None:
+            raise InputError(f"--calibrate {self.path} needs a tokenizer; give --tokenizer FILE, or leave it out")
+        ids = tokenizer.encode(self.text)
+        given = [part[:-1] for part in windows(ids, bos_id, min(WINDOW, max_seq_len), TOKENS)]
+        if not ids or not given:
+            raise InputError(f"--calibrate {self.path} has fewer than two tokens; give a longer text")
+        return [part for part in given if len(part) == len(given[0])]
+
+
+@torch.no_grad()
+def calibrate(recipe: Recipe, texts: Sequence[Sequence[int]], max_seq_len: int, folder: Path) -> Recipe:
+    """Rounds the matrices block by block, each for what the blocks before it, rounded already, make of texts.
+
+    Args:
+        recipe: of a scheme with the rounding CALIBRATED.
+        texts: tokens, of one length.
+        max_seq_len: the length that the rotary tables are made for.
+        folder: where the matrices are kept, for as long as the recipe returned is used.
+    """
+    assert recipe.scheme.rounding == CALIBRATED, recipe.scheme
+    found = _Stored(folder, recipe.scheme)
+    model = recipe.streamed()
+    for name in piece_names(recipe.config):
+        if name == "head" or name.startswith("layers."):
+            model.set_submodule(name, (_Head if name == "head" else _Block)(recipe, name, found))
+    step(model, _side_by_side(recipe.config, texts, max_seq_len))
+    return recipe.with_calibrated(found)
+
+
+def _side_by_side(config: ModelConfig, texts: Sequence[Sequence[int]], max_seq_len: int) -> dict[str, Tensor]:
+    """All inputs of `export.lowering.trace.step`, for a batch of texts of one length."""
+    positions, length = Positions.of(config, max_seq_len), len(texts[0])
+    inputs = {"tokens": torch.tensor(texts), "select": torch.zeros(0)}
+    for name in names(config):
+        made = positions.make(name, 0, length, capacity=0)
+        inputs[name] = made.repeat(len(texts), *[1] * (made.dim() - 1))
+    return inputs
+
+
+class _Stored(Mapping[str, Tensor]):
+    """Matrices in a folder, a file for each piece of the model, which are mapped when they are asked for."""
+
+    def __init__(self, folder: Path, scheme: Scheme) -> None:
+        self._folder, self._scheme, self._files = folder, scheme, dict[str, Path]()
+
+    def save(self, piece: str, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Codes and scales, by name."""
+        path = self._folder / f"{piece}.safetensors"
+        parts = {f"{name}.codes": codes for name, (codes, _) in matrices.items()}
+        save_file(parts | {f"{name}.scale": scale for name, (_, scale) in matrices.items()}, path)
+        self._files |= dict.fromkeys(matrices, path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], "pt") as tensors:
+            codes, scale = tensors.get_tensor(f"{name}.codes"), tensors.get_tensor(f"{name}.scale")
+        return from_parts(codes, scale, self._scheme.format(name, codes.shape[1]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class _Piece(nn.Module):
+    """In the place of a part of the model: rounds its matrices for what comes, and keeps none."""
+
+    def __init__(self, recipe: Recipe, name: str, stored: _Stored) -> None:
+        super().__init__()
+        self.recipe, self.name, self.stored = recipe, name, stored
+        self.found = dict[str, tuple[Tensor, Tensor]]()
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def round(self, name: str, bias: Tensor | None, x: Tensor) -> nn.Module:
+        """Rounds a linear layer's matrix for its inputs [..., K], and returns the layer. Layers with the same inputs
+        come one after another, and share what is made of those.
+        """
+        if self.last is None or self.last[0] is not x:
+            self.last = None
+            self.last = (x, inverse_root(as_8_bits(x)))
+        weight = self.recipe.weight(name)
+        form = self.recipe.scheme.format(name, weight.shape[1])
+        self.found[name] = gptq(weight, self.last[1], form)
+        return QuantizedLinear(from_parts(*self.found[name], form), bias)
+
+    def finish(self) -> None:
+        """Stores what was found."""
+        self.stored.save(self.name, self.found)
+        self.found, self.last = {}, None
+
+
+class _Block(_Piece):
+    def forward(self, *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
+        """As a block's; the rows for the caches, which nobody wants, are left empty."""
+        block = self.recipe.frame(self.name)
+        for role, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                name = f"{self.name}.{role}.weight"
+                if self.recipe.is_calibrated(name):
+                    block.set_submodule(role, _Rounding(functools.partial(self.round, name, layer.bias)))
+                else:
+                    layer.weight = nn.Parameter(self.recipe.stored(name), requires_grad=False)
+        x, k, v = block(*arguments)
+        self.finish()
+        return x, k[:0], v[:0]
+
+
+class _Head(_Piece):
+    def forward(self, x: Tensor, select: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns no logits, of which nobody wants any."""
+        if self.recipe.is_calibrated("head.output.weight"):
+            norm = self.recipe.frame("head").get_submodule("norm")
+            self.round("head.output.weight", None, norm(x))
+            self.finish()
+        return x, x
+
+
+class _Rounding(nn.Module):
+    """A layer that is made when its inputs are known."""
+
+    def __init__(self, make: Callable[[Tensor], nn.Module]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.make(x)(x)
+
+
+def inverse_root(x: Tensor) -> Tensor:
+    """The upper triangular U with U^T U = (X^T X + damping)^-1, [K, K], of inputs X, [..., K].
+
+    With rows and columns reversed, X^T X = L L^T gives U = L^-1: one factorisation, where the paper's way takes three.
+    """
+    x = x.reshape(-1, x.shape[-1])
+    hessian = x.t() @ x
+    damping = DAMPING * hessian.diagonal().mean()
+    hessian.diagonal().add_(damping if damping > 0 else 1.0)
+    hessian = hessian.flip(0, 1)
+    lower, inverse = torch.linalg.cholesky(hessian, out=hessian), torch.eye(len(hessian))
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del hessian, lower
+    return inverse.flip(0, 1)
+
+
+def gptq(weight: Tensor, root: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a matrix [N, K], given the `inverse_root` of its inputs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a column is little work: threads would wait for each other most of the time
+    try:
+        codes, scale = by_rows(weight, lambda rows: _rounded(rows.float(), root, form), _ELEMENTS_AT_ONCE)
+    finally:
+        torch.set_num_threads(threads)
+    return codes, scale
+
+
+def _rounded(rows: Tensor, root: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """Of some rows; turned, to [K, N], so that a column is in one place. Groups choose their scale when their turn has
+    come.
+    """
+    left = rows.t().contiguous()
+    codes, scales, most = torch.empty(left.shape, dtype=torch.int8), list[Tensor](), 1 << (form.bits or 0) - 1
+    columns = form.group_size or _COLUMNS_AT_ONCE
+    for start in range(0, len(left), columns):
+        if form.group_size or not scales:
+            scales.append(hqq(left[start : start + (form.group_size or len(left))].t().contiguous(), form)[1])
+        here, rest = slice(start, start + columns), slice(start + columns, None)
+        made, errors = _round_columns(left[here], root[here, here], scales[-1][:, 0], most)
+        codes[here] = made
+        left[rest].addmm_(root[here, rest].t(), errors, alpha=-1)
+    return codes.t(), torch.cat(scales, dim=1)
+
+
+def _round_columns(columns: Tensor, root: Tensor, scale: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Codes of columns [C, N], and errors [C, N] that those behind them are to make up for. Changes the columns."""
+    codes, errors = torch.empty_like(columns), torch.empty_like(columns)
+    steps, inverse = scale.float(), (1 / scale).float()  # the inverse is rounded as the scale is: torchao's
+    for i, column in enumerate(columns):
+        codes[i] = (column * inverse).round_().clamp_(-most, most - 1)
+        errors[i] = (column - codes[i] * steps) / root[i, i]
+        columns[i + 1 :].addr_(root[i, i + 1 :], errors[i], alpha=-1)
+    return codes, errors

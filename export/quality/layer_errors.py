@@ -1,0 +1,182 @@
+"""layer_errors: a model in float32 and as it is quantised, run together, piece by piece.
+
+Each piece is read twice, run on what either model gives it, and forgotten, so that neither is ever in memory.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export.lowering.trace import step
+from export.weights.quantize import row_chunks
+from export.weights.source import Recipe, piece_names
+from model.model import Head, Llama
+from model.rotary import Angles
+
+_LOGITS_AT_ONCE = 1 << 23
+"""Elements of logits that are made at a time."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What quantising does to one piece of the model.
+
+    An error is |wrong - right|^2 / |right|^2 of a token, and the mean over all tokens: a first token that is a thousand
+    times as large as the others, as Llamas have it, does not hide them.
+
+    Attributes:
+        name: tok_embeddings, layers.0, head.
+        own: error of what it adds to the stream (an embedding or the head: of its result), given what it is given in
+            float32.
+        stream: error of its result, with all pieces before it quantised as well.
+        mse: mean squared difference of its result's values, not relative, else the same.
+        linears: error of each linear layer's result, given what it is given in float32.
+    """
+
+    name: str
+    own: float
+    stream: float
+    mse: float
+    linears: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> str:
+        """The piece, and the linear layer in it whose error is largest: layers.3 (feed_forward.w2)."""
+        return f"{self.name} ({max(self.linears, key=self.linears.__getitem__)})" if self.linears else self.name
+
+
+@torch.no_grad()
+def lockstep(
+    recipe: Recipe, inputs: Mapping[str, Tensor], take: Callable[[int, Tensor, Tensor], None]
+) -> tuple[Loss, ...]:
+    """Runs both and returns the loss of every piece, in the model's order.
+
+    Args:
+        recipe: of the quantised model.
+        inputs: of `export.lowering.trace.step` for one sequence of N tokens, but for `select`: all rows are wanted.
+        take: is given the logits a few rows at a time: the first row's number, float32's and the quantised ones.
+    """
+    losses = list[Loss]()
+    hidden = step(_both(recipe, losses), {**inputs, "select": torch.zeros(0)})["hidden"]
+    losses.append(_heads(recipe, hidden, take))
+    return tuple(losses)
+
+
+def _both(recipe: Recipe, losses: list[Loss]) -> Llama:
+    """Both models as one of batch 2: behind the embedding, the first stream is float32's and the second the quantised
+    one's. In the head's place stands what keeps the streams. Each piece that is run appends to `losses`.
+    """
+    made: dict[str, nn.Module] = {"head": _Streams()}
+    for name in piece_names(recipe.config):
+        if name != "head":
+            made[name] = (_Blocks if name.startswith("layers.") else _Embeddings)(recipe, name, losses)
+    return recipe.model(made)
+
+
+class _Streams(nn.Module):
+    def forward(self, x: Tensor, select: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+class _Pair(nn.Module):
+    def __init__(self, recipe: Recipe, name: str, losses: list[Loss]) -> None:
+        super().__init__()
+        self.recipe, self.name, self.losses = recipe, name, losses
+
+
+class _Embeddings(_Pair):
+    def forward(self, ids: Tensor) -> Tensor:
+        """[1, L] -> [2, L, D]."""
+        exact = self.recipe.unquantised().weight(f"{self.name}.weight")[ids].float()
+        found = self.recipe.piece(self.name)(ids)
+        error = _relative(found - exact, exact)
+        self.losses.append(Loss(self.name, error, error, _mse(found, exact)))
+        return torch.cat((exact, found))
+
+
+class _Blocks(_Pair):
+    def forward(self, x: Tensor, angles: Angles | None, mask: Tensor, *caches: None) -> tuple[Tensor, Tensor, Tensor]:
+        """[2, L, D] -> [2, L, D], and the quantised block's new rows. It is run on float32's stream as well, for its
+        own error.
+        """
+        block = self.recipe.piece(self.name)
+        exact, linears = self._exact(block, x[:1], angles, mask)
+        twice = None if angles is None else (angles[0].repeat(2, 1, 1), angles[1].repeat(2, 1, 1))
+        found, k, v = block(x, twice, mask.repeat(2, 1, 1))
+        own, stream = _relative(found[:1] - exact, exact - x[:1]), _relative(found[1:] - exact, exact)
+        self.losses.append(Loss(self.name, own, stream, _mse(found[1:], exact), linears))
+        return torch.cat((exact, found[1:])), k, v
+
+    def _exact(
+        self, block: nn.Module, x: Tensor, angles: Angles | None, mask: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """What the block makes of x in float32, and the error of each linear layer of `block` on the way."""
+        exact, errors = self.recipe.unquantised().piece(self.name), dict[str, float]()
+        for name, layer in exact.named_modules():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_hook(functools.partial(_compare, errors, name, block.get_submodule(name)))
+        return exact(x, angles, mask)[0], errors
+
+
+def _compare(
+    errors: dict[str, float], name: str, other: nn.Module, _: nn.Module, given: tuple[Tensor], out: Tensor
+) -> None:
+    errors[name] = _relative(other(given[0]) - out, out)
+
+
+def _heads(recipe: Recipe, hidden: Tensor, take: Callable[[int, Tensor, Tensor], None]) -> Loss:
+    """Both heads on the streams, [2, N, D], a few rows at a time."""
+    head, exact_head = recipe.piece("head"), _float32_head(recipe.unquantised())
+    count, start, sums = max(1, _LOGITS_AT_ONCE // recipe.config.vocab_size), 0, torch.zeros(3, dtype=torch.float64)
+    for part in torch.split(hidden, count, dim=1):
+        exact = _logits(exact_head, part[:1])
+        own, found = _logits(head, part).chunk(2)
+        means = [_relative(own - exact, exact), _relative(found - exact, exact), _mse(found, exact)]
+        sums += len(exact) * torch.tensor(means)
+        take(start, exact, found)
+        start += len(exact)
+    own_error, stream, mse = (sums / start).tolist()
+    return Loss("head", own_error, stream, mse)
+
+
+def _logits(head: nn.Module, x: Tensor) -> Tensor:
+    """[B, L, D] -> [B*L, V]."""
+    B, L, _ = x.shape
+    return head(x, torch.eye(L).repeat(B, 1, 1))[0].flatten(0, 1)
+
+
+class _InParts(nn.Module):
+    """A linear layer whose weight is as on storage, and becomes float32 a part at a time."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.cat([F.linear(x, rows.float()) for rows in row_chunks(self.weight)], dim=-1)
+        return out if self.bias is None else out + self.bias
+
+
+def _float32_head(recipe: Recipe) -> nn.Module:
+    """The head in float32, without a second copy of its matrix, which may be the model's largest."""
+    with torch.device("meta"):
+        head = Head(recipe.config)
+    state = {role: recipe.weight(f"head.{role}") for role in head.state_dict()}
+    weight, bias = state.pop("output.weight"), state.pop("output.bias", None)
+    head.set_submodule("output", _InParts(weight, None if bias is None else bias.float()))
+    head.load_state_dict({role: value.float() for role, value in state.items()}, assign=True)
+    return head.eval().requires_grad_(False)
+
+
+def _relative(error: Tensor, right: Tensor) -> float:
+    """See `Loss`; of rows, [..., D]. An error of 0 is 0 whatever is right."""
+    squares, size = error.double().square().sum(-1), right.double().square().sum(-1)
+    return float(torch.where(squares == 0, 0.0, squares / size).mean())
+
+
+def _mse(found: Tensor, right: Tensor) -> float:
+    return float((found - right).double().square().mean())

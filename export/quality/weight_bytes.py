@@ -1,0 +1,92 @@
+"""weight_bytes: the bytes that a file holds of each parameter, against those that the scheme makes of the checkpoint's.
+
+Where activations are rounded to 8 bits, a right file's logits differ from the reference's by as much as a small fault
+in a late block makes; its weights do not differ by a bit.
+"""
+
+import mmap
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from flatbuffers.table import Table  # type: ignore[import-untyped]
+from torch import Tensor
+
+from export.lowering.assemble import part_of, weight_digest
+from export.lowering.lower import parts, to_bytes
+from export.lowering.write import NAMED, SEGMENTS
+from export.weights.quantize import QuantizedEmbedding
+from export.weights.scheme import is_shared
+from export.weights.source import Recipe
+from model.model import Llama
+from runtime.engine.executorch import Shard
+from runtime.engine.program import files
+from runtime.pte.metadata import export_identity
+
+_SEGMENT_BASE = 24
+"""Where a program's extended header has the place of its first segment (executorch/schema/extended_header.h)."""
+
+
+def altered(path: Path | Sequence[Path], recipe: Recipe) -> Iterator[str]:
+    """The parameters whose bytes differ, of those that a backend holds by names of ours, see
+    `export.lowering.assemble`: where blocks were lowered one by one, all matrices but the embedding.
+
+    Args:
+        path: the .pte, the folder of its shards or slices, or these.
+    """
+    for each in files(path) if isinstance(path, Path) else path:
+        metadata = Shard(each).metadata
+        part, identity = part_of(recipe, export_identity(metadata.provenance), metadata.methods[0])
+        is_whole = metadata.slices == 1 and metadata.span == range(recipe.config.n_layers)
+        with each.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as program:
+            yield from _altered(program, part, identity, is_whole)
+
+
+def _altered(program: mmap.mmap, recipe: Recipe, identity: str, is_whole: bool) -> Iterator[str]:
+    places = weight_places(program)
+    with torch.device("meta"):
+        names = list(Llama(recipe.config).state_dict())
+    for name in names:
+        wanted = [weight_digest(identity, name, number) for number in range(2)]
+        if not places.keys() & set(wanted):
+            continue
+        held = [places.pop(digest, None) for digest in wanted]
+        for place, value in zip(held, _values(recipe, name, is_whole), strict=False):
+            if place is not None and program[place[0] : sum(place)] != to_bytes(value.contiguous()):
+                yield name
+                break
+
+
+def _values(recipe: Recipe, name: str, is_whole: bool) -> list[Tensor]:
+    """The parts of a parameter, as a file holds them; of a head that is the embedding's matrix, that one's."""
+    weight = recipe.weight(name)
+    stored = weight.float() if weight.dim() == 1 else recipe.stored(name)
+    found = [value for _, value in parts(stored)]
+    if is_whole and name == "head.output.weight" and is_shared(recipe.config, recipe.scheme) and len(found) > 1:
+        shared = QuantizedEmbedding(stored).state_dict().values()
+        found = [ours if ours.nbytes == theirs.nbytes else theirs for ours, theirs in zip(shared, found, strict=True)]
+    return found
+
+
+def weight_places(program: mmap.mmap) -> dict[str, tuple[int, int]]:
+    """Where a program has its named data, and of what size, by the digest that the name ends with."""
+    root = Table(program, *struct.unpack_from("<I", program))
+    (base,) = struct.unpack_from("<Q", program, _SEGMENT_BASE)
+
+    def items(number: int) -> list[Table]:
+        start, count = root.Offset(4 + 2 * number), 0
+        if start:
+            start, count = root.Vector(start), root.VectorLen(start)
+        return [Table(program, root.Indirect(start + 4 * index)) for index in range(count)]
+
+    def number(table: Table, field: int, form: str) -> int:
+        offset = table.Offset(4 + 2 * field)
+        return int(struct.unpack_from(form, program, table.Pos + offset)[0]) if offset else 0
+
+    segments, found = items(SEGMENTS), {}
+    for data in items(NAMED):
+        name = data.String(data.Pos + data.Offset(4)).decode()
+        segment = segments[number(data, 1, "<I")]
+        found[name[-64:]] = base + number(segment, 0, "<Q"), number(segment, 1, "<Q")
+    return found

@@ -1,0 +1,207 @@
+"""scheme: how a model's matrices are stored, from what a user asks for to each matrix's format."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.config import ModelConfig
+from model.errors import InputError
+from model.model import Llama
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix is stored.
+
+    Attributes:
+        bits: of a weight: 8 or 4; None for float32.
+        group_size: consecutive weights of a row that share a scale; None for one scale a row.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+
+    def fits(self, columns: int) -> bool:
+        """Whether a row is whole groups."""
+        return columns % (self.group_size or 1) == 0
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Of a matrix: weights, and scales in bfloat16 for groups, the format in which XNNPACK holds them."""
+        if self.bits is None:
+            return rows * columns * 4
+        scales = rows * 4 if self.group_size is None else rows * columns // self.group_size * 2
+        return rows * columns * self.bits // 8 + scales
+
+    def __str__(self) -> str:
+        if self.bits is None:
+            return "float32"
+        return f"{self.bits} bits" + (f" in groups of {self.group_size}" if self.group_size else " a row")
+
+
+FLOAT = Format()
+BYTE = Format(8)
+CALIBRATED = "gptq"
+"""The rounding of a scheme for which `export.quality.gptq` rounds the matrices."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a model's matrices are stored. Inputs of quantised linear layers are rounded to 8 bits, per token, as they
+    come.
+
+    Attributes:
+        linear: of the blocks' linear layers; a matrix whose rows are not whole groups has 8 bits.
+        head, embedding: of these two.
+        careful: blocks whose linear layers have 8 bits nevertheless.
+        rounding: how weights are rounded, as export.weights.quantize.ROUNDINGS has it, or CALIBRATED.
+        kv_dtype: of the KV caches, see `model.kv_row_format`.
+    """
+
+    linear: Format = FLOAT
+    head: Format = FLOAT
+    embedding: Format = FLOAT
+    careful: tuple[int, ...] = ()
+    rounding: str = "nearest"
+    kv_dtype: str = "float32"
+
+    @staticmethod
+    def parse(found: Mapping[str, Any]) -> "Scheme":
+        """The scheme that a file's provenance holds."""
+        formats = {name: Format(**found[name]) for name in ("linear", "head", "embedding")}
+        return Scheme(
+            **formats, careful=tuple(found["careful"]), rounding=found["rounding"], kv_dtype=found["kv_dtype"]
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """For `parse`, as JSON's types."""
+        return asdict(self) | {"careful": list(self.careful)}
+
+    @property
+    def fewest_bits(self) -> int | None:
+        """Of any weight or cached number; None where all have 16 or more."""
+        cached = 8 if self.kv_dtype == "int8" else None
+        bits = (self.linear.bits, self.head.bits, self.embedding.bits, cached)
+        return min(filter(None, bits), default=None)
+
+    @property
+    def plain_rounding(self) -> str:
+        """Of matrices that are not calibrated."""
+        return "hqq" if self.rounding == CALIBRATED else self.rounding
+
+    def format(self, name: str, columns: int) -> Format:
+        """Of a matrix by its name in the model, such as layers.3.attention.wq.weight, with rows of `columns`."""
+        wanted = {"tok_embeddings.weight": self.embedding, "head.output.weight": self.head}.get(name, self.linear)
+        if wanted.bits is None:
+            return wanted
+        layer = re.match(r"layers\.(\d+)\.", name)
+        careful = (layer and int(layer[1]) in self.careful) or name.endswith(".router.weight")
+        return BYTE if careful or not wanted.fits(columns) else wanted
+
+
+_FOUR = Format(4, 32)
+SCHEMES = {
+    "fp32": Scheme(),
+    "8da4w": Scheme(linear=_FOUR, head=_FOUR, embedding=BYTE),
+    "mixed": Scheme(linear=_FOUR, head=BYTE, embedding=BYTE),
+    "8da8w": Scheme(linear=BYTE, head=BYTE, embedding=BYTE),
+}
+"""What `--quantize` takes: 8-bit dynamic activations (8da) with weights of 4 or 8 bits; mixed: of 4, but for the blocks
+that lose most, see `export.planning.scheme_search`.
+"""
+
+GROUP_SIZES = (32, 64, 128)
+
+
+def finer(scheme: Scheme) -> list[str]:
+    """Flags that lose less, each by itself and from the smallest file up; what they cost is not measured."""
+    formats, found = (scheme.linear, scheme.head, scheme.embedding), list[str]()
+    if any((form.group_size or 0) > GROUP_SIZES[0] for form in formats):
+        found.append(f"--group-size {GROUP_SIZES[0]}")
+    has_four = any(form.bits == 4 for form in formats)
+    if has_four and scheme.rounding == "nearest":
+        found.append("--rounding hqq")
+    found += [f"--{name}-bits 8" for name in ("head", "embedding") if getattr(scheme, name).bits == 4]
+    if scheme.linear.bits == 4 and not scheme.careful:
+        found.append("--quantize mixed")
+    if has_four:
+        found.append("--quantize 8da8w")
+    if any(form.bits for form in formats):
+        found.append("--quantize fp32")
+    if scheme.kv_dtype == "int8":
+        found.append("--kv-dtype fp16")
+    return found
+
+
+def adjusted(
+    scheme: Scheme, group_size: int | None, embedding_bits: int | None, head_bits: int | None, rounding: str
+) -> Scheme:
+    """A scheme with what differs from it; None leaves as it is.
+
+    Raises:
+        InputError: there is no such scheme.
+    """
+    four = Format(4, group_size or scheme.linear.group_size or GROUP_SIZES[0])
+    formats = {4: four, 8: BYTE}
+    for flag, bits in (("embedding", embedding_bits), ("head", head_bits)):
+        if bits is not None and bits not in formats:
+            raise InputError(f"--{flag}-bits {bits} is impossible; give 4 or 8")
+    made = Scheme(
+        linear=four if scheme.linear.bits == four.bits else scheme.linear,
+        embedding=formats[embedding_bits] if embedding_bits else scheme.embedding,
+        head=formats[head_bits] if head_bits else four if scheme.head.bits == four.bits else scheme.head,
+        rounding=rounding,
+    )
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise InputError(f"--group-size {group_size} is impossible; give {', '.join(map(str, GROUP_SIZES))}")
+    if group_size is not None and four not in (made.linear, made.embedding, made.head):
+        raise InputError(f"--group-size {group_size} is of 4-bit weights, and nothing here has 4 bits; leave it out")
+    return made
+
+
+def matrix_sizes(config: ModelConfig, scheme: Scheme, span: range | None = None) -> dict[str, int]:
+    """Bytes of each of `matrices`, as the scheme has it."""
+    return {name: scheme.format(name, shape[1]).nbytes(*shape) for name, shape in matrices(config, span).items()}
+
+
+def embedding_size(config: ModelConfig, scheme: Scheme) -> int:
+    """Bytes of the embedding, of which a step only looks rows up."""
+    return scheme.format("tok_embeddings.weight", config.dim).nbytes(config.vocab_size, config.dim)
+
+
+def is_shared(config: ModelConfig, scheme: Scheme) -> bool:
+    """Whether embedding and head are one matrix in one format, so that it need be stored only once."""
+    roles = ("tok_embeddings.weight", "head.output.weight")
+    return config.tied and len({scheme.format(role, config.dim) for role in roles}) == 1
+
+
+def swaps_pairs(config: ModelConfig, span: range, scheme: Scheme) -> bool:
+    """Whether the head takes its input in swapped pairs, because its 4-bit weights are stored in the embedding's order;
+    which they are not where the embedding is in another shard. What swaps them is not for a number of rows that is not
+    fixed.
+    """
+    is_here = span == range(config.n_layers) and is_shared(config, scheme)
+    return is_here and scheme.format("head.output.weight", config.dim).bits == 4
+
+
+def kept(config: ModelConfig, scheme: Scheme) -> dict[str, Format]:
+    """Matrices of another format than the scheme asks for, as their rows are not whole groups or as they matter more:
+    name -> format.
+    """
+    found = {}
+    for name, (_, columns) in matrices(config).items():
+        form = scheme.format(name, columns)
+        if form != (scheme.head if name == "head.output.weight" else scheme.linear):
+            found[name] = form
+    return found
+
+
+def matrices(config: ModelConfig, span: range | None = None) -> dict[str, tuple[int, int]]:
+    """Names and shapes [out, in] of what a step multiplies by, or the blocks `span` and what belongs to them."""
+    with torch.device("meta"):
+        layers = dict(Llama(config, span).named_modules()).items()
+    found = {f"{name}.weight": layer.weight.shape for name, layer in layers if isinstance(layer, nn.Linear)}
+    return {name: (shape[0], shape[1]) for name, shape in found.items()}

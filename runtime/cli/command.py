@@ -1,0 +1,71 @@
+"""What the commands have in common: how they start, and the help that they give."""
+
+import argparse
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import NoReturn
+
+from model.errors import InputError
+
+
+def start(module: str) -> NoReturn:
+    """Runs `main` of a module as the command `python -m module`; see `run_command`.
+
+    The module calls this before its own imports, and is imported here: libraries take seconds to load, in which Ctrl-C
+    is to end the command as quietly as later.
+    """
+    usual = signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+    main = import_module(module).main
+    signal.signal(signal.SIGINT, usual)
+    run_command(main)
+
+
+def parser(module: str, description: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser for the command `python -m module`.
+
+    Args:
+        description: what it does, in a sentence.
+        doc: the module's docstring, whose lines that begin with `python -m` are the examples.
+    """
+    examples = [line.strip() for line in (doc or "").splitlines() if line.strip().startswith("python -m")]
+    return argparse.ArgumentParser(
+        f"python -m {module}",
+        description=description,
+        epilog="\n  ".join(["examples:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def byte_count(text: str) -> int:
+    """A flag's number of bytes, such as 400MB, 1.5GB or 64MiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT])(i?)B?|B?)", text, re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text} is no size; give one such as 400MB or 2GiB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(unit.lower()) + 1 if unit else 0))
+
+
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """Runs a command's main and exits with its code, with 2 for bad input, or with 128 + n for signal n.
+
+    SIGTERM and SIGHUP unwind the stack like Ctrl-C, so that temporary files are removed. A reader that has seen enough
+    and closed the pipe ends the command without a word.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        code = main()
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

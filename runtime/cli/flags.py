@@ -1,0 +1,99 @@
+"""The flags that commands which generate text share, and what they mean."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import MappingProxyType
+
+from runtime.cli import command
+from runtime.engine.program import Program
+from runtime.text.generation import GenerationOptions
+from runtime.text.sampler import SamplingOptions
+
+
+def add_generation_flags(parser: argparse.ArgumentParser, as_recommended: bool = False) -> None:
+    """How to choose tokens and when to end: `generation_options` reads them.
+
+    Args:
+        as_recommended: whether what is not given is what the file recommends, where it does.
+    """
+    add = parser.add_argument
+    usual = SamplingOptions()
+
+    def add_recommended(flag: str, metavar: str, kind: type, meaning: str, none: str) -> None:
+        default = None if as_recommended else getattr(usual, flag.strip("-").replace("-", "_"))
+        said = f"what the checkpoint recommends, or {none}" if as_recommended else none
+        add(flag, type=kind, default=default, metavar=metavar, help=f"{meaning} (default: {said})")
+
+    add("--max-new-tokens", type=int, metavar="N", help="default: as many as the context holds")
+    add_recommended("--temperature", "T", float, "0 takes the likeliest token", "0")
+    add_recommended("--top-k", "K", int, "only the K likeliest tokens", "all")
+    add_recommended("--top-p", "P", float, "only the likeliest tokens up to probability P", "1")
+    add("--min-p", type=float, default=0.0, metavar="P", help="only tokens P times as likely as the likeliest, or more")
+    add_recommended("--repetition-penalty", "R", float, "divides logits of recent tokens", "1: none")
+    add("--presence-penalty", type=float, default=0.0, metavar="A", help="taken off logits of recent tokens (0: none)")
+    add("--frequency-penalty", type=float, default=0.0, metavar="A", help="the same, as often as they occurred")
+    add("--penalty-window", type=int, default=64, metavar="N", help="how many tokens are recent (default: %(default)s)")
+    bias = "added to a token's logit; may be given repeatedly"
+    add("--logit-bias", type=_bias, action="append", default=[], metavar="ID=VALUE", help=bias)
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given repeatedly")
+    add("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
+
+
+def add_program_flags(parser: argparse.ArgumentParser) -> None:
+    """How to open the file."""
+    add_threads_flag(parser)
+    parser.add_argument("--no-check", action="store_true", help="skip the checksum, which reads the file through once")
+    parser.add_argument(
+        "--memory-budget",
+        type=command.byte_count,
+        metavar="SIZE",
+        help="what this process may hold, such as 2GB; of a model in shards, those that do not fit are read for each "
+        "step (default: no limit)",
+    )
+
+
+def open_program(flags: argparse.Namespace, file: Path) -> Program:
+    """The file, as `add_program_flags` says.
+
+    Raises:
+        InputError: see `Program`.
+    """
+    return Program(file, threads=flags.threads, check=not flags.no_check, memory_budget=flags.memory_budget)
+
+
+def add_threads_flag(parser: argparse.ArgumentParser) -> None:
+    """See `runtime.engine.program.Program`."""
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one per core, and one for a small model")
+
+
+def generation_options(
+    flags: argparse.Namespace, recommendation: Mapping[str, float] = MappingProxyType({})
+) -> GenerationOptions:
+    """What `add_generation_flags` says.
+
+    Args:
+        recommendation: the file's, which holds where a flag is not given.
+
+    Raises:
+        InputError: a value is impossible.
+    """
+    given = {each.name: getattr(flags, each.name) for each in fields(SamplingOptions)}
+    given = {**recommendation, **{name: value for name, value in given.items() if value is not None}}
+    sampling = SamplingOptions(**(given | {"logit_bias": dict(flags.logit_bias)}))
+    return GenerationOptions(sampling, flags.max_new_tokens, stop_strings=tuple(map(valid, flags.stop)))
+
+
+def valid(text: str) -> str:
+    """As the shell gave it, but valid UTF-8."""
+    return os.fsencode(text).decode("utf-8", "replace")
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no bias; give an id and a number such as 1724=-2.5") from None

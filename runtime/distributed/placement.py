@@ -1,0 +1,217 @@
+"""Which machine should have which shards, and how fast they are together."""
+
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from model.errors import InputError, listed
+from runtime.cli.command import byte_count
+from runtime.distributed.process_group import Peers
+from runtime.engine.measure import median_seconds
+from runtime.engine.program import Program
+from runtime.engine.session import Session
+from runtime.pte.metadata import STREAM
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MESSAGE = 64
+"""Bytes that go with a stream from host to host."""
+
+
+STEPS = 64
+"""Tokens by which a shard is measured: their median time counts."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine.
+
+    Attributes:
+        name: what it is called.
+        memory: bytes for weights and caches.
+        seconds: that a token takes in each shard; infinite where it does not have one.
+        latency: seconds that a message takes to the next host, however short.
+        link: bytes a second to there.
+    """
+
+    name: str
+    memory: int
+    seconds: tuple[float, ...]
+    latency: float = 0.0
+    link: float = math.inf
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which shards are where, and what comes of it.
+
+    Attributes:
+        spans: of each host, its shards; none where it is not needed.
+        stages: seconds that a token takes in each.
+        round: seconds of one text from token to token.
+        rate: tokens a second, of all texts together.
+        bottleneck: what it is bound by.
+    """
+
+    spans: tuple[range, ...]
+    stages: tuple[float, ...]
+    round: float
+    rate: float
+    bottleneck: str
+
+
+def assigned(hosts: Sequence[Host], sizes: Sequence[int], idle: bool = True) -> tuple[range, ...]:
+    """Each host's shards, neighbours in the order of the hosts, so that the slowest host is as fast as it can be.
+
+    Args:
+        sizes: bytes that each shard takes.
+        idle: whether hosts may remain without.
+
+    Raises:
+        InputError: the hosts have too little memory together, or lack a shard.
+    """
+    slowest, choices = [0.0, *[math.inf] * len(sizes)], list[list[int]]()  # by how many shards the hosts so far have
+    for host in hosts:
+        following, choice = [math.inf] * len(slowest), [0] * len(slowest)
+        for end in range(len(slowest)):
+            size, seconds = 0, 0.0
+            for start in range(end, -1, -1):
+                if start < end:
+                    size, seconds = size + sizes[start], seconds + host.seconds[start]
+                if size > host.memory or math.isinf(seconds):
+                    break
+                found = max(slowest[start], seconds)
+                if found < following[end] and (idle or start < end):
+                    following[end], choice[end] = found, start
+        slowest = following
+        choices.append(choice)
+    if math.isinf(slowest[-1]):
+        raise InputError(_why_not(hosts, sizes, idle))
+    spans, end = list[range](), len(sizes)
+    for choice in reversed(choices):
+        spans.append(range(choice[end], end))
+        end = choice[end]
+    return tuple(reversed(spans))
+
+
+def _why_not(hosts: Sequence[Host], sizes: Sequence[int], idle: bool) -> str:
+    """Why shards cannot be assigned."""
+    if len(hosts) > len(sizes) and not idle:
+        return f"{len(hosts)} ranks need as many shards, and there are {len(sizes)}; export with --shards {len(hosts)}"
+    have = sum(host.memory for host in hosts)
+    return (
+        f"{len(sizes)} shards of {sum(sizes) / 1e6:.0f} MB with caches, the largest of {max(sizes) / 1e6:.0f} MB, "
+        f"cannot be given in order to {len(hosts)} hosts with {have / 1e6:.0f} MB that each have the files of theirs; "
+        "give more hosts or memory, or copy missing shards"
+    )
+
+
+def planned(hosts: Sequence[Host], sizes: Sequence[int], message: int, texts: int | None = None) -> Plan:
+    """The best assignment, and how fast tokens come from it.
+
+    A host works on one text at a time, and a link carries one message at a time: what is slowest of these bounds the
+    rate. And so does the way of one text through all of them, of which there are only so many.
+
+    Args:
+        message: bytes that pass from host to host for a token.
+        texts: in flight together; None for two on each host that is needed.
+
+    Raises:
+        InputError: see `assigned`.
+    """
+    spans = assigned(hosts, sizes)
+    stages = tuple(sum(host.seconds[span.start : span.stop]) for host, span in zip(hosts, spans, strict=True))
+    used = [number for number, span in enumerate(spans) if span]
+    texts = texts or 2 * len(used)
+    carried = [message / hosts[number].link if len(used) > 1 else 0.0 for number in used]
+    way = sum(stages) + sum(carried) + sum(hosts[number].latency for number in used if len(used) > 1)
+    bounds = {f"host {hosts[number].name}": 1 / stages[number] for number in used}
+    bounds |= {f"the link behind {hosts[n].name}": 1 / time for n, time in zip(used, carried, strict=True) if time}
+    bounds[f"the way of {texts} texts"] = texts / way
+    bottleneck = min(bounds, key=lambda name: bounds[name])
+    return Plan(spans, stages, way, bounds[bottleneck], bottleneck)
+
+
+def measured(paths: Sequence[Path], threads: int | None, peers: Peers) -> tuple[float, ...]:
+    """Seconds that a token takes in each shard here, in the middle of the context, while all ranks measure the same."""
+    found = []
+    for path in paths:
+        program = Program([path], threads=threads, check=False, partial=True)
+        metadata, session = program.metadata, Session(program)
+        method = min(metadata.methods, key=lambda method: method.max_length)
+        stream = next((spec.zeros(method.min_length) for spec in method.inputs if spec.name == STREAM), None)
+        if metadata.use_kv_cache:
+            session.cache.position = session.capacity // 2
+
+        def step(session: Session = session, stream: Tensor | None = stream) -> None:
+            session.pass_on([0], stream)
+            session.cache.rewind(session.position - 1)
+
+        step()
+        peers.shared(None)
+        found.append(median_seconds(step, STEPS))
+    return tuple(found)
+
+
+def available() -> int:
+    """Bytes of memory that are free on this host, shared by its ranks."""
+    free = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", free.read_text()) if free.exists() else None
+    have = int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return have // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def read_hosts(path: Path, sizes: Sequence[int]) -> list[Host]:
+    """The hosts in a file of them; see the top of `runtime.placement`.
+
+    Args:
+        sizes: bytes of each shard's matrices.
+
+    Raises:
+        InputError: it cannot be read, or says something else.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))["hosts"]
+        return [host for table in tables for host in _hosts(table, sizes)]
+    except OSError as error:
+        raise InputError(f"--hosts {path} cannot be read ({error.strerror}); give a file of hosts") from error
+    except (tomllib.TOMLDecodeError, argparse.ArgumentTypeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"--hosts {path} is no file of hosts ({error}); see python -m runtime.placement --help"
+        ) from error
+
+
+def _hosts(table: Mapping[str, Any], sizes: Sequence[int]) -> list[Host]:
+    known = {"name", "count", "memory", "seconds", "speed", "latency", "link"}
+    if unknown := table.keys() - known:
+        raise ValueError(f"{listed(unknown)} is unknown; known are {listed(known, len(known))}")
+    if ("seconds" in table) == ("speed" in table):
+        raise ValueError(f"{table['name']} needs one of seconds and speed")
+    speed = byte_count(table["speed"]) if "speed" in table else 1
+    seconds = tuple(map(float, table["seconds"])) if "seconds" in table else tuple(size / speed for size in sizes)
+    if len(seconds) != len(sizes):
+        raise ValueError(f"{table['name']} has the seconds of {len(seconds)} shards, and there are {len(sizes)}")
+    link = byte_count(table["link"]) if "link" in table else math.inf
+    host = Host(table["name"], byte_count(table["memory"]), seconds, float(table.get("latency", 0.0)), link)
+    count = int(table.get("count", 1))
+    return [host] if count == 1 else [replace(host, name=f"{host.name} {i}") for i in range(1, count + 1)]
+
+
+def written(host: Host) -> str:
+    """A host's table, as `read_hosts` reads it."""
+    lines = ["[[hosts]]", f'name = "{host.name}"', f'memory = "{host.memory}B"']
+    lines.append(f"seconds = [{', '.join(f'{seconds:.3g}' for seconds in host.seconds)}]")
+    if math.isfinite(host.link):
+        lines += [f"latency = {host.latency:.3g}", f'link = "{host.link:.0f}B"']
+    return "\n".join(lines)

@@ -1,0 +1,306 @@
+"""process_group: the processes that run one model together, on one host or several, and what they tell each other.
+
+They are started by `torchrun`, which gives each its rank, and find each other by torch.distributed with gloo. A process
+alone is a peer without others.
+"""
+
+import json
+import math
+import os
+import re
+import secrets
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.errors import InputError
+
+START = timedelta(minutes=30)
+"""How long peers wait for each other before the first step: one may have gigabytes to read."""
+
+LARGE = 1 << 20
+"""Bytes by which a link's speed is measured."""
+
+T = TypeVar("T")
+
+
+class LostPeerError(ConnectionError):
+    """Another process ended, or did not answer in time."""
+
+
+class Peers:
+    """A process among its peers.
+
+    Attributes:
+        rank: which it is, from 0.
+        count: how many there are.
+        timeout: how long a step waits for a peer.
+    """
+
+    def __init__(self, timeout: float = 60.0) -> None:
+        """Waits until all are there.
+
+        Args:
+            timeout: in seconds.
+
+        Raises:
+            InputError: the timeout is impossible.
+            LostPeerError: they do not come.
+        """
+        if not timeout > 0:
+            raise InputError(f"--timeout {timeout} is impossible; give more than 0 seconds")
+        self.timeout = timedelta(seconds=timeout)
+        self.rank, self.count = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+        if self.count > 1:
+            with _lost("all ranks", START):
+                dist.init_process_group("gloo", timeout=START)
+
+    def close(self) -> None:
+        """Leaves the others."""
+        if self.count > 1:
+            dist.destroy_process_group()
+
+    def shared(self, value: Any) -> list[Any]:
+        """What each rank says, in their order: values of JSON's types.
+
+        Raises:
+            LostPeerError: a rank says nothing.
+        """
+        if self.count == 1:
+            return [value]
+        said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths, longest = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)], len(said)
+        with _lost("all ranks", START):
+            dist.all_gather(lengths, torch.tensor([len(said)]))
+            longest = max(map(int, lengths))
+            found = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
+            dist.all_gather(found, torch.cat((said, said.new_zeros(longest - len(said)))))
+        return [json.loads(text.numpy()[: int(length)].tobytes()) for text, length in zip(found, lengths, strict=True)]
+
+    def together(self, call: Callable[[], T]) -> T:
+        """What `call` returns here, if it succeeds everywhere.
+
+        Raises:
+            InputError: it fails at some rank, which is named.
+            LostPeerError: a rank ended meanwhile.
+        """
+        failure, result = None, list[T]()
+        try:
+            result.append(call())
+        except (InputError, OSError) as error:
+            failure = str(error)
+        for rank, said in enumerate(self.shared(failure)):
+            if said is not None:
+                raise InputError(f"rank {rank}: {said}" if self.count > 1 else said)
+        return result[0]
+
+    def link(self) -> tuple[float, float]:
+        """Seconds that a small message takes to the next rank, and bytes a second of a large one; all ranks call it.
+
+        Raises:
+            LostPeerError: a rank is gone.
+        """
+        found = (0.0, math.inf)
+        for rank in range(self.count if self.count > 1 else 0):
+            other = (rank + 1) % self.count
+            with _lost(f"rank {other}", START):
+                small, large = (self._there_and_back(rank, other, size) for size in (1, LARGE))
+                dist.barrier()
+            if rank == self.rank:
+                found = (small / 2, LARGE / max(large / 2 - small / 2, 1e-9))
+        return found
+
+    def _there_and_back(self, rank: int, other: int, size: int) -> float:
+        """Seconds; the second-shortest of some, as the first ones open connections."""
+        message, times = torch.zeros(size, dtype=torch.uint8), list[float]()
+        for _ in range(8):
+            start = time.perf_counter()
+            if self.rank == rank:
+                dist.send(message, other)
+                dist.recv(message, other)
+            elif self.rank == other:
+                dist.recv(message, rank)
+                dist.send(message, rank)
+            times.append(time.perf_counter() - start)
+        return sorted(times)[1]
+
+
+def place(threads: int | None) -> int | None:
+    """Keeps this process to the cores that the environment variable LLAMA_PTE_DEVICE names, such as cpu:0-3 or cpu:2,
+    and returns how many threads it should use: one for each; without the variable as many as asked for, and by default
+    a share of the cores where several ranks are on one host.
+
+    Raises:
+        InputError: the variable names something else.
+    """
+    device, here = os.environ.get("LLAMA_PTE_DEVICE"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device is None or device == "cpu":
+        return threads or (max((os.cpu_count() or 1) // here, 1) if here > 1 else None)
+    found = re.fullmatch(r"cpu:(\d+)(?:-(\d+))?", device)
+    cores = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:
+        raise InputError(
+            f"LLAMA_PTE_DEVICE={device} is no device of this machine; give cpu, or some of its {os.cpu_count()} cores "
+            "such as cpu:0-1"
+        ) from error
+    return threads or len(cores)
+
+
+class Ring:
+    """Messages from each rank to the next one, and from the last to the first. Each is some integers and, it may be, a
+    stream [1, L, D].
+
+    They go over sockets of its own, whose buffers are the system's: what is sent is on its way while this process
+    computes. gloo's is not, as a thread has to wake for it where all cores compute; see tests/bench/NOTES.md.
+    """
+
+    def __init__(self, peers: Peers, dim: int, alone: bool = False) -> None:
+        """Connects the ranks.
+
+        Args:
+            dim: D.
+            alone: this rank is a ring by itself, as it is where there are no others.
+
+        Raises:
+            LostPeerError: a rank does not come.
+        """
+        self._timeout, self._dim = peers.timeout, dim
+        self._before, self._behind = (peers.rank - 1) % peers.count, (peers.rank + 1) % peers.count
+        self._to_itself = deque[tuple[list[int], Tensor | None]]()
+        self._sockets: tuple[socket.socket, socket.socket] | None = None
+        if not alone and peers.count > 1:
+            self._sockets = self._connected(peers)
+
+    def _connected(self, peers: Peers) -> tuple[socket.socket, socket.socket]:
+        """Sockets to the rank before and the one behind. Who connects must know what only ranks were told."""
+        with socket.create_server(("", 0)) as server:
+            server.settimeout(self._timeout.total_seconds())
+            said = peers.shared([_address(), server.getsockname()[1], secrets.token_hex(16)])
+            address, port, key = said[self._behind]
+            with _lost(f"rank {self._behind}", self._timeout):
+                behind = socket.create_connection((address, port), self._timeout.total_seconds())
+                behind.sendall(bytes.fromhex(key))
+            with _lost(f"rank {self._before}", self._timeout):
+                while True:
+                    before, _ = server.accept()
+                    before.settimeout(self._timeout.total_seconds())
+                    if secrets.compare_digest(_read(before, 16), bytes.fromhex(said[peers.rank][2])):
+                        break
+                    before.close()
+        behind.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return before, behind
+
+    def send(self, integers: Sequence[int], stream: Tensor | None = None) -> None:
+        """To the next rank.
+
+        Raises:
+            LostPeerError: it is gone, or took too long over earlier messages.
+        """
+        if self._sockets is None:
+            self._to_itself.append((list(integers), stream))
+            return
+        floats = np.empty(0, np.float32) if stream is None else stream.numpy()
+        head = np.array([len(integers), floats.size, *integers], np.int64)
+        with _lost(f"rank {self._behind}", self._timeout):
+            self._sockets[1].sendall(head.tobytes() + floats.tobytes())
+
+    def receive(self) -> tuple[list[int], Tensor | None]:
+        """The next message of the rank before.
+
+        Raises:
+            LostPeerError: it does not come in time.
+        """
+        if self._sockets is None:
+            return self._to_itself.popleft()
+        with _lost(f"rank {self._before}", self._timeout):
+            n_integers, n_floats = np.frombuffer(_read(self._sockets[0], 16), np.int64).tolist()
+            integers = np.frombuffer(_read(self._sockets[0], 8 * n_integers), np.int64).tolist()
+            if not n_floats:
+                return integers, None
+            floats = np.frombuffer(_read(self._sockets[0], 4 * n_floats), np.float32)
+        return integers, torch.from_numpy(floats).view(1, -1, self._dim)
+
+    def close(self) -> None:
+        """Ends it; what was sent still arrives."""
+        for each in self._sockets or ():
+            each.close()
+
+
+def _address() -> str:
+    """By which other ranks find this host: its own on the way to the first rank's."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as found:
+        found.connect((os.environ["MASTER_ADDR"], 1))  # sends nothing
+        return str(found.getsockname()[0])
+
+
+def _read(source: socket.socket, size: int) -> bytearray:
+    """So many bytes.
+
+    Raises:
+        ConnectionError: it was closed.
+    """
+    found = bytearray(size)
+    rest = memoryview(found)
+    while rest:
+        count = source.recv_into(rest)
+        if count == 0:
+            raise ConnectionError("it closed the connection")
+        rest = rest[count:]
+    return found
+
+
+class Sums:
+    """What slices of a model tell each other, see `runtime.engine.tensor_parallel`."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._count, self._timeout = peers.count, peers.timeout
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' tensors of this shape.
+
+        Raises:
+            LostPeerError: a rank's does not come in time.
+        """
+        with _lost("all ranks", self._timeout):
+            _started(dist.all_reduce(tensor, async_op=True)).wait(self._timeout)
+        return tensor
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """All ranks' tensors of this shape, [..., n], one behind the other: [..., count * n].
+
+        Raises:
+            LostPeerError: a rank's does not come in time.
+        """
+        found = [torch.empty_like(tensor) for _ in range(self._count)]
+        with _lost("all ranks", self._timeout):
+            _started(dist.all_gather(found, tensor, async_op=True)).wait(self._timeout)
+        return torch.from_numpy(np.concatenate([each.numpy() for each in found], axis=-1))
+
+
+def _started(work: dist.Work | None) -> dist.Work:
+    assert work is not None, "this process is not of the group"
+    return work
+
+
+@contextmanager
+def _lost(who: str, timeout: timedelta) -> Iterator[None]:
+    """Says whose fault it is that nothing came."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:  # gloo's, and a socket's
+        reason = str(error).split("] ", 1)[-1].splitlines()[0]
+        raise LostPeerError(
+            f"{who} ended or did not answer within {timeout.total_seconds():g} s ({reason}); start all of them again, "
+            "with the same --journal to go on from the last token"
+        ) from error

@@ -1,0 +1,1 @@
+"""A file's methods run, and the caches of the texts they run on."""

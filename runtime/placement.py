@@ -1,0 +1,93 @@
+"""The command that says how fast a model in shards would be on several machines, and which of them should have which.
+
+torchrun --nproc-per-node 2 -m runtime.placement llama.shards --measure > hosts.toml
+python -m runtime.placement llama.shards --hosts hosts.toml
+python -m runtime.placement llama.shards --hosts hosts.toml --texts 16
+
+A file of hosts has a table for each, in the order in which they pass a text on:
+
+    [[hosts]]
+    name = "board"
+    count = 4                  # so many alike (default: 1)
+    memory = "3GB"             # for weights and caches
+    seconds = [0.004, 0.004]   # that a token takes in each shard, as --measure finds it; or, for all of them,
+    speed = "9.5GB"            # bytes of matrices multiplied by in a second
+    latency = 0.0002           # seconds to the next host (default: 0)
+    link = "110MB"             # bytes in a second to there (default: any number)
+"""
+
+from runtime.cli import command
+
+if __name__ == "__main__":
+    command.start("runtime.placement")
+
+import argparse
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from model.errors import InputError
+from runtime.cli.flags import add_threads_flag
+from runtime.distributed.placement import MESSAGE, Host, available, measured, planned, read_hosts, written
+from runtime.distributed.process_group import Peers, place
+from runtime.engine.executorch import Shard
+from runtime.engine.memory_budget import MARGIN
+from runtime.engine.program import files
+from runtime.pte.parts import joined
+
+
+def _measure(paths: Sequence[Path], options: argparse.Namespace) -> None:
+    """Prints the table of each rank's host, which all measure at the same time."""
+    peers = Peers()
+    threads = place(options.threads)
+    seconds = measured(paths, threads, peers)
+    latency, link = peers.link()
+    name = socket.gethostname() + (f" {peers.rank}" if peers.count > 1 else "")
+    host = Host(name, available(), seconds, latency, link)
+    tables = peers.shared(written(host))
+    if peers.rank == 0:
+        print("\n\n".join(tables))
+    peers.close()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: a line for each host, and the rates; exit code 0, or 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    shards = sorted((Shard(path) for path in files(options.file)), key=lambda shard: shard.metadata.span.start)
+    whole = joined({shard.path: shard.metadata for shard in shards})
+    if shards[0].metadata.slices > 1:
+        raise InputError(f"{options.file} has slices, which all hosts run together; give a folder of shards")
+    if options.measure:
+        _measure([shard.path for shard in shards], options)
+        return 0
+    parts = [shard.metadata for shard in shards]
+    hosts = read_hosts(options.hosts, [part.matrix_bytes for part in parts])
+    texts = options.texts or 2 * min(len(hosts), len(parts))
+    sizes = [int(MARGIN * part.matrix_bytes) + texts * part.cache_bytes for part in parts]
+    found = planned(hosts, sizes, MESSAGE + 4 * whole.config.dim, options.texts)
+    print(f"{'host':20} {'shards':>9} {'MB':>8} {'ms a token':>11} {'busy':>5}")
+    for host, span, seconds in zip(hosts, found.spans, found.stages, strict=True):
+        if span:
+            taken = sum(sizes[span.start : span.stop]) / 1e6
+            shown = f"{span.start + 1}-{span.stop}"
+            print(f"{host.name:20} {shown:>9} {taken:8.1f} {1e3 * seconds:11.2f} {seconds * found.rate:5.0%}")
+    print(
+        f"{found.rate:.1f} tok/s with {texts} texts together, {1 / found.round:.1f} tok/s with one; "
+        f"bound by {found.bottleneck}"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command.parser(
+        "runtime.placement", "Says how fast a model in shards would be on several machines.", __doc__
+    )
+    parser.epilog = f"{parser.epilog}\n\n{(__doc__ or '').partition('16')[2].strip()}"
+    add = parser.add_argument
+    add("file", type=Path, help="the folder of shards")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--hosts", type=Path, metavar="FILE", help="the machines, see below")
+    what.add_argument("--measure", action="store_true", help="measure this machine, or all that torchrun starts it on")
+    add("--texts", type=int, metavar="N", help="in flight together (default: two for each host)")
+    add_threads_flag(parser)
+    return parser

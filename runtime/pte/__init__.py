@@ -1,0 +1,1 @@
+"""What a file carries: the contract between export and the runtimes."""

@@ -1,0 +1,290 @@
+"""The contract between export and the runtimes: what a file carries, under which names, in which format version.
+
+Everything is data inside the program, one constant method per line of FIELDS, so that any ExecuTorch runtime can read
+it. Behind the program stands a trailer of 32 bytes, which tells a whole file of ours from a truncated, damaged or
+newer one before anything else is believed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import xxhash
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.errors import InputError
+from preproc.position_inputs import Positions
+
+FORMAT_VERSION = 4
+
+FIELDS: dict[str, tuple[str, str]] = {
+    "get_max_seq_len": ("int", "capacity of the KV cache in positions (T): prompt and answer together"),
+    "get_max_context_len": ("int", "the same number, under the name ExecuTorch's own runners ask for"),
+    "get_vocab_size": ("int", "width of the logits (V)"),
+    "get_matrix_bytes": ("int", "bytes of the matrices that a step multiplies by: what decoding reads for each token"),
+    "get_activation_bytes": ("int", "an upper estimate of what the longest step takes beside weights and caches"),
+    "get_n_layers": ("int", "number of blocks"),
+    "get_batch_size": ("int", "sequences the methods take at once (B)"),
+    "get_bos_id": ("int", "id that starts a text; -1 where there is none"),
+    "get_eos_ids": ("int list", "ids that end a text; may be empty"),
+    "use_kv_cache": ("bool", "whether the methods take and extend a KV cache; otherwise each takes the whole text"),
+    "get_config": ("JSON", "model.config.ModelConfig: every dimension of the model"),
+    "get_methods": ("JSON", "list of MethodSpec: each method's inputs and outputs by name, shape and dtype"),
+    "get_requirements": ("JSON", "backends and operators that the runtime must have, and ExecuTorch's version"),
+    "get_provenance": ("JSON", "what made the file: versions, options, and the checkpoint's and tokenizer's digests"),
+    "get_rope_cos": ("float32 [T, P]", "cosine of every position's rotary angles, for the P rotated pairs of a head"),
+    "get_rope_sin": ("float32 [T, P]", "their sine"),
+    "get_rope_inverse_frequencies": ("float32 [P]", "what the two tables were made from"),
+    "get_alibi_slopes": ("float32 [H]", "what each head's mask takes off for every position of distance; mostly 0"),
+    "get_sliding_window": ("int", "positions that a local block sees, itself included; 0 where all see everything"),
+    "get_tokenizer_kind": ("string", "sentencepiece, tiktoken, tokenizer.json or none"),
+    "get_tokenizer": ("uint8 [bytes]", "the tokenizer file's own bytes; one zero byte where there is none"),
+    "get_chat_template": (
+        "JSON",
+        "preproc.jinja_template.to_file: how messages become a text; empty where nothing says",
+    ),
+    "get_sampling": ("JSON", "what the checkpoint recommends: temperature, top_k, top_p, repetition_penalty, or less"),
+}
+"""Constant method -> its type and meaning: all that a file carries beside graph and weights."""
+
+NO_TOKENIZER = "none"
+
+STREAM = "stream"
+"""The residual stream between two blocks, which a shard hands to the next; or a slice's part of what is added to it."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a method.
+
+    Attributes:
+        name: its role: tokens, select, logits, hidden; what depends on the position, see `preproc.position_inputs`;
+            k_cache.3, v_cache.3, k_rows.3, v_rows.3 for layer 3; and STREAM.
+        shape: sizes; "L" stands for the length of a step, and "R" for its rows of logits, where they are not fixed.
+        dtype: float32 or int64.
+    """
+
+    name: str
+    shape: tuple[int | Literal["L", "R"], ...]
+    dtype: str
+
+    def sizes(self, length: int, rows: int = 1) -> tuple[int, ...]:
+        """The shape of a step."""
+        return tuple({"L": length, "R": rows}[size] if isinstance(size, str) else size for size in self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Of one whose size does not depend on the step."""
+        return math.prod(self.sizes(1)) * int(getattr(torch, self.dtype).itemsize)
+
+    def zeros(self, length: int, rows: int = 1) -> Tensor:
+        """A tensor of this kind."""
+        return torch.zeros(self.sizes(length, rows), dtype=getattr(torch, self.dtype))
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """One method of the program: a range of layers for a range of lengths.
+
+    A runtime fills inputs by name, so a file may leave out or add inputs without changing the format: a mask per kind
+    of attention, position ids in place of a mask, hidden states between shards.
+
+    Attributes:
+        name: the ExecuTorch method.
+        min_length, max_length: the L it takes; equal where the graph is static.
+        max_rows: the most rows of logits (R) that it returns of each sequence; 1 or more.
+        start_layer, end_layer: the blocks it runs, end excluded.
+        inputs, outputs: in the order of the method's arguments and results.
+        slice, slices: which slice of the model it is of, from 0, and of how many; see `model.tensor_parallel`.
+    """
+
+    name: str
+    min_length: int
+    max_length: int
+    max_rows: int
+    start_layer: int
+    end_layer: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    slice: int = 0
+    slices: int = 1
+
+    @property
+    def half(self) -> str:
+        """What of a slice it runs, see `model.tensor_parallel.SlicedLlama`: embed, attend.3, feed.3 or head; of all
+        else, "".
+        """
+        return self.name.partition(".")[2]
+
+    @property
+    def span(self) -> range:
+        """The blocks it runs."""
+        return range(self.start_layer, self.end_layer)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether attention is one operator, which is told where a step starts in place of a mask."""
+        return any(spec.name == "start" for spec in self.inputs)
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a runtime must offer before it may load the program."""
+
+    executorch: str
+    backends: tuple[str, ...]
+    operators: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """All that a file carries beside graph and weights, as in FIELDS; bos_id is None where there is no BOS."""
+
+    config: ModelConfig
+    matrix_bytes: int
+    activation_bytes: int
+    max_seq_len: int
+    batch_size: int
+    bos_id: int | None
+    stop_ids: tuple[int, ...]
+    methods: tuple[MethodSpec, ...]
+    requirements: Requirements
+    provenance: dict[str, Any]
+    rope_cos: Tensor
+    rope_sin: Tensor
+    rope_inverse_frequencies: Tensor
+    alibi_slopes: Tensor
+    tokenizer_kind: str = NO_TOKENIZER
+    tokenizer: bytes = b""
+    chat_template: str = ""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> bytes:
+        """16 bytes, equal for files that were made in the same way from the same checkpoint."""
+        return xxhash.xxh3_128_digest(_json(self.provenance).encode())
+
+    @property
+    def span(self) -> range:
+        """The blocks that the methods run: fewer than config.n_layers in a shard."""
+        return range(self.methods[0].start_layer, self.methods[-1].end_layer)
+
+    @property
+    def slice(self) -> int:
+        """Which slice of the model the file is, from 0."""
+        return self.methods[0].slice
+
+    @property
+    def slices(self) -> int:
+        """Of how many; 1 where the model is not sliced."""
+        return self.methods[0].slices
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the KV caches."""
+        return sum(spec.nbytes for spec in self.caches)
+
+    @property
+    def use_kv_cache(self) -> bool:
+        """Whether the methods take and extend a KV cache."""
+        return bool(self.caches)
+
+    @property
+    def caches(self) -> list[TensorSpec]:
+        """The KV caches that the methods take."""
+        specs = {spec.name: spec for method in self.methods for spec in method.inputs}
+        return [spec for name, spec in specs.items() if name.startswith(("k_cache.", "v_cache."))]
+
+    @property
+    def positions(self) -> Positions:
+        """What the inputs that depend on the position are made from."""
+        slopes = self.alibi_slopes if self.config.positions == "alibi" else torch.zeros(0)
+        return Positions(self.rope_cos, self.rope_sin, slopes, self.config.sliding_window, self.max_seq_len)
+
+
+def export_identity(provenance: Mapping[str, Any]) -> str:
+    """Equal for exports that are the same byte for byte."""
+    return hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()
+
+
+def to_constants(metadata: Metadata) -> dict[str, Any]:
+    """The constant methods that carry `metadata`: exactly the names in FIELDS."""
+    return {
+        "get_max_seq_len": metadata.max_seq_len,
+        "get_max_context_len": metadata.max_seq_len,
+        "get_vocab_size": metadata.config.vocab_size,
+        "get_matrix_bytes": metadata.matrix_bytes,
+        "get_activation_bytes": metadata.activation_bytes,
+        "get_n_layers": metadata.config.n_layers,
+        "get_batch_size": metadata.batch_size,
+        "get_bos_id": -1 if metadata.bos_id is None else metadata.bos_id,
+        "get_eos_ids": list(metadata.stop_ids),
+        "use_kv_cache": metadata.use_kv_cache,
+        "get_config": _json(metadata.config),
+        "get_methods": _json(metadata.methods),
+        "get_requirements": _json(metadata.requirements),
+        "get_provenance": _json(metadata.provenance),
+        "get_rope_cos": metadata.rope_cos,
+        "get_rope_sin": metadata.rope_sin,
+        "get_rope_inverse_frequencies": metadata.rope_inverse_frequencies,
+        "get_alibi_slopes": metadata.alibi_slopes,
+        "get_sliding_window": metadata.config.sliding_window or 0,
+        "get_tokenizer_kind": metadata.tokenizer_kind,
+        "get_tokenizer": torch.frombuffer(bytearray(metadata.tokenizer or b"\0"), dtype=torch.uint8),
+        "get_chat_template": metadata.chat_template,
+        "get_sampling": _json(metadata.sampling),
+    }
+
+
+def from_constants(call: Callable[[str], Sequence[Any]]) -> Metadata:
+    """Reads the metadata back; `call` runs a constant method and returns its values.
+
+    Raises:
+        InputError: a value has the wrong form.
+    """
+    try:
+        (kind,), (tokenizer,) = call("get_tokenizer_kind"), call("get_tokenizer")
+        bos_id = call("get_bos_id")[0]
+        return Metadata(
+            config=ModelConfig.from_json(json.loads(call("get_config")[0])),
+            matrix_bytes=call("get_matrix_bytes")[0],
+            activation_bytes=call("get_activation_bytes")[0],
+            max_seq_len=call("get_max_seq_len")[0],
+            batch_size=call("get_batch_size")[0],
+            bos_id=None if bos_id < 0 else bos_id,
+            stop_ids=tuple(call("get_eos_ids")),
+            methods=tuple(_method_spec(spec) for spec in json.loads(call("get_methods")[0])),
+            requirements=Requirements(**_tuples(json.loads(call("get_requirements")[0]))),
+            provenance=json.loads(call("get_provenance")[0]),
+            rope_cos=call("get_rope_cos")[0].clone(),
+            rope_sin=call("get_rope_sin")[0].clone(),
+            rope_inverse_frequencies=call("get_rope_inverse_frequencies")[0].clone(),
+            alibi_slopes=call("get_alibi_slopes")[0].clone(),
+            tokenizer_kind=kind,
+            tokenizer=b"" if kind == NO_TOKENIZER else tokenizer.numpy().tobytes(),
+            chat_template=call("get_chat_template")[0],
+            sampling=json.loads(call("get_sampling")[0]),
+        )
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"the file's metadata cannot be read ({error}); export it again") from error
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=dataclasses.asdict, sort_keys=True)
+
+
+def _tuples(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+
+
+def _method_spec(spec: dict[str, Any]) -> MethodSpec:
+    tensors = {key: tuple(TensorSpec(**_tuples(tensor)) for tensor in spec[key]) for key in ("inputs", "outputs")}
+    return MethodSpec(**(spec | tensors))

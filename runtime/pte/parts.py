@@ -1,0 +1,142 @@
+"""parts: what several files carry that make one model: shards, which run one after another, or slices, which run
+side by side.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from model.errors import InputError
+from runtime.pte.metadata import STREAM, Metadata, MethodSpec, Requirements, TensorSpec
+
+
+def joined(files: Mapping[Path, Metadata], partial: bool = False) -> Metadata:
+    """What the whole carries of which these are the shards or slices, whose order does not matter; of one file, what it
+    carries. The caches of slices have the heads of one after those of another: more than the model has where slices
+    share heads.
+
+    Args:
+        partial: they may be some neighbours among the shards: their methods then take and return the stream; or some of
+            the slices: their caches then have only these ones' heads.
+
+    Raises:
+        InputError: names the file that is not of the same export, is there twice, or is missing.
+    """
+    parts = sorted(files.values(), key=lambda part: (part.span.start, part.slice))
+    first, *others = parts
+    if any(part.slices > 1 for part in parts):
+        _check_slices(files, partial)
+        return _united(parts, (_across(parts),), sum(part.activation_bytes for part in parts))
+    ends = (first.span.start, parts[-1].span.stop) if partial else (0, first.config.n_layers)
+    check_together({str(path): (part.identity, part.span) for path, part in files.items()}, range(*ends))
+    methods = tuple(chained(specs) for specs in zip(*(part.methods for part in parts), strict=True))
+    return _united(parts, methods, max(part.activation_bytes for part in parts)) if others else first
+
+
+def _united(parts: Sequence[Metadata], methods: tuple[MethodSpec, ...], activation_bytes: int) -> Metadata:
+    """With the methods of all, and what they need together."""
+    requirements = [part.requirements for part in parts]
+    return dataclasses.replace(
+        parts[0],
+        matrix_bytes=sum(part.matrix_bytes for part in parts),
+        activation_bytes=activation_bytes,
+        methods=methods,
+        requirements=Requirements(
+            executorch=requirements[0].executorch,
+            backends=tuple(sorted({name for each in requirements for name in each.backends})),
+            operators=tuple(sorted({name for each in requirements for name in each.operators})),
+        ),
+    )
+
+
+def check_together(shards: Mapping[str, tuple[bytes, range]], wanted: range) -> None:
+    """Checks that shards are the blocks `wanted` of one model.
+
+    Args:
+        shards: where each is -> its identity and its blocks.
+
+    Raises:
+        InputError: as in `joined`.
+    """
+    ordered = sorted(shards.items(), key=lambda each: each[1][1].start)
+    place, identity = check_same([(place, identity) for place, (identity, _) in ordered])
+    end = wanted.start
+    for other, (_, span) in [*ordered, ("", (identity, range(wanted.stop, wanted.stop)))]:
+        if span.start < end:
+            raise InputError(f"{other} has blocks from {span.start} on, which another shard has; remove one")
+        if end < span.start:
+            raise InputError(
+                f"the shard with blocks {end} to {span.start - 1} is missing beside {place}; copy it there or export "
+                "again"
+            )
+        end = span.stop
+
+
+def check_same(identities: Sequence[tuple[str, bytes]]) -> tuple[str, bytes]:
+    """Checks that files are of one export, and returns the first.
+
+    Args:
+        identities: where each is, and its identity.
+
+    Raises:
+        InputError: as in `joined`.
+    """
+    (place, identity), *others = identities
+    for other, found in others:
+        if found != identity:
+            raise InputError(
+                f"{other} is not of the same export as {place}; keep the shards or slices of one export together"
+            )
+    return place, identity
+
+
+def _check_slices(slices: Mapping[Path, Metadata], partial: bool) -> None:
+    """Whether every slice is there once, or none twice."""
+    ordered = sorted(slices.items(), key=lambda each: each[1].slice)
+    place, _ = check_same([(str(path), part.identity) for path, part in ordered])
+    count, seen = ordered[0][1].slices, set[int]()
+    for path, part in ordered:
+        if part.slice in seen:
+            raise InputError(f"{path} is slice {part.slice + 1} of {count}, as another is; remove one")
+        seen.add(part.slice)
+    if not partial and (missing := sorted(set(range(count)) - seen)):
+        raise InputError(f"slice {missing[0] + 1} of {count} is missing beside {place}; copy it there or export again")
+
+
+def _across(slices: Sequence[Metadata]) -> MethodSpec:
+    """The method that runs the halves of these: with the caches' heads one slice after another, and whole logits."""
+    count, vocab_size, one = len(slices), slices[0].config.vocab_size, chained(slices[0].methods)
+
+    def whole(tensor: TensorSpec) -> TensorSpec:
+        if "." in tensor.name:
+            return dataclasses.replace(tensor, shape=(count * tensor.sizes(1)[0], *tensor.shape[1:]))
+        return (
+            dataclasses.replace(tensor, shape=(*tensor.shape[:-1], vocab_size)) if tensor.name == "logits" else tensor
+        )
+
+    inputs, outputs = (tuple(map(whole, found)) for found in (one.inputs, one.outputs))
+    return dataclasses.replace(one, inputs=inputs, outputs=outputs, slice=0, slices=1)
+
+
+def runs(methods: Sequence[MethodSpec]) -> tuple[MethodSpec, ...]:
+    """What of a file a session calls: each method, or the halves of a slice as one."""
+    return (chained(methods),) if methods[0].slices > 1 else tuple(methods)
+
+
+def chained(specs: Sequence[MethodSpec]) -> MethodSpec:
+    """The method that runs these one after another: what it takes and gives, but for what is handed between them."""
+
+    def union(found: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
+        """As in a whole file, all keys stand behind the rest, and all values behind them."""
+        specs = {spec.name: spec for spec in found}.values()
+        return tuple(sorted(specs, key=lambda spec: spec.name[0] if "." in spec.name else ""))
+
+    first, last = specs[0], specs[-1]
+    return dataclasses.replace(
+        first,
+        name=first.name.partition(".")[0],
+        max_rows=last.max_rows,
+        end_layer=last.end_layer,
+        inputs=union(each for spec in specs for each in spec.inputs if each.name != STREAM or spec is first),
+        outputs=union(each for spec in specs for each in spec.outputs if each.name != STREAM or spec is last),
+    )

@@ -1,0 +1,239 @@
+"""The web application: OpenAI's endpoints over a worker, and the page to chat in."""
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from model.errors import InputError
+from runtime.serving.jobs import RESTARTED, Jobs
+from runtime.serving.openai_reply import Reply
+from runtime.serving.openai_request import Model, Order, read_chat, read_completion
+from runtime.serving.request_values import RequestError
+from runtime.serving.scheduler import ClosedError, Worker
+
+RETRY_AFTER = "1"
+"""Seconds after which one who found the queue full may ask again."""
+
+PAGE = Path(__file__).with_name("chat.html")
+
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+_PAGES: dict[str, Any] = {
+    "allow_origin_regex": r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?",
+    "allow_methods": ["GET", "POST"],
+    "allow_headers": ["*"],
+}
+"""Pages that may ask from a browser: those of this machine. Others could make it work for anybody."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may ask what.
+
+    Attributes:
+        api_key: what requests must bring; None lets everybody in.
+        max_body: bytes that a request may have.
+    """
+
+    api_key: str | None
+    max_body: int
+
+
+def create_app(model: Model, worker: Worker, access: Access) -> Starlette:
+    """The application. Who runs it closes the worker."""
+    service = _Service(model, worker, access)
+    routes = [
+        Route("/", service.page),
+        Route("/health", service.health),
+        Route("/v1/models", service.models),
+        Route("/v1/models/{name:path}", service.model),
+        Route("/v1/completions", service.completions, methods=["POST"]),
+        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+    ]
+    handlers: dict[Any, Callable[[Request, Any], Awaitable[Response]]] = {
+        RequestError: _refused,
+        HTTPException: _no_such_endpoint,
+        ClientDisconnect: _nobody_listens,
+        Exception: _failed,
+    }
+    return Starlette(
+        routes=routes,
+        exception_handlers=handlers,
+        middleware=[Middleware(CORSMiddleware, **_PAGES), Middleware(_KeyCheck, access.api_key)],
+    )
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events of some jobs, which are cancelled when it ends, however it does."""
+
+    def __init__(self, events: AsyncIterator[str], jobs: Jobs) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._jobs = jobs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._jobs.cancel()
+
+
+class _Service:
+    """The endpoints."""
+
+    def __init__(self, model: Model, worker: Worker, access: Access) -> None:
+        self._model, self._worker, self._access = model, worker, access
+        self._page = PAGE.read_text(encoding="utf-8")
+
+    async def page(self, request: Request) -> Response:
+        return HTMLResponse(self._page, headers=_PAGE_HEADERS)
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok", **self._worker.counts})
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def model(self, request: Request) -> Response:
+        if (name := request.path_params["name"]) != self._model.name:
+            raise RequestError(404, f"the model {name!r} is not served here", "model", "model_not_found")
+        return JSONResponse(self._described())
+
+    async def completions(self, request: Request) -> Response:
+        return await self._answer(request, read_completion)
+
+    async def chat(self, request: Request) -> Response:
+        return await self._answer(request, read_chat)
+
+    def _described(self) -> dict[str, Any]:
+        model = self._model
+        described = {"id": model.name, "object": "model", "created": model.created, "owned_by": "llama-pte"}
+        return described | {"sampling": dict(model.metadata.sampling)}
+
+    async def _answer(self, request: Request, read: Callable[[bytes, Model], Order]) -> Response:
+        raw = await self._body(request)
+        order = await run_in_threadpool(read, raw, self._model)
+        jobs = Jobs(order, self._worker)
+        reply = Reply(order, self._model, jobs)
+        if order.stream:
+            return _EventStream(_events(jobs, reply), jobs)
+        watch = asyncio.create_task(_watch(request, jobs))
+        try:
+            async for number, step in jobs:
+                reply.take(number, step)
+        except (InputError, ClosedError) as error:
+            raise _told(error) from error
+        finally:
+            watch.cancel()
+            jobs.cancel()
+        return JSONResponse(reply.whole())
+
+    async def _body(self, request: Request) -> bytes:
+        """
+        Raises:
+            RequestError: it is too large.
+        """
+        limit, body = self._access.max_body, bytearray()
+        async for piece in request.stream():
+            body += piece
+            if len(body) > limit:
+                raise RequestError(413, f"the request has more than {limit} bytes; shorten it", code="body_too_large")
+        return bytes(body)
+
+
+async def _watch(request: Request, jobs: Jobs) -> None:
+    """Ends the jobs' steps when the client is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    jobs.fail(ClientDisconnect())
+
+
+async def _events(jobs: Jobs, reply: Reply) -> AsyncIterator[str]:
+    try:
+        for chunk in reply.opening():
+            yield _event(chunk)
+        async for number, step in jobs:
+            for chunk in reply.chunks(number, step):
+                yield _event(chunk)
+    except Exception as error:  # the status is sent already
+        if not isinstance(error, InputError | ClosedError):
+            logging.getLogger(__name__).error("a request failed", exc_info=error)
+        yield _event(_told(error).content)
+        return
+    for chunk in reply.closing():
+        yield _event(chunk)
+    yield "data: [DONE]\n\n"
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def _told(error: Exception) -> RequestError:
+    """What a client is told of an error. Of one that is ours it learns nothing but that."""
+    if isinstance(error, InputError):
+        return RequestError(400, str(error))
+    if isinstance(error, ClosedError):
+        return RequestError(503, RESTARTED)
+    return RequestError(500, "the server failed; its log says why")
+
+
+async def _refused(request: Request, error: RequestError) -> Response:
+    headers = {429: {"Retry-After": RETRY_AFTER}, 413: {"Connection": "close"}}.get(error.status)
+    return JSONResponse(error.content, error.status, headers)
+
+
+async def _no_such_endpoint(request: Request, error: HTTPException) -> Response:
+    message = (
+        f"{request.method} {request.url.path} is no endpoint; see /v1/models, /v1/completions, /v1/chat/completions"
+    )
+    return JSONResponse(RequestError(error.status_code, message).content, error.status_code, error.headers)
+
+
+async def _nobody_listens(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=400)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    told = _told(error)
+    return JSONResponse(told.content, told.status)
+
+
+class _KeyCheck:
+    """Lets only those to /v1 who bring the key. The page is open: a browser cannot bring one before it is there."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._expected is not None and scope["path"].startswith("/v1"):
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                content = RequestError(
+                    401, "the API key is missing or wrong; give the server's", code="invalid_api_key"
+                )
+                response = JSONResponse(content.content, content.status, {"WWW-Authenticate": "Bearer"})
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

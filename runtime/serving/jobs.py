@@ -1,0 +1,100 @@
+"""Jobs: the texts that an order asks for, made by a worker side by side."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from runtime.serving.openai_request import Order
+from runtime.serving.request_values import RequestError
+from runtime.serving.scheduler import ClosedError, Job, QueueFullError, Worker
+from runtime.text.generation import Step
+from runtime.text.sampler import Rng
+
+RESTARTED = "the server ends; ask again when it is back"
+
+
+class Jobs:
+    """An order's jobs, and their steps as they come. Who is done with them, or no longer wants them, cancels.
+
+    At most as many are under way as the worker has sessions. Of one prompt, the others begin when the first has run it,
+    so that they need not run it again.
+    """
+
+    def __init__(self, order: Order, worker: Worker) -> None:
+        """
+        Raises:
+            RequestError: the worker takes no more.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._items = asyncio.Queue[tuple[int, Step] | Exception]()
+        self._worker, self._tries = worker, order.tries
+        self._jobs = [self._job(order, number) for number in range(len(order.texts))]
+        self._submitted = self._ended = 0
+        self._begun = set[int]()  # places of prompts that have been run
+        self._is_cancelled = False
+        try:
+            self._go_on()
+        except QueueFullError:
+            raise RequestError(429, "too many requests wait already; ask again later", code="queue_full") from None
+        except ClosedError:
+            raise RequestError(503, RESTARTED) from None
+
+    @property
+    def cached(self) -> int:
+        """How many tokens of the prompts were not run; known with the last step."""
+        return sum(job.cached for job in self._jobs[:: self._tries])
+
+    def scored(self, prompt: int) -> list[Step]:
+        """A prompt's own steps, where they were asked for; known with the first step behind it."""
+        return self._jobs[prompt * self._tries].scored
+
+    def fail(self, error: Exception) -> None:
+        """Ends the steps by an error."""
+        self._items.put_nowait(error)
+
+    def cancel(self) -> None:
+        """Gives up what is not done."""
+        self._is_cancelled = True
+        for job in self._jobs[: self._submitted]:
+            self._worker.cancel(job)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Step]]:
+        """The steps as they come, each with the place of its text."""
+        while self._ended < len(self._jobs) or not self._items.empty():
+            item = await self._items.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    def _job(self, order: Order, number: int) -> Job:
+        text = order.texts[number]
+        scores = order.logprobs if order.scores_prompts and number % order.tries == 0 else None
+
+        def deliver(item: Step | Exception) -> None:
+            if not self._loop.is_closed():  # else nobody is left who waits
+                self._loop.call_soon_threadsafe(self._take, number, item)
+
+        prompt = order.prompts[text.prompt]
+        return Job(prompt, order.options, Rng(text.seed), text.constraint, deliver, scores)
+
+    def _take(self, number: int, item: Step | Exception) -> None:
+        """What a job delivers."""
+        if isinstance(item, Exception):
+            self.fail(item)
+            return
+        self._items.put_nowait((number, item))
+        self._begun.add(number // self._tries)
+        self._ended += item.finish_reason is not None
+        if not self._is_cancelled:
+            try:
+                self._go_on()
+            except ClosedError as error:
+                self.fail(error)
+
+    def _go_on(self) -> None:
+        """Submits what can be under way now."""
+        while self._submitted < min(len(self._jobs), self._ended + self._worker.sessions):
+            prompt, place = divmod(self._submitted, self._tries)
+            if place and prompt not in self._begun:
+                return
+            self._worker.submit(self._jobs[self._submitted], is_more=self._submitted > 0)
+            self._submitted += 1

@@ -1,0 +1,136 @@
+"""Messages, and the functions that a model may call, in OpenAI's form, read and checked."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from preproc.chat_template import ASSISTANT, SYSTEM
+from runtime.serving.request_values import Values, refuse, shown
+from runtime.serving.tool_prompt import TOOL, Described
+
+_FORM = '{"type": "function", "function": {"name": "..."}}'
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What may be called.
+
+    Attributes:
+        given: the functions, as OpenAI's API describes them; there may be none.
+        required: those of which one must be called; None where the model chooses whether to call any.
+        several: whether an answer may have more than one call.
+    """
+
+    given: tuple[Described, ...] = ()
+    required: tuple[Described, ...] | None = None
+    several: bool = True
+
+    @property
+    def names(self) -> list[str]:
+        """The functions' names."""
+        return [str(tool["function"]["name"]) for tool in self.given]
+
+
+def read_tools(values: Values) -> Tools:
+    """The functions of a request, and which of them to call.
+
+    Raises:
+        RequestError: they are malformed.
+    """
+    choice, several = values.get("tool_choice", "auto"), values.flag("parallel_tool_calls", True)
+    if choice == "none":
+        return Tools()
+    given = values.get("tools", [])
+    if not isinstance(given, list):
+        refuse("tools", f"tools {shown(given)} is no list of functions; give one")
+    tools = Tools(tuple(_tool(each) for each in given), several=several)
+    if repeated := next((name for name in tools.names if tools.names.count(name) > 1), None):
+        refuse("tools", f"tools has {shown(repeated)} more than once; give each function a name of its own")
+    if choice == "auto":
+        return tools
+    if choice == "required":
+        if not given:
+            refuse("tool_choice", 'tool_choice "required" is impossible without tools; give some, or leave it out')
+        return Tools(tools.given, tools.given, several)
+    name = _name(choice)
+    if name is None:
+        refuse("tool_choice", f"tool_choice {shown(choice)} is unknown; give none, auto, required or {_FORM}")
+    if name not in tools.names:
+        known = ", ".join(map(shown, tools.names)) or "it in tools, too"
+        refuse("tool_choice", f"tool_choice names {shown(name)}, which is none of the tools; give {known}")
+    return Tools(tools.given, (tools.given[tools.names.index(name)],), False)
+
+
+def read_messages(values: Values) -> list[Described]:
+    """The messages of a request.
+
+    Raises:
+        RequestError: they are malformed.
+    """
+    given = values.get("messages")
+    if not isinstance(given, list) or not given:
+        refuse("messages", f"messages {shown(given)} is no list of messages; give at least one")
+    return [_message(each) for each in given]
+
+
+def _name(value: Any) -> str | None:
+    """The name of the function that an object is about, where it is about one."""
+    if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(value.get("function"), dict):
+        return None
+    name = value["function"].get("name")
+    return name if isinstance(name, str) and name else None
+
+
+def _tool(value: Any) -> Described:
+    """A function that may be called."""
+    name = _name(value)
+    if name is None:
+        refuse("tools", f"tools has {shown(value)}, which describes no function; give {_FORM}")
+    parameters, text = (value["function"].get(key) for key in ("parameters", "description"))
+    if parameters is not None and not isinstance(parameters, dict):
+        refuse("tools", f"tools has {shown(name)} with the parameters {shown(parameters)}; give a JSON schema's object")
+    if text is not None and not isinstance(text, str):
+        refuse("tools", f"tools has {shown(name)} with the description {shown(text)}; give a text")
+    return value
+
+
+def _message(value: Any) -> Described:
+    """One message; a content may come as a list of texts, and beside calls not at all."""
+    role = value.get("role") if isinstance(value, dict) else None
+    if not isinstance(role, str):
+        refuse("messages", f"the message {shown(value)} has no role; give system, user or assistant")
+    content, calls = value.get("content"), value.get("tool_calls") if role == ASSISTANT else None
+    message: dict[str, Any] = {"role": SYSTEM if role == "developer" else role}
+    if content is not None or not calls:
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list) or not all(_is_text(part) for part in parts):
+            refuse("messages", f"the content {shown(content)} is no text; give only texts")
+        message["content"] = "".join(part["text"] for part in parts)
+    if calls:
+        if not isinstance(calls, list):
+            refuse("messages", f"the message has tool_calls {shown(calls)}; give a list of calls")
+        message["tool_calls"] = [_call(call) for call in calls]
+    if role == TOOL:
+        message |= {key: value[key] for key in ("tool_call_id", "name") if isinstance(value.get(key), str)}
+    return message
+
+
+def _call(value: Any) -> dict[str, Any]:
+    """A call that was made, its arguments as an object, as templates want them."""
+    name = _name({"type": "function"} | value) if isinstance(value, dict) else None
+    if name is None:
+        refuse("messages", f"tool_calls has {shown(value)}, which calls no function; give {_FORM}")
+    arguments = value["function"].get("arguments") or {}
+    try:
+        found = json.loads(arguments) if isinstance(arguments, str) else arguments
+        json.dumps(found, ensure_ascii=False).encode()  # which half a surrogate pair fails
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        refuse("messages", f"tool_calls has the arguments {shown(arguments)} for {shown(name)}; give an object as JSON")
+    id = {"id": value["id"]} if isinstance(value.get("id"), str) else {}
+    return {**id, "type": "function", "function": {"name": name, "arguments": found}}
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)

@@ -1,0 +1,237 @@
+"""Answers in OpenAI's form: Reply turns steps into JSON, whole or in chunks."""
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from preproc.chat_template import ASSISTANT
+from preproc.tokenizer import Tokenizer
+from runtime.serving.jobs import Jobs
+from runtime.serving.openai_request import Model, Order
+from runtime.serving.tool_calls import Call, CallReader
+from runtime.text.generation import Step
+
+
+class Reply:
+    """The answer to one order."""
+
+    def __init__(self, order: Order, model: Model, jobs: Jobs) -> None:
+        """
+        Args:
+            jobs: those of the order, whose steps are given to `take` or `chunks`.
+        """
+        self._order, self._model, self._jobs = order, model, jobs
+        self._id = f"{'chatcmpl' if order.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+        self._fingerprint = f"fp_{model.metadata.identity.hex()[:12]}"
+        names = _Names(model.tokenizer)
+        self._texts = [_Told(order, number, names) for number in range(len(order.texts))]
+
+    def take(self, number: int, step: Step) -> None:
+        """Takes the next step of the text at that place."""
+        self._texts[number].steps.append(step)
+
+    def whole(self) -> dict[str, Any]:
+        """All in one object."""
+        choices = [
+            {"index": index, **text.whole(self._jobs.scored(text.prompt))} for index, text in enumerate(self._chosen())
+        ]
+        kind = "chat.completion" if self._order.is_chat else "text_completion"
+        return self._object(kind, choices) | {"usage": self._usage()}
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """What a stream begins with."""
+        if self._order.is_chat:
+            for index in range(len(self._texts)):
+                yield self._chunk(index, {"delta": {"role": ASSISTANT, "content": ""}})
+
+    def chunks(self, number: int, step: Step) -> Iterator[dict[str, Any]]:
+        """What a stream tells of a step: what it says, if anything, and then that it was the last, if it was."""
+        self.take(number, step)
+        text = self._texts[number]
+        for content, logprobs, finish_reason in text.latest(self._jobs.scored(text.prompt)):
+            yield self._chunk(number, content, logprobs, finish_reason)
+
+    def closing(self) -> Iterator[dict[str, Any]]:
+        """What a stream ends with."""
+        if self._order.include_usage:
+            yield self._object(self._chunk_kind, []) | {"usage": self._usage()}
+
+    def _chosen(self) -> Iterator["_Told"]:
+        """The likeliest texts of each prompt: all, or those whose tokens' mean log-probability is highest."""
+        order = self._order
+        for start in range(0, len(self._texts), order.tries):
+            texts = self._texts[start : start + order.tries]
+            if order.choices < order.tries:
+                texts = sorted(texts, key=_Told.likelihood, reverse=True)[: order.choices]
+            yield from texts
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self._order.is_chat else "text_completion"
+
+    def _chunk(
+        self,
+        index: int,
+        content: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
+    ) -> dict[str, Any]:
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+        chunk = self._object(self._chunk_kind, [choice])
+        return chunk | {"usage": None} if self._order.include_usage else chunk
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model.name,
+            "system_fingerprint": self._fingerprint,
+            "choices": choices,
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        prompts = sum(map(len, self._order.prompts))
+        made = 0 if self._order.is_silent else sum(len(text.steps) for text in self._texts)
+        return {
+            "prompt_tokens": prompts,
+            "completion_tokens": made,
+            "total_tokens": prompts + made,
+            "prompt_tokens_details": {"cached_tokens": self._jobs.cached},
+        }
+
+
+class _Told:
+    """One text, and what has been told of it.
+
+    Attributes:
+        steps: all until now.
+        prompt: the place of its prompt.
+    """
+
+    def __init__(self, order: Order, number: int, names: "_Names") -> None:
+        self._order, self._names = order, names
+        self.prompt = order.texts[number].prompt
+        self.steps = list[Step]()
+        self._length = 0  # of what logprobs were told of
+        self._calls = 0
+        self._reader = CallReader(order.form, order.names) if order.form else None
+
+    def likelihood(self) -> float:
+        """The mean log-probability of its tokens."""
+        return sum(step.logprob or 0.0 for step in self.steps) / len(self.steps)
+
+    def whole(self, scored: Sequence[Step]) -> dict[str, Any]:
+        """A choice of an answer that comes as a whole."""
+        logprobs = self._logprobs(scored, self.steps)
+        if not self._order.is_chat:
+            text = self._echo() + "".join(map(self._text, self.steps))
+            return {"text": text, "logprobs": logprobs, "finish_reason": self._finish_reason()}
+        said = [each for step in self.steps for each in self._read(step)]
+        calls = [self._told_call(each) for each in said if isinstance(each, Call)]
+        text = "".join(each for each in said if isinstance(each, str))
+        message: dict[str, Any] = {"role": ASSISTANT, "content": text if text or not calls else None, "refusal": None}
+        message |= {"tool_calls": calls} if calls else {}
+        return {"message": message, "logprobs": logprobs, "finish_reason": self._finish_reason()}
+
+    def latest(self, scored: Sequence[Step]) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None, str | None]]:
+        """The chunks of the latest step: what it says, logprobs and why the text ended, each if any."""
+        step, is_chat = self.steps[-1], self._order.is_chat
+        if len(self.steps) == 1 and self._order.echoes:
+            yield {"text": self._echo()}, self._logprobs(scored, []), None
+        logprobs = self._logprobs((), [step])
+        said = self._read(step) if is_chat else [text] if (text := self._text(step)) else []
+        if not said and logprobs and not step.finish_reason:
+            said = [""]
+        for each in said:
+            content: dict[str, Any] = {"delta": {"content": each}} if is_chat else {"text": each}
+            if isinstance(each, Call):
+                content = {"delta": {"tool_calls": [{"index": self._calls, **self._told_call(each)}]}}
+            yield content, logprobs, None
+            logprobs = None
+        if step.finish_reason:
+            yield {"delta": {}} if is_chat else {"text": ""}, logprobs, self._finish_reason()
+
+    def _text(self, step: Step) -> str:
+        return "" if self._order.is_silent else step.text
+
+    def _echo(self) -> str:
+        return self._order.echoes[self.prompt] if self._order.echoes else ""
+
+    def _finish_reason(self) -> str | None:
+        reason = self.steps[-1].finish_reason
+        if self._order.is_silent:
+            return "length"
+        return "tool_calls" if reason == "stop" and self._calls else reason
+
+    def _read(self, step: Step) -> Sequence[str | Call]:
+        """What is certain of an answer now: texts, none of them empty, and calls."""
+        if self._reader is None:
+            return [step.text] if step.text else []
+        said = self._reader.add(step.text)
+        return said + self._reader.finish() if step.finish_reason else said
+
+    def _told_call(self, call: Call) -> dict[str, Any]:
+        assert self._order.form, "without a form no calls are read"
+        self._calls += 1
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": self._order.form.new_id(), "type": "function", "function": function}
+
+    def _logprobs(self, scored: Sequence[Step], steps: Sequence[Step]) -> dict[str, Any] | None:
+        """Those of the prompt, and of the steps whose tokens are part of the text."""
+        if self._order.logprobs is None:
+            return None
+        made = [] if self._order.is_silent else steps
+        told = [*scored, *(step for step in made if step.token not in self._order.options.stop_ids)]
+        if self._order.is_chat:
+            return {"content": [self._names.entry(step) for step in told], "refusal": None} if told else None
+        offsets = list[int]()
+        for step in told:
+            offsets.append(self._length)
+            self._length += len(step.text)
+        return {
+            "tokens": [self._names.of(step.token) for step in told],
+            "token_logprobs": [step.logprob for step in told],
+            "top_logprobs": [None if step.logprob is None else self._names.likeliest(step) for step in told],
+            "text_offset": offsets,
+        }
+
+
+class _Names:
+    """What tokens are called."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def of(self, token: int) -> str:
+        """A token's text, or what OpenAI writes for one that is no whole text."""
+        piece = self._bytes(token)
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+    def likeliest(self, step: Step) -> dict[str, float]:
+        """The likeliest tokens in a step's place; of several with one text, the likelier."""
+        found = dict[str, float]()
+        for token, value in step.top_logprobs:
+            found.setdefault(self.of(token), value)
+        return found
+
+    def entry(self, step: Step) -> dict[str, Any]:
+        """A step's tokens as chats have them."""
+        own = self._likely(step.token, step.logprob)
+        return own | {"top_logprobs": [self._likely(token, value) for token, value in step.top_logprobs]}
+
+    def _likely(self, token: int, logprob: float | None) -> dict[str, Any]:
+        return {"token": self.of(token), "logprob": logprob, "bytes": list(self._bytes(token))}
+
+    def _bytes(self, token: int) -> bytes:
+        return self._specials.get(token) or self._tokenizer.piece(token, first=False)
+
+    @cached_property
+    def _specials(self) -> dict[int, bytes]:
+        return {token: text.encode() for text, token in self._tokenizer.specials.items()}

@@ -1,0 +1,259 @@
+"""Calls of functions in what a model says: the forms that checkpoints write them in, read, written and as a grammar."""
+
+import json
+import secrets
+import string
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from runtime.text.constraint import json_rule
+
+_BETWEEN = " \t\r\n;,"
+"""What may stand between calls."""
+
+_NOTHING: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+"""The arguments of a function that says of none."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a function.
+
+    Attributes:
+        name: the function's.
+        arguments: an object, as JSON.
+    """
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Form:
+    """How calls are written: objects of JSON with a name and arguments.
+
+    Attributes:
+        opening: what stands before one, or before all where they are listed.
+        closing: what stands behind one; empty for nothing.
+        key: what the arguments are called.
+        is_listed: whether calls are a list behind one opening, which ends the answer.
+        is_bare: whether an answer may be a call without an opening.
+        id_length: of the ids that calls are given, letters and digits; None for OpenAI's.
+    """
+
+    opening: str
+    closing: str = ""
+    key: str = "arguments"
+    is_listed: bool = False
+    is_bare: bool = False
+    id_length: int | None = None
+
+    def new_id(self) -> str:
+        """A call's id, which is none's that was before."""
+        if self.id_length is None:
+            return f"call_{secrets.token_hex(12)}"
+        return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(self.id_length))
+
+    def written(self, calls: Sequence[tuple[str, Any]]) -> str:
+        """Calls, each a name and its arguments, as a model of this form says them."""
+        objects = [json.dumps({"name": name, self.key: given}, ensure_ascii=False) for name, given in calls]
+        if self.is_listed:
+            return f"{self.opening}[{', '.join(objects)}]{self.closing}"
+        if self.is_bare:
+            return "\n".join(objects)
+        return "\n".join(f"{self.opening}\n{each}\n{self.closing}" for each in objects)
+
+    def shown_ids(self, specials: Mapping[str, int]) -> tuple[int, ...]:
+        """The special tokens that stand for opening and closing: the text must show them to be read."""
+        return tuple(specials[text] for text in (self.opening, self.closing) if text in specials)
+
+
+HERMES = Form("<tool_call>", "</tool_call>")
+"""Of Hermes 2 Pro, Qwen 2.5 and 3, and SmolLM; and of checkpoints that were taught none."""
+
+LLAMA3 = Form("<|python_tag|>", key="parameters", is_bare=True)
+"""Of Llama 3.1, 3.2 and 3.3."""
+
+MISTRAL = Form("[TOOL_CALLS]", is_listed=True, id_length=9)
+"""Of Mistral v0.3 and Nemo, whose templates refuse ids of another length."""
+
+GRANITE = Form("<|tool_call|>", "<|/tool_call|>", is_listed=True)
+"""Of Granite 3 and, with the closing, Phi-4-mini."""
+
+
+def form_of(source: str) -> Form:
+    """The form that a template's text speaks of; Hermes' where it speaks of none."""
+    if '"parameters": dictionary' in source:  # as Llama 3.2 is told, whose other tags depend on the turn
+        return LLAMA3
+    return next((form for form in (MISTRAL, GRANITE, LLAMA3) if form.opening in source), HERMES)
+
+
+def call_rules(form: Form, functions: Sequence[Mapping[str, Any]], several: bool, specials: Mapping[str, int]) -> str:
+    """The rule `calls` of a grammar, in llguidance's Lark, with those that it needs: one call of one of some functions,
+    or several.
+
+    Args:
+        functions: as OpenAI's API describes them; arguments are as their parameters say.
+        specials: of the tokenizer, which an opening may be one of.
+    """
+    opening = f"<[{specials[form.opening]}]>" if form.opening in specials else json.dumps(form.opening)
+    closing = f"<[{specials[form.closing]}]>" if form.closing in specials else json.dumps(form.closing)
+    if form.is_listed:
+        more = '(", " object)*' if several else ""
+        rules = [f'calls: {opening} " "? "[" object {more} "]"']
+    elif form.is_bare:
+        rules = ["calls: object"]
+    else:
+        more = '("\\n" call)*' if several else ""
+        rules = [f"calls: call {more}", f'call: {opening} "\\n" object "\\n" {closing}']
+    rules.append("object: " + " | ".join(f"object_{i}" for i in range(len(functions))))
+    for i, function in enumerate(functions):
+        head = json.dumps(f'{{"name": {json.dumps(function["name"])}, "{form.key}": ')
+        rules += [f'object_{i}: {head} arguments_{i} "}}"']
+        rules += [f"arguments_{i}: {json_rule(function.get('parameters') or _NOTHING)}"]
+    return "\n".join(rules)
+
+
+class CallReader:
+    """Reads an answer piece by piece: what is text, and what are calls.
+
+    What may be the beginning of a call is held back until it is certain. What turns out to be none is text.
+    """
+
+    def __init__(self, form: Form, names: Collection[str]) -> None:
+        """
+        Args:
+            names: of the functions; a call without an opening is one only of these.
+        """
+        self._form, self._names = form, names
+        self._held = ""
+        self._is_open = False
+        self._is_bare = form.is_bare  # whether the next character may open a call
+        self._calls = 0
+
+    def add(self, text: str) -> list[str | Call]:
+        """Takes the next piece; what is certain now."""
+        self._held += text
+        return list(self._certain())
+
+    def finish(self) -> list[str | Call]:
+        """Ends the answer; what was held back."""
+        held, self._held = self._held, ""
+        if self._is_open:
+            return list(self._told(held))
+        held = held.rstrip() if self._calls else held
+        return [held] if held else []
+
+    def _certain(self) -> Iterator[str | Call]:
+        while True:
+            if self._is_open:
+                end = self._end()
+                if end is None:
+                    return
+                yield from self._told(self._held[:end])
+                self._held, self._is_open = self._held[end:], False
+                continue
+            if self._is_bare and (self._held.lstrip() or "{")[0] == "{":
+                if not self._held.strip():
+                    return
+                self._is_open = True
+                continue
+            start = self._held.find(self._form.opening)
+            self._is_open = start >= 0
+            yield from self._text(self._held[:start].rstrip() if self._is_open else self._plain())
+            self._held = self._held[start:] if self._is_open else self._held
+            if not self._is_open:
+                return
+
+    def _plain(self) -> str:
+        """Takes what cannot belong to an opening off what is held: white space before one falls away."""
+        held, opening = self._held, self._form.opening
+        begun = max(len(held) - len(opening) + 1, 0)
+        while begun < len(held) and not opening.startswith(held[begun:]):
+            begun += 1
+        begun = len(held[:begun].rstrip())
+        self._held = held[begun:]
+        return held[:begun]
+
+    def _text(self, text: str) -> Iterator[str]:
+        if text:
+            self._is_bare = False
+            yield text
+
+    def _end(self) -> int | None:
+        """Where the call ends that is held; None where that is not known yet."""
+        opening, closing = self._form.opening, self._form.closing
+        if not closing or self._form.is_listed:
+            return None
+        end = first = self._held.find(closing)
+        while end >= 0:
+            if self._read(self._held[len(opening) : end])[0]:
+                return end + len(closing)
+            end = self._held.find(closing, end + 1)
+        if first < 0 or _is_in_a_string(self._held[len(opening) : first]):
+            return None
+        return first + len(closing)
+
+    def _told(self, text: str) -> Iterator[str | Call]:
+        """The calls of a text that has been opened, and what is behind them; or the text, where there are none."""
+        calls, rest = self._read(text)
+        self._calls += len(calls)
+        self._is_bare = False
+        yield from calls
+        if rest := rest.strip() if calls else text:
+            yield rest
+
+    def _read(self, text: str) -> tuple[list[Call], str]:
+        """The calls that a text begins with, and what is behind them."""
+        calls, is_bare = list[Call](), not text.lstrip().startswith(self._form.opening) and self._form.is_bare
+        while rest := self._unmarked(text):
+            try:
+                value, end = _JSON.raw_decode(rest)
+                found = [self._call(each, is_bare) for each in (value if isinstance(value, list) else [value])]
+            except (ValueError, RecursionError):
+                return calls, text
+            calls += found
+            text = rest[end:]
+        return calls, ""
+
+    def _unmarked(self, text: str) -> str:
+        """The text without what stands before the next call."""
+        for mark in (self._form.closing, self._form.opening):
+            text = text.lstrip(_BETWEEN).removeprefix(mark)
+        return text.lstrip(_BETWEEN)
+
+    def _call(self, value: Any, is_bare: bool) -> Call:
+        """
+        Raises:
+            ValueError: it is none.
+        """
+        name = value.get("name") if isinstance(value, dict) else None
+        if not isinstance(name, str) or not name or (is_bare and name not in self._names):
+            raise ValueError(f"{name} is no function's name")
+        given = value.get("arguments", value.get("parameters", {}))
+        if isinstance(given, str):
+            given = _JSON.decode(given)
+        if not isinstance(given, dict):
+            raise ValueError(f"{given} are no arguments")
+        arguments = json.dumps(given, ensure_ascii=False, allow_nan=False)
+        (name + arguments).encode()  # which half a surrogate pair fails
+        return Call(name, arguments)
+
+
+def _is_in_a_string(text: str) -> bool:
+    """Whether JSON ends inside a string."""
+    try:
+        _JSON.decode(text.strip())
+    except json.JSONDecodeError as error:
+        return error.msg.startswith("Unterminated string")
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+_JSON = json.JSONDecoder(strict=False, parse_constant=_no_number)

@@ -1,0 +1,306 @@
+"""generate(): a text one typed step at a time."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from model.errors import InputError
+from preproc.tokenizer import StreamDecoder, Tokenizer
+from runtime.engine.session import Session
+from runtime.text.constraint import Constraint
+from runtime.text.sampler import Rng, SamplingOptions, logprobs, sample
+from runtime.text.speculative import Drafter
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token.
+
+    Attributes:
+        token: its id.
+        text: the text it completes; empty while a UTF-8 character is open or a stop string may have begun, and for a
+            stop token, but for what was held back until then.
+        finish_reason: "stop" after a stop token or a stop string, "length" when max_new_tokens or the context is used
+            up, else None.
+        logprob: the logarithm of its probability in the model's own distribution, before any option of the sampler;
+            None where GenerationOptions.logprobs is.
+        top_logprobs: the likeliest tokens there, as many as GenerationOptions.logprobs says, each with its own.
+    """
+
+    token: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to choose tokens and when to end.
+
+    Attributes:
+        sampling: see `SamplingOptions`.
+        max_new_tokens: None for as many as the context holds.
+        stop_ids: ids that end the text.
+        stop_strings: texts that end it, too; see `StopFilter`.
+        logprobs: of how many of the likeliest tokens each step tells the probability; None to tell not even its own.
+        on_full: what happens where the context is used up: "stop", or "slide", see `Session.slide`.
+        shown_ids: special tokens that the text shows, as what they are called; others it does not.
+    """
+
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    max_new_tokens: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    logprobs: int | None = None
+    on_full: Literal["stop", "slide"] = "stop"
+    shown_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise InputError(f"--max-new-tokens {self.max_new_tokens} is impossible; give 1 or more")
+        if "" in self.stop_strings:
+            raise InputError("--stop '' is impossible; give at least one character")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise InputError(f"--logprobs {self.logprobs} is impossible; give 0 or more")
+
+
+class StopFilter:
+    """Lets a text through, piece by piece, up to the first of some strings: the one that begins earliest.
+
+    What may be the beginning of one is held back until it is certain. So what was let through never depends on where
+    the text was cut.
+
+    Attributes:
+        stopped: whether the text has come to one of the strings.
+    """
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self._stops = tuple(stop_strings)
+        self._longest = max(map(len, self._stops), default=0)
+        self._held = ""
+        self.stopped = False
+
+    def add(self, text: str) -> str:
+        """Takes the next piece; what can be given out now."""
+        self._held += "" if self.stopped else text
+        begun = max(len(self._held) - self._longest + 1, 0)
+        while begun < len(self._held) and not any(stop.startswith(self._held[begun:]) for stop in self._stops):
+            begun += 1
+        found = self._found()
+        self.stopped = self.stopped or (found is not None and found <= begun)
+        given = self._held[: found if self.stopped else begun]
+        self._held = "" if self.stopped else self._held[begun:]
+        return given
+
+    def finish(self) -> str:
+        """Ends the text; what was held back."""
+        found = self._found()
+        self.stopped = self.stopped or found is not None
+        given, self._held = self._held[:found], ""
+        return given
+
+    def _found(self) -> int | None:
+        """Where the first string begins that is there as a whole."""
+        return min((i for i in map(self._held.find, self._stops) if i >= 0), default=None)
+
+
+class Chooser:
+    """Chooses one text's tokens from the logits before them.
+
+    Attributes:
+        tokens: the prompt and what was chosen.
+    """
+
+    def __init__(
+        self, prompt: Sequence[int], options: SamplingOptions, rng: Rng, constraint: Constraint | None = None
+    ) -> None:
+        """Starts behind `prompt`; the text must be as `constraint` says, see `runtime.text.constraint`."""
+        self.tokens = list(prompt)
+        self._options, self._rng, self._constraint = options, rng, constraint
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token, from logits [V]."""
+        allowed = self._constraint.allowed() if self._constraint else None
+        token = sample(logits, self._options, self._rng, self.tokens, allowed)
+        self._take(token)
+        return token
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Goes on as if it had just chosen these."""
+        for token in tokens:
+            if self._options.temperature:
+                self._rng.coin()
+            self._take(token)
+
+    def _take(self, token: int) -> None:
+        self.tokens.append(token)
+        if self._constraint:
+            self._constraint.take(token)
+
+
+class Teller:
+    """Tells what the tokens of one text say, and when it ends."""
+
+    def __init__(self, prompt: Sequence[int], options: GenerationOptions, tokenizer: Tokenizer | None = None) -> None:
+        """Starts behind `prompt`.
+
+        Args:
+            tokenizer: turns tokens to text; None for steps without.
+
+        Raises:
+            InputError: an option needs what is not there.
+        """
+        if options.stop_strings and tokenizer is None:
+            raise InputError(
+                f"--stop {options.stop_strings[0]!r} needs a tokenizer, and the file carries none; leave it out"
+            )
+        self._options, self._told = options, 0
+        self._decoder = StreamDecoder(tokenizer, prompt) if tokenizer else None
+        self._stops = StopFilter(options.stop_strings)
+        specials = tokenizer.specials if tokenizer and options.shown_ids else {}
+        self._shown = {token: text for text, token in specials.items() if token in options.shown_ids}
+
+    def tell(self, token: int, full: bool) -> Step:
+        """The step of the token that was chosen.
+
+        Args:
+            full: whether the context has no room for another token.
+        """
+        options = self._options
+        self._told += 1
+        stop = token in options.stop_ids
+        end = stop or self._told == options.max_new_tokens or (full and options.on_full == "stop")
+        text = ""
+        if self._decoder and not stop:
+            text = self._stops.add(self._shown.get(token) or self._decoder.add(token))
+        if end and self._decoder:
+            text += self._stops.add(self._decoder.finish()) + self._stops.finish()
+        if end or self._stops.stopped:
+            return Step(token, text, "stop" if stop or self._stops.stopped else "length")
+        return Step(token, text)
+
+
+class Generation:
+    """Makes one text: chooses its tokens, and tells them."""
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        options: GenerationOptions,
+        rng: Rng,
+        tokenizer: Tokenizer | None = None,
+        constraint: Constraint | None = None,
+    ) -> None:
+        """See `Chooser` and `Teller`."""
+        self._teller = Teller(prompt, options, tokenizer)
+        self._chooser = Chooser(prompt, options.sampling, rng, constraint)
+        self._logprobs = options.logprobs
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt and what was chosen."""
+        return self._chooser.tokens
+
+    def take(self, logits: Tensor, full: bool) -> Step:
+        """The next step, from logits [V]; `full` as in `Teller.tell`."""
+        step = self._teller.tell(self._chooser.choose(logits), full)
+        if self._logprobs is None:
+            return step
+        logprob, top = logprobs(logits, step.token, self._logprobs)
+        return replace(step, logprob=logprob, top_logprobs=top)
+
+
+def generate(
+    session: Session,
+    prompt: Sequence[int],
+    options: GenerationOptions,
+    rng: Rng,
+    tokenizer: Tokenizer | None = None,
+    constraint: Constraint | None = None,
+    drafter: Drafter | None = None,
+) -> Iterator[Step]:
+    """Makes the session's text the prompt and yields what follows it. Of an older text in the session, what the prompt
+    begins with is not run again.
+
+    Of P prompt tokens in a context of T, T - P + 1 tokens can follow: the last needs no place of its own. Where
+    `options.on_full` is "slide" there is no such limit.
+
+    Args:
+        tokenizer, constraint: see `Generation`.
+        drafter: guesses, which change nothing but the time it takes; see `runtime.text.speculative`.
+
+    Raises:
+        InputError: the prompt is empty or does not fit, see `Session.prefill`; or an option needs what is not there.
+    """
+    generation = Generation(prompt, options, rng, tokenizer, constraint)
+    logits = session.restart(prompt)
+    check_ids(options.sampling, len(logits))
+    steps = [generation.take(logits, session.position == session.capacity)]
+    while True:
+        yield from steps
+        if steps[-1].finish_reason:
+            return
+        if session.position == session.capacity:
+            session.slide()
+        steps = _next(session, generation, drafter)
+
+
+def _next(session: Session, generation: Generation, drafter: Drafter | None) -> list[Step]:
+    """The step behind the token just chosen, and as many more as the drafter guessed rightly."""
+    token, room = generation.tokens[-1], min(session.max_proposed, session.capacity - session.position) - 1
+    guess = drafter.guess(generation.tokens, room) if drafter and room > 0 else []
+    if not guess:
+        return [generation.take(session.decode(token), session.position == session.capacity)]
+    steps = list[Step]()
+    for logits, guessed in zip(session.propose([token, *guess]), [*guess, None], strict=True):
+        steps.append(generation.take(logits, session.position + len(steps) + 1 == session.capacity))
+        if steps[-1].finish_reason or steps[-1].token != guessed:
+            break
+    session.accept(len(steps))
+    return steps
+
+
+def score(
+    session: Session, prompt: Sequence[int], count: int, tokenizer: Tokenizer | None = None
+) -> Iterator[list[Step]]:
+    """Makes the session's text the prompt, but for its last token, and yields the prompt's tokens as if they had been
+    generated: as many at a time as come of a step. The first has no probability.
+
+    Args:
+        count: of how many of the likeliest tokens each step tells the probability.
+    """
+    session.reset()
+    decoder = StreamDecoder(tokenizer) if tokenizer else None
+
+    def text(token: int) -> str:
+        return decoder.add(token) if decoder else ""
+
+    yield [Step(prompt[0], text(prompt[0]))]
+    while (start := session.position) < len(prompt) - 1:
+        end = min(start + session.chunk, len(prompt) - 1)
+        steps = list[Step]()
+        for row, token in zip(session.extend(prompt[start:end], end - start), prompt[start + 1 : end + 1], strict=True):
+            logprob, top = logprobs(row, token, count)
+            steps.append(Step(token, text(token), None, logprob, top))
+        yield steps
+
+
+def told(steps: Sequence[Step]) -> dict[str, Any]:
+    """A whole text as JSON's types: its ids, what they say, and why it ended."""
+    return {
+        "token_ids": [step.token for step in steps],
+        "text": "".join(step.text for step in steps),
+        "finish_reason": steps[-1].finish_reason,
+    }
+
+
+def check_ids(options: SamplingOptions, vocab_size: int) -> None:
+    """Raises:
+    InputError: logit_bias has an id that is not in the vocabulary.
+    """
+    for token in options.logit_bias:
+        if token >= vocab_size:
+            raise InputError(f"logit-bias {token} is impossible; ids run from 0 to {vocab_size - 1}")

@@ -1,0 +1,77 @@
+"""Prompts: read from flags and files, and turned into ids."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from model.errors import InputError
+from runtime.engine.program import Program
+
+
+def prompt_ids(program: Program, text: str, parse_special: bool = False) -> list[int]:
+    """The ids of a prompt, BOS first where the model has one; see `Tokenizer.encode` for parse_special.
+
+    Raises:
+        InputError: the file carries no tokenizer.
+    """
+    if program.tokenizer is None:
+        raise InputError("the file carries no tokenizer; give --prompt-ids, or export again with --tokenizer")
+    bos_id = program.metadata.bos_id
+    text = text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+    return ([] if bos_id is None else [bos_id]) + program.tokenizer.encode(text, parse_special)
+
+
+def read_text(path: Path) -> str:
+    """A file's text, or what comes in by standard input for `-`, without the mark that editors may write before it.
+    Invalid UTF-8 becomes U+FFFD.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give a text file") from error
+    return content.decode("utf-8-sig", "replace")
+
+
+def read_prompts(path: Path, program: Program) -> list[Sequence[int] | InputError]:
+    """The ids of each prompt in a file, or what is wrong with it.
+
+    Raises:
+        InputError: the file cannot be read, or has no prompts.
+    """
+    text = read_text(path)
+    lines = {number: line.removesuffix("\r") for number, line in enumerate(text.split("\n"), 1) if line.strip()}
+    if not lines:
+        raise InputError(f"{path} has no prompts; give one in each line")
+    first = next(iter(lines.values()))
+    if path.suffix == ".jsonl" or isinstance(_object(first), dict):
+        return [_ids(number, _object(line), program) for number, line in lines.items()]
+    return [_ids(number, {"prompt": line}, program) for number, line in lines.items()]
+
+
+def _object(line: str) -> Any:
+    """What a line of JSON holds, or what is wrong with it."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return InputError(f"is no JSON ({error})")
+
+
+def _ids(number: int, prompt: Any, program: Program) -> Sequence[int] | InputError:
+    if isinstance(prompt, InputError):
+        return InputError(f"line {number} {prompt}; give an object in each line")
+    text, ids = (prompt.get(key) if isinstance(prompt, dict) else None for key in ("prompt", "prompt_ids"))
+    if isinstance(ids, list) and all(type(token) is int for token in ids):
+        return ids
+    if not isinstance(text, str):
+        return InputError(
+            f'line {number}, {json.dumps(prompt)}, is no prompt; give an object with "prompt" or "prompt_ids"'
+        )
+    try:
+        return prompt_ids(program, text)
+    except InputError as error:
+        return error

@@ -1,0 +1,91 @@
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from export.llama import export_llama
+from export.lowering import code_cache, lower
+from export.lowering.code_cache import CodeCache, default_folder
+from export.planning.plan import ExportOptions
+from tests.conftest import TOY, random_options
+
+KEY = {"dim": 32, "kind": "before after"}
+ENTRY = {"payload": torch.arange(5, dtype=torch.uint8), "arguments": [0, "before.wo.weight"], "results": [1, 0]}
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def test_an_entry_comes_back_for_its_key_alone(tmp_path: Path) -> None:
+    cache = CodeCache(tmp_path / "a" / "b")
+    assert cache.get(KEY) is None
+    cache.put(KEY, ENTRY)
+    found = cache.get(dict(reversed(KEY.items())))
+    assert found
+    assert torch.equal(found.pop("payload"), ENTRY["payload"])
+    assert found == {key: value for key, value in ENTRY.items() if key != "payload"}
+    assert cache.get(KEY | {"dim": 33}) is None
+    assert len(entries(tmp_path / "a" / "b")) == 1, "nothing temporary is left"
+
+
+@pytest.mark.parametrize("what", ["source_digest", "versions"])
+def test_other_code_and_other_versions_have_entries_of_their_own(what: str, tmp_path: Path) -> None:
+    cache = CodeCache(tmp_path)
+    cache.put(KEY, ENTRY)
+    with mock.patch.object(code_cache, what, return_value="another"):
+        assert cache.get(KEY) is None
+
+
+def test_a_damaged_or_cut_entry_is_none_and_made_anew(tmp_path: Path) -> None:
+    cache = CodeCache(tmp_path)
+    cache.put(KEY, ENTRY)
+    (path,) = entries(tmp_path)
+    whole = path.read_bytes()
+    flipped = whole[:40] + bytes([whole[40] ^ 1]) + whole[41:]
+    for data in (b"", whole[:10], whole[:-1], flipped):
+        path.write_bytes(data)
+        assert cache.get(KEY) is None
+    cache.put(KEY, ENTRY)
+    assert path.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_made_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cache = CodeCache(tmp_path / "file" / "folder")
+    cache.put(KEY, ENTRY)
+    assert cache.get(KEY) is None
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    cache = CodeCache(None)
+    cache.put(KEY, ENTRY)
+    assert cache.get(KEY) is None
+
+
+def test_the_folder_is_where_caches_belong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert default_folder() == Path("/somewhere/llama-pte")
+    for unusable in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", unusable)
+        assert default_folder() == Path.home() / ".cache" / "llama-pte"
+
+
+def test_an_export_from_the_cache_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = random_options(TOY, tmp_path)
+
+    def made(name: str, **others: object) -> tuple[bytes, int]:
+        """The file, and how many pieces were lowered for it."""
+        with mock.patch.object(lower, "_lowered", wraps=lower._lowered) as lowered:
+            path = export_llama(ExportOptions(**vars(options) | {"output": tmp_path / name} | others))  # type: ignore[arg-type]
+        return path.read_bytes(), lowered.call_count
+
+    first, count = made("first.pte")
+    kept = entries(tmp_path / "cache" / "llama-pte")
+    assert count == len(kept) > 1
+    assert made("second.pte") == (first, 0)
+    kept[0].write_bytes(kept[0].read_bytes()[:-5])
+    assert made("third.pte") == (first, 1)
+    assert made("fourth.pte", cache=False) == (first, count)

@@ -1,0 +1,217 @@
+"""The tokenizer inside a GGUF file against the one that it was written from."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import pytest
+import tokenizers
+from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from export.checkpoints.gguf_tokenizer import SPLITTINGS
+from export.checkpoints.layouts import BUILT_IN, Checkpoint, open_checkpoint
+from export.llama import ExportOptions, export_llama
+from model.errors import InputError
+from preproc.tokenizer import (
+    LLAMA3_PATTERN,
+    LLAMA3_SPECIALS,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    from_bytes,
+    open_tokenizer,
+)
+from runtime.engine.program import Program
+from tests.conftest import TOY, random_model
+from tests.support.checkpoints import write_gguf
+
+TEXTS = (
+    "",
+    " ",
+    "Once upon a time, there was a little girl named Lily.",
+    "  two spaces, a tab\tand\n\n\nlines \r\n",
+    "It's 1234567.89 o'clock; I'LL SAY we'Re late!",
+    "def add(a: int, b: int) -> int:\n    return a + b  # \u2713\n",
+    "\u00c9t\u00e9 na\u00efve e\u0301, Stra\u00dfe, \u0437\u0438\u043c\u0430 \u2014 \u51ac\u5929",
+    "\U0001f600\U0001f468\u200d\U0001f469",
+    "<s> and </s> and <|begin_of_text|> and <|endoftext|> are text",
+    "\u00b2\u00bd \u0663\u0664\u0665 \ufb01 \u00a0\u3000end ",
+)
+
+Add = Callable[[gguf.GGUFWriter], None]
+
+
+def opened(folder: Path, vocab_size: int, add: Add) -> Checkpoint:
+    model = random_model(replace(TOY, n_layers=1, dim=8, n_heads=1, n_kv_heads=1, hidden_dim=8, vocab_size=vocab_size))
+    return open_checkpoint(write_gguf(model, folder / "model.gguf", "F32", add_tokenizer=add))
+
+
+def carried(checkpoint: Checkpoint) -> Tokenizer:
+    assert callable(checkpoint.tokenizer)
+    return from_bytes(checkpoint.tokenizer())
+
+
+def adds_sentencepiece(file: Path) -> Add:
+    """As llama.cpp's convert_hf_to_gguf.py does."""
+
+    def kind(model: SentencePieceProcessor, token: int) -> int:
+        kinds = {"unknown": 2, "control": 3, "unused": 5, "byte": 6}
+        return next((number for name, number in kinds.items() if getattr(model, f"is_{name}")(token)), 1)
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        model = SentencePieceProcessor(model_file=str(file))
+        ids = range(model.vocab_size())
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list([model.id_to_piece(token) for token in ids])
+        writer.add_token_scores([model.get_score(token) for token in ids])
+        writer.add_token_types([kind(model, token) for token in ids])
+        writer.add_unk_token_id(model.unk_id())
+        proto = ModelProto()
+        proto.ParseFromString(file.read_bytes())
+        writer.add_remove_extra_whitespaces(proto.normalizer_spec.remove_extra_whitespaces)
+
+    return add
+
+
+def same(found: Tokenizer, expected: Tokenizer, texts: tuple[str, ...] = TEXTS) -> None:
+    assert found.vocab_size == expected.vocab_size
+    for text in texts:
+        for parse_special in (False, True):
+            ids = expected.encode(text, parse_special)
+            assert found.encode(text, parse_special) == ids, text
+        for place, token in enumerate(ids):
+            assert found.piece(token, place == 0) == expected.piece(token, place == 0)
+
+
+def long_text(shared: Path) -> str:
+    return (shared / "tinystories" / "valid.txt").read_text(encoding="utf-8")[:100_000]
+
+
+@pytest.mark.parametrize("name", ["tokenizers/llama2_tokenizer.model", "stories260K/tok512.model"])
+def test_a_sentencepiece_tokenizer_comes_back(name: str, shared: Path, tmp_path: Path) -> None:
+    expected = SentencePieceTokenizer((shared / name).read_bytes())
+    checkpoint = opened(tmp_path, expected.vocab_size, adds_sentencepiece(shared / name))
+    found = carried(checkpoint)
+    assert (found.kind, found.bos_id, found.stop_ids) == (expected.kind, 1, (2,))
+    assert checkpoint.bos_id == 1
+    same(found, expected, (*TEXTS, long_text(shared)))
+
+
+def test_the_built_in_tokenizer_comes_back_and_is_exported(tmp_path: Path) -> None:
+    expected = SentencePieceTokenizer((BUILT_IN / "tokenizer.model").read_bytes())
+    checkpoint = opened(tmp_path, expected.vocab_size, adds_sentencepiece(BUILT_IN / "tokenizer.model"))
+    same(carried(checkpoint), expected)
+    pte = export_llama(
+        ExportOptions(
+            checkpoint.files[0], output=tmp_path / "a.pte", max_seq_len=8, prefill_chunk=1, backend="portable"
+        )
+    )
+    tokenizer = Program(pte).tokenizer
+    assert tokenizer is not None
+    same(tokenizer, expected)
+
+
+def adds_byte_level(tokens: list[str], merges: list[tuple[str, str]], specials: set[str], pre: str) -> Add:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if token in specials else 1 for token in tokens])
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+
+    return add
+
+
+def test_llama_3s_tokenizer_comes_back(shared: Path, tmp_path: Path) -> None:
+    file = shared / "tokenizers" / "llama3_tokenizer.model"
+    expected = open_tokenizer(file)
+    vocab, merges = TikTokenConverter().extract_vocab_merges_from_model(str(file))
+    tokens = [*sorted(vocab, key=lambda token: vocab[token]), *LLAMA3_SPECIALS]
+    add = adds_byte_level(tokens, merges, set(LLAMA3_SPECIALS), "llama-bpe")
+    checkpoint = opened(tmp_path, len(tokens), add)
+    assert checkpoint.bos_id == 1, "Llama 3's texts start with it"
+    same(carried(checkpoint), expected, (*TEXTS, long_text(shared)))
+
+
+def trained(pre: str) -> tokenizers.Tokenizer:
+    """A small tokenizer that splits text as a family's own tokenizer.json does, by the tokenizers library's classes."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("gpt-2", "smollm"))
+    qwen = LLAMA3_PATTERN.replace("{1,3}", "")
+    tokenizer.pre_tokenizer = {
+        "gpt-2": level,
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level]),
+        "llama-bpe": pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PATTERN), "isolated"), level]
+        ),
+        "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(qwen), "isolated"), level]),
+    }[pre]
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([*TEXTS, *(file.read_text() for file in Path(__file__).parent.glob("*.py"))], trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_a_byte_level_tokenizer_comes_back(pre: str, tmp_path: Path) -> None:
+    original = trained(pre)
+    expected = HuggingFaceTokenizer(original.to_str().encode())
+    vocab = original.get_vocab()
+    merges = [tuple(pair) for pair in expected_merges(original)]
+    tokens = sorted(vocab, key=lambda token: vocab[token])
+    checkpoint = opened(tmp_path, len(tokens), adds_byte_level(tokens, merges, {"<|endoftext|>"}, pre))
+    assert checkpoint.bos_id == (1 if pre == "llama-bpe" else None)
+    same(carried(checkpoint), expected)
+
+
+def expected_merges(tokenizer: tokenizers.Tokenizer) -> list[list[str]]:
+    return json.loads(tokenizer.to_str())["model"]["merges"]
+
+
+def test_a_whole_tokenizer_json_is_taken_as_it_is(tmp_path: Path) -> None:
+    whole = trained("gpt-2").to_str()
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_string("tokenizer.huggingface.json", whole)
+
+    assert carried(opened(tmp_path, 700, add)).data == whole.encode()
+
+
+@pytest.mark.parametrize(
+    ("model", "pre", "tokens", "message"),
+    [
+        ("gpt2", "default", ["a", "b"], "splits text as 'default', and known are gpt-2, llama-bpe"),
+        ("gpt2", "gpt-2", ["a", "a"], "its tokenizer of 2 tokens is damaged"),
+        ("llama", "default", ["a", "b"], "has 2 tokens and 0 scores"),
+        ("bert", "default", ["a", "b"], "its tokenizer is 'bert'"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_made_is_refused_when_it_is_wanted(
+    model: str, pre: str, tokens: list[str], message: str, tmp_path: Path
+) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model(model)
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+
+    checkpoint = opened(tmp_path, 8, add)
+    with pytest.raises(InputError, match=f"model.gguf: .*{message}.*; give --tokenizer FILE") as caught:
+        carried(checkpoint)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_splitting_is_one_that_is_tested() -> None:
+    tested = [SPLITTINGS[pre] for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2")]
+    assert all(any(how is one for one in tested) for how in SPLITTINGS.values())

@@ -1,0 +1,287 @@
+"""Rounding by a text: of one matrix, of a model, and in a file."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor
+
+from export import verify as command
+from export.checkpoints.layouts import BUILT_IN, open_checkpoint
+from export.llama import ExportOptions, export_llama
+from export.lowering.trace import step
+from export.planning.plan import plan
+from export.quality import gptq as calibrate_module
+from export.quality.eager import packed
+from export.quality.gptq import CalibrationText, calibrate, gptq, inverse_root
+from export.quality.layer_errors import lockstep
+from export.quality.perplexity import TEXT, Rows, windows
+from export.weights.quantize import ROUNDINGS, codes_for, from_parts, hqq, stored
+from export.weights.scheme import BYTE, CALIBRATED, FLOAT, SCHEMES, Format, Scheme, matrices
+from export.weights.source import Recipe
+from model.config import ModelConfig
+from model.errors import InputError
+from preproc.tokenizer import open_tokenizer
+from runtime.engine.program import read_metadata
+from tests.conftest import TOY, random_model
+from tests.export.test_layer_errors import VARIANTS
+
+FOUR = Format(4, 32)
+SCHEME = replace(SCHEMES["8da4w"], rounding=CALIBRATED)
+FEW = replace(TOY, dim=64, hidden_dim=96, head_dim=16, vocab_size=40, tied=False)
+"""Of fewer tokens than dimensions, so that inputs are correlated."""
+
+
+def correlated(seed: int, columns: int = 128) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(300, 16, generator=generator) @ torch.randn(16, columns, generator=generator)
+    return common + 0.5 * torch.randn(300, columns, generator=generator)
+
+
+def loss(x: Tensor, weight: Tensor, found: Tensor) -> float:
+    return float((x @ (weight - found.dequantize()).t()).square().sum())
+
+
+def random_tokens(config: ModelConfig, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (20, config.context), generator=generator).tolist()
+
+
+def recipe_of(config: ModelConfig, scheme: Scheme = SCHEME) -> Recipe:
+    return Recipe(config, random_model(config).state_dict(), scheme)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 1 << 30), st.sampled_from([BYTE, FOUR, Format(4, 128)]))
+def test_less_is_lost_than_where_each_weight_is_rounded_alone(seed: int, form: Format) -> None:
+    weight, x = torch.randn(24, 128, generator=torch.Generator().manual_seed(seed)), correlated(seed)
+    found = from_parts(*gptq(weight, inverse_root(x), form), form)
+    for rounding in ROUNDINGS:
+        assert loss(x, weight, found) < 0.8 * loss(x, weight, stored(weight, form, rounding))
+
+
+@pytest.mark.parametrize("form", [BYTE, FOUR, Format(4, 64)])
+def test_of_inputs_that_say_nothing_of_each_other_each_weight_is_rounded_alone(form: Format) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(24, 192)
+    for x in (torch.diag(torch.rand(192) + 0.1), torch.zeros(5, 192)):
+        codes, scale = gptq(weight, inverse_root(x), form)
+        groups = torch.split(weight, form.group_size or 192, dim=1)
+        assert torch.equal(scale, torch.cat([hqq(group, form)[1] for group in groups], dim=1))
+        assert torch.equal(codes, codes_for(weight, scale, form)[0])
+
+
+def test_a_column_that_no_token_uses_is_rounded_alone() -> None:
+    x = correlated(0)
+    x[:, [5, 40]] = 0
+    weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
+    codes, scale = gptq(weight, inverse_root(x), FOUR)
+    alone, _ = codes_for(weight, scale, FOUR)
+    assert torch.equal(codes[:, [5, 40]], alone[:, [5, 40]])
+    assert not torch.equal(codes, alone)
+
+
+def test_the_root_is_that_of_the_inverse() -> None:
+    x = correlated(1).double()
+    hessian = x.t() @ x
+    hessian += calibrate_module.DAMPING * hessian.diagonal().mean() * torch.eye(128)
+    root = inverse_root(x.float().view(3, 100, 128)).double()
+    assert torch.equal(root, root.triu())
+    torch.testing.assert_close(root.t() @ root @ hessian, torch.eye(128).double(), atol=1e-3, rtol=0)
+
+
+def test_rows_are_rounded_alike_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    root, weight = inverse_root(correlated(0)), torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(calibrate_module, "hqq", ROUNDINGS["nearest"])  # hqq looks at all rows to know when to stop
+    whole = gptq(weight, root, FOUR)
+    monkeypatch.setattr(calibrate_module, "_ELEMENTS_AT_ONCE", 5 * 128)
+    parted = gptq(weight, root, FOUR)
+    torch.testing.assert_close(parted[1], whole[1], atol=0, rtol=1e-2)
+    assert (parted[0] != whole[0]).float().mean() < 1e-2
+
+
+def test_a_models_stream_is_closer_to_float32s(tmp_path: Path) -> None:
+    """Of tokens that it was not calibrated with."""
+    calibrated = calibrate(recipe_of(FEW), random_tokens(FEW, 0), FEW.context, tmp_path)
+    inputs = packed(FEW, random_tokens(FEW, 1)[:5], FEW.context)
+
+    def streams(recipe: Recipe) -> list[float]:
+        return [found.stream for found in lockstep(recipe, inputs, lambda start, exact, found: None)][1:]
+
+    ours = streams(calibrated)
+    for rounding in ROUNDINGS:
+        theirs = streams(recipe_of(FEW, replace(SCHEME, rounding=rounding)))
+        assert all(our < 0.9 * their for our, their in zip(ours, theirs, strict=True)), rounding
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_all_texts_at_once_are_what_each_is_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block's result, while it is calibrated, is that of the calibrated model."""
+    config, seen = VARIANTS[name], list[Tensor]()
+    forward = calibrate_module._Head.forward
+
+    def remembered(head: calibrate_module._Head, x: Tensor, select: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(x)
+        return forward(head, x, select)
+
+    monkeypatch.setattr(calibrate_module._Head, "forward", remembered)
+    texts = random_tokens(config, 0)[:4]
+    recipe = calibrate(recipe_of(config), texts, config.context, tmp_path)
+    ours = recipe.frame("head").norm(seen[0])
+    model, exact = recipe.streamed(), recipe.unquantised().streamed()
+    for text, our in zip(texts, ours, strict=True):
+        inputs = packed(config, [text], config.context) | {"select": torch.eye(len(text))[None, :1]}
+        with torch.no_grad():
+            hidden, right = (step(each, inputs)["hidden"][0] for each in (model, exact))
+        # a rounding of an activation that falls the other way is a step of 1/255
+        assert (our - hidden).abs().mean() < 0.02 * (hidden - right).abs().mean()
+    files = {path.stem for path in tmp_path.iterdir()}
+    assert files == {*(f"layers.{layer}" for layer in range(config.n_layers)), "head"}
+
+
+def test_what_is_calibrated_is_read_from_the_folder_and_the_rest_is_not(tmp_path: Path) -> None:
+    recipe = calibrate(recipe_of(FEW), random_tokens(FEW, 0), FEW.context, tmp_path)
+    for name in matrices(FEW):
+        piece = name.rpartition(".")[0] if name.startswith("head") else ".".join(name.split(".")[:2])
+        with safe_open(tmp_path / f"{piece.removesuffix('.output')}.safetensors", "pt") as tensors:
+            assert torch.equal(recipe.stored(name).qdata, tensors.get_tensor(f"{name}.codes"))
+        assert not torch.equal(recipe.stored(name).qdata, stored(recipe.weight(name), FOUR, "hqq").qdata)
+    embedding = recipe.stored("tok_embeddings.weight")
+    assert torch.equal(embedding.qdata, stored(recipe.weight("tok_embeddings.weight"), BYTE, "hqq").qdata)
+    assert torch.equal(recipe.unquantised().stored("head.output.weight"), recipe.weight("head.output.weight"))
+    with pytest.raises(KeyError):
+        recipe_of(FEW).stored("head.output.weight")
+
+
+@pytest.mark.parametrize(
+    ("config", "scheme", "left"),
+    [
+        (FEW, replace(SCHEME, head=FLOAT), "head"),
+        (replace(FEW, tied=True), replace(SCHEME, head=BYTE), "head"),
+        (FEW, replace(SCHEME, linear=FLOAT), "layers."),
+    ],
+)
+def test_float32_and_a_head_that_is_the_embedding_are_left_alone(
+    config: ModelConfig, scheme: Scheme, left: str, tmp_path: Path
+) -> None:
+    recipe = calibrate(recipe_of(config, scheme), random_tokens(config, 0), config.context, tmp_path)
+    for name in matrices(config):
+        assert recipe.is_calibrated(name) != name.startswith(left), name
+        if name.startswith(left):
+            form = scheme.format(name, 64)
+            expected, found = stored(recipe.weight(name), form, "hqq"), recipe.stored(name)
+            assert torch.equal(found if form == FLOAT else found.qdata, expected if form == FLOAT else expected.qdata)
+
+
+@pytest.fixture(scope="module")
+def calibrated_toy(toy_options: ExportOptions, tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
+    """How a random model was exported, calibrated."""
+    options = replace(toy_options, prefill_chunk=1, quantize="8da4w", calibrate=TEXT, max_ppl_increase=1e3)
+    options = replace(options, output=tmp_path_factory.mktemp("calibrated") / "toy.pte")
+    export_llama(options)
+    return options
+
+
+def test_a_file_is_what_was_calibrated_and_says_so(
+    calibrated_toy: ExportOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = calibrated_toy.output
+    assert output
+    provenance = read_metadata(output).provenance
+    assert provenance["options"]["scheme"]["rounding"] == "gptq"
+    assert provenance["calibration"] == {"sha256": CalibrationText.of(TEXT).sha256}
+    arguments = [str(output), "--checkpoint", str(calibrated_toy.checkpoint), "--max-ppl-increase", "1000"]
+    assert command.main([*arguments, "--calibrate", str(TEXT)]) == 0
+    assert "passed" in capsys.readouterr().out
+
+
+def test_another_export_is_the_same_to_the_byte(
+    calibrated_toy: ExportOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert calibrated_toy.output
+    other = calibrated_toy.output.with_name("other.pte")
+    export_llama(replace(calibrated_toy, output=other))
+    assert other.read_bytes() == calibrated_toy.output.read_bytes()
+    assert not list(tmp_path.glob("llama-pte-*")), "the matrices are gone"
+
+
+def test_verifying_needs_the_same_text(calibrated_toy: ExportOptions, tmp_path: Path, toy_pte: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("Once upon a time")
+    arguments = [str(calibrated_toy.output), "--checkpoint", str(calibrated_toy.checkpoint)]
+    with pytest.raises(InputError, match=r"toy.pte was calibrated with a text; give the same one by --calibrate FILE"):
+        command.main(arguments)
+    with pytest.raises(InputError, match=r"other.txt is not the text that .*toy.pte was calibrated with \(SHA-256"):
+        command.main([*arguments, "--calibrate", str(other)])
+    with pytest.raises(InputError, match=r"made from another model"):
+        command.main([str(calibrated_toy.output), "--calibrate", str(TEXT)])
+    with pytest.raises(InputError, match=r"is for calibrated files, and .*toy.pte is none; leave it out"):
+        command.main([str(toy_pte), *arguments[1:], "--calibrate", str(TEXT)])
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "message"),
+    [
+        (None, {}, r"--calibrate .*text.txt is no file; give a text file"),
+        (b"\xff\xfe", {}, r"text.txt is not UTF-8; give a text file that is"),
+        (b"", {}, r"text.txt has fewer than two tokens; give a longer text"),
+        (b"Once", {"quantize": "fp32"}, r"text.txt is for quantised layers.*give --quantize 8da4w"),
+        (b"Once upon", {"tokenizer": Path("none")}, r"needs a tokenizer; give --tokenizer FILE"),
+        (b"Once upon", {"rounding": "hqq"}, r"--rounding hqq has no effect with --calibrate"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_done(
+    text: bytes | None, changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "text.txt"
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises(InputError, match=message):
+        plan(ExportOptions(**({"quantize": "8da4w", "calibrate": path} | changes)))  # type: ignore[arg-type]
+
+
+def test_a_text_is_taken_in_parts_of_one_length() -> None:
+    tokenizer = open_tokenizer(BUILT_IN / "tokenizer.model")
+    ids = tokenizer.encode(TEXT.read_text())
+    found = CalibrationText.of(TEXT).windows(tokenizer, 1, 100)
+    assert {len(part) for part in found} == {100}
+    assert found == [[1, *ids[start : start + 99]] for start in range(0, 100 * len(found), 100)]
+    assert len(found) == min(len(ids), calibrate_module.TOKENS) // 100
+    assert CalibrationText(TEXT, "Once").windows(tokenizer, 1, 100) == [[1, *tokenizer.encode("Once")][:-1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["built-in", "stories260K"])
+def test_text_that_was_not_seen_is_predicted_better(model: str, shared: Path, tmp_path: Path) -> None:
+    folder = shared / "stories260K"
+    path, tokens = (folder / "stories260K.bin", folder / "tok512.model") if model == "stories260K" else (BUILT_IN, None)
+    checkpoint, tokenizer = open_checkpoint(path), open_tokenizer(tokens or BUILT_IN / "tokenizer.model")
+    ids = tokenizer.encode((shared / "tinystories" / "valid.txt").read_text()[:40_000])
+    parts = windows(ids, 1, 512, 4096)
+
+    def perplexity(recipe: Recipe) -> tuple[float, float]:
+        rows = list[Rows]()
+        for start in range(0, len(parts), 2):
+            texts = parts[start : start + 2]
+            targets = torch.tensor([token for text in texts for token in text[1:]])
+
+            def take(row: int, exact: Tensor, found: Tensor, targets: Tensor = targets) -> None:
+                rows.append(Rows.of(exact, found, targets[row : row + len(exact)]))
+
+            lockstep(recipe, packed(recipe.config, [text[:-1] for text in texts], 512), take)
+        comparison = Rows.joined(rows).comparison(is_text=True)
+        assert comparison.perplexity
+        return comparison.perplexity, comparison.mean_kl
+
+    text = CalibrationText.of(shared / "tinystories" / "train-a.txt").windows(tokenizer, 1, 512)
+    recipe = Recipe(checkpoint.config, checkpoint.weights, SCHEME)
+    ours = perplexity(calibrate(recipe, text, 512, tmp_path))
+    for rounding in ROUNDINGS:
+        theirs = perplexity(Recipe(checkpoint.config, checkpoint.weights, replace(SCHEME, rounding=rounding)))
+        assert ours[0] <= theirs[0], rounding
+        assert ours[1] < 0.85 * theirs[1], rounding

@@ -1,0 +1,91 @@
+import functools
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from export.lowering.lower import Code, Codes, lower, parts
+from export.lowering.trace import GraphOptions, signatures
+from export.weights.quantize import stored
+from export.weights.scheme import BYTE, SCHEMES, Format
+from tests.conftest import TOY
+
+CONFIG = replace(TOY, hidden_dim=64)
+METHODS = signatures(CONFIG, GraphOptions(48, 7))
+
+
+@functools.cache
+def lowered(quantize: str) -> Codes:
+    """TOY, with rows of whole groups, in plain operators."""
+    return lower(CONFIG, [METHODS], "xnnpack", SCHEMES[quantize])
+
+
+def test_each_kind_of_piece_becomes_code_once_for_each_method() -> None:
+    codes = lowered("fp32")
+    assert set(codes) == {(method, name) for method in ("decode", "prefill") for name in ("block", "head")}
+    names = {"attention.wq", "attention.wk", "attention.wv", "attention.wo"}
+    names |= {"feed_forward.w1", "feed_forward.w2", "feed_forward.w3"}
+    for code in codes.values():
+        assert code.backend_id == "XnnpackBackend"
+        assert all(code.payload.count(part.key.encode()) == 1 for part in code.data)
+    assert {part.parameter for part in codes["decode", "block"].data} == {f"{name}.weight" for name in names}
+    assert {part.parameter for part in codes["prefill", "head"].data} == {"output.weight"}
+
+
+def test_a_segment_is_one_code_for_every_length() -> None:
+    codes = lower(TOY, [signatures(TOY, GraphOptions(48, 7, "fused"))], "xnnpack", SCHEMES["fp32"])
+    assert set(codes) == {("forward", kind) for kind in ("after", "before after", "before head")}
+    joint = codes["forward", "before after"]
+    sides = {part.parameter.split(".")[0] for part in joint.data}
+    assert (sides, len(joint.results)) == ({"before", "after"}, 4)
+    assert {argument for argument in joint.arguments if isinstance(argument, int)} == {0, 1}
+
+
+def test_shards_have_their_ends_in_common() -> None:
+    """Of three shards in three blocks each, four kinds of pieces are lowered, as of any number of shards."""
+    config, graph = replace(TOY, n_layers=9), GraphOptions(48, 7, "fused")
+    shards = [signatures(config, graph, span=range(start, start + 3)) for start in (0, 3, 6)]
+    assert {kind for _, kind in lower(config, shards, "xnnpack", SCHEMES["fp32"])} == {
+        "after", "before after", "before", "before head",
+    }  # fmt: skip
+
+
+def test_no_cache_is_copied() -> None:
+    """A cache is an argument of the code itself: nothing expands, concatenates, clones or reshapes it before."""
+    code = lowered("fp32")["prefill", "block"]
+    assert {argument for argument in code.arguments if isinstance(argument, int)} == set(range(6))
+    k_cache, v_cache = 4, 5  # behind x, cos, sin and mask
+    assert shapes_of(code)[code.arguments.index(k_cache)] == (2, 48, 8)
+    assert shapes_of(code)[code.arguments.index(v_cache)] == (2, 48, 8)
+
+
+def shapes_of(code: Code) -> list[tuple[int, ...]]:
+    return [tuple(node.meta["val"].shape) for node in code.stand_in.graph.nodes if node.op == "placeholder"]
+
+
+def test_portable_lowers_no_block_by_itself() -> None:
+    assert lower(TOY, [METHODS], "portable", SCHEMES["fp32"]) == {}
+
+
+def test_bytes_are_stored_as_they_are_with_a_scale_a_row() -> None:
+    code = lowered("8da8w")["decode", "head"]
+    weight = nn.Parameter(stored(torch.randn(TOY.vocab_size, TOY.dim), BYTE, "nearest"), requires_grad=False)
+    assert [part.nbytes for part in code.data] == [data.nbytes for _, data in parts(weight)]
+    assert parts(weight)[1][1].dtype == torch.float32
+
+
+def test_a_quantised_weight_has_its_scales_as_a_part() -> None:
+    code = lowered("8da4w")["decode", "head"]
+    rows, columns = TOY.vocab_size, TOY.dim
+    assert [(part.parameter, part.number, part.nbytes) for part in code.data] == [
+        ("output.weight", 0, rows * columns // 2),
+        ("output.weight", 1, rows * columns // 32 * 2),
+    ]
+
+
+def test_four_bit_integers_are_packed_two_to_a_byte() -> None:
+    weight = nn.Parameter(stored(torch.randn(5, 64), Format(4, 32), "nearest"), requires_grad=False)
+    (_, packed), (prefix, scale) = parts(weight)
+    pairs = torch.stack(((packed & 15).int() - 8, (packed >> 4).int() - 8), dim=-1)
+    assert torch.equal(pairs.view(5, 64), weight.qdata.int())
+    assert (prefix, scale.dtype, tuple(scale.shape)) == ("scale_", torch.bfloat16, (5, 2))

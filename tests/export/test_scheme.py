@@ -1,0 +1,67 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from export.weights.scheme import BYTE, FLOAT, SCHEMES, Format, Scheme, adjusted, kept, matrices
+from model.errors import InputError
+from model.model import Llama
+from tests.conftest import TOY
+
+FOUR = Format(4, 32)
+
+
+def test_each_matrix_has_its_format() -> None:
+    scheme = Scheme(linear=FOUR, head=FLOAT, embedding=BYTE, careful=(1,))
+    assert scheme.format("tok_embeddings.weight", 64) == BYTE
+    assert scheme.format("head.output.weight", 64) == FLOAT
+    assert scheme.format("layers.0.attention.wq.weight", 64) == FOUR
+    assert scheme.format("layers.0.feed_forward.w2.weight", 172) == BYTE, "no whole groups"
+    assert scheme.format("layers.1.attention.wq.weight", 64) == BYTE
+    assert scheme.format("layers.11.attention.wq.weight", 64) == FOUR
+    assert scheme.format("layers.0.feed_forward.router.weight", 64) == BYTE
+    assert SCHEMES["fp32"].format("layers.0.feed_forward.router.weight", 64) == FLOAT
+
+
+def test_what_a_file_says_is_the_scheme_again() -> None:
+    for scheme in SCHEMES.values():
+        made = replace(scheme, careful=(0, 3), rounding="hqq")
+        assert Scheme.parse(json.loads(json.dumps(made.to_json()))) == made
+
+
+def test_flags_change_what_they_name() -> None:
+    assert adjusted(SCHEMES["8da4w"], None, None, None, "nearest") == SCHEMES["8da4w"]
+    assert adjusted(SCHEMES["8da4w"], 128, 4, 8, "hqq") == Scheme(
+        linear=Format(4, 128), head=BYTE, embedding=Format(4, 128), rounding="hqq"
+    )
+    assert adjusted(SCHEMES["8da8w"], None, 4, 4, "nearest") == Scheme(linear=BYTE, head=FOUR, embedding=FOUR)
+    assert adjusted(SCHEMES["fp32"], None, 8, None, "nearest") == Scheme(embedding=BYTE)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((48, None, None), "--group-size 48 is impossible; give 32, 64, 128"),
+        ((64, None, None), "--group-size 64 is of 4-bit weights"),
+        ((None, 5, None), "--embedding-bits 5 is impossible; give 4 or 8"),
+        ((None, None, 16), "--head-bits 16 is impossible; give 4 or 8"),
+    ],
+)
+def test_schemes_that_there_are_not_are_refused(flags: tuple[int | None, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        adjusted(SCHEMES["8da8w"], *flags, "nearest")
+
+
+def test_matrices_and_those_kept_are_the_models() -> None:
+    found = matrices(TOY)
+    named = {name: tuple(p.shape) for name, p in Llama(replace(TOY, tied=False)).named_parameters() if p.dim() == 2}
+    assert found == {name: shape for name, shape in named.items() if name != "tok_embeddings.weight"}
+    assert kept(TOY, SCHEMES["fp32"]) == {}
+    w2 = {f"layers.{layer}.feed_forward.w2.weight": BYTE for layer in (0, 1)}  # 48 columns
+    assert kept(TOY, SCHEMES["8da4w"]) == w2
+
+
+def test_bytes_are_weights_and_scales() -> None:
+    assert FLOAT.nbytes(10, 64) == 2560
+    assert BYTE.nbytes(10, 64) == 10 * (64 + 4)
+    assert FOUR.nbytes(10, 64) == 10 * (32 + 4)

@@ -1,0 +1,110 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torchao.quantization import IntxUnpackedToInt8Tensor
+
+from export.lowering.slices import SliceRecipe, kv_heads
+from export.planning.sharding import Cut
+from export.weights.scheme import SCHEMES, Scheme, adjusted, matrices
+from export.weights.source import Recipe
+from model.config import ModelConfig
+from model.errors import InputError
+from runtime.pte.parts import joined
+from tests.conftest import planned, random_model
+from tests.support.slices import GRAPH, GROUPED, UNUSUAL, in_slices, metadata_of
+
+WIDE = replace(GROUPED, n_heads=16, n_kv_heads=8, hidden_dim=128)
+UNEVEN = replace(WIDE, n_heads=6, n_kv_heads=3, head_dim=32)
+
+
+@pytest.mark.parametrize(("config", "count"), [(WIDE, 2), (WIDE, 4), (UNEVEN, 4)])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        SCHEMES["fp32"],
+        SCHEMES["8da8w"],
+        adjusted(SCHEMES["8da4w"], None, 4, None, "hqq"),
+        replace(SCHEMES["8da4w"], careful=(1,)),
+    ],
+)
+def test_slices_have_the_wholes_numbers(scheme: Scheme, config: ModelConfig, count: int) -> None:
+    whole = Recipe(config, random_model(config).state_dict(), scheme)
+    parts = [SliceRecipe(whole, number, count) for number in range(count)]
+    for name, shape in {**matrices(config), "tok_embeddings.weight": (93, 64)}.items():
+        axis = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+        found = torch.cat([_values(part.stored(name)) for part in parts], dim=axis)
+        real, padding = found.tensor_split([shape[axis]], dim=axis)
+        torch.testing.assert_close(real, _values(whole.stored(name)), atol=0, rtol=0)
+        assert not padding.any()
+
+
+def _values(matrix: Tensor) -> Tensor:
+    return matrix.dequantize() if isinstance(matrix, IntxUnpackedToInt8Tensor) else matrix
+
+
+def test_each_slice_has_the_kv_heads_that_its_heads_look_at() -> None:
+    def dealt(n_heads: int, n_kv_heads: int, count: int) -> list[list[int]]:
+        config = replace(GROUPED, n_heads=n_heads, n_kv_heads=n_kv_heads)
+        return [kv_heads(config, number, count) for number in range(count)]
+
+    assert dealt(8, 4, 2) == [[0, 1], [2, 3]]
+    assert dealt(8, 2, 4) == [[0], [0], [1], [1]]
+    assert dealt(6, 3, 2) == [[0, 0, 1], [1, 2, 2]]
+    assert dealt(12, 3, 2) == [[0, 0, 1], [1, 2, 2]]
+    assert dealt(6, 3, 4) == [[0], [1], [2], [3]]
+    assert dealt(3, 3, 2) == [[0, 1], [2, 3]]
+    assert dealt(3, 1, 2) == [[0, 0], [0, 1]]
+
+
+def test_the_halves_of_a_slice_are_its_methods_in_order() -> None:
+    for number, methods in enumerate(in_slices(UNUSUAL["norms of heads, caps, partly rotated"], 2).shards):
+        assert [method.half for method in methods] == [
+            *("embed", "attend.0", "feed.0", "attend.1", "feed.1", "head"),
+        ]
+        assert {(method.slice, method.slices) for method in methods} == {(number, 2)}
+        taken = [[spec.name for spec in method.inputs] for method in methods]
+        assert taken[0] == ["tokens"]
+        assert taken[1] == ["stream", "cos", "sin", "start", "k_cache.0", "v_cache.0"]
+        assert taken[2:] == [
+            ["stream"],
+            ["stream", "start", "k_cache.1", "v_cache.1"],
+            ["stream"],
+            ["stream", "select"],
+        ]
+
+
+FOUR = SCHEMES["8da4w"]
+
+
+@pytest.mark.parametrize(
+    ("config", "scheme", "count", "problem"),
+    [
+        (GROUPED, SCHEMES["fp32"], 9, "--tensor-parallel 9 is more than the model's 8 heads; give at most so many"),
+        (replace(GROUPED, post_norms=True), FOUR, 2, "is not for a model with norms behind attention"),
+        (replace(GROUPED, parallel=True), FOUR, 2, "is not for a model with parallel blocks"),
+        (replace(GROUPED, n_experts=2, n_chosen_experts=1), FOUR, 2, "is not for a model with a mixture of experts"),
+        (replace(GROUPED, positions="alibi"), FOUR, 2, "is not for a model with ALiBi"),
+        (GROUPED, FOUR, 4, "leaves 16 columns of layers.0.attention.wo.weight, which are not whole groups of 32"),
+        (
+            replace(GROUPED, hidden_dim=63, head_dim=32),
+            FOUR,
+            2,
+            "leaves 32 columns of layers.0.feed_forward.w2.weight, which are whole groups of 32 where the model's 63",
+        ),
+    ],
+)
+def test_models_that_cannot_be_sliced_are_refused(
+    config: ModelConfig, scheme: Scheme, count: int, problem: str
+) -> None:
+    with pytest.raises(InputError, match=problem):
+        Cut(slices=count).spans(config, scheme)
+
+
+def test_slices_and_shards_do_not_mix() -> None:
+    cut = replace(planned(random_model(GROUPED), GRAPH), cut=Cut(2))
+    first, second = metadata_of(in_slices(GROUPED, 2), 0), metadata_of(cut, 1)
+    with pytest.raises(InputError, match="is not of the same export as"):
+        joined({Path("slice"): first, Path("shard"): second})

@@ -1,0 +1,112 @@
+"""A real instruct model through the whole: what its own library makes of the same file is what ours must give."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+
+from export.llama import export_llama
+from export.planning.plan import ExportOptions
+from runtime.engine.program import Program
+from runtime.engine.session import Session
+from runtime.text.generation import GenerationOptions, generate
+from runtime.text.prompts import prompt_ids
+from runtime.text.sampler import Rng
+from tests.conftest import MODELS, ROOT, exported
+
+GGUF = ROOT / "build" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "Once upon a time, in a village by the sea,",
+    "Water boils at 100 degrees Celsius. At high altitude",
+    "Die Hauptstadt von Deutschland ist",
+)
+
+
+END = 2
+"""<|im_end|>, which the checkpoint says ends a text."""
+
+
+def ended(ids: list[int]) -> list[int]:
+    """The ids before END."""
+    return ids[: ids.index(END)] if END in ids else ids
+
+
+class Theirs(NamedTuple):
+    """The model and the tokenizer by transformers."""
+
+    model: Any
+    tokenizer: Any
+
+    def greedy(self, prompt: str, count: int) -> tuple[list[int], list[int]]:
+        """The ids of a prompt, and up to `count` ids behind it: a text ends before END."""
+        ids = self.tokenizer(prompt).input_ids
+        text = self.model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False)
+        return ids, ended(text[0].tolist()[len(ids) :])
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Theirs:
+    if not GGUF.exists():
+        pytest.fail(f"{GGUF} does not exist; `make test` fetches it")
+    load = {"pretrained_model_name_or_path": GGUF.parent, "gguf_file": GGUF.name}
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(**load, dtype=torch.float32)
+    config = quantised.config
+    del config.quantization_config  # otherwise it refuses to be saved
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.load_state_dict(quantised.state_dict())
+    return Theirs(model, transformers.AutoTokenizer.from_pretrained(**load))
+
+
+@pytest.fixture(scope="module")
+def gguf_pte(theirs: Theirs) -> Path:
+    """By the default command, but for a shorter context."""
+    return exported(ExportOptions(checkpoint=GGUF, max_seq_len=256, output=MODELS / "SmolLM2-gguf.pte"))
+
+
+@pytest.fixture(scope="module")
+def folder(theirs: Theirs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as a Hugging Face folder."""
+    path = tmp_path_factory.mktemp("smollm2") / "SmolLM2"
+    theirs.model.save_pretrained(path)
+    theirs.tokenizer.save_pretrained(path)
+    return path
+
+
+def ours(pte: Path, prompt: str, count: int) -> tuple[list[int], list[int]]:
+    program = Program(pte)
+    ids = prompt_ids(program, prompt)
+    steps = generate(Session(program), ids, GenerationOptions(max_new_tokens=count), Rng(0))
+    return ids, ended([step.token for step in steps])
+
+
+def runner_ids(runner: Path, pte: Path, prompt: str, count: int) -> tuple[list[int], list[int]]:
+    command = [runner, pte, "--prompt", prompt, "--max-new-tokens", str(count), "--format", "json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    return found["prompt_ids"], ended(found["token_ids"])
+
+
+def test_the_default_export_of_the_gguf_gives_transformers_ids(theirs: Theirs, gguf_pte: Path) -> None:
+    for prompt in PROMPTS[:2]:
+        assert ours(gguf_pte, prompt, 32) == theirs.greedy(prompt, 32), prompt
+
+
+@pytest.mark.slow
+def test_the_folder_gives_transformers_ids_in_both_languages(theirs: Theirs, folder: Path, runner: Path) -> None:
+    pte = export_llama(ExportOptions(checkpoint=folder, max_seq_len=256, output=folder.parent / "folder.pte"))
+    for prompt in PROMPTS:
+        expected = theirs.greedy(prompt, 64)
+        assert ours(pte, prompt, 64) == expected, prompt
+        assert runner_ids(runner, pte, prompt, 64) == expected, prompt
+
+
+@pytest.mark.slow
+def test_eight_bits_are_written_and_verified(tmp_path: Path) -> None:
+    pte = export_llama(ExportOptions(checkpoint=GGUF, quantize="8da8w", max_seq_len=256, output=tmp_path / "8.pte"))
+    assert Program(pte).metadata.provenance["verified"]

@@ -1,0 +1,52 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preproc.position_inputs import PositionInputs, Positions, names
+from tests.support.kinds import CHUNK, CONTEXT, KINDS, PLAIN, WINDOW
+
+MOVES = st.lists(st.integers(0, CONTEXT - 1), max_size=6)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@given(moves=MOVES, length=st.sampled_from([1, CHUNK]))
+def test_inputs_that_move_are_the_inputs_made_anew(name: str, moves: list[int], length: int) -> None:
+    config = KINDS[name].config
+    positions = Positions.of(config, CONTEXT)
+    inputs = PositionInputs(positions, names(config), length, cached=True)
+    assert list(inputs.tensors) == names(config)
+    places = {role: tensor.data_ptr() for role, tensor in inputs.tensors.items()}
+    for position in [0, *moves]:
+        inputs.move(position, length)
+        for role, tensor in inputs.tensors.items():
+            capacity = min(CONTEXT, config.sliding_window or CONTEXT) if role == "local_mask" else CONTEXT
+            assert torch.equal(tensor, positions.make(role, position, length, capacity)), role
+    assert {role: tensor.data_ptr() for role, tensor in inputs.tensors.items()} == places, "allocated once"
+
+
+@given(moves=st.lists(st.tuples(st.integers(0, CONTEXT - 1), st.integers(1, CHUNK)), max_size=6))
+def test_where_attention_is_fused_only_the_rows_of_a_step_are_right(moves: list[tuple[int, int]]) -> None:
+    positions = Positions.of(PLAIN, CONTEXT)
+    inputs = PositionInputs(positions, names(PLAIN, fused=True), CHUNK, cached=True)
+    assert list(inputs.tensors) == ["cos", "sin", "start"]
+    for position, length in moves:
+        inputs.move(position, length)
+        assert inputs.tensors["start"].tolist() == [position]
+        for role in ("cos", "sin"):
+            assert torch.equal(inputs.tensors[role][:, :length], positions.make(role, position, length, CONTEXT))
+
+
+def test_without_caches_masks_have_no_columns_for_them() -> None:
+    inputs = PositionInputs(Positions.of(WINDOW, CONTEXT), ["local_mask", "mask"], CONTEXT, cached=False)
+    assert {tuple(tensor.shape) for tensor in inputs.tensors.values()} == {(1, CONTEXT, CONTEXT)}
+    visible = inputs.tensors["local_mask"][0] == 0
+    assert visible.sum(-1).tolist() == [min(row + 1, WINDOW.sliding_window) for row in range(CONTEXT)]
+
+
+def test_padding_repeats_the_last_position() -> None:
+    positions = Positions.of(PLAIN, CONTEXT)
+    assert positions.make("positions", CONTEXT - 2, 4, 0).tolist() == [[CONTEXT - 2] + [CONTEXT - 1] * 3]
+    sin = positions.make("sin", CONTEXT - 2, 4, 0)
+    assert sin.shape == (1, 4, PLAIN.head_dim // 2)
+    assert torch.equal(sin[0, 1:], positions.sin[-1:].expand(3, -1))

@@ -1,0 +1,37 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.errors import InputError
+from runtime.engine.memory_budget import kept
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=9), st.integers(0, 900))
+def test_what_stays_leaves_room_for_each_of_the_others(sizes: list[int], room: int) -> None:
+    try:
+        found = kept(sizes, room)
+    except InputError:
+        assert max(sizes) > room
+        return
+    others = [size for number, size in enumerate(sizes) if number not in found]
+    taken = sum(sizes[number] for number in found)
+    assert taken + max(others, default=0) <= room
+    for number in set(range(len(sizes))) - found:
+        rest = [size for other, size in enumerate(sizes) if other not in found | {number}]
+        assert taken + sizes[number] + max(rest, default=0) > room, f"{number} could stay, too"
+
+
+def test_the_first_stays_and_then_the_largest() -> None:
+    assert kept([5, 9, 4, 8], 26) == {0, 1, 2, 3}
+    assert kept([5, 9, 4, 8], 25) == {0, 1}
+    assert kept([5, 9, 4, 8], 14) == {0}
+    assert kept([5, 9, 4, 8], 13) == {2}
+
+
+def test_too_little_is_refused_with_what_is_missing() -> None:
+    with pytest.raises(
+        InputError, match="leaves 30 MB for weights, and shard 2 of 3 alone takes 50 MB; give 20 MB more"
+    ):
+        kept([10_000_000, 50_000_000, 20_000_000], 30_000_000)
+    with pytest.raises(InputError, match="leaves 0 MB"):
+        kept([1_000_000], -5)

@@ -1,0 +1,243 @@
+"""Functions that a model may call, through the server: asked for, told of, called."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from preproc.jinja_template import JinjaTemplate
+from runtime import serve
+from runtime.serving import openai_request, scheduler
+from runtime.serving.openai_request import Model, read_chat
+from runtime.text.generation import GenerationOptions, Step, Teller
+from tests.support.serving import MESSAGES, Server, serving
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["dog", "cat"]}, "count": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["kind", "count"],
+    "additionalProperties": False,
+}
+PET: Any = {"type": "function", "function": {"name": "pet", "description": "Gets some.", "parameters": SCHEMA}}
+WAIT: Any = {"type": "function", "function": {"name": "wait"}}
+NAMED: Any = {"type": "function", "function": {"name": "pet"}}
+CALL = '<tool_call>\n{"name": "pet", "arguments": {"kind": "dog", "count": 1}}\n</tool_call>'
+
+
+def brief(marker: str) -> JinjaTemplate:
+    """A template that leaves most of the context to the answer, of models that mark calls so."""
+    told = "{% for tool in tools or [] %}{{ tool.function.name }},{% endfor %}"
+    said = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}\n"
+    return JinjaTemplate(f"{told}{marker}{said}{{% endfor %}}")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pte: Path) -> Model:
+    return serve.open_model(tiny_pte, "llama2")
+
+
+@pytest.fixture(scope="module")
+def server(model: Model) -> Iterator[Server]:
+    with serving(replace(model, template=brief("<tool_call>"))) as server:
+        yield server
+
+
+@pytest.fixture
+def saying(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Has the model say a text, whatever it is asked."""
+
+    def prescribe(text: str) -> None:
+        def generate(
+            session: Any, prompt: Sequence[int], options: GenerationOptions, rng: Any, tokenizer: Any, *others: Any
+        ) -> Iterator[Step]:
+            teller = Teller(prompt, replace(options, stop_strings=()), tokenizer)
+            for token in [*tokenizer.encode(text)[1:], options.stop_ids[0]]:
+                yield replace(teller.tell(token, False), logprob=-1.0)
+
+        monkeypatch.setattr(scheduler, "generate", generate)
+
+    return prescribe
+
+
+def asked(server: Server, **how: Any) -> tuple[Any, list[Any]]:
+    """A choice of a whole answer, and the same from a stream, chunk by chunk."""
+    ask = server.client().chat.completions.create
+    how = {"model": "tiny", "messages": MESSAGES, "seed": 1, **how}
+    whole = ask(**how)
+    return whole.choices[0], [choice for chunk in ask(**how, stream=True) for choice in chunk.choices]
+
+
+def called(calls: Any) -> list[tuple[str, str]]:
+    return [(call.function.name, call.function.arguments) for call in calls or ()]
+
+
+def check_alike(whole: Any, stream: list[Any]) -> None:
+    """Whether a stream says what the whole answer does."""
+    assert "".join(each.delta.content or "" for each in stream) == (whole.message.content or "")
+    deltas = [call for each in stream for call in each.delta.tool_calls or ()]
+    assert called(deltas) == called(whole.message.tool_calls)
+    assert [call.index for call in deltas] == list(range(len(deltas)))
+    assert [each.finish_reason for each in stream] == [None] * (len(stream) - 1) + [whole.finish_reason]
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_an_answer_that_must_be_a_call_is_one_with_the_arguments_that_the_function_takes(
+    server: Server, choice: Any
+) -> None:
+    for seed in range(4):
+        whole, stream = asked(server, tools=[WAIT, PET], tool_choice=choice, seed=seed, parallel_tool_calls=False)
+        check_alike(whole, stream)
+        assert (whole.finish_reason, whole.message.content) == ("tool_calls", None)
+        (call,) = whole.message.tool_calls
+        assert call.type == "function"
+        assert call.id.startswith("call_")
+        assert call.function.name in (["pet"] if choice == NAMED else ["pet", "wait"])
+        schema = SCHEMA if call.function.name == "pet" else {"maxProperties": 0}
+        jsonschema.validate(json.loads(call.function.arguments), schema)
+
+
+@pytest.mark.parametrize("marker", ["<|python_tag|>", "[TOOL_CALLS]", "<|tool_call|>"])
+def test_calls_are_written_as_the_template_speaks_of_them(model: Model, marker: str) -> None:
+    with serving(replace(model, template=brief(marker))) as server:
+        whole, stream = asked(server, tools=[PET], tool_choice="required", parallel_tool_calls=False)
+    check_alike(whole, stream)
+    jsonschema.validate(json.loads(whole.message.tool_calls[0].function.arguments), SCHEMA)
+    assert (len(whole.message.tool_calls[0].id) == 9) == (marker == "[TOOL_CALLS]")
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls", "reason"),
+    [
+        ("A dog is here.", "A dog is here.", [], "stop"),
+        (CALL, None, [("pet", '{"kind": "dog", "count": 1}')], "tool_calls"),
+        (f"I ask. {CALL}\n{CALL}", "I ask.", [("pet", '{"kind": "dog", "count": 1}')] * 2, "tool_calls"),
+        ("<tool_call>\nnone\n</tool_call>", "<tool_call>\nnone\n</tool_call>", [], "stop"),
+        ("So <tool", "So <tool", [], "stop"),
+    ],
+)
+def test_what_the_model_says_is_told_as_text_and_calls(
+    server: Server,
+    saying: Callable[[str], None],
+    text: str,
+    content: str | None,
+    calls: list[tuple[str, str]],
+    reason: str,
+) -> None:
+    saying(f"\n{text}")
+    whole, stream = asked(server, tools=[PET], logprobs=True)
+    check_alike(whole, stream)
+    assert (whole.message.content or "").strip() == (content or "")
+    assert (called(whole.message.tool_calls), whole.finish_reason) == (calls, reason)
+    assert (whole.message.content is None) == (content is None)
+    entries = [entry.token for each in stream if each.logprobs for entry in each.logprobs.content]
+    assert entries == [entry.token for entry in whole.logprobs.content]
+
+
+def test_without_tools_the_same_text_is_only_text(server: Server, saying: Callable[[str], None]) -> None:
+    saying(f"\n{CALL}")
+    for how in ({}, {"tools": [PET], "tool_choice": "none"}):
+        whole, stream = asked(server, **how)
+        check_alike(whole, stream)
+        assert CALL in whole.message.content
+        assert (whole.message.tool_calls, whole.finish_reason) == (None, "stop")
+
+
+def test_a_talk_with_calls_goes_on(server: Server) -> None:
+    first, _ = asked(server, tools=[PET], tool_choice=NAMED)
+    call = first.message.tool_calls[0]
+    more = [*MESSAGES, first.message, {"role": "tool", "tool_call_id": call.id, "content": "Rex"}]
+    for how in ({"tools": [PET]}, {}):
+        whole, stream = asked(server, messages=more, max_tokens=8, **how)
+        check_alike(whole, stream)
+        assert whole.message.content
+
+
+def test_an_answer_in_json_may_be_a_call_instead(server: Server) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "boolean"}}}
+    seen = set()
+    for seed in range(12):
+        whole, stream = asked(server, tools=[PET], response_format=form, seed=seed, temperature=3)
+        check_alike(whole, stream)
+        seen.add(whole.finish_reason)
+        if whole.finish_reason == "stop":
+            assert whole.message.content in ("true", "false")
+        else:
+            jsonschema.validate(json.loads(whole.message.tool_calls[0].function.arguments), SCHEMA)
+    assert seen == {"stop", "tool_calls"}
+
+
+def test_the_functions_are_in_the_prompt_unless_none_is_to_be_called(model: Model) -> None:
+    def length(**values: Any) -> int:
+        return len(read_chat(json.dumps({"messages": MESSAGES, **values}).encode(), model).prompts[0])
+
+    plain = length()
+    assert length(tools=[PET]) > plain + 50
+    assert length(tools=[PET], tool_choice="none") == length(tools=[], tool_choice="auto") == plain
+
+
+HISTORY = {"role": "assistant", "content": None}
+
+
+@pytest.mark.parametrize(
+    ("values", "param", "message"),
+    [
+        ({"tools": {}}, "tools", "tools {} is no list of functions; give one"),
+        ({"tools": [{}]}, "tools", 'tools has {}, which describes no function; give {"type": "function"'),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools", "which describes no function"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools", "which describes no function"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools", "the parameters []"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "description": 1}}]}, "tools", "the description 1"),
+        ({"tools": [PET, PET]}, "tools", 'tools has "pet" more than once; give each function a name of its own'),
+        ({"tools": [PET], "tool_choice": "any"}, "tool_choice", 'tool_choice "any" is unknown; give none, auto, req'),
+        ({"tools": [PET], "tool_choice": {"type": "function"}}, "tool_choice", "is unknown; give none, auto"),
+        (
+            {"tools": [WAIT], "tool_choice": NAMED},
+            "tool_choice",
+            'names "pet", which is none of the tools; give "wait"',
+        ),
+        ({"tool_choice": NAMED}, "tool_choice", 'names "pet", which is none of the tools; give it in tools, too'),
+        ({"tool_choice": "required"}, "tool_choice", "impossible without tools"),
+        ({"tools": [PET], "parallel_tool_calls": 1}, "parallel_tool_calls", "neither true nor false"),
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "no"}}}],
+                "tool_choice": "required",
+            },
+            "tools",
+            "the grammar cannot be used",
+        ),
+        ({"messages": [{**HISTORY, "tool_calls": {"x": 1}}]}, "messages", "give a list of calls"),
+        ({"messages": [{**HISTORY, "tool_calls": [{}]}]}, "messages", "tool_calls has {}, which calls no function"),
+        (
+            {"messages": [{**HISTORY, "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]},
+            "messages",
+            'tool_calls has the arguments "[1]" for "f"; give an object as JSON',
+        ),
+        (
+            {"messages": [{**HISTORY, "tool_calls": [{"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]}]},
+            "messages",
+            "give an object as JSON",
+        ),
+        ({"messages": [HISTORY]}, "messages", "the content null is no text"),
+    ],
+)
+def test_what_is_malformed_is_refused(server: Server, values: dict[str, Any], param: str, message: str) -> None:
+    answer = server.post("chat/completions", **({"messages": MESSAGES} | values))
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert message in error["message"]
+
+
+def test_without_llguidance_only_a_call_that_must_be_is_refused(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_request, "find_spec", lambda name: None)
+    assert server.post("chat/completions", messages=MESSAGES, tools=[PET], max_tokens=1).status_code == 200
+    error = server.post("chat/completions", messages=MESSAGES, tools=[PET], tool_choice="required").json()["error"]
+    assert error["param"] == "tool_choice"
+    assert error["message"] == "the server lacks llguidance for it; run there: pip install 'llama-pte[constrain]'"

@@ -1,0 +1,335 @@
+import asyncio
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+from model.errors import InputError
+from runtime import serve
+from runtime.serving.openai_request import Model
+from tests.support.serving import LIMIT, MESSAGES, Gate, Server, serving, wait
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pte: Path) -> Model:
+    return serve.open_model(tiny_pte, "llama2")
+
+
+@pytest.fixture(scope="module")
+def server(model: Model) -> Iterator[Server]:
+    with serving(model) as server:
+        yield server
+
+
+@pytest.fixture
+def own_model(tiny_pte: Path) -> Model:
+    return serve.open_model(tiny_pte, "llama2")
+
+
+def test_the_model_is_listed(server: Server) -> None:
+    client = server.client()
+    (only,) = client.models.list().data
+    assert only.id == "tiny"
+    assert client.models.retrieve("tiny") == only
+    with pytest.raises(openai.NotFoundError, match="'other' is not served"):
+        client.models.retrieve("other")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"{", 400, "the body is no JSON"),
+        (b"[1]", 400, "the body is [1]; send an object"),
+        (b'{"prompt": "\\ud800"}', 400, "surrogates not allowed"),
+        (b'{"prompt": "x", "temperature": NaN}', 400, "NaN is no number"),
+        (b"[" * 15000, 400, "the body is no JSON"),
+        (b"\xff\xfe\xfd", 400, "the body is no JSON"),
+        (b" " * (LIMIT + 1), 413, f"more than {LIMIT} bytes"),
+        (b'{"model": "other", "prompt": "x"}', 404, 'the model "other" is not served here; give "tiny"'),
+        (json.dumps({"prompt": "word " * 600}).encode(), 400, "the context only 512; shorten it"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_refused(server: Server, body: bytes, status: int, message: str) -> None:
+    answer = httpx.post(f"{server.url}/v1/completions", content=body)
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json")
+    assert message in answer.json()["error"]["message"]
+
+
+def test_other_paths_and_methods_are_told_what_there_is(server: Server) -> None:
+    for answer, status in ((httpx.get(f"{server.url}/v2"), 404), (httpx.get(f"{server.url}/v1/completions"), 405)):
+        assert answer.status_code == status
+        assert "is no endpoint; see /v1/models" in answer.json()["error"]["message"]
+
+
+def test_without_a_template_messages_are_refused_with_the_flag_that_gives_one(toy_pte: Path) -> None:
+    with serving(serve.open_model(toy_pte)) as server, pytest.raises(openai.BadRequestError, match="--chat-template"):
+        server.client().chat.completions.create(model="toy", messages=MESSAGES)
+
+
+def test_only_the_right_key_opens_the_endpoints(model: Model) -> None:
+    with serving(model, key="secret") as server:
+        assert server.client("secret").models.list().data[0].id == "tiny"
+        for key in ("Secret", "secre", "secret s"):
+            answer = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {key}"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), key
+        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+        assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
+
+
+def test_past_the_queues_limit_requests_are_refused_and_may_come_again(
+    own_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, answers = Gate(own_model.program, monkeypatch), list[httpx.Response]()
+
+    def ask() -> None:
+        answers.append(server.post("completions", prompt="Once", max_tokens=2))
+
+    with serving(own_model, sessions=1, max_queue=1) as server:
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        server.wait_for(active=1, waiting=1)
+        refused = server.post("completions", prompt="Once")
+        gate.open.set()
+        for thread in threads:
+            thread.join()
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert server.post("completions", prompt="Once").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_place_be_it_active_or_waiting(
+    own_model: Model, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    gate = Gate(own_model.program, monkeypatch)
+    body = json.dumps({"prompt": "Once upon a time", "max_tokens": 500, "stream": stream}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with serving(own_model, sessions=1) as server:
+        port = int(server.url.rpartition(":")[2])
+        active, waiting = (socket.create_connection(("127.0.0.1", port)) for _ in range(2))
+        active.sendall(head + body)
+        server.wait_for(active=1)
+        waiting.sendall(head + body)
+        server.wait_for(active=1, waiting=1)
+        waiting.close()
+        server.wait_for(active=1, waiting=0)
+        active.close()
+        server.wait_until_left()
+        gate.open.set()
+        server.wait_for(active=0)
+        assert gate.steps == 1
+
+
+def test_a_stream_is_left_in_its_midst(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(own_model.program, monkeypatch)
+    gate.open.set()
+    with serving(own_model, sessions=1) as server:
+        with server.client().completions.create(model="tiny", prompt="Once", max_tokens=500, stream=True) as stream:
+            said = [next(stream).choices[0].text for _ in range(3)]
+            gate.open.clear()
+        assert all(said)
+        server.wait_until_left()
+        steps = gate.steps
+        gate.open.set()
+        server.wait_for(active=0, waiting=0)
+        assert gate.steps <= steps + 1
+
+
+def test_the_end_of_the_server_is_told_to_those_who_wait(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, told = Gate(own_model.program, monkeypatch), list[str]()
+
+    def ask(stream: bool) -> None:
+        told.append(server.post("completions", prompt="Once", stream=stream).text)
+
+    with serving(own_model, sessions=1) as server:
+        threads = [threading.Thread(target=ask, args=[stream]) for stream in (False, True)]
+        for thread in threads:
+            thread.start()
+        server.wait_for(active=1, waiting=1)
+        threading.Timer(0.3, gate.open.set).start()
+    for thread in threads:
+        thread.join()
+    assert [text.count("the server ends") for text in told] == [1, 1]
+
+
+def test_a_failure_is_an_error_for_one_client(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(own_model) as server:
+        with monkeypatch.context() as broken:
+            broken.setattr(own_model.program, "step", lambda *arguments: 1 / 0)
+            whole = server.post("completions", prompt="Once")
+            stream = server.post("completions", prompt="Once", stream=True)
+        assert (whole.status_code, whole.json()["error"]["type"]) == (500, "server_error")
+        assert json.loads(stream.text.removeprefix("data: "))["error"]["type"] == "server_error"
+        assert server.post("completions", prompt="Once").status_code == 200
+
+
+@contextmanager
+def process(file: Path, *flags: str, end: signal.Signals = signal.SIGTERM) -> Iterator[tuple[str, int]]:
+    """The command, its address and its process id. It ends by a signal, with 0 and no more words."""
+    call = [sys.executable, "-m", "runtime.serve", str(file), "--port", "0", *flags]
+    with subprocess.Popen(call, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr
+        told = re.fullmatch(r"serving \w+ at (http://\S+); Ctrl-C ends\n", server.stderr.readline())
+        try:
+            assert told
+            yield told[1], server.pid
+        finally:
+            server.send_signal(end)
+            rest = server.stderr.read()
+    assert (server.returncode, rest) == (0, "")
+
+
+async def visit(client: httpx.AsyncClient, chance: random.Random) -> None:
+    """One request of any kind, which may be left at any time."""
+    body: dict[str, Any] = {
+        "prompt": "Once upon a time " * chance.randrange(1, 9),
+        "max_tokens": chance.randrange(1, 40),
+    }
+    if stream := chance.random() < 0.7:
+        body["stream"] = True
+    left_after = chance.choice([None, None, 0.02, 0.1, 0.5])
+
+    async def ask() -> None:
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            assert answer.status_code == 200
+            lines = [line async for line in answer.aiter_lines()]
+            assert lines[-2:] == ["data: [DONE]", ""] if stream else len(lines) == 1
+
+    try:
+        await asyncio.wait_for(ask(), left_after)
+    except asyncio.TimeoutError:
+        assert left_after
+
+
+def resident(pid: int) -> int:
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) << 10
+
+
+def test_200_requests_of_which_many_are_left_leave_nothing_behind(tiny_pte: Path) -> None:
+    chance = random.Random(3)
+
+    async def visits(url: str, count: int) -> None:
+        limits = httpx.Limits(max_connections=count)
+        async with httpx.AsyncClient(base_url=url, limits=limits, timeout=120) as client:
+            await asyncio.gather(*(visit(client, chance) for _ in range(count)))
+
+    def counts(url: str) -> dict[str, Any]:
+        return dict(httpx.get(f"{url}/health").json())
+
+    with process(tiny_pte, "--sessions", "3", "--max-queue", "200") as (url, pid):
+        asyncio.run(visits(url, 20))
+        wait(lambda: counts(url)["active"] == 0, lambda: f"{counts(url)}")
+        before = resident(pid)
+        asyncio.run(visits(url, 200))
+        wait(lambda: counts(url)["active"] == 0, lambda: f"{counts(url)}")
+        assert counts(url) == {"status": "ok", "active": 0, "waiting": 0, "sessions": 3}
+        assert resident(pid) < before + 16e6
+
+
+def test_ctrl_c_ends_the_command_while_it_answers(tiny_pte: Path) -> None:
+    with (
+        process(tiny_pte, end=signal.SIGINT) as (url, _),
+        httpx.Client(timeout=60) as client,
+        client.stream(
+            "POST", f"{url}/v1/completions", json={"prompt": "Once", "max_tokens": 500, "stream": True}
+        ) as answer,
+    ):
+        assert next(answer.iter_lines()).startswith("data: ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sessions", "0"], "--sessions 0 is impossible"),
+        (["--port", "99999"], "--port 99999 cannot be listened at"),
+        (["--host", "nowhere.invalid"], "--host nowhere.invalid --port 8000 cannot be listened at"),
+        (["--api-key", ""], "--api-key '' is impossible"),
+        (["--chat-template", "llama3"], "which the tokenizer lacks"),
+        (["--chat-template", "mine"], "--chat-template mine is unknown; choose from"),
+        (["--threads", "0"], "--threads 0 is impossible"),
+    ],
+)
+def test_the_command_refuses_impossible_flags(toy_pte: Path, flags: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        serve.main([str(toy_pte), *flags])
+
+
+def test_numbers_of_things_are_none_or_more(toy_pte: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        serve.main([str(toy_pte), "--max-queue", "-1"])
+    assert caught.value.code == 2
+    assert "'-1' is impossible; give a whole number, 0 or more" in capsys.readouterr().err
+
+
+def test_without_its_libraries_the_command_says_how_to_get_them(toy_pte: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs starlette and uvicorn.*pip install 'llama-pte\[serve\]'"):
+        serve.main([str(toy_pte)])
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="needs Chromium")
+def test_the_page_shows_an_answer_as_it_comes(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(own_model.program, monkeypatch)
+    gate.open.set()
+    step, slow = own_model.program.step, threading.Event()
+
+    def slowly(*arguments: Any) -> Any:
+        slow.wait(0.02)
+        return step(*arguments)
+
+    monkeypatch.setattr(own_model.program, "step", slowly)
+    with serving(own_model, key="secret") as server, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page, complaints = browser.new_page(), list[str]()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: complaints.append(request.url) if server.url not in request.url else None)
+        page.goto(server.url)
+        page.get_by_label("Message", exact=True).fill("Tell me of a dog.")
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator(".error")).to_contain_text("the API key is missing or wrong")
+        expect(page.get_by_label("Message", exact=True)).to_have_value("Tell me of a dog.")
+        page.get_by_text("Settings").click()
+        page.get_by_label("API key").fill("secret")
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("Longest answer").fill("60")
+        page.get_by_label("Message", exact=True).press("Enter")
+        answer = page.locator(".assistant")
+        expect(answer).to_have_text(re.compile(r"\w+"))
+        part = answer.inner_text()
+        gate.open.clear()
+        expect(page.get_by_role("button", name="Stop")).to_be_visible()
+        gate.open.set()
+        expect(page.get_by_role("button", name="Send")).to_be_visible(timeout=30000)
+        whole = server.client("secret").chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "Tell me of a dog."}], temperature=0, max_tokens=60
+        )
+        said = whole.choices[0].message.content or ""
+        assert answer.evaluate("line => line.textContent") == said
+        assert said.startswith(part)
+        assert len(part) < len(said)
+        browser.close()
+    assert complaints == []

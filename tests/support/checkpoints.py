@@ -1,0 +1,151 @@
+"""Writes checkpoints in the layouts that export.checkpoints.layouts reads."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from export.checkpoints.checkpoint import renamed
+from export.checkpoints.families import HUGGING_FACE_NAMES
+from export.checkpoints.gguf import GGUF_NAMES
+from export.checkpoints.meta import META_NAMES
+from model.model import Llama
+from preproc import rope
+
+
+def interleaved(weight: Tensor, n_heads: int) -> Tensor:
+    """Undoes `export.checkpoints.checkpoint.half_split`, the long way: row 2i is pair i's first, 2i + 1 its second."""
+    rows = weight.shape[0]
+    width = rows // n_heads
+    order = [h * width + i + half * width // 2 for h in range(n_heads) for i in range(width // 2) for half in (0, 1)]
+    return weight[order]
+
+
+def write_llama2c(model: Llama, path: Path, version: int) -> Path:
+    """llama2.c's export.py: version 0 is the legacy layout."""
+    config = model.config
+    state = model.state_dict()
+    for name in state:
+        if name.endswith("wq.weight"):
+            state[name] = interleaved(state[name], config.n_heads)
+        elif name.endswith("wk.weight"):
+            state[name] = interleaved(state[name], config.n_kv_heads)
+
+    def per_layer(name: str) -> list[Tensor]:
+        return [state[f"layers.{i}.{name}.weight"] for i in range(config.n_layers)]
+
+    attention = [t for name in ("wq", "wk", "wv", "wo") for t in per_layer(f"attention.{name}")]
+    feed_forward = [t for name in ("w1", "w2", "w3") for t in per_layer(f"feed_forward.{name}")]
+    norms, embedding = (per_layer("attention_norm"), per_layer("ffn_norm")), state["tok_embeddings.weight"]
+    head = [] if config.tied else [state["head.output.weight"]]
+    dims = [config.dim, config.hidden_dim, config.n_layers, config.n_heads, config.n_kv_heads]
+    if version == 0:
+        vocab = config.vocab_size if config.tied else -config.vocab_size
+        header = struct.pack("<7i", *dims, vocab, config.context)
+        tables = list(rope.tables(config, config.context))
+        tensors = [
+            embedding,
+            *norms[0],
+            *attention,
+            *norms[1],
+            *feed_forward,
+            state["head.norm.weight"],
+            *tables,
+            *head,
+        ]
+    else:
+        header = struct.pack("<Ii7iB", 0x616B3432, 1, *dims, config.vocab_size, config.context, config.tied)
+        header = header.ljust(256, b"\0")
+        tensors = [*norms[0], *norms[1], state["head.norm.weight"], embedding, *attention, *feed_forward, *head]
+    path.write_bytes(header + b"".join(t.contiguous().numpy().tobytes() for t in tensors))
+    return path
+
+
+def hugging_face_state(model: Llama) -> dict[str, Tensor]:
+    """The model's weights under Hugging Face's names."""
+    state = {renamed(name, HUGGING_FACE_NAMES): t.contiguous() for name, t in model.state_dict().items()}
+    if model.config.tied:
+        del state["lm_head.weight"]
+    return state
+
+
+def save_safetensors(state: dict[str, Tensor], path: Path) -> None:
+    """Writes copies: safetensors refuses tensors that share storage."""
+    save_file({name: torch.clone(t) for name, t in state.items()}, path)
+
+
+def write_meta(model: Llama, folder: Path, ranks: int, vocabulary_parallel: bool = True) -> Path:
+    """Meta's folder of `ranks` tensor-parallel files; the embedding is split by rows (Llama 3) or columns (2)."""
+    config = model.config
+    split = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
+    split["tok_embeddings"] = 0 if vocabulary_parallel else 1
+    shards: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+    for name, tensor in model.state_dict().items():
+        kind = name.split(".")[-2]
+        if kind in ("wq", "wk"):
+            tensor = interleaved(tensor, config.n_heads if kind == "wq" else config.n_kv_heads)
+        parts = tensor.chunk(ranks, split[kind]) if kind in split else [tensor] * ranks
+        for shard, part in zip(shards, parts, strict=True):
+            shard[renamed(name, META_NAMES)] = part.clone()
+    folder.mkdir(exist_ok=True)
+    for rank, shard in enumerate(shards):
+        torch.save(shard | {"rope.freqs": torch.ones(config.head_dim // 2)}, folder / f"consolidated.{rank:02d}.pth")
+    params = {
+        "dim": config.dim,
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "n_kv_heads": config.n_kv_heads,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "vocab_size": -1,
+        "multiple_of": 256,
+    }
+    (folder / "params.json").write_text(json.dumps(params))
+    return folder
+
+
+def write_gguf(
+    model: Llama,
+    path: Path,
+    kind: str,
+    rope_factors: Tensor | None = None,
+    add_tokenizer: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> Path:
+    """A GGUF file; `kind` is the storage of its matrices: F32, F16, BF16, Q8_0 or Q4_0."""
+    config, storage = model.config, gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.context)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    add_tokenizer(writer)
+    for name, tensor in model.state_dict().items():
+        layer_kind = name.split(".")[-2]
+        if layer_kind in ("wq", "wk"):
+            tensor = interleaved(tensor, config.n_heads if layer_kind == "wq" else config.n_kv_heads)
+        if name == "head.output.weight" and config.tied:
+            continue
+        values, target = tensor.contiguous().numpy(), renamed(name, GGUF_NAMES)
+        if tensor.dim() == 1:
+            writer.add_tensor(target, values)
+        else:
+            writer.add_tensor(target, gguf.quants.quantize(values, storage), raw_dtype=storage)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,83 @@
+"""A server in a thread of the tests' own process, and what holds up its steps."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from runtime import serve
+from runtime.engine.program import Program
+from runtime.serving.openai_request import Model
+from runtime.serving.scheduler import Worker
+
+MESSAGES: Any = [{"role": "system", "content": "Tell stories."}, {"role": "user", "content": "Of a dog, please."}]
+LIMIT = 20000
+"""Bytes that a request may have."""
+
+
+@dataclass
+class Server:
+    """A server that runs."""
+
+    model: Model
+    worker: Worker
+    url: str
+
+    def client(self, key: str = "unused") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def post(self, endpoint: str, **values: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/{endpoint}", json=values, timeout=60)
+
+    def wait_for(self, **counts: int) -> None:
+        wait(lambda: counts.items() <= self.worker.counts.items(), lambda: f"{self.worker.counts}, not {counts}")
+
+    def wait_until_left(self) -> None:
+        """Until the worker knows that nobody wants what it has begun."""
+        wait(lambda: all(active.job.cancelled for active in self.worker._active), lambda: "nobody noticed")
+
+
+def wait(done: Callable[[], bool], failure: Callable[[], str]) -> None:
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline, failure()
+        time.sleep(0.01)
+
+
+@contextmanager
+def serving(model: Model, sessions: int = 2, max_queue: int = 100, key: str | None = None) -> Iterator[Server]:
+    """A server at a free port."""
+    worker = Worker(model.program, sessions, max_queue)
+    server = serve.create_server(model, worker, key, LIMIT)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            wait(lambda: server.started, lambda: "the server does not start")
+            yield Server(model, worker, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+class Gate:
+    """Holds up a program's steps, and counts them."""
+
+    def __init__(self, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = threading.Event()
+        self.steps = 0
+        step = program.step
+
+        def gated(*arguments: Any) -> Any:
+            assert self.open.wait(60)
+            self.steps += 1
+            return step(*arguments)
+
+        monkeypatch.setattr(program, "step", gated)

@@ -1,0 +1,132 @@
+"""Random models in slices, run half by half in a program's place."""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from export.lowering.assemble import Linked
+from export.lowering.slices import SliceRecipe
+from export.lowering.trace import GraphOptions, half_step
+from export.planning.plan import Plan
+from export.planning.sharding import Cut
+from export.weights.scheme import SCHEMES, Scheme
+from export.weights.source import Recipe, piece_names
+from model.config import ModelConfig
+from runtime.engine.kv_cache import copied
+from runtime.engine.tensor_parallel import Alone, Slices
+from runtime.pte.metadata import Metadata, Requirements
+from runtime.pte.parts import joined
+from tests.conftest import planned, random_model
+
+GROUPED = ModelConfig(
+    dim=64, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=64, vocab_size=93, context=40, tied=True
+)
+"""Of a vocabulary that no number of slices divides."""
+
+PADDED = replace(GROUPED, dim=48, n_heads=6, n_kv_heads=3, hidden_dim=61)
+"""Of heads and hidden units that four slices do not divide; the last one has no heads of the model's."""
+
+GRAPH = GraphOptions(40, 7, "fused", max_rows=3)
+
+UNUSUAL = {
+    "biases": replace(GROUPED, qkv_bias=True, out_bias=True, ffn_bias=True, head_bias=True, tied=False),
+    "one KV head in all slices": replace(GROUPED, n_kv_heads=1),
+    "heads of one group in two slices": replace(GROUPED, n_heads=12, n_kv_heads=3),
+    "heads and hidden units that are not divided": PADDED,
+    "such heads, biases, norms of heads, no gate": replace(
+        PADDED,
+        qkv_bias=True,
+        out_bias=True,
+        ffn_bias=True,
+        norm="layer",
+        norm_bias=True,
+        qk_norm=True,
+        gated=False,
+        activation="gelu",
+    ),
+    "norms of heads, caps, partly rotated": replace(
+        GROUPED, qk_norm=True, attention_softcap=3.0, logit_softcap=5.0, rotary_dim=4, nope_layers=(1,)
+    ),
+    "a window, scales, no gate": replace(
+        GROUPED,
+        sliding_window=6,
+        local_layers=(0,),
+        embedding_scale=3.0,
+        residual_scale=0.5,
+        logit_scale=0.25,
+        gated=False,
+        activation="gelu_tanh",
+    ),
+    "learned positions, LayerNorm": replace(
+        GROUPED, positions="learned", norm="layer", norm_bias=True, out_bias=True, gated=False, activation="gelu"
+    ),
+}
+
+
+def in_slices(config: ModelConfig, count: int, scheme: Scheme = SCHEMES["fp32"]) -> Plan:
+    """How to export a random model in so many slices."""
+    model = random_model(config)
+    recipe = Recipe(config, model.state_dict(), scheme, slices=count)
+    plan = replace(planned(model, GRAPH, scheme), recipe=recipe, cut=Cut(slices=count))
+    plan.provenance["options"]["tensor_parallel"] = count
+    return plan
+
+
+def metadata_of(plan: Plan, number: int) -> Metadata:
+    """What one of its files carries, but for what a backend needs."""
+    return plan.metadata(Linked(None, Requirements("", (), ()), 0), plan.shards[number])
+
+
+class EagerSlice:
+    """A slice of a random model, run half by half as a file would be."""
+
+    def __init__(self, plan: Plan, number: int) -> None:
+        self.metadata = metadata_of(plan, number)
+        recipe = SliceRecipe(plan.recipe, number, plan.cut.slices)
+        self._model = recipe.sliced({name: recipe.piece(name) for name in piece_names(recipe.config)})
+
+    def load(self) -> None:
+        """Is loaded."""
+
+    def run(self, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        (spec,) = (spec for spec in self.metadata.methods if spec.name == name)
+        length, rows = inputs["tokens"].shape[1], inputs["select"].shape[1]
+        for each in spec.inputs:
+            given = inputs[each.name]
+            assert tuple(given.shape) == each.sizes(length, rows), each.name
+            assert given.is_contiguous(), each.name
+        half = self._model.get_submodule(spec.half)
+        outputs = half_step(half, spec.start_layer, {each.name: inputs[each.name] for each in spec.inputs})
+        return {each.name: outputs[each.name] for each in spec.outputs}
+
+
+class EagerSlices:
+    """All of them, in a program's place."""
+
+    def __init__(self, plan: Plan) -> None:
+        slices = [EagerSlice(plan, number) for number in range(plan.cut.slices)]
+        self.metadata: Metadata = joined({Path(str(number)): each.metadata for number, each in enumerate(slices)})
+        self.step = Slices(slices[::-1], self.metadata, Alone()).step  # type: ignore[arg-type]
+
+
+class Meeting:
+    """The group of one of several threads, each of which has one slice."""
+
+    def __init__(self, number: int, given: list[Tensor], barrier: threading.Barrier) -> None:
+        self._number, self._given, self._barrier = number, given, barrier
+
+    def _all(self, tensor: Tensor) -> list[Tensor]:
+        self._barrier.wait()
+        self._given[self._number] = copied(tensor)
+        self._barrier.wait()
+        return list(self._given)
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self._all(tensor)).sum(dim=0)
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        return torch.cat(self._all(tensor), dim=-1)
