@@ -33,7 +33,7 @@ def test_a_large_matrix_is_quantised_in_parts_as_it_would_be_at_once(monkeypatch
     torch.manual_seed(0)
     weight = torch.randn(40, 64)
     whole = stored(weight, GROUPS, "nearest")
-    import export.quantize as module
+    import export.weights.quantize as module
 
     most = module._ELEMENTS_AT_ONCE
     module._ELEMENTS_AT_ONCE = 3 * 64
