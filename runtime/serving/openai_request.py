@@ -384,4 +384,4 @@ def _seed(seed: int, index: int) -> int:
     """The seed of a request's text by its place: the first has the request's, the others one made of it."""
     if index == 0:
         return seed
-    return int.from_bytes(hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest())
+    return int.from_bytes(hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest(), "big")
