@@ -103,7 +103,7 @@ def shown(value: Any) -> str:
 def _object(raw: bytes) -> dict[str, Any]:
     """A body's JSON object."""
     try:
-        values = json.loads(raw, parse_constant=_no_number)
+        values = json.loads(raw, parse_constant=no_number)
         json.dumps(values, ensure_ascii=False).encode()  # which half a surrogate pair fails
     except (ValueError, RecursionError) as error:
         refuse(None, f"the body is no JSON ({error}); send an object with Content-Type: application/json")
@@ -112,5 +112,10 @@ def _object(raw: bytes) -> dict[str, Any]:
     return values
 
 
-def _no_number(text: str) -> NoReturn:
+def no_number(text: str) -> NoReturn:
+    """Refuses NaN and the infinities, which Python's json reads: JSON has none.
+
+    Raises:
+        ValueError: always.
+    """
     raise ValueError(f"{text} is no number")

@@ -5,8 +5,9 @@ import secrets
 import string
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
+from runtime.serving.request_values import no_number
 from runtime.text.constraint import json_rule
 
 _BETWEEN = " \t\r\n;,"
@@ -252,8 +253,4 @@ def _is_in_a_string(text: str) -> bool:
     return False
 
 
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number")
-
-
-_JSON = json.JSONDecoder(strict=False, parse_constant=_no_number)
+_JSON = json.JSONDecoder(strict=False, parse_constant=no_number)

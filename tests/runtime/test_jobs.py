@@ -2,7 +2,6 @@
 
 import json
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from runtime import serve
 from runtime.serving.openai_request import Model
 from runtime.serving.scheduler import Job, Worker
 from runtime.text.prompts import prompt_ids
-from tests.support.serving import MESSAGES, Gate, Server, serving
+from tests.support.serving import MESSAGES, Gate, Server, serving, told_by_the_end
 
 STORY = "Once upon a time"
 OTHER = "The dog"
@@ -154,17 +153,5 @@ def test_a_client_that_leaves_takes_all_its_texts_along(own_model: Model, monkey
 
 
 def test_the_end_of_the_server_is_told_once_for_all_texts(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, told = Gate(own_model.program, monkeypatch), list[str]()
-
-    def ask(stream: bool) -> None:
-        told.append(server.post("completions", prompt=[STORY, OTHER], n=2, stream=stream).text)
-
-    with serving(own_model) as server:
-        threads = [threading.Thread(target=ask, args=[stream]) for stream in (False, True)]
-        for thread in threads:
-            thread.start()
-        server.wait_for(active=1, waiting=1)
-        threading.Timer(0.3, gate.open.set).start()
-    for thread in threads:
-        thread.join()
+    told = told_by_the_end(own_model, Gate(own_model.program, monkeypatch), {"prompt": [STORY, OTHER], "n": 2})
     assert [text.count("the server ends") for text in told] == [1, 1]

@@ -22,7 +22,7 @@ from playwright.sync_api import expect, sync_playwright
 from model.errors import InputError
 from runtime import serve
 from runtime.serving.openai_request import Model
-from tests.support.serving import LIMIT, MESSAGES, Gate, Server, serving, wait
+from tests.support.serving import LIMIT, MESSAGES, Gate, Server, serving, told_by_the_end, wait
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,19 +155,7 @@ def test_a_stream_is_left_in_its_midst(own_model: Model, monkeypatch: pytest.Mon
 
 
 def test_the_end_of_the_server_is_told_to_those_who_wait(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, told = Gate(own_model.program, monkeypatch), list[str]()
-
-    def ask(stream: bool) -> None:
-        told.append(server.post("completions", prompt="Once", stream=stream).text)
-
-    with serving(own_model, sessions=1) as server:
-        threads = [threading.Thread(target=ask, args=[stream]) for stream in (False, True)]
-        for thread in threads:
-            thread.start()
-        server.wait_for(active=1, waiting=1)
-        threading.Timer(0.3, gate.open.set).start()
-    for thread in threads:
-        thread.join()
+    told = told_by_the_end(own_model, Gate(own_model.program, monkeypatch), {"prompt": "Once"}, sessions=1)
     assert [text.count("the server ends") for text in told] == [1, 1]
 
 

@@ -81,3 +81,23 @@ class Gate:
             return step(*arguments)
 
         monkeypatch.setattr(program, "step", gated)
+
+
+def told_by_the_end(model: Model, gate: Gate, body: dict[str, Any], **options: Any) -> list[str]:
+    """What two clients that ask for the same texts, one of them as a stream, are told by a server that ends while one
+    is answered and the other waits.
+    """
+    told = list[str]()
+
+    def ask(stream: bool) -> None:
+        told.append(server.post("completions", **body, stream=stream).text)
+
+    with serving(model, **options) as server:
+        threads = [threading.Thread(target=ask, args=[stream]) for stream in (False, True)]
+        for thread in threads:
+            thread.start()
+        server.wait_for(active=1, waiting=1)
+        threading.Timer(0.3, gate.open.set).start()
+    for thread in threads:
+        thread.join()
+    return told
