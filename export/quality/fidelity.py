@@ -27,6 +27,8 @@ PROMPTS = (
 )
 DECODED = 16
 """Tokens decoded greedily after each prompt."""
+CHANNEL, TOKEN = "channel", "token"
+"""What an error of cached rows is of: see `Cached`."""
 
 
 @dataclass(frozen=True)
@@ -35,24 +37,25 @@ class Limits:
 
     Attributes:
         error, kl, median_kl: see `Fidelity`.
-        cached: see `Cached.error`.
+        channel, token: see `Cached.error`.
     """
 
     error: float
     kl: float
     median_kl: float
-    cached: float
+    channel: float
+    token: float
 
     def widened(self, own: "Fidelity") -> "Limits":
         """The limits where the reference differs from itself by `own` when its input changes by rounding alone."""
         error, kl = max(self.error, 10 * own.error), max(self.kl, 4 * own.kl)
-        return Limits(error, kl, max(self.median_kl, 2 * own.median_kl), self.cached)
+        return replace(self, error=error, kl=kl, median_kl=max(self.median_kl, 2 * own.median_kl))
 
 
 LIMITS = {
-    "float32": Limits(error=1e-4, kl=1e-6, median_kl=1e-7, cached=1e-4),
-    "float16": Limits(error=2e-2, kl=1e-4, median_kl=1e-5, cached=5e-3),
-    "int8": Limits(error=2.0, kl=2e-2, median_kl=5e-3, cached=3e-2),
+    "float32": Limits(error=1e-4, kl=1e-6, median_kl=1e-7, channel=1e-4, token=1e-2),
+    "float16": Limits(error=2e-2, kl=1e-4, median_kl=1e-5, channel=5e-3, token=5e-2),
+    "int8": Limits(error=2.0, kl=2e-2, median_kl=5e-3, channel=3e-2, token=0.3),
 }
 """Between the file and the eager model, by what activations are rounded to on the way: where one lies between two
 steps, the last bit of a float decides. Deep models with large activations enlarge that, see `Limits.widened`.
@@ -104,20 +107,23 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Cached:
-    """Keys or values of one block, in the channel (head, and number in it) that differs most for its limit.
+    """Keys or values of one block, in the channel (head, and number in it) or token that differs most for its limit.
 
     Attributes:
         name: k_rows.3 or v_rows.3.
-        error: root mean square of the channel's differences over all tokens, relative to the block's keys or values.
+        along: what the error is of: CHANNEL or TOKEN.
+        error: root mean square of a channel's differences over all tokens, relative to the block's keys or values; or
+            of a token's over all channels, relative to how far the block's keys or values spread over the tokens.
         limit: what was allowed.
     """
 
     name: str
+    along: str
     error: float
     limit: float
 
     def __str__(self) -> str:
-        return f"{self.name} {self.error:.1e} (limit {self.limit:.1e})"
+        return f"{self.name} {self.error:.1e} of a {self.along} (limit {self.limit:.1e})"
 
 
 @dataclass(frozen=True)
@@ -181,13 +187,13 @@ def judge(recipe: Recipe, found: Observed) -> Fidelity:
     limits = LIMITS[_rounded(recipe.scheme)]
     expected = _expected(recipe, found, is_perturbed=False)
     errors = cached_errors(found, expected)
-    fidelity = replace(compare(found.logits, expected.logits, limits), cached=worst(errors, {}, limits.cached))
+    fidelity = replace(compare(found.logits, expected.logits, limits), cached=worst(errors, {}, limits))
     if fidelity.passed:
         return fidelity
     other = _expected(recipe, found, is_perturbed=True)
     own = cached_errors(replace(found, rows=_as_cached(other, found)), expected)
     widened = limits.widened(compare(other.logits, expected.logits, limits))
-    return replace(compare(found.logits, expected.logits, widened), cached=worst(errors, own, limits.cached))
+    return replace(compare(found.logits, expected.logits, widened), cached=worst(errors, own, limits))
 
 
 def _expected(recipe: Recipe, found: Observed, is_perturbed: bool) -> Expected:
@@ -203,30 +209,41 @@ def _as_cached(other: Expected, found: Observed) -> list[dict[str, tuple[Tensor,
     ]
 
 
-def cached_errors(found: Observed, expected: Expected) -> dict[str, Tensor]:
-    """Of every block's keys and values, see `Cached.error`: name -> [K, Dh] float64."""
+def cached_errors(found: Observed, expected: Expected) -> dict[tuple[str, str], Tensor]:
+    """Returns the errors of every block, see `Cached`: (name, CHANNEL) -> [K, Dh], (name, TOKEN) -> [n] float64."""
     errors = {}
     for name in found.rows[0]:
         pairs = [(ours[name], theirs[name]) for ours, theirs in zip(found.rows, expected.rows, strict=True)]
         right = torch.cat([theirs[:, positions] for (positions, _), theirs in pairs], dim=1).double()
         difference = torch.cat([decode(rows) for (_, rows), _ in pairs], dim=1).double() - right
-        size = right.square().mean().sqrt()
-        error = difference.square().mean(dim=1).sqrt()
-        errors[name] = torch.where(error == 0, 0.0, error / size)
+        for along, dims, size in (
+            (CHANNEL, (1,), right.square().mean().sqrt()),
+            (TOKEN, (0, 2), (right - right.mean(dim=1, keepdim=True)).square().mean().sqrt()),
+        ):
+            error = difference.square().mean(dim=dims).sqrt()
+            errors[name, along] = torch.where(error == 0, 0.0, error / size)
     return errors
 
 
-def worst(errors: Mapping[str, Tensor], own: Mapping[str, Tensor], least: float) -> Cached | None:
-    """Of the errors, which are [K, Dh] each, the one that is largest for its limit: `least`, or twice what the
-    reference differs from itself, in the channel or on the average of the block's. A NaN is the largest.
+def worst(
+    errors: Mapping[tuple[str, str], Tensor], own: Mapping[tuple[str, str], Tensor], limits: Limits
+) -> Cached | None:
+    """Finds, in what `cached_errors` returns, the error that is largest for its limit. A NaN is the largest.
+
+    Args:
+        own: what the reference differs from itself; it widens the limits of the block that it is of.
     """
     found = list[tuple[float, Cached]]()
-    for name, error in errors.items():
-        theirs = own.get(name, torch.zeros_like(error))
-        limit = torch.maximum(theirs, theirs.square().mean().sqrt()).mul(2).clamp(min=least)
+    for (name, along), error in errors.items():
+        theirs = own.get((name, along), torch.zeros_like(error))
+        if along == CHANNEL:
+            limit = torch.maximum(theirs, theirs.square().mean().sqrt()).mul(2).clamp(min=limits.channel)
+        else:  # which tokens are rounded another way is chance, so that the block's worst stands for all
+            limit = theirs.max().mul(2.5).clamp(min=limits.token).expand_as(error)
         ratio = torch.where(error.isnan(), torch.inf, error / limit).flatten()
         index = int(ratio.argmax())
-        found.append((float(ratio[index]), Cached(name, float(error.flatten()[index]), float(limit.flatten()[index]))))
+        values = float(error.flatten()[index]), float(limit.flatten()[index])
+        found.append((float(ratio[index]), Cached(name, along, *values)))
     return max(found, key=lambda each: each[0])[1] if found else None
 
 

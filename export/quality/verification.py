@@ -41,7 +41,8 @@ class Verdict:
         metadata: what the file carries.
         fidelity: whether it computes what was exported.
         quality: what quantising cost; None for float32.
-        altered: the parameters whose bytes in the file are not those that the scheme makes of the checkpoint's.
+        altered: the parameters whose bytes in the file are not those that the scheme makes of the checkpoint's, and the
+            epsilon if it is another.
     """
 
     metadata: Metadata
@@ -54,7 +55,7 @@ class Verdict:
         """Why the file does not pass, in a sentence; None if it does."""
         if self.altered:
             more = f" and {len(self.altered) - 1} more" if len(self.altered) > 1 else ""
-            return f"the file holds other weights than the checkpoint: {self.altered[0]}{more}"
+            return f"the file holds other numbers than the checkpoint: {self.altered[0]}{more}"
         if not self.fidelity.passed:
             return f"the program differs from the checkpoint: {self.fidelity}"
         return self.quality.failure if self.quality else None

@@ -1,7 +1,7 @@
 """weight_bytes: the bytes that a file holds of each parameter, against those that the scheme makes of the checkpoint's.
 
 Where activations are rounded to 8 bits, a right file's logits differ from the reference's by as much as a small fault
-in a late block makes; its weights do not differ by a bit.
+in a late block makes, or another epsilon in every norm; its weights and constants do not differ by a bit.
 """
 
 import mmap
@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from executorch.exir import schema
+from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
 from flatbuffers.table import Table  # type: ignore[import-untyped]
 from torch import Tensor
 
@@ -19,18 +21,25 @@ from export.lowering.write import NAMED, SEGMENTS
 from export.weights.quantize import QuantizedEmbedding
 from export.weights.scheme import is_shared
 from export.weights.source import Recipe
-from model.model import Llama
+from model.config import ModelConfig
+from model.model import Llama, Norm
 from runtime.engine.executorch import Shard
 from runtime.engine.program import files
-from runtime.pte.metadata import export_identity
+from runtime.pte.metadata import Metadata, export_identity
+from runtime.pte.parts import runs
 
-_SEGMENT_BASE = 24
-"""Where a program's extended header has the place of its first segment (executorch/schema/extended_header.h)."""
+EPSILON = "norm_eps"
+"""What `altered` yields where a norm's epsilon is another."""
+
+_HEADER = 8
+"""Where a program's extended header starts, which has the size of the program at 8 and the place of its first segment
+at 16 (executorch/schema/extended_header.h).
+"""
 
 
 def altered(path: Path | Sequence[Path], recipe: Recipe) -> Iterator[str]:
     """The parameters whose bytes differ, of those that a backend holds by names of ours, see
-    `export.lowering.assemble`: where blocks were lowered one by one, all matrices but the embedding.
+    `export.lowering.assemble`: where blocks were lowered one by one, all matrices but the embedding. Then EPSILON too.
 
     Args:
         path: the .pte, the folder of its shards or slices, or these.
@@ -41,6 +50,29 @@ def altered(path: Path | Sequence[Path], recipe: Recipe) -> Iterator[str]:
         is_whole = metadata.slices == 1 and metadata.span == range(recipe.config.n_layers)
         with each.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as program:
             yield from _altered(program, part, identity, is_whole)
+            if weight_places(program) and not _has_epsilon(program, metadata, recipe.config):
+                yield EPSILON
+
+
+def _has_epsilon(program: mmap.mmap, metadata: Metadata, config: ModelConfig) -> bool:
+    """Whether the program has the epsilon of each norm of its blocks among its constants, once for each way to run."""
+    with torch.device("meta"):
+        norms = sum(isinstance(module, Norm) for module in Llama(config, metadata.span).modules())
+    return _scalars(program).count(torch.tensor(config.norm_eps).item()) == norms * len(runs(metadata.methods))
+
+
+def _scalars(program: mmap.mmap) -> list[float]:
+    """The float32 constants of one number each, outside the backends' own code."""
+    size, base = struct.unpack_from("<QQ", program, _HEADER + 8)
+    tables = _flatbuffer_to_program(program[:size])
+    offsets = tables.constant_segment.offsets
+    start = base + tables.segments[tables.constant_segment.segment_index].offset
+    values = (value.val for plan in tables.execution_plan for value in plan.values)
+    return [
+        struct.unpack_from("<f", program, start + offsets[value.data_buffer_idx])[0]
+        for value in values
+        if isinstance(value, schema.Tensor) and value.data_buffer_idx and not value.sizes
+    ]
 
 
 def _altered(program: mmap.mmap, recipe: Recipe, identity: str, is_whole: bool) -> Iterator[str]:
@@ -72,7 +104,7 @@ def _values(recipe: Recipe, name: str, is_whole: bool) -> list[Tensor]:
 def weight_places(program: mmap.mmap) -> dict[str, tuple[int, int]]:
     """Where a program has its named data, and of what size, by the digest that the name ends with."""
     root = Table(program, *struct.unpack_from("<I", program))
-    (base,) = struct.unpack_from("<Q", program, _SEGMENT_BASE)
+    (base,) = struct.unpack_from("<Q", program, _HEADER + 16)
 
     def items(number: int) -> list[Table]:
         start, count = root.Offset(4 + 2 * number), 0

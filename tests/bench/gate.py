@@ -224,14 +224,15 @@ def mask_off_by_one() -> Iterator[None]:
 
 @contextmanager
 def stale_row() -> Iterator[None]:
-    """The last block's row at position 3 is that of position 2."""
+    """The last block's row at position 3 is never written: it stays as it was, from an earlier text or empty."""
     commit = KVCache.commit
 
     def committed(self: KVCache, outputs: Mapping[str, Tensor], length: int) -> None:
+        last = list(self.buffers.values())[-1]
+        before = last[:, 3].clone()
         commit(self, outputs, length)
-        if self.position > 3:
-            last = list(self.buffers.values())[-1]
-            last[:, 3] = last[:, 2]
+        if self.position - length <= 3 < self.position:
+            last[:, 3] = before
 
     with mock.patch.object(KVCache, "commit", committed):
         yield

@@ -19,14 +19,14 @@ from export.planning.plan import ExportOptions, plan
 from export.planning.sharding import Cut
 from export.quality.fidelity import LIMITS, Observed, compare, judge, observed
 from export.quality.verification import Verdict, verify
-from export.quality.weight_bytes import altered, weight_places
+from export.quality.weight_bytes import EPSILON, altered, weight_places
 from export.weights.scheme import SCHEMES
 from export.weights.source import Recipe
 from model.errors import InputError
 from model.model import Llama
 from runtime.engine.program import Program, read_metadata
 from runtime.pte.metadata import export_identity
-from tests.bench.gate import MOE, PLANTED, RUN, Right, random_file
+from tests.bench.gate import MOE, PLANTED, RUN, Right, random_file, wrong_epsilon
 from tests.conftest import DEEP, TOY, planned, random_model, toy_model, write_pte
 from tests.support.families import CASES, hugging_face_model
 
@@ -143,6 +143,11 @@ def test_a_right_file_passes_and_holds_the_weights(right: tuple[Right, Observed]
 def test_a_fault_of_the_model_is_refused(fault: Callable[[Recipe], Recipe], right: tuple[Right, Observed]) -> None:
     file, found = right
     assert not judge(fault(file.recipe), found).passed
+
+
+def test_another_epsilon_is_named(right: tuple[Right, Observed]) -> None:
+    file, _ = right
+    assert list(altered(file.path, wrong_epsilon(file.recipe))) == [EPSILON]
 
 
 @pytest.mark.parametrize("fault", RUN)
