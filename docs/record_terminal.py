@@ -23,7 +23,7 @@ COMMANDS = (
 
 
 def output(command: str, folder: str) -> str:
-    """What the command prints, in a terminal's order: an export's file name comes last, and a text before statistics."""
+    """What the command prints, as a terminal shows it: an export's file name last, a text before its statistics."""
     call = [sys.executable, "-m", "runtime.cli.llama_pte", *shlex.split(command)[1:]]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": folder}
     done = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, check=True)
