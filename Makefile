@@ -5,7 +5,8 @@ STORY ?= Once upon a time
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 CMAKE := $(CURDIR)/$(BIN)/cmake
-CPP := cpp_runner/src/*.cpp cpp_runner/src/*/* cpp_runner/include/*.h cpp_runner/include/*/*.h tests/cpp/*.c tests/cpp/*.cpp tests/cpp/*.h
+CPP := cpp_runner/src/*.cpp cpp_runner/src/*/* cpp_runner/include/*.h cpp_runner/include/*/*.h \
+	tests/cpp/*.c tests/cpp/*.cpp tests/cpp/*.h examples/cpp/*.cpp
 NATIVE := g++ libcli11-dev nlohmann-json3-dev libxxhash-dev libpcre2-dev libutf8proc-dev libgtest-dev
 CROSS := g++-aarch64-linux-gnu qemu-user-static libpcre2-dev:arm64 libutf8proc-dev:arm64
 

@@ -11,6 +11,9 @@ from typing import NoReturn
 
 from model.errors import InputError
 
+SCRIPT = "llama-pte"
+"""The console script, whose sub-commands `runtime.cli.llama_pte` lists."""
+
 
 def start(module: str) -> NoReturn:
     """Runs `main` of a module as the command `python -m module`; see `run_command`.
@@ -25,17 +28,19 @@ def start(module: str) -> NoReturn:
 
 
 def parser(module: str, description: str, doc: str | None) -> argparse.ArgumentParser:
-    """A parser for the command `python -m module`.
+    """A parser for the command `python -m module`, which help calls by the name that it was started under.
 
     Args:
         description: what it does, in a sentence.
         doc: the module's docstring, whose lines that begin with `python -m` are the examples.
     """
+    usual = f"python -m {module}"
+    name = sys.argv[0] if sys.argv[0].startswith(f"{SCRIPT} ") else usual
     examples = [line.strip() for line in (doc or "").splitlines() if line.strip().startswith("python -m")]
     return argparse.ArgumentParser(
-        f"python -m {module}",
+        name,
         description=description,
-        epilog="\n  ".join(["examples:", *examples]),
+        epilog="\n  ".join(["examples:", *(line.replace(usual, name) for line in examples)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

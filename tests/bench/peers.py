@@ -7,7 +7,7 @@ python -m tests.bench.peers --llama2c path/to/run.c path/to/stories260K    # .bi
 All systems take turns, each in a process of its own, so that a machine whose speed drifts slows all alike; what counts
 are the ratios within a round. Random weights in groups of 32, all cores; caches of float16, which is llama.cpp's
 default, but for export_llm, which knows none. `make bench` installs what it needs; run
-nothing else meanwhile. The README's table is written anew.
+nothing else meanwhile. The table in docs/benchmarks.md is written anew.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from tests.bench.export import HIDDEN, SHAPES, SHARED, theirs, write_checkpoint
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "bench"
 RUNNER = ROOT / "build" / "host" / "llama_runner"
-README = ROOT / "README.md"
+REPORT = ROOT / "docs" / "benchmarks.md"
 Round = dict[str, Result]
 """By system."""
 
@@ -306,11 +306,11 @@ def instruction_sets() -> str:
     return f"Instruction sets: llama.cpp was built with {compiled}; the others choose among {', '.join(found)}."
 
 
-def write_readme(text: str) -> None:
+def write_report(text: str) -> None:
     """Puts a report in the place of the last one."""
     begin, end = "<!-- make bench -->\n", "<!-- end of make bench -->"
-    before, rest = README.read_text().split(begin)
-    README.write_text(f"{before}{begin}{text}\n{end}{rest.split(end)[1]}")
+    before, rest = REPORT.read_text().split(begin)
+    REPORT.write_text(f"{before}{begin}{text}\n{end}{rest.split(end)[1]}")
 
 
 def main() -> None:
@@ -334,7 +334,7 @@ def main() -> None:
         rounds.append(found)
     text = report(rounds)
     print(text)
-    write_readme(text)
+    write_report(text)
 
 
 if __name__ == "__main__":
