@@ -33,8 +33,8 @@ FIELDS = {
     "fidelity.cached": "the keys or values that differ most for what is allowed there",
     "fidelity.cached.name": "k_rows (keys) or v_rows (values), and the block",
     "fidelity.cached.along": "whose error it is: a channel's, over all tokens, or a token's, over all channels",
-    "fidelity.cached.error": "root mean square of its differences, relative to the block's keys or values, or a token's "
-    "to their spread",
+    "fidelity.cached.error": "root mean square of its differences, relative to the block's keys or values (a "
+    "channel's), or to their spread over the tokens (a token's)",
     "fidelity.cached.limit": "what is allowed of that",
     "quality": "the quantised model against float32, on a text",
     "quality.text": "the text's name, or `random tokens` where the file has no tokenizer",
