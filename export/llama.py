@@ -35,7 +35,7 @@ from export.planning.scheme_search import DEFAULT_BUDGET, NothingFitsError, deci
 from export.planning.sharding import Cut
 from export.quality.gptq import TOKENS, calibrate
 from export.quality.perplexity import Gate
-from export.quality.verification import VerificationError, add_flags, verify
+from export.quality.verification import VerificationError, add_flags, verify_once
 from export.weights.quantize import ROUNDINGS
 from export.weights.scheme import SCHEMES, matrices
 from model.errors import InputError
@@ -108,13 +108,13 @@ def export_llama(options: ExportOptions, progress: Progress | None = None) -> Pa
                 absent = BACKENDS[options.backend].runtime
                 result.append(f"skipped: {absent} is not in this machine's ExecuTorch; check the file on the device")
                 return output
-            verdict = verify(temporaries, planned.recipe, gate)
-            result.append(str(verdict))
+            found = verify_once(temporaries, planned.recipe, gate, _cache(options))
+            result.append(found.summary)
         size = sum(temporary.stat().st_size for temporary in temporaries)
-        saved = verdict.save(output, size) if verdict.quality else None
-        if verdict.failure:
+        saved = found.save(output, size) if found.report else None
+        if found.failure:
             see = f"; {saved} has the details" if saved else ""
-            raise VerificationError(f"{verdict.failure}; {output} was not written{see}")
+            raise VerificationError(f"{found.failure}; {output} was not written{see}")
     return output
 
 
@@ -136,9 +136,8 @@ def _calibrated(planned: Plan, progress: Progress) -> Iterator[Plan]:
 
 def _write(planned: Plan, options: ExportOptions, paths: Sequence[Path], progress: Progress) -> None:
     recipe, shards, backend = planned.recipe, planned.shards, options.backend
-    cache = CodeCache(default_folder() if options.cache else None)
     with progress.stage("lower") as result:
-        codes = lower(recipe.config, shards, backend, recipe.scheme, cache)
+        codes = lower(recipe.config, shards, backend, recipe.scheme, _cache(options))
         result.append(f"{backend}, {len(codes)} different parts")
         result.extend(f"{method.name} takes {_tokens(method.max_length)}" for method in runs(shards[0]))
     for number, (methods, path) in enumerate(zip(shards, paths, strict=True), 1):
@@ -152,6 +151,10 @@ def _write(planned: Plan, options: ExportOptions, paths: Sequence[Path], progres
         with progress.stage(f"emit{name}") as result:
             emit(linked, planned.metadata(linked, methods), path)
             result.append(f"{path.stat().st_size / 1e6:.1f} MB")
+
+
+def _cache(options: ExportOptions) -> CodeCache:
+    return CodeCache(default_folder() if options.cache else None)
 
 
 @contextmanager
@@ -206,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-cache",
         dest="cache",
         action="store_false",
-        help=f"lower every kind of block anew, rather than take what was kept in {default_folder()}",
+        help=f"lower and verify anew, rather than rely on what was kept of earlier exports in {default_folder()}",
     )
     return parser
 

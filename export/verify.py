@@ -81,5 +81,5 @@ def main(arguments: list[str] | None = None) -> int:
         verdict = verify(options.file, recipe, gate)
     print(f"{options.file}: {verdict}: {'passed' if verdict.failure is None else f'FAILED: {verdict.failure}'}")
     if options.report:
-        print(verdict.save(options.file, sum(file.stat().st_size for file in files(options.file))))
+        print(verdict.outcome.save(options.file, sum(file.stat().st_size for file in files(options.file))))
     return 0 if verdict.failure is None else 1

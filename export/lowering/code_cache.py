@@ -1,7 +1,8 @@
 """code_cache: what backends made of blocks, kept in a folder, so that a second export of a shape need not lower it.
 
 An entry holds a backend's code of one kind of block. It depends on dimensions, methods and scheme, never on weights.
-The entry's name is a digest of these, of this project's sources and of the versions of what lowers.
+Or it says that files of certain bytes have passed verification, see `export.quality.verification.verify_once`.
+The entry's name is a digest of what it depends on, of this project's sources and of the versions of what lowers.
 """
 
 import functools

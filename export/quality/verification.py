@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
+from export.lowering.code_cache import CodeCache
 from export.quality.fidelity import Fidelity, empty_text, judge, observed
 from export.quality.perplexity import Gate, Quality, measure, most_tokens, random_windows, windows
 from export.quality.report import write_report
@@ -63,24 +65,77 @@ class Verdict:
     def __str__(self) -> str:
         return f"{self.fidelity}; {self.quality}" if self.quality else str(self.fidelity)
 
-    def save(self, output: Path, size: int) -> Path:
-        """Writes the report of a quantised file beside `output`, which has `size` bytes, and returns the page."""
-        assert self.quality, "a float32 file has no report"
+    @property
+    def outcome(self) -> "Outcome":
+        """What is told and kept of it."""
+        return Outcome(str(self), self.failure, self._report() if self.quality else None)
+
+    def _report(self) -> dict[str, Any]:
         scheme = Scheme.parse(self.metadata.provenance["options"]["scheme"])
+        assert self.quality
         quality = asdict(self.quality) | {"worst": [loss.worst for loss in self.quality.worst]}
         quality["kl_limit"] = self.quality.kl_limit
         for name in ("quantised", "file", "file_float32"):
             quality[name]["increase"] = getattr(self.quality, name).increase
-        content: dict[str, Any] = {
+        return {
             "passed": self.failure is None,
             "failure": self.failure,
-            "file": {"name": output.name, "bytes": size},
             "scheme": {name: str(form) for name, form in vars(scheme).items()},
             "provenance": self.metadata.provenance,
             "fidelity": asdict(self.fidelity),
             "quality": quality,
         }
-        return write_report(output, content)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A verdict in plain values.
+
+    Attributes:
+        summary: the numbers, in words.
+        failure: see `Verdict.failure`.
+        report: what `export.quality.report` writes of a quantised file, but for the file's name and size.
+    """
+
+    summary: str
+    failure: str | None
+    report: dict[str, Any] | None
+
+    def save(self, output: Path, size: int) -> Path:
+        """Writes the report of a quantised file beside `output`, which has `size` bytes, and returns the page."""
+        assert self.report, "a float32 file has no report"
+        return write_report(output, self.report | {"file": {"name": output.name, "bytes": size}})
+
+
+def verify_once(paths: Sequence[Path], recipe: Recipe, gate: Gate, cache: CodeCache) -> Outcome:
+    """Verifies an export, unless files of the same bytes have passed before, on a processor of this kind.
+
+    Files have the digests of checkpoint and tokenizer in them, and the options. What failed is verified again.
+
+    Raises:
+        InputError: as `verify` does.
+    """
+    key = {
+        "verified": [_digest(path) for path in paths],
+        "text": gate.read(),
+        "source": gate.source,
+        "max_ppl_increase": gate.max_ppl_increase,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
+    if kept := cache.get(key):
+        return Outcome(**kept)
+    outcome = verify(paths, recipe, gate).outcome
+    if outcome.failure is None:
+        cache.put(key, vars(outcome))
+    return outcome
+
+
+def _digest(path: Path) -> str:
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while data := file.read(1 << 24):
+            state.update(data)
+    return state.hexdigest()
 
 
 def verify(file: Path | Sequence[Path], recipe: Recipe, gate: Gate | None = None) -> Verdict:

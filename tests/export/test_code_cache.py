@@ -8,7 +8,12 @@ from export.llama import export_llama
 from export.lowering import code_cache, lower
 from export.lowering.code_cache import CodeCache, default_folder
 from export.planning.plan import ExportOptions
-from tests.conftest import TOY, random_options
+from export.quality import verification
+from export.quality.perplexity import Gate
+from export.quality.verification import verify_once
+from export.weights.scheme import SCHEMES
+from export.weights.source import Recipe
+from tests.conftest import TOY, random_options, toy_model
 
 KEY = {"dim": 32, "kind": "before after"}
 ENTRY = {"payload": torch.arange(5, dtype=torch.uint8), "arguments": [0, "before.wo.weight"], "results": [1, 0]}
@@ -76,16 +81,44 @@ def test_an_export_from_the_cache_is_the_same_file(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     options = random_options(TOY, tmp_path)
 
-    def made(name: str, **others: object) -> tuple[bytes, int]:
-        """The file, and how many pieces were lowered for it."""
-        with mock.patch.object(lower, "_lowered", wraps=lower._lowered) as lowered:
+    def made(name: str, **others: object) -> tuple[bytes, int, int]:
+        """The file, how many pieces were lowered for it, and whether it was verified."""
+        with (
+            mock.patch.object(lower, "_lowered", wraps=lower._lowered) as lowered,
+            mock.patch.object(verification, "verify", wraps=verification.verify) as verified,
+        ):
             path = export_llama(ExportOptions(**vars(options) | {"output": tmp_path / name} | others))  # type: ignore[arg-type]
-        return path.read_bytes(), lowered.call_count
+        return path.read_bytes(), lowered.call_count, verified.call_count
 
-    first, count = made("first.pte")
-    kept = entries(tmp_path / "cache" / "llama-pte")
-    assert count == len(kept) > 1
-    assert made("second.pte") == (first, 0)
+    first, count, _ = made("first.pte")
+    kept = sorted(entries(tmp_path / "cache" / "llama-pte"), key=lambda path: -path.stat().st_size)
+    assert count + 1 == len(kept) > 2, "the last one says that the file passed"
+    assert made("second.pte") == (first, 0, 0)
     kept[0].write_bytes(kept[0].read_bytes()[:-5])
-    assert made("third.pte") == (first, 1)
-    assert made("fourth.pte", cache=False) == (first, count)
+    assert made("third.pte") == (first, 1, 0)
+    kept[-1].write_bytes(kept[-1].read_bytes()[:-5])
+    assert made("fourth.pte") == (first, 0, 1)
+    assert made("fifth.pte", cache=False) == (first, count, 1)
+
+
+def test_what_failed_or_is_for_another_processor_is_verified_again(toy_pte: Path, tmp_path: Path) -> None:
+    cache, model = CodeCache(tmp_path / "cache"), toy_model()
+    right, wrong = (Recipe(model.config, weights, SCHEMES["fp32"]) for weights in (model.state_dict(), other_weights()))
+
+    def verified(recipe: Recipe) -> tuple[str | None, int]:
+        with mock.patch.object(verification, "verify", wraps=verification.verify) as calls:
+            return verify_once([toy_pte], recipe, Gate(), cache).failure, calls.call_count
+
+    for _ in range(2):
+        failure, count = verified(wrong)
+        assert failure
+        assert count == 1
+    assert verified(right) == (None, 1)
+    assert verified(right) == (None, 0)
+    with mock.patch.object(torch.backends.cpu, "get_cpu_capability", return_value="another"):
+        assert verified(right) == (None, 1)
+
+
+def other_weights() -> dict[str, torch.Tensor]:
+    weights = dict(toy_model().state_dict())
+    return weights | {"layers.0.attention.wq.weight": weights["layers.0.attention.wq.weight"] * 2}
