@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from export.lowering.backends import partitioners, quietly
 from export.lowering.lower import Code, Codes, delegates, parts, to_bytes
+from export.lowering.shortcuts import known_operators
 from export.lowering.slices import SliceRecipe
 from export.lowering.trace import kinds, parameter_name, trace
 from export.weights.scheme import is_shared
@@ -47,6 +48,7 @@ class Linked:
     shared: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@known_operators()
 def link(
     recipe: Recipe,
     methods: Sequence[MethodSpec],

@@ -19,6 +19,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from export.lowering.backends import BACKENDS, Backend
 from export.lowering.code_cache import CodeCache
+from export.lowering.shortcuts import known_operators, no_patterns
 from export.lowering.slices import sliced
 from export.lowering.trace import dynamic_shapes, kinds, parameter_name, trace_piece
 from export.weights.quantize import by_rows, random
@@ -76,6 +77,7 @@ Codes = Mapping[tuple[str, str], Code]
 """(method, kind of `export.lowering.trace.pieces`) -> its code."""
 
 
+@known_operators()
 def lower(
     config: ModelConfig,
     shards: Sequence[Sequence[MethodSpec]],
@@ -179,7 +181,8 @@ def _key(config: ModelConfig, spec: MethodSpec, backend: str, scheme: Scheme) ->
 
 def _lowered(graph: ExportedProgram, backend: Backend, module: nn.Module) -> dict[str, Any]:
     """What makes up the code of a graph, in plain values and tensors."""
-    lowered = to_edge_transform_and_lower(graph, partitioner=backend.partitioners()).exported_program()
+    with no_patterns():
+        lowered = to_edge_transform_and_lower(graph, partitioner=backend.partitioners()).exported_program()
     (delegate,) = delegates(lowered)
     call: Any = next(node for node in lowered.graph.nodes if node.target is executorch_call_delegate)
     results: Any = lowered.graph.output_node().args[0]
