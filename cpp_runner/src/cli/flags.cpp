@@ -63,7 +63,8 @@ void add_penalties(CLI::App& app, SamplingOptions& sampling) {
     };
     add("--presence-penalty", sampling.presence_penalty, "taken off logits of recent tokens (0: none)")->type_name("A");
     add("--frequency-penalty", sampling.frequency_penalty, "the same, as often as they occurred")->type_name("A");
-    app.add_option("--penalty-window", sampling.penalty_window, "how many tokens are recent (default: 64)")
+    app.add_option("--penalty-window", sampling.penalty_window,
+                   "how many tokens are recent (default: " + std::to_string(sampling.penalty_window) + ")")
         ->type_name("N");
     app.add_option_function<std::vector<std::string>>(
            "--logit-bias",
