@@ -21,6 +21,7 @@ class Lanes:
     def __init__(self, program: Steps) -> None:
         metadata, (method,) = program.metadata, program.metadata.methods
         self._program, self._method = program, method
+        self._added = [spec.name for spec in method.outputs if spec.is_rows]
         self._cache = KVCache(method, metadata.max_seq_len)
         self.caches = [self._cache.lane(number, metadata.batch_size) for number in range(metadata.batch_size)]
         self._bindings = [Binding(method, metadata, cache) for cache in self.caches]
@@ -28,7 +29,7 @@ class Lanes:
     @property
     def chunk(self) -> int:
         """How many tokens of a text a step takes."""
-        return self._method.max_length
+        return self._program.metadata.chunk
 
     @property
     def capacity(self) -> int:
@@ -84,8 +85,7 @@ class Lanes:
 
     def _rows(self, outputs: Mapping[str, Tensor], lane: int) -> dict[str, Tensor]:
         """New cache rows of one lane."""
-        rows = {name: tensor for name, tensor in outputs.items() if name.startswith(("k_rows.", "v_rows."))}
-        return {name: tensor.chunk(len(self))[lane] for name, tensor in rows.items()}
+        return {name: outputs[name].chunk(len(self))[lane] for name in self._added}
 
 
 class Lane:

@@ -14,7 +14,7 @@ from preproc import rope
 from preproc.position_inputs import PositionInputs
 from runtime.engine import session_file
 from runtime.engine.kv_cache import KVCache, copied
-from runtime.pte.metadata import STREAM, Metadata, MethodSpec
+from runtime.pte.metadata import K_CACHE, STREAM, Metadata, MethodSpec, TensorSpec
 
 SINKS = 4
 """Tokens at the start of a text that `Session.slide` keeps, because attention falls back on them (StreamingLLM,
@@ -131,7 +131,7 @@ class Session:
     @property
     def chunk(self) -> int:
         """How many tokens a step takes."""
-        return self._bindings[-1].method.max_length
+        return self._program.metadata.chunk
 
     def pass_on(self, tokens: Sequence[int], stream: Tensor | None = None) -> Tensor:
         """Appends at most `chunk` tokens by one step of a part of a model, as `runtime.pipeline` has it.
@@ -156,7 +156,7 @@ class Session:
         check_tokens(tokens, self._program.metadata.config.vocab_size)
         binding = self._binding_for(len(tokens))
         outputs, span = self._run(binding, tokens, len(tokens))
-        rows = {name: copied(tensor) for name, tensor in outputs.items() if name.startswith(("k_rows.", "v_rows."))}
+        rows = {spec.name: copied(outputs[spec.name]) for spec in binding.method.outputs if spec.is_rows}
         self._proposed = tokens, rows, copied(outputs["hidden"][0, span]) if "hidden" in outputs else None
         return copied(outputs["logits"][0])
 
@@ -229,13 +229,12 @@ class Session:
                 "export with a larger --max-seq-len"
             )
 
-        def moved(name: str, rows: np.ndarray) -> np.ndarray:
-            kind, layer = name.split(".")
-            if kind != "k_cache" or config.positions != "rope" or int(layer) in config.nope_layers:
+        def moved(spec: TensorSpec, rows: np.ndarray) -> np.ndarray:
+            if spec.role != K_CACHE or config.positions != "rope" or spec.layer in config.nope_layers:
                 return rows
             metadata, tensor = self._program.metadata, torch.from_numpy(rows)
             keys = rope.earlier(decode(tensor), (metadata.rope_cos, metadata.rope_sin), count)
-            return encode(keys, str(tensor.dtype).removeprefix("torch.")).numpy()
+            return encode(keys, spec.dtype).numpy()
 
         self.cache.slide(SINKS, count, moved)
         del self.tokens[SINKS : SINKS + count]
