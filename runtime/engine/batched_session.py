@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.errors import InputError
 from runtime.engine.kv_cache import KVCache
-from runtime.engine.session import Binding, Steps, check_tokens
+from runtime.engine.session import Binding, Steps, check_prompt
 
 
 class Lanes:
@@ -51,12 +50,7 @@ class Lanes:
         """Raises:
         InputError: an empty lane has no room for it, it is empty, or a token is not in the vocabulary.
         """
-        check_tokens(prompt, self._program.metadata.config.vocab_size)
-        if len(prompt) > self.capacity:
-            raise InputError(
-                f"the prompt has {len(prompt)} tokens, but the context only {self.capacity}; shorten it or export with "
-                "a larger --max-seq-len"
-            )
+        check_prompt(prompt, self._program.metadata)
 
     def step(self, texts: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """Appends tokens to some of the texts, and returns the logits after the last of each, [V] float32.
@@ -68,8 +62,7 @@ class Lanes:
             InputError: tokens do not fit in a lane, there are none, or one is not in the vocabulary.
         """
         for lane, tokens in texts.items():
-            check_tokens(tokens, self._program.metadata.config.vocab_size)
-            self.caches[lane].plan(len(tokens))
+            check_prompt(tokens, self._program.metadata, self.caches[lane].position)
         length = max(map(len, texts.values()))
         placed = [
             binding.place(cache.position, texts.get(lane, ()), 1, (), length)[0]

@@ -276,14 +276,19 @@ def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
         raise InputError(f"token {unknown[0]} is not in the vocabulary; ids run from 0 to {vocab_size - 1}")
 
 
+class TooLongError(InputError):
+    """The error of a prompt that does not fit."""
+
+
 def check_prompt(tokens: Sequence[int], metadata: Metadata, position: int = 0) -> None:
     """Raises:
-    InputError: they are empty, do not fit behind `position`, or one is not in the vocabulary.
+    InputError: they are empty, or one is not in the vocabulary.
+    TooLongError: they do not fit behind `position`.
     """
     check_tokens(tokens, metadata.config.vocab_size)
     free = metadata.max_seq_len - position
     if len(tokens) > free:
-        raise InputError(
+        raise TooLongError(
             f"the prompt has {len(tokens)} tokens, but only {free} of {metadata.max_seq_len} positions are free; "
             "shorten it or export with a larger --max-seq-len"
         )
