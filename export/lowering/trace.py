@@ -188,7 +188,7 @@ def signature(
     else:
         outputs += [stream]
     if options.kv_cache:
-        capacities = [_capacity(config, layer, options) for layer in span]
+        capacities = [config.slots(layer, options.max_seq_len) for layer in span]
         inputs += [spec for role in CACHES for spec in rows(role, capacities)]
         outputs += [spec for role in ROWS for spec in rows(role, [L] * len(span))]
     if options.hidden_states and span.stop == config.n_layers:
@@ -224,15 +224,9 @@ def _position_inputs(
     heads = config.n_heads if config.positions == "alibi" else 1
     for layer in span:
         mask = mask_name(config, layer)
-        found[mask] = TensorSpec(mask, (heads, length, _capacity(config, layer, options) + length), "float32")
+        capacity = config.slots(layer, options.max_seq_len) if options.kv_cache else 0
+        found[mask] = TensorSpec(mask, (heads, length, capacity + length), "float32")
     return [found[name] for name in names(config, is_fused, span)]
-
-
-def _capacity(config: ModelConfig, layer: int, options: GraphOptions) -> int:
-    """Of a block's cache: a local block's is a ring of the window's size."""
-    if not options.kv_cache:
-        return 0
-    return min(options.max_seq_len, config.window(layer) or options.max_seq_len)
 
 
 def step(model: Llama | FusedLlama, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

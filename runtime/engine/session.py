@@ -313,8 +313,9 @@ class Binding:
         self._tokens = torch.zeros((1, length), dtype=torch.int64)
         self._select = torch.zeros(method.max_rows * length)
         inputs = {"tokens": self._tokens, "select": self._select, **cache.buffers}
-        names = [spec.name for spec in method.inputs if spec.name not in inputs and spec.name != STREAM]
-        self._positions = PositionInputs(metadata.positions, names, length, self._cached)
+        others = (spec for spec in method.inputs if spec.name not in inputs and spec.name != STREAM)
+        widths = {spec.name: spec.sizes(length)[-1] for spec in others}
+        self._positions = PositionInputs(metadata.positions, widths, length)
         self._whole = inputs | self._positions.tensors
         self._inputs = dict[tuple[int, int], tuple[dict[str, Tensor], np.ndarray]]()
         self._ids = self._tokens.numpy()[0]  # which costs less to write
