@@ -60,11 +60,6 @@ class KVCache:
         other._groups = [(group[:, part(group.shape[1])], names) for group, names in self._groups]
         return other
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by the buffers."""
-        return sum(buffer.nbytes for buffer in self.buffers.values())
-
     def filled_bytes(self, position: int) -> int:
         """Bytes of the rows of a text of `position` tokens: what a step reads there."""
         return sum(b.nbytes // b.shape[1] * min(position, b.shape[1]) for b in self.buffers.values())
