@@ -40,7 +40,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "get_provenance": ("JSON", "what made the file: versions, options, and the checkpoint's and tokenizer's digests"),
     "get_rope_cos": ("float32 [T, P]", "cosine of every position's rotary angles, for the P rotated pairs of a head"),
     "get_rope_sin": ("float32 [T, P]", "their sine"),
-    "get_rope_inverse_frequencies": ("float32 [P]", "what the two tables were made from"),
+    "get_rope_inverse_frequencies": ("float32 [P]", "what both were made from, for runtimes that compute angles"),
     "get_alibi_slopes": ("float32 [H]", "what each head's mask takes off for every position of distance; mostly 0"),
     "get_sliding_window": ("int", "positions that a local block sees, itself included; 0 where all see everything"),
     "get_tokenizer_kind": ("string", "sentencepiece, tiktoken, tokenizer.json or none"),

@@ -17,7 +17,7 @@ bool read_number(std::string_view text, Number& number) {
     return error == std::errc() && end == text.data() + text.size();
 }
 
-/// A number of bytes such as 400MB, 1.5GB or 64MiB.
+/// A number of bytes such as 400MB, 1.5GB or 64MiB, as in Python. CLI::AsSizeValue takes no fractions.
 int64_t byte_count(const std::string& text) {
     char* rest = nullptr;
     const double number = std::strtod(text.c_str(), &rest);
