@@ -24,6 +24,7 @@ from pathlib import Path
 from rich.console import Console
 
 from export.atomic_file import replacing
+from export.checkpoints import hub
 from export.checkpoints.layouts import BUILT_IN
 from export.lowering.assemble import link
 from export.lowering.backends import BACKENDS, lowering
@@ -244,8 +245,7 @@ def _add_file_flags(parser: argparse.ArgumentParser) -> None:
         help="a file, or the folder of shards or slices (default: the checkpoint's name with .pte, .shards or "
         ".slices, in this folder)",
     )
-    add("--hub-token", metavar="TOKEN", help="for private and gated models on the hub (default: HF_TOKEN)")
-    add("--cache-dir", type=Path, metavar="FOLDER", help="where downloads are kept (default: the hub's own cache)")
+    hub.add_flags(parser)
 
 
 def _add_graph_flags(parser: argparse.ArgumentParser) -> None:

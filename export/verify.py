@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import tempfile
 from pathlib import Path
 
-from export.checkpoints.hub import fetched, is_hub_name
+from export.checkpoints import hub
 from export.checkpoints.layouts import BUILT_IN, open_checkpoint
 from export.planning.plan import for_length
 from export.quality.gptq import CalibrationText, calibrate
@@ -59,7 +59,14 @@ def main(arguments: list[str] | None = None) -> int:
     """The command: exit code 0 when the file passes, 1 when it does not, 2 for bad input."""
     parser = command.parser("export.verify", "Checks a .pte against its checkpoint.", __doc__)
     parser.add_argument("file", type=Path, help="the .pte")
-    parser.add_argument("--checkpoint", type=Path, default=BUILT_IN, help="default: the built-in model")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=BUILT_IN,
+        metavar="PATH",
+        help="a path, or org/name on the Hugging Face hub (default: the built-in model)",
+    )
+    hub.add_flags(parser)
     add_flags(parser)
     parser.add_argument(
         "--calibrate", type=Path, metavar="FILE", help="the text that a file was calibrated with, which is needed again"
@@ -71,8 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     scheme = Scheme.parse(metadata.provenance["options"]["scheme"])
     if options.report and scheme.fewest_bits is None:
         raise InputError(f"--report is for quantised files, and {options.file} is float32; leave it out")
-    path = options.checkpoint
-    checkpoint = open_checkpoint(fetched(path) if is_hub_name(path) else path)
+    checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir)
     config = for_length(checkpoint.config, metadata.max_seq_len)
     slices = metadata.provenance["options"].get("tensor_parallel", 1)
     recipe = Recipe(config, checkpoint.weights, scheme, slices=slices)

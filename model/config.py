@@ -222,6 +222,10 @@ class ModelConfig:
         """Positions that a block sees, itself included; None for all."""
         return self.sliding_window if self.is_local(layer) else None
 
+    def slots(self, layer: int, positions: int) -> int:
+        """How many of a text's positions a block's KV cache holds: a local block's is a ring of the window's size."""
+        return min(positions, self.window(layer) or positions)
+
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> "ModelConfig":
         """The config that `dataclasses.asdict` and JSON made `fields` of.

@@ -1,6 +1,6 @@
 """All inputs of a graph that depend on the position, by the names under which a file's methods ask for them."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,20 +82,19 @@ class PositionInputs:
         tensors: the inputs by name, with the shapes that `Positions.make` says.
     """
 
-    def __init__(self, positions: Positions, names: Iterable[str], length: int, cached: bool) -> None:
+    def __init__(self, positions: Positions, widths: Mapping[str, int], length: int) -> None:
         """Lays them out for position 0.
 
         Args:
-            names: of those that the method takes.
+            widths: the last size of each that the method takes, by name: a mask's says how long the caches are.
             length: tokens of a step, at most.
-            cached: whether the method takes caches.
         """
         self._place = (0, length)
         self._tables = dict[str, tuple[np.ndarray, np.ndarray]]()  # name -> the rows of all positions, the input's own
         self._masks = list[mask.CausalMask]()
         self._start = np.zeros(1, dtype=np.int64)
         self.tensors = dict[str, Tensor]()
-        for name in names:
+        for name, width in widths.items():
             if name == "start":
                 self.tensors[name] = torch.from_numpy(self._start)
             elif name in ("positions", "cos", "sin"):
@@ -104,8 +103,7 @@ class PositionInputs:
                 self._tables[name] = (table.numpy(), self.tensors[name].numpy()[0])
             else:
                 window = positions.window if name == "local_mask" else None
-                capacity = min(positions.length, window or positions.length) if cached else 0
-                self._masks.append(mask.CausalMask(length, capacity, window, positions.slopes))
+                self._masks.append(mask.CausalMask(length, width - length, window, positions.slopes))
                 self.tensors[name] = self._masks[-1].values
 
     def move(self, position: int, length: int) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints by their name on the Hugging Face hub, org/name: downloaded into its cache, and opened from there."""
 
+import argparse
 import re
 from pathlib import Path
 
@@ -10,6 +11,13 @@ _SETTINGS = ("config.json", "generation_config.json", "tokenizer*", "chat_templa
 _SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 """Files of a checkpoint; repositories hold others too, such as the same weights in other layouts."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `fetched`."""
+    add = parser.add_argument
+    add("--hub-token", metavar="TOKEN", help="for private and gated models on the hub (default: HF_TOKEN)")
+    add("--cache-dir", type=Path, metavar="FOLDER", help="where downloads are kept (default: the hub's own cache)")
 
 
 def is_hub_name(checkpoint: Path) -> bool:

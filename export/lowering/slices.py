@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.tensor_parallel import BY_COLUMNS, BY_ROWS, SlicedLlama, dealt
 from preproc.position_inputs import names
-from runtime.pte.metadata import STREAM, MethodSpec, TensorSpec
+from runtime.pte.metadata import CACHES, ROWS, STREAM, MethodSpec, TensorSpec, of_layer
 
 _UNABLE: dict[str, Callable[[ModelConfig], bool]] = {
     "norms behind attention and feed-forward (post_norms)": lambda config: config.post_norms,
@@ -110,8 +110,7 @@ def _halves(config: ModelConfig, whole: MethodSpec) -> Iterator[MethodSpec]:
         span = range(layer, layer + 1)
         elsewhere = {"positions"} | ({"cos", "sin"} if layer in config.nope_layers else set())
         positions = [name for name in names(config, fused=True, span=span) if name not in elsewhere]
-        caches = [f"k_cache.{layer}", f"v_cache.{layer}"]
-        rows = [f"k_rows.{layer}", f"v_rows.{layer}"]
+        caches, rows = ([of_layer(role, layer) for role in roles] for roles in (CACHES, ROWS))
         yield half(f"attend.{layer}", span, [STREAM, *positions, *caches], [STREAM, *rows])
         yield half(f"feed.{layer}", span, [STREAM], [STREAM])
     yield half("head", range(config.n_layers, config.n_layers), [STREAM, "select"], ["logits", "hidden"])

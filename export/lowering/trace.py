@@ -14,7 +14,7 @@ from model.kv_row_format import row_width
 from model.model import Block, Head, Llama
 from model.tensor_parallel import Attend, Embed, Merge, SlicedLlama
 from preproc.position_inputs import mask_name, names
-from runtime.pte.metadata import STREAM, MethodSpec, TensorSpec
+from runtime.pte.metadata import CACHES, K_CACHE, K_ROWS, ROWS, STREAM, V_ROWS, MethodSpec, TensorSpec, of_layer
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def trace_piece(config: ModelConfig, name: str, module: nn.Module, spec: MethodS
         taken += [inputs["select"]]
     if isinstance(module, Block):
         layer = int(name.removeprefix("layers."))
-        wanted = ("cos", "sin", mask_name(config, layer), f"k_cache.{layer}", f"v_cache.{layer}")
+        wanted = ("cos", "sin", mask_name(config, layer), *(of_layer(role, layer) for role in CACHES))
         taken += [inputs[role] for role in wanted if role in inputs]
     return _export(_FlatPiece(module, rotated="cos" in inputs), taken, spec)
 
@@ -177,7 +177,7 @@ def signature(
 
     def rows(role: str, counts: Sequence[int | Literal["L"]]) -> list[TensorSpec]:
         shapes = [(B * config.n_kv_heads, count, row_width(config.head_dim, kv_dtype)) for count in counts]
-        return [TensorSpec(f"{role}.{layer}", shape, kv_dtype) for layer, shape in zip(span, shapes, strict=True)]
+        return [TensorSpec(of_layer(role, layer), shape, kv_dtype) for layer, shape in zip(span, shapes, strict=True)]
 
     inputs = [TensorSpec("tokens", (B, L), "int64") if span.start == 0 else stream]
     inputs += _position_inputs(config, span, length, options, is_fused)
@@ -188,9 +188,9 @@ def signature(
     else:
         outputs += [stream]
     if options.kv_cache:
-        capacities = [_capacity(config, layer, options) for layer in span]
-        inputs += [*rows("k_cache", capacities), *rows("v_cache", capacities)]
-        outputs += [*rows("k_rows", [L] * len(span)), *rows("v_rows", [L] * len(span))]
+        capacities = [config.slots(layer, options.max_seq_len) for layer in span]
+        inputs += [spec for role in CACHES for spec in rows(role, capacities)]
+        outputs += [spec for role in ROWS for spec in rows(role, [L] * len(span))]
     if options.hidden_states and span.stop == config.n_layers:
         outputs += [TensorSpec("hidden", (B, L, config.dim), "float32")]
     return MethodSpec(
@@ -224,15 +224,9 @@ def _position_inputs(
     heads = config.n_heads if config.positions == "alibi" else 1
     for layer in span:
         mask = mask_name(config, layer)
-        found[mask] = TensorSpec(mask, (heads, length, _capacity(config, layer, options) + length), "float32")
+        capacity = config.slots(layer, options.max_seq_len) if options.kv_cache else 0
+        found[mask] = TensorSpec(mask, (heads, length, capacity + length), "float32")
     return [found[name] for name in names(config, is_fused, span)]
-
-
-def _capacity(config: ModelConfig, layer: int, options: GraphOptions) -> int:
-    """Of a block's cache: a local block's is a ring of the window's size."""
-    if not options.kv_cache:
-        return 0
-    return min(options.max_seq_len, config.window(layer) or options.max_seq_len)
 
 
 def step(model: Llama | FusedLlama, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -240,8 +234,8 @@ def step(model: Llama | FusedLlama, inputs: Mapping[str, Tensor]) -> dict[str, T
     span, select, positions = model.span, inputs.get("select"), inputs.get("positions")
     x = inputs["tokens" if model.begins else STREAM]
     angles = (inputs["cos"], inputs["sin"]) if "cos" in inputs else None
-    cached = f"k_cache.{span.start}" in inputs
-    caches = [[inputs[f"{kind}_cache.{layer}"] for layer in span] for kind in "kv" if cached]
+    cached = of_layer(K_CACHE, span.start) in inputs
+    caches = [[inputs[of_layer(role, layer)] for layer in span] for role in CACHES if cached]
     if isinstance(model, FusedLlama):
         found = model(x, angles, inputs["start"], select, *caches, positions=positions)
     else:
@@ -249,8 +243,8 @@ def step(model: Llama | FusedLlama, inputs: Mapping[str, Tensor]) -> dict[str, T
         found = model(x, angles, masks, select, *caches, positions=positions)
     others = {"logits": found.logits, "hidden": found.hidden, STREAM: found.stream}
     return {
-        **{f"k_rows.{layer}": rows for layer, rows in zip(span, found.k_rows, strict=True)},
-        **{f"v_rows.{layer}": rows for layer, rows in zip(span, found.v_rows, strict=True)},
+        **{of_layer(K_ROWS, layer): rows for layer, rows in zip(span, found.k_rows, strict=True)},
+        **{of_layer(V_ROWS, layer): rows for layer, rows in zip(span, found.v_rows, strict=True)},
         **{name: value for name, value in others.items() if value is not None},
     }
 
@@ -262,9 +256,9 @@ def half_step(half: nn.Module, layer: int, inputs: Mapping[str, Tensor]) -> dict
     stream = inputs[STREAM]
     if isinstance(half, Attend):
         angles = (inputs["cos"], inputs["sin"]) if "cos" in inputs else None
-        caches = (inputs[f"{kind}_cache.{layer}"] for kind in "kv")
+        caches = (inputs[of_layer(role, layer)] for role in CACHES)
         part, k_rows, v_rows = half(stream, angles, inputs["start"], *caches)
-        return {STREAM: part, f"k_rows.{layer}": k_rows, f"v_rows.{layer}": v_rows}
+        return {STREAM: part, of_layer(K_ROWS, layer): k_rows, of_layer(V_ROWS, layer): v_rows}
     if "select" in inputs:
         logits, hidden = half(stream, inputs["select"])
         return {"logits": logits, "hidden": hidden}

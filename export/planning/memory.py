@@ -44,8 +44,8 @@ def plan(metadata: Metadata) -> MemoryPlan:
 
 
 def cache_bytes(config: ModelConfig, positions: int, kv_dtype: str = "float32") -> int:
-    """KV caches of one sequence: keys and values of every layer; a local block's hold only the window."""
-    slots = sum(min(positions, config.window(layer) or positions) for layer in range(config.n_layers))
+    """KV caches of one sequence: keys and values of every layer."""
+    slots = sum(config.slots(layer, positions) for layer in range(config.n_layers))
     return 2 * config.n_kv_heads * slots * row_bytes(config.head_dim, kv_dtype)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from export.checkpoints.hub import fetched, is_hub_name
 from export.checkpoints.layouts import BUILT_IN, Checkpoint, open_checkpoint
 from export.lowering.assemble import Linked
 from export.lowering.backends import BACKENDS, check
@@ -221,9 +220,7 @@ def plan(options: ExportOptions) -> Plan:
     Raises:
         InputError: checkpoint, tokenizer or options cannot be used.
     """
-    named = is_hub_name(options.checkpoint)
-    path = fetched(options.checkpoint, options.hub_token, options.cache_dir) if named else options.checkpoint
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir)
     tokenizer = _tokenizer(checkpoint, options)
     graph = _graph(checkpoint.config, options)
     config = for_length(checkpoint.config, graph.max_seq_len)
@@ -243,7 +240,7 @@ def plan(options: ExportOptions) -> Plan:
         scheme = replace(scheme, rounding=CALIBRATED)
     check(options.backend, quantised=any(form.bits for form in (scheme.linear, scheme.head, scheme.embedding)))
     suffix = "pte" if options.cut.is_whole else "shards" if options.cut.slices == 1 else "slices"
-    output = options.output or Path(f"{options.checkpoint.name if named else _name(path)}.{suffix}")
+    output = options.output or Path(f"{_name(options.checkpoint)}.{suffix}")
     if output.resolve() in {file.resolve() for file in (*checkpoint.files, options.tokenizer or output.parent)}:
         raise InputError(f"--output {output} is one of the files to read; give another name")
     provenance = _provenance(checkpoint, tokenizer, options, graph, scheme)
@@ -355,9 +352,9 @@ def _warnings(checkpoint: Checkpoint, tokenizer: Tokenizer | None, max_seq_len: 
 
 
 def _name(checkpoint: Path) -> str:
-    """A folder's may hold dots of its own, as in Llama-3.2-1B."""
+    """A folder's may hold dots of its own, as in Llama-3.2-1B, and one on the hub, too."""
     path = Path(os.path.abspath(checkpoint))  # not resolved: a link's name says more than its target's
-    return path.name if path.is_dir() else path.stem
+    return path.stem if path.is_file() else path.name
 
 
 def _provenance(

@@ -11,6 +11,7 @@ from model.config import ModelConfig
 from model.model import Llama
 from preproc.mask import HIDDEN
 from preproc.position_inputs import Positions, names
+from runtime.pte.metadata import ROWS, role_and_layer
 
 
 class Expected(NamedTuple):
@@ -47,7 +48,9 @@ def expected_of(
     inputs["select"] = torch.eye(sum(lengths))[None, [row for span in wanted for row in span]]
     found = step(model, inputs)
     logits = list(torch.split(found["logits"][0], [len(span) for span in wanted]))
-    cached = {name: torch.split(value, lengths, dim=1) for name, value in found.items() if "_rows." in name}
+    cached = {
+        name: torch.split(value, lengths, dim=1) for name, value in found.items() if role_and_layer(name)[0] in ROWS
+    }
     return Expected(logits, [{name: parts[text] for name, parts in cached.items()} for text in range(len(texts))])
 
 

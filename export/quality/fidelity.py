@@ -176,7 +176,7 @@ def _cached(session: Session | Lane, kv_heads: int, length: int) -> dict[str, tu
         if len(buffer) == kv_heads:
             positions = held(length, buffer.shape[1])
             slots = positions >= 0
-            found[name.replace("cache", "rows")] = positions[slots], buffer[:, slots].clone()
+            found[session.cache.specs[name].rows] = positions[slots], buffer[:, slots].clone()
     return found
 
 
@@ -271,7 +271,7 @@ def _larger(a: float, b: Tensor) -> float:
 def _prompts(program: Program) -> list[list[int]]:
     """Texts where there is a tokenizer, and random ids of lengths around the chunk's and, if short, the context's."""
     metadata = program.metadata
-    chunk, capacity = max(method.max_length for method in metadata.methods), metadata.max_seq_len
+    chunk, capacity = metadata.chunk, metadata.max_seq_len
     lengths = {1, chunk - 1, chunk, chunk + 1, 2 * chunk + 3} | (
         {capacity - 8, capacity} if capacity <= 1024 else set()
     )

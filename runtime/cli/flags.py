@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from runtime.cli import command
 from runtime.engine.program import Program
@@ -22,20 +23,26 @@ def add_generation_flags(parser: argparse.ArgumentParser, as_recommended: bool =
     add = parser.add_argument
     usual = SamplingOptions()
 
+    def usually(flag: str) -> Any:
+        return getattr(usual, flag.strip("-").replace("-", "_"))
+
+    def add_usual(flag: str, metavar: str, kind: type, meaning: str) -> None:
+        add(flag, type=kind, default=usually(flag), metavar=metavar, help=meaning)
+
     def add_recommended(flag: str, metavar: str, kind: type, meaning: str, none: str) -> None:
-        default = None if as_recommended else getattr(usual, flag.strip("-").replace("-", "_"))
         said = f"what the checkpoint recommends, or {none}" if as_recommended else none
+        default = None if as_recommended else usually(flag)
         add(flag, type=kind, default=default, metavar=metavar, help=f"{meaning} (default: {said})")
 
     add("--max-new-tokens", type=int, metavar="N", help="default: as many as the context holds")
     add_recommended("--temperature", "T", float, "0 takes the likeliest token", "0")
     add_recommended("--top-k", "K", int, "only the K likeliest tokens", "all")
     add_recommended("--top-p", "P", float, "only the likeliest tokens up to probability P", "1")
-    add("--min-p", type=float, default=0.0, metavar="P", help="only tokens P times as likely as the likeliest, or more")
+    add_usual("--min-p", "P", float, "only tokens P times as likely as the likeliest, or more")
     add_recommended("--repetition-penalty", "R", float, "divides logits of recent tokens", "1: none")
-    add("--presence-penalty", type=float, default=0.0, metavar="A", help="taken off logits of recent tokens (0: none)")
-    add("--frequency-penalty", type=float, default=0.0, metavar="A", help="the same, as often as they occurred")
-    add("--penalty-window", type=int, default=64, metavar="N", help="how many tokens are recent (default: %(default)s)")
+    add_usual("--presence-penalty", "A", float, "taken off logits of recent tokens (0: none)")
+    add_usual("--frequency-penalty", "A", float, "the same, as often as they occurred")
+    add_usual("--penalty-window", "N", int, "how many tokens are recent (default: %(default)s)")
     bias = "added to a token's logit; may be given repeatedly"
     add("--logit-bias", type=_bias, action="append", default=[], metavar="ID=VALUE", help=bias)
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given repeatedly")

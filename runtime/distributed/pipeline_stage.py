@@ -102,9 +102,8 @@ class Stage:
         """Hands a text's prompt on, chunk by chunk, and returns how many tokens it has."""
         prompt, done = self.texts.given(number)
         tokens = (*prompt, *done)
-        chunk = max(method.max_length for method in self.metadata.methods)
-        for start in range(0, len(tokens), chunk):
-            end = min(start + chunk, len(tokens))
+        for start in range(0, len(tokens), self.metadata.chunk):
+            end = min(start + self.metadata.chunk, len(tokens))
             self.run(Task(slot, number, start, end == len(tokens), tokens[start:end]))
         return len(tokens)
 

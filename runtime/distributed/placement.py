@@ -3,13 +3,13 @@
 import argparse
 import math
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch import Tensor
 
 from model.errors import InputError, listed
@@ -166,10 +166,7 @@ def measured(paths: Sequence[Path], threads: int | None, peers: Peers) -> tuple[
 
 def available() -> int:
     """Bytes of memory that are free on this host, shared by its ranks."""
-    free = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", free.read_text()) if free.exists() else None
-    have = int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return have // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def read_hosts(path: Path, sizes: Sequence[int]) -> list[Host]:

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.errors import InputError
 from runtime.engine.kv_cache import KVCache
-from runtime.engine.session import Binding, Steps, check_tokens
+from runtime.engine.session import Binding, Steps, check_prompt
 
 
 class Lanes:
@@ -21,6 +20,7 @@ class Lanes:
     def __init__(self, program: Steps) -> None:
         metadata, (method,) = program.metadata, program.metadata.methods
         self._program, self._method = program, method
+        self._added = [spec.name for spec in method.outputs if spec.is_rows]
         self._cache = KVCache(method, metadata.max_seq_len)
         self.caches = [self._cache.lane(number, metadata.batch_size) for number in range(metadata.batch_size)]
         self._bindings = [Binding(method, metadata, cache) for cache in self.caches]
@@ -28,7 +28,7 @@ class Lanes:
     @property
     def chunk(self) -> int:
         """How many tokens of a text a step takes."""
-        return self._method.max_length
+        return self._program.metadata.chunk
 
     @property
     def capacity(self) -> int:
@@ -50,12 +50,7 @@ class Lanes:
         """Raises:
         InputError: an empty lane has no room for it, it is empty, or a token is not in the vocabulary.
         """
-        check_tokens(prompt, self._program.metadata.config.vocab_size)
-        if len(prompt) > self.capacity:
-            raise InputError(
-                f"the prompt has {len(prompt)} tokens, but the context only {self.capacity}; shorten it or export with "
-                "a larger --max-seq-len"
-            )
+        check_prompt(prompt, self._program.metadata)
 
     def step(self, texts: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """Appends tokens to some of the texts, and returns the logits after the last of each, [V] float32.
@@ -67,8 +62,7 @@ class Lanes:
             InputError: tokens do not fit in a lane, there are none, or one is not in the vocabulary.
         """
         for lane, tokens in texts.items():
-            check_tokens(tokens, self._program.metadata.config.vocab_size)
-            self.caches[lane].plan(len(tokens))
+            check_prompt(tokens, self._program.metadata, self.caches[lane].position)
         length = max(map(len, texts.values()))
         placed = [
             binding.place(cache.position, texts.get(lane, ()), 1, (), length)[0]
@@ -84,8 +78,7 @@ class Lanes:
 
     def _rows(self, outputs: Mapping[str, Tensor], lane: int) -> dict[str, Tensor]:
         """New cache rows of one lane."""
-        rows = {name: tensor for name, tensor in outputs.items() if name.startswith(("k_rows.", "v_rows."))}
-        return {name: tensor.chunk(len(self))[lane] for name, tensor in rows.items()}
+        return {name: outputs[name].chunk(len(self))[lane] for name in self._added}
 
 
 class Lane:

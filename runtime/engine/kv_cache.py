@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.errors import InputError
-from runtime.pte.metadata import MethodSpec
+from runtime.pte.metadata import MethodSpec, TensorSpec
 
 
 def copied(tensor: Tensor) -> Tensor:
@@ -28,24 +28,22 @@ class KVCache:
     Attributes:
         buffers: the graph's inputs by name, k_cache.0 ... v_cache.n, each [B*K, slots, W], rows as in
             `model.kv_row_format`; none where the methods take no cache.
+        specs: what the methods say of each.
         capacity: positions that a text may have.
         position: positions filled so far.
     """
 
     def __init__(self, method: MethodSpec, capacity: int) -> None:
-        shapes = {
-            spec.name: tuple(size for size in spec.shape if isinstance(size, int))
-            for spec in method.inputs
-            if spec.name.startswith(("k_cache.", "v_cache."))
-        }
-        (dtype,) = {spec.dtype for spec in method.inputs if spec.name in shapes} or {"float32"}
+        self.specs = {spec.name: spec for spec in method.caches}
+        shapes = {name: spec.sizes(0) for name, spec in self.specs.items()}
+        (dtype,) = {spec.dtype for spec in self.specs.values()} or {"float32"}
         self.buffers = dict[str, Tensor]()
         self._groups = list[tuple[Tensor, list[str]]]()  # those of one shape lie in one tensor, and are written at once
         for shape in dict.fromkeys(shapes.values()):
             names = [name for name in shapes if shapes[name] == shape]
             group = torch.from_numpy(np.zeros((len(names), *shape), dtype))  # by numpy, which touches no memory yet
             self.buffers |= dict(zip(names, group, strict=True))
-            self._groups.append((group, [name.replace("cache", "rows") for name in names]))
+            self._groups.append((group, [self.specs[name].rows for name in names]))
         self.capacity = capacity
         self.position = 0
         self._ring = min((shape[1] for shape in shapes.values()), default=capacity)
@@ -61,11 +59,6 @@ class KVCache:
         other.buffers = {name: buffer[part(len(buffer))] for name, buffer in self.buffers.items()}
         other._groups = [(group[:, part(group.shape[1])], names) for group, names in self._groups]
         return other
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by the buffers."""
-        return sum(buffer.nbytes for buffer in self.buffers.values())
 
     def filled_bytes(self, position: int) -> int:
         """Bytes of the rows of a text of `position` tokens: what a step reads there."""
@@ -128,18 +121,18 @@ class KVCache:
         seen = self._ring - 1 if self._ring < self.capacity else 0
         return self.position - keep - seen
 
-    def slide(self, keep: int, count: int, moved: Callable[[str, np.ndarray], np.ndarray]) -> None:
+    def slide(self, keep: int, count: int, moved: Callable[[TensorSpec, np.ndarray], np.ndarray]) -> None:
         """Takes out `count` positions behind the first `keep`: what follows them moves to earlier ones.
 
         Args:
             count: at most `room`.
-            moved: given a buffer's name and rows [B*K, n, W], returns these as they are `count` positions earlier.
+            moved: given a buffer's spec and rows [B*K, n, W], returns these as they are `count` positions earlier.
         """
         assert count <= self.room(keep), f"{count} positions cannot be taken out"
         for name, buffer in self.buffers.items():
             slots, rows = buffer.shape[1], buffer.numpy()
             positions = np.arange(max(keep + count, self.position - slots), self.position)
-            rows[:, (positions - count) % slots] = moved(name, rows[:, positions % slots])
+            rows[:, (positions - count) % slots] = moved(self.specs[name], rows[:, positions % slots])
         if self._first:
             self._first = max(keep + count, self.position - self._ring) - count
         self.position -= count

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 
 def seconds(call: Callable[[], object]) -> float:
     """That a call takes."""
@@ -23,18 +25,12 @@ def median_seconds(call: Callable[[], object], count: int) -> float:
 
 def peak_memory() -> int:
     """The most memory in bytes that this process held, mapped files included."""
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    status = Path("/proc/self/status")  # which psutil does not tell, and resource with the process that started it
+    if found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else ""):
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory() -> int:
-    """Bytes that this process holds, mapped files included; where the system does not say, the most it held."""
-    return _status("VmRSS") or peak_memory()
-
-
-def _status(name: str) -> int | None:
-    """What Linux says of this process; resource would answer for the one, too, that started it."""
-    status = Path("/proc/self/status")
-    found = re.search(rf"{name}:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else None
+    """Bytes that this process holds, mapped files included."""
+    return int(psutil.Process().memory_info().rss)

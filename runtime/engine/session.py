@@ -14,7 +14,7 @@ from preproc import rope
 from preproc.position_inputs import PositionInputs
 from runtime.engine import session_file
 from runtime.engine.kv_cache import KVCache, copied
-from runtime.pte.metadata import STREAM, Metadata, MethodSpec
+from runtime.pte.metadata import K_CACHE, STREAM, Metadata, MethodSpec, TensorSpec
 
 SINKS = 4
 """Tokens at the start of a text that `Session.slide` keeps, because attention falls back on them (StreamingLLM,
@@ -131,7 +131,7 @@ class Session:
     @property
     def chunk(self) -> int:
         """How many tokens a step takes."""
-        return self._bindings[-1].method.max_length
+        return self._program.metadata.chunk
 
     def pass_on(self, tokens: Sequence[int], stream: Tensor | None = None) -> Tensor:
         """Appends at most `chunk` tokens by one step of a part of a model, as `runtime.pipeline` has it.
@@ -156,7 +156,7 @@ class Session:
         check_tokens(tokens, self._program.metadata.config.vocab_size)
         binding = self._binding_for(len(tokens))
         outputs, span = self._run(binding, tokens, len(tokens))
-        rows = {name: copied(tensor) for name, tensor in outputs.items() if name.startswith(("k_rows.", "v_rows."))}
+        rows = {spec.name: copied(outputs[spec.name]) for spec in binding.method.outputs if spec.is_rows}
         self._proposed = tokens, rows, copied(outputs["hidden"][0, span]) if "hidden" in outputs else None
         return copied(outputs["logits"][0])
 
@@ -229,13 +229,12 @@ class Session:
                 "export with a larger --max-seq-len"
             )
 
-        def moved(name: str, rows: np.ndarray) -> np.ndarray:
-            kind, layer = name.split(".")
-            if kind != "k_cache" or config.positions != "rope" or int(layer) in config.nope_layers:
+        def moved(spec: TensorSpec, rows: np.ndarray) -> np.ndarray:
+            if spec.role != K_CACHE or config.positions != "rope" or spec.layer in config.nope_layers:
                 return rows
             metadata, tensor = self._program.metadata, torch.from_numpy(rows)
             keys = rope.earlier(decode(tensor), (metadata.rope_cos, metadata.rope_sin), count)
-            return encode(keys, str(tensor.dtype).removeprefix("torch.")).numpy()
+            return encode(keys, spec.dtype).numpy()
 
         self.cache.slide(SINKS, count, moved)
         del self.tokens[SINKS : SINKS + count]
@@ -277,14 +276,19 @@ def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
         raise InputError(f"token {unknown[0]} is not in the vocabulary; ids run from 0 to {vocab_size - 1}")
 
 
+class TooLongError(InputError):
+    """The error of a prompt that does not fit."""
+
+
 def check_prompt(tokens: Sequence[int], metadata: Metadata, position: int = 0) -> None:
     """Raises:
-    InputError: they are empty, do not fit behind `position`, or one is not in the vocabulary.
+    InputError: they are empty, or one is not in the vocabulary.
+    TooLongError: they do not fit behind `position`.
     """
     check_tokens(tokens, metadata.config.vocab_size)
     free = metadata.max_seq_len - position
     if len(tokens) > free:
-        raise InputError(
+        raise TooLongError(
             f"the prompt has {len(tokens)} tokens, but only {free} of {metadata.max_seq_len} positions are free; "
             "shorten it or export with a larger --max-seq-len"
         )
@@ -309,8 +313,9 @@ class Binding:
         self._tokens = torch.zeros((1, length), dtype=torch.int64)
         self._select = torch.zeros(method.max_rows * length)
         inputs = {"tokens": self._tokens, "select": self._select, **cache.buffers}
-        names = [spec.name for spec in method.inputs if spec.name not in inputs and spec.name != STREAM]
-        self._positions = PositionInputs(metadata.positions, names, length, self._cached)
+        others = (spec for spec in method.inputs if spec.name not in inputs and spec.name != STREAM)
+        widths = {spec.name: spec.sizes(length)[-1] for spec in others}
+        self._positions = PositionInputs(metadata.positions, widths, length)
         self._whole = inputs | self._positions.tensors
         self._inputs = dict[tuple[int, int], tuple[dict[str, Tensor], np.ndarray]]()
         self._ids = self._tokens.numpy()[0]  # which costs less to write

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from runtime.engine.executorch import Shard
-from runtime.pte.metadata import STREAM, Metadata, MethodSpec
+from runtime.pte.metadata import STREAM, Metadata, MethodSpec, TensorSpec
 
 
 class Group(Protocol):
@@ -54,12 +54,8 @@ class Slices:
             group: of the processes that have the other slices.
         """
         self._slices = sorted(slices, key=lambda each: each.metadata.slice)
-        self._halves = {
-            method.name: [
-                half.name for half in self._slices[0].metadata.methods if half.name.startswith(f"{method.name}.")
-            ]
-            for method in whole.methods
-        }
+        self._halves = self._slices[0].metadata.methods
+        self._caches = [spec.name for spec in whole.caches]
         self._vocab_size = whole.config.vocab_size
         self._group = group
         for each in self._slices:
@@ -72,14 +68,15 @@ class Slices:
         """
         parts = [self._share(inputs, number) for number in range(len(self._slices))]
         outputs, stream = dict[str, Tensor](), None
-        for name in self._halves[method.name]:
-            found = [each.run(name, part) for each, part in zip(self._slices, parts, strict=True)]
+        for half in (each for each in self._halves if each.whole == method.name):
+            found = [each.run(half.name, part) for each, part in zip(self._slices, parts, strict=True)]
             if STREAM in found[0]:
                 added = self._group.summed(_sum([each.pop(STREAM) for each in found]))
                 stream = added if stream is None else _sum([stream, added])
                 for part in parts:
                     part[STREAM] = stream
-            outputs |= {role: self._whole(role, [each[role] for each in found]) for role in found[0]}
+            given = (spec for spec in half.outputs if spec.name != STREAM)
+            outputs |= {spec.name: self._whole(spec, [each[spec.name] for each in found]) for spec in given}
         return outputs
 
     def _share(self, inputs: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
@@ -89,13 +86,13 @@ class Slices:
             heads = len(cache) // len(self._slices)
             return cache[number * heads : (number + 1) * heads]
 
-        return {name: own(tensor) if "_cache." in name else tensor for name, tensor in inputs.items()}
+        return {**inputs, **{name: own(inputs[name]) for name in self._caches}}
 
-    def _whole(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+    def _whole(self, spec: TensorSpec, parts: Sequence[Tensor]) -> Tensor:
         """An output of all slices: rows one slice's after another's, logits side by side, and the rest equal in all."""
-        if name == "logits":
+        if spec.name == "logits":
             return self._group.gathered(_joined(parts, axis=-1))[..., : self._vocab_size]
-        return _joined(parts, axis=0) if "_rows." in name else parts[0]
+        return _joined(parts, axis=0) if spec.is_rows else parts[0]
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

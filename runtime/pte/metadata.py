@@ -40,7 +40,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "get_provenance": ("JSON", "what made the file: versions, options, and the checkpoint's and tokenizer's digests"),
     "get_rope_cos": ("float32 [T, P]", "cosine of every position's rotary angles, for the P rotated pairs of a head"),
     "get_rope_sin": ("float32 [T, P]", "their sine"),
-    "get_rope_inverse_frequencies": ("float32 [P]", "what the two tables were made from"),
+    "get_rope_inverse_frequencies": ("float32 [P]", "what both were made from, for runtimes that compute angles"),
     "get_alibi_slopes": ("float32 [H]", "what each head's mask takes off for every position of distance; mostly 0"),
     "get_sliding_window": ("int", "positions that a local block sees, itself included; 0 where all see everything"),
     "get_tokenizer_kind": ("string", "sentencepiece, tiktoken, tokenizer.json or none"),
@@ -58,14 +58,31 @@ NO_TOKENIZER = "none"
 STREAM = "stream"
 """The residual stream between two blocks, which a shard hands to the next; or a slice's part of what is added to it."""
 
+K_CACHE, V_CACHE = CACHES = ("k_cache", "v_cache")
+"""The roles of a layer's keys and values so far."""
+
+K_ROWS, V_ROWS = ROWS = ("k_rows", "v_rows")
+"""The roles of the keys and values that a step adds to them."""
+
+
+def of_layer(role: str, layer: int) -> str:
+    """The name of a layer's tensor."""
+    return f"{role}.{layer}"
+
+
+def role_and_layer(name: str) -> tuple[str, int | None]:
+    """The same back; None where a tensor is no layer's."""
+    role, _, layer = name.partition(".")
+    return role, int(layer) if layer else None
+
 
 @dataclass(frozen=True)
 class TensorSpec:
     """One input or output of a method.
 
     Attributes:
-        name: its role: tokens, select, logits, hidden; what depends on the position, see `preproc.position_inputs`;
-            k_cache.3, v_cache.3, k_rows.3, v_rows.3 for layer 3; and STREAM.
+        name: its role, and the layer where it is one's: tokens, select, logits, hidden; what depends on the position,
+            see `preproc.position_inputs`; k_cache.3, v_cache.3, k_rows.3, v_rows.3 for layer 3; and STREAM.
         shape: sizes; "L" stands for the length of a step, and "R" for its rows of logits, where they are not fixed.
         dtype: float32 or int64.
     """
@@ -73,6 +90,33 @@ class TensorSpec:
     name: str
     shape: tuple[int | Literal["L", "R"], ...]
     dtype: str
+
+    @property
+    def role(self) -> str:
+        """What it is, such as k_cache, of whichever layer."""
+        return role_and_layer(self.name)[0]
+
+    @property
+    def layer(self) -> int | None:
+        """Whose it is; None where it is no layer's."""
+        return role_and_layer(self.name)[1]
+
+    @property
+    def is_cache(self) -> bool:
+        """Whether it is a KV cache."""
+        return self.role in CACHES
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether it is what a step adds to a KV cache."""
+        return self.role in ROWS
+
+    @property
+    def rows(self) -> str:
+        """The name of what a step adds to this cache."""
+        role, layer = role_and_layer(self.name)
+        assert layer is not None, f"{self.name} is no cache"
+        return of_layer(dict(zip(CACHES, ROWS, strict=True))[role], layer)
 
     def sizes(self, length: int, rows: int = 1) -> tuple[int, ...]:
         """The shape of a step."""
@@ -121,6 +165,16 @@ class MethodSpec:
         else, "".
         """
         return self.name.partition(".")[2]
+
+    @property
+    def whole(self) -> str:
+        """The name of the method that it is a half of; of all else, its own."""
+        return self.name.partition(".")[0]
+
+    @property
+    def caches(self) -> list[TensorSpec]:
+        """The KV caches that it takes."""
+        return [spec for spec in self.inputs if spec.is_cache]
 
     @property
     def span(self) -> range:
@@ -198,8 +252,12 @@ class Metadata:
     @property
     def caches(self) -> list[TensorSpec]:
         """The KV caches that the methods take."""
-        specs = {spec.name: spec for method in self.methods for spec in method.inputs}
-        return [spec for name, spec in specs.items() if name.startswith(("k_cache.", "v_cache."))]
+        return list({spec.name: spec for method in self.methods for spec in method.caches}.values())
+
+    @property
+    def chunk(self) -> int:
+        """How many tokens a step takes, at most."""
+        return max(method.max_length for method in self.methods)
 
     @property
     def positions(self) -> Positions:

@@ -108,7 +108,7 @@ def _across(slices: Sequence[Metadata]) -> MethodSpec:
     count, vocab_size, one = len(slices), slices[0].config.vocab_size, chained(slices[0].methods)
 
     def whole(tensor: TensorSpec) -> TensorSpec:
-        if "." in tensor.name:
+        if tensor.layer is not None:
             return dataclasses.replace(tensor, shape=(count * tensor.sizes(1)[0], *tensor.shape[1:]))
         return (
             dataclasses.replace(tensor, shape=(*tensor.shape[:-1], vocab_size)) if tensor.name == "logits" else tensor
@@ -129,12 +129,12 @@ def chained(specs: Sequence[MethodSpec]) -> MethodSpec:
     def union(found: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
         """As in a whole file, all keys stand behind the rest, and all values behind them."""
         specs = {spec.name: spec for spec in found}.values()
-        return tuple(sorted(specs, key=lambda spec: spec.name[0] if "." in spec.name else ""))
+        return tuple(sorted(specs, key=lambda spec: "" if spec.layer is None else spec.role))
 
     first, last = specs[0], specs[-1]
     return dataclasses.replace(
         first,
-        name=first.name.partition(".")[0],
+        name=first.whole,
         max_rows=last.max_rows,
         end_layer=last.end_layer,
         inputs=union(each for spec in specs for each in spec.inputs if each.name != STREAM or spec is first),

@@ -15,14 +15,14 @@ from preproc.chat_template import NAMED
 from preproc.jinja_template import Carried
 from preproc.tokenizer import StreamDecoder, Tokenizer
 from runtime.engine.program import Program
-from runtime.engine.session import check_tokens
+from runtime.engine.session import TooLongError, check_prompt
 from runtime.pte.metadata import Metadata
 from runtime.serving.openai_messages import Tools, read_messages, read_tools
 from runtime.serving.request_values import RequestError, Values, blamed_on, number, refuse, shown
 from runtime.serving.tool_calls import Form, call_rules
 from runtime.serving.tool_prompt import encode, manner_of
 from runtime.text.constraint import Constraint, json_grammar, json_rule, rules
-from runtime.text.generation import GenerationOptions
+from runtime.text.generation import GenerationOptions, check_ids
 from runtime.text.prompts import prompt_ids
 from runtime.text.sampler import SamplingOptions
 
@@ -258,9 +258,8 @@ class _Request(Values):
             with blamed_on(name):
                 SamplingOptions(**{name: value})
         sampling, vocab_size = SamplingOptions(**given), self._model.metadata.config.vocab_size
-        for token in sampling.logit_bias:
-            if token >= vocab_size:
-                refuse("logit_bias", f"logit_bias {token} is no token; ids run from 0 to {vocab_size - 1}")
+        with blamed_on("logit_bias"):
+            check_ids(sampling, vocab_size)
         return GenerationOptions(sampling, max_new_tokens, stop_ids, self._stops(), logprobs, shown_ids=shown_ids)
 
     def texts(
@@ -310,11 +309,11 @@ class _Request(Values):
     def _fitting(self, param: str, ids: Sequence[int]) -> Sequence[int]:
         metadata = self._model.metadata
         with blamed_on(param):
-            check_tokens(ids, metadata.config.vocab_size)
-        capacity = metadata.max_seq_len
-        if len(ids) > capacity:
-            message = f"the {param} has {len(ids)} tokens, and the context only {capacity}; shorten it"
-            refuse(param, message, "context_length_exceeded")
+            try:
+                check_prompt(ids, metadata)
+            except TooLongError:  # whose advice is for who exports
+                message = f"the {param} has {len(ids)} tokens, and the context only {metadata.max_seq_len}; shorten it"
+                refuse(param, message, "context_length_exceeded")
         return ids
 
     def _option(self, name: str) -> float | int | dict[int, float]:

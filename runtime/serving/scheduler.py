@@ -159,9 +159,8 @@ class Worker:
             for part in score(session, job.prompt, job.scores, self._program.tokenizer):
                 job.scored += part
                 yield None
-        length = max(method.max_length for method in self._program.metadata.methods)
-        while len(job.prompt) - session.position > length:
-            session.prefill(job.prompt[session.position : session.position + length])
+        while len(job.prompt) - session.position > session.chunk:
+            session.prefill(job.prompt[session.position : session.position + session.chunk])
             yield None
         yield from generate(session, job.prompt, job.options, job.rng, self._program.tokenizer, job.constraint)
 

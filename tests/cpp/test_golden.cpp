@@ -1,8 +1,12 @@
 // The golden files that Python is tested against too (tests/integration/test_golden.py).
 
+#include "engine/memory_budget.h"
+#include "engine/session_file.h"
+#include "llama_runner/conversation.h"
 #include "llama_runner/generation.h"
 #include "llama_runner/program.h"
 #include "support.h"
+#include "tokenizer/kinds.h"
 
 namespace llama_runner {
 namespace {
@@ -26,6 +30,35 @@ SamplingOptions sampling_of(const json& entry) {
 
 std::vector<float> logits_of(const json& golden, const json& entry) {
     return golden["logits"][entry["logits"].get<size_t>()].get<std::vector<float>>();
+}
+
+json to_json(const SamplingOptions& options) {
+    json biases = json::object();
+    for (const auto& [id, bias] : options.logit_bias) biases[std::to_string(id)] = bias;
+    return {{"temperature", options.temperature},
+            {"top_k", options.top_k},
+            {"top_p", options.top_p},
+            {"min_p", options.min_p},
+            {"repetition_penalty", options.repetition_penalty},
+            {"presence_penalty", options.presence_penalty},
+            {"frequency_penalty", options.frequency_penalty},
+            {"penalty_window", options.penalty_window},
+            {"logit_bias", biases}};
+}
+
+TEST(Golden, Constants) {
+    const json ours = {{"format_version", kFormatVersion},
+                       {"session_version", kSnapshotVersion},
+                       {"stream", kStream},
+                       {"small", kSmall},
+                       {"margin", kMargin},
+                       {"sinks", kSinks},
+                       {"answer_share", kAnswerShare},
+                       {"hidden", kHidden},
+                       {"sampling", to_json({})},
+                       {"llama3_pattern", kLlama3Pattern},
+                       {"llama3_specials", llama3_specials()}};
+    EXPECT_EQ(ours, testing::golden("constants.json"));
 }
 
 constexpr double kRounding = 1e-12;

@@ -24,7 +24,7 @@ TEST(KVCache, PlansCommitsAndRewinds) {
     auto cache = KVCache::create(two_heads(), kCapacity);
     ASSERT_TRUE(cache);
     EXPECT_EQ(cache->capacity(), kCapacity);
-    EXPECT_EQ(cache->nbytes(), 2U * 2 * kCapacity * 3 * sizeof(float));
+    EXPECT_EQ(cache->filled_bytes(kCapacity), 2U * 2 * kCapacity * 3 * sizeof(float));
     for (const auto& buffer : cache->buffers()) EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer.data) % 64, 0U);
     std::vector<float> rows(2 * 4 * 3);
     for (size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<float>(i + 1);
@@ -78,7 +78,7 @@ TEST(KVCache, RingsHoldTheLatestRows) {
     append(cache, 5);
     EXPECT_EQ(values(cache.buffers()[1]), (std::vector<float>{6, 7, 8}));
     EXPECT_EQ(values(cache.buffers()[0]), (std::vector<float>{0, 1, 2, 3, 4, 5, 6, 7, 8}));
-    EXPECT_EQ(cache.nbytes(), 12 * sizeof(float));
+    EXPECT_EQ(cache.filled_bytes(cache.capacity()), 12 * sizeof(float));
 }
 
 TEST(KVCache, RingsRewindAsFarAsTheyHold) {

@@ -71,6 +71,19 @@ TEST(Metadata, ReadsEveryField) {
     EXPECT_EQ(metadata->sampling.top_p, 1);
 }
 
+TEST(TensorSpec, NamesSayRoleAndLayer) {
+    const TensorSpec cache{"v_cache.12", {1}, Dtype::kFloat32};
+    EXPECT_TRUE(cache.is_cache());
+    EXPECT_EQ(role_of(cache.name), kVCache);
+    EXPECT_EQ(layer_of(cache.name), 12);
+    EXPECT_EQ(rows_of(cache.name), "v_rows.12");
+    EXPECT_EQ(rows_of("k_cache.0"), "k_rows.0");
+    EXPECT_FALSE((TensorSpec{"k_rows.0", {1}, Dtype::kFloat32}.is_cache()));
+    EXPECT_EQ(role_of("tokens"), "tokens");
+    EXPECT_EQ(layer_of("tokens"), std::nullopt);
+    EXPECT_EQ(layer_of("k_cache.x"), std::nullopt);
+}
+
 TEST(Metadata, SlopesOfZeroAreNone) {
     static const std::vector<float> kZeros(3);
     auto constants = good();

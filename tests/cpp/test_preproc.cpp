@@ -99,6 +99,11 @@ TEST(PositionInputs, AreThoseOfEachPlace) {
 
     EXPECT_EQ(*inputs.add({"weather", {1}, Dtype::kFloat32}), nullptr);
     EXPECT_FALSE(inputs.add({"mask", {1, 3, 13}, Dtype::kFloat32})) << "the heads differ";
+    EXPECT_FALSE(inputs.add({"mask", {2, 3, 12}, Dtype::kFloat32})) << "the cache has no room for the whole text";
+    EXPECT_FALSE(inputs.add({"mask", {2, 3, kLength}, Dtype::kFloat32}));
+    EXPECT_FALSE(inputs.add({"mask", {2, 3}, Dtype::kFloat32}));
+    EXPECT_FALSE(inputs.add({"local_mask", {2, 3, 6}, Dtype::kFloat32})) << "the cache does not hold the window";
+    EXPECT_TRUE(inputs.add({"local_mask", {2, 3, 8}, Dtype::kFloat32})) << "a row more than the window";
     EXPECT_FALSE(inputs.add({"positions", {1, 3}, Dtype::kFloat32}));
     EXPECT_FALSE(inputs.add({"cos", {1, 3, 4}, Dtype::kFloat32}));
 }

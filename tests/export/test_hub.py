@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import constants, errors
 from safetensors.torch import load_file
 
+from export import verify
 from export.checkpoints import hub
 from export.checkpoints.layouts import open_checkpoint
 from export.llama import ExportOptions, export_llama
@@ -42,7 +43,7 @@ def cache(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_name_is_opened_from_the_cache(cache: Path, model: Path) -> None:
-    found = open_checkpoint(hub.fetched(NAME, cache=cache))
+    found = open_checkpoint(NAME, cache_dir=cache)
     assert found.digest() == open_checkpoint(model).digest()
 
 
@@ -60,6 +61,15 @@ def test_a_token_is_passed_on_and_shown_nowhere(model: Path, monkeypatch: pytest
     planned = plan(options)
     assert (asked[0]["token"], asked[0]["cache_dir"]) == ("hf_secret", Path("there"))
     assert "hf_secret" not in f"{options} {planned.provenance}"
+
+
+def test_verify_looks_for_a_name_as_export_does(toy_pte: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[dict[str, Any]]()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *name, **how: asked.append(how) or str(model))
+    flags = ["--checkpoint", str(NAME), "--hub-token", "hf_secret", "--cache-dir", "there"]
+    with pytest.raises(InputError, match="the file was made from another model"):
+        verify.main([str(toy_pte), *flags])
+    assert (asked[0]["token"], asked[0]["cache_dir"]) == ("hf_secret", Path("there"))
 
 
 def test_weights_are_taken_once_and_pickled_ones_where_there_are_no_others(
@@ -81,10 +91,10 @@ def test_weights_are_taken_once_and_pickled_ones_where_there_are_no_others(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     settings = {"config.json", "generation_config.json", "tokenizer.model"}
-    expected = open_checkpoint(hub.fetched(NAME)).build().state_dict()
+    expected = open_checkpoint(NAME).build().state_dict()
     assert taken == [settings | {"model.safetensors"}]
     (model / "model.safetensors").unlink()
-    found = open_checkpoint(hub.fetched(NAME)).build().state_dict()
+    found = open_checkpoint(NAME).build().state_dict()
     assert taken[1:] == [settings, settings | {"pytorch_model.bin"}]
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

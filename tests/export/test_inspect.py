@@ -42,7 +42,7 @@ FP32 = SCHEMES["fp32"]
 
 def test_the_parts_are_counted_as_the_model_has_them(toy_pte: Path) -> None:
     metadata = read_metadata(toy_pte)
-    assert cache_bytes(TOY, TOY.context) == KVCache(metadata.methods[0], metadata.max_seq_len).nbytes
+    assert cache_bytes(TOY, TOY.context) == KVCache(metadata.methods[0], TOY.context).filled_bytes(TOY.context)
     matrices = [p for name, p in Llama(TOY).named_parameters() if p.dim() == 2 and "tok_embeddings" not in name]
     assert matrix_bytes(replace(TOY, tied=False), FP32) == 4 * (
         sum(p.numel() for p in matrices) + TOY.vocab_size * TOY.dim
@@ -56,7 +56,7 @@ def test_the_parts_are_counted_as_the_model_has_them(toy_pte: Path) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_caches_of_every_kind_are_counted(name: str) -> None:
     metadata = metadata_of(KINDS[name])
-    held = KVCache(metadata.methods[0], metadata.max_seq_len).nbytes
+    held = KVCache(metadata.methods[0], metadata.max_seq_len).filled_bytes(metadata.max_seq_len)
     assert plan(metadata).caches == held
     by_context = describe(metadata, 0)["cache_bytes_by_context"]
     assert by_context == ({metadata.max_seq_len: held} if metadata.use_kv_cache else {})

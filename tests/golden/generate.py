@@ -5,7 +5,7 @@ python -m tests.golden.generate
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,14 @@ from export.planning.jinja_reduction import reduced
 from export.planning.plan import ExportOptions
 from preproc.chat_template import NAMED
 from preproc.jinja_template import JinjaTemplate, to_file
-from preproc.tokenizer import Tokenizer, open_tokenizer
-from runtime.engine.program import Program
-from runtime.engine.session import Session
+from preproc.mask import HIDDEN
+from preproc.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS, Tokenizer, open_tokenizer
+from runtime.engine import session_file
+from runtime.engine.memory_budget import MARGIN
+from runtime.engine.program import SMALL, Program
+from runtime.engine.session import SINKS, Session
+from runtime.pte.metadata import FORMAT_VERSION, STREAM
+from runtime.text.conversation import ANSWER_SHARE
 from runtime.text.generation import GenerationOptions, StopFilter, generate
 from runtime.text.prompts import prompt_ids
 from runtime.text.sampler import Rng, SamplingOptions, logprobs, sample
@@ -133,6 +138,23 @@ def sampler() -> dict[str, Any]:
     for number, logits in enumerate(_logits()):
         cases += _penalised(number, logits)
     return {"coins": coins, "logits": _logits(), "cases": cases, "logprobs": _logprobs()}
+
+
+def constants() -> dict[str, Any]:
+    """Numbers and texts that each language has for itself, and must have alike."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "session_version": session_file.VERSION,
+        "stream": STREAM,
+        "small": SMALL,
+        "margin": MARGIN,
+        "sinks": SINKS,
+        "answer_share": ANSWER_SHARE,
+        "hidden": HIDDEN,
+        "sampling": asdict(SamplingOptions()),
+        "llama3_pattern": LLAMA3_PATTERN,
+        "llama3_specials": list(LLAMA3_SPECIALS),
+    }
 
 
 def _ends(tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -254,6 +276,7 @@ def write(name: str, content: dict[str, Any]) -> None:
 
 def main() -> None:
     """Writes all golden files; stories260K's only where ../shared/data has it."""
+    write("constants.json", constants())
     write("sampler.json", sampler())
     write("chat.json", chat())
     write("finish.json", finish())

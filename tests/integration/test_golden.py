@@ -17,6 +17,7 @@ from runtime.engine.session import Session
 from runtime.text.generation import GenerationOptions, StopFilter, generate
 from runtime.text.prompts import prompt_ids
 from runtime.text.sampler import Rng, SamplingOptions, logprobs, sample
+from tests.golden.generate import constants
 from tests.support.kinds import recomputed
 from tests.support.prescribed import steps_of
 
@@ -31,6 +32,10 @@ def _sampling(case: dict[str, Any]) -> SamplingOptions:
     given = {name: case[name] for name in vars(SamplingOptions()) if name in case}
     bias = {int(token): value for token, value in case.get("logit_bias", {}).items()}
     return SamplingOptions(**(given | {"logit_bias": bias}))
+
+
+def test_constants() -> None:
+    assert constants() == _golden("constants.json")
 
 
 def test_coins() -> None:

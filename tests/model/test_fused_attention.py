@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +12,19 @@ from preproc.position_inputs import Positions, mask_name, names
 from tests.support.kinds import CONTEXT, KINDS, Kind
 
 CACHED = {name: kind for name, kind in KINDS.items() if kind.options.kv_cache and kind.kv_dtype == "float32"}
+
+OPERATOR = (Path(__file__).parents[2] / "cpp_runner" / "src" / "attention" / "operator.cpp").read_text()
+
+
+def test_the_devices_operator_has_the_same_schema() -> None:
+    schema = torch.ops.llama_pte.attention.out._schema
+    comment = " ".join(re.findall(r"^// ?(.*)", OPERATOR.partition("#include")[0], re.MULTILINE))
+    (said,) = re.findall(r"attention(\(.* -> \(.*\))", re.sub(r"\s+", " ", comment))
+    assert f'kName = "{schema.name}.{schema.overload_name}";' in OPERATOR
+    assert f"{schema.name}.{schema.overload_name}{said}" == str(schema)
+    (members,) = re.findall(r"enum Argument : size_t \{(.*?)\}", OPERATOR, re.DOTALL)
+    *places, count = (re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() for name in re.findall(r"k(\w+),", members))
+    assert (places, count) == ([argument.name for argument in schema.arguments], "arguments")
 
 
 def random_caches(kind: Kind, position: int) -> dict[str, list[Tensor]]:

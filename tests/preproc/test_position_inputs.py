@@ -3,10 +3,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.config import ModelConfig
 from preproc.position_inputs import PositionInputs, Positions, names
 from tests.support.kinds import CHUNK, CONTEXT, KINDS, PLAIN, WINDOW
 
 MOVES = st.lists(st.integers(0, CONTEXT - 1), max_size=6)
+
+
+def slots_of(config: ModelConfig, mask: str) -> int:
+    """How long the caches are that a mask goes with."""
+    return min(CONTEXT, config.sliding_window or CONTEXT) if mask == "local_mask" else CONTEXT
+
+
+def widths_of(config: ModelConfig, length: int) -> dict[str, int]:
+    """The last sizes of what a model takes; the masks' are the ones that matter."""
+    return {name: slots_of(config, name) + length for name in names(config)}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -14,21 +25,20 @@ MOVES = st.lists(st.integers(0, CONTEXT - 1), max_size=6)
 def test_inputs_that_move_are_the_inputs_made_anew(name: str, moves: list[int], length: int) -> None:
     config = KINDS[name].config
     positions = Positions.of(config, CONTEXT)
-    inputs = PositionInputs(positions, names(config), length, cached=True)
+    inputs = PositionInputs(positions, widths_of(config, length), length)
     assert list(inputs.tensors) == names(config)
     places = {role: tensor.data_ptr() for role, tensor in inputs.tensors.items()}
     for position in [0, *moves]:
         inputs.move(position, length)
         for role, tensor in inputs.tensors.items():
-            capacity = min(CONTEXT, config.sliding_window or CONTEXT) if role == "local_mask" else CONTEXT
-            assert torch.equal(tensor, positions.make(role, position, length, capacity)), role
+            assert torch.equal(tensor, positions.make(role, position, length, slots_of(config, role))), role
     assert {role: tensor.data_ptr() for role, tensor in inputs.tensors.items()} == places, "allocated once"
 
 
 @given(moves=st.lists(st.tuples(st.integers(0, CONTEXT - 1), st.integers(1, CHUNK)), max_size=6))
 def test_where_attention_is_fused_only_the_rows_of_a_step_are_right(moves: list[tuple[int, int]]) -> None:
     positions = Positions.of(PLAIN, CONTEXT)
-    inputs = PositionInputs(positions, names(PLAIN, fused=True), CHUNK, cached=True)
+    inputs = PositionInputs(positions, dict.fromkeys(names(PLAIN, fused=True), 1), CHUNK)
     assert list(inputs.tensors) == ["cos", "sin", "start"]
     for position, length in moves:
         inputs.move(position, length)
@@ -38,10 +48,17 @@ def test_where_attention_is_fused_only_the_rows_of_a_step_are_right(moves: list[
 
 
 def test_without_caches_masks_have_no_columns_for_them() -> None:
-    inputs = PositionInputs(Positions.of(WINDOW, CONTEXT), ["local_mask", "mask"], CONTEXT, cached=False)
+    inputs = PositionInputs(Positions.of(WINDOW, CONTEXT), {"local_mask": CONTEXT, "mask": CONTEXT}, CONTEXT)
     assert {tuple(tensor.shape) for tensor in inputs.tensors.values()} == {(1, CONTEXT, CONTEXT)}
     visible = inputs.tensors["local_mask"][0] == 0
     assert visible.sum(-1).tolist() == [min(row + 1, WINDOW.sliding_window) for row in range(CONTEXT)]
+
+
+def test_a_mask_is_as_wide_as_the_method_says() -> None:
+    positions, longer = Positions.of(WINDOW, CONTEXT), WINDOW.sliding_window + 2
+    inputs = PositionInputs(positions, {"local_mask": longer + 1}, 1)
+    inputs.move(CONTEXT - 3, 1)
+    assert torch.equal(inputs.tensors["local_mask"], positions.make("local_mask", CONTEXT - 3, 1, longer))
 
 
 def test_padding_repeats_the_last_position() -> None:

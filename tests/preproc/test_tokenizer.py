@@ -1,6 +1,7 @@
 """Parity with sentencepiece, tiktoken and tokenizers themselves."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ TEXTS = st.one_of(
     st.sampled_from(["<s>", "<|eot_id|>", " " * 300, "1234567" * 20, "\u200d👩‍👩‍👧", "a" * 2000, "\x00\x01", "ﬁ", "é"]),
 )
 CORPUS = ["Once upon a time there was a little girl named Lily. " * 20, "été naïve 東京 😀 12345 don't I'll\n\n  x"] * 5
+
+
+def test_both_languages_have_the_same_sentencepiece() -> None:
+    root = Path(__file__).parents[2]
+    ours = re.findall(r'"sentencepiece==([\d.]+)"', (root / "pyproject.toml").read_text())
+    cmake = (root / "cpp_runner" / "cmake" / "dependencies.cmake").read_text()
+    assert ours == re.findall(r"set\(sentencepiece_version ([\d.]+)\)", cmake)
+    assert len(ours) == 1
 
 
 def byte_level() -> tokenizers.Tokenizer:

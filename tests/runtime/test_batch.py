@@ -46,7 +46,8 @@ def test_a_bad_prompt_is_reported_in_its_place_and_the_others_go_on(three_toys: 
     assert errors[::2] == [None, None, "it is odd", None]
     assert "is empty" in (errors[1] or "")
     assert f"token {TOY.vocab_size} is not in the vocabulary" in (errors[3] or "")
-    assert f"has {TOY.context + 1} tokens, but the context only {TOY.context}" in (errors[5] or "")
+    free = f"only {TOY.context} of {TOY.context} positions are free"
+    assert f"has {TOY.context + 1} tokens, but {free}" in (errors[5] or "")
     assert list(batch(program, [], options)) == []
 
 

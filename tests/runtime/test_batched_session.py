@@ -51,7 +51,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs() -> None:
     for _ in range(CONTEXT // CHUNK):
         lanes.step({1: [1] * CHUNK})
     with pytest.raises(
-        InputError, match=f"{CHUNK} tokens do not fit behind the 35 in the cache, which holds {CONTEXT}"
+        InputError, match=f"has {CHUNK} tokens, but only {CONTEXT - 35} of {CONTEXT} positions are free"
     ):
         lanes.step({0: [1], 1: [1] * CHUNK})
     with pytest.raises(InputError, match="the prompt is empty"):

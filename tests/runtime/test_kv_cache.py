@@ -33,8 +33,8 @@ def test_buffers_are_the_graphs_inputs_and_counted_in_bytes() -> None:
     assert sorted(buffers) == ["k_cache.0", "k_cache.1", "v_cache.0", "v_cache.1"]
     assert {tuple(buffer.shape) for buffer in buffers.values()} == {(TOY.n_kv_heads, CAPACITY, TOY.head_dim)}
     assert all(buffer.is_contiguous() for buffer in buffers.values())
-    assert cache().nbytes == 4 * TOY.n_kv_heads * CAPACITY * TOY.head_dim * 4
-    assert cache(RING).nbytes == 2 * TOY.n_kv_heads * (CAPACITY + RING) * TOY.head_dim * 4
+    assert cache().filled_bytes(CAPACITY) == 4 * TOY.n_kv_heads * CAPACITY * TOY.head_dim * 4
+    assert cache(RING).filled_bytes(CAPACITY) == 2 * TOY.n_kv_heads * (CAPACITY + RING) * TOY.head_dim * 4
 
 
 OPERATIONS = st.lists(

@@ -55,6 +55,24 @@ def metadata(config: ModelConfig, **changes: object) -> Metadata:
     return Metadata(**(fields | changes))  # type: ignore[arg-type]
 
 
+def test_a_tensors_name_says_its_role_and_its_layer() -> None:
+    decode, prefill = metadata(TOY).methods
+    assert [(spec.role, spec.layer, spec.rows) for spec in decode.caches] == [
+        ("k_cache", 0, "k_rows.0"),
+        ("k_cache", 1, "k_rows.1"),
+        ("v_cache", 0, "v_rows.0"),
+        ("v_cache", 1, "v_rows.1"),
+    ]
+    assert [spec.name for spec in decode.outputs if spec.is_rows] == [spec.rows for spec in decode.caches]
+    others = [spec for spec in (*prefill.inputs, *prefill.outputs) if not spec.is_cache and not spec.is_rows]
+    assert {(spec.role, spec.layer) for spec in others} == {(spec.name, None) for spec in others}
+    assert "tokens" in {spec.role for spec in others}
+
+
+def test_a_chunk_is_the_longest_step() -> None:
+    assert metadata(TOY).chunk == 7
+
+
 def through_a_file(value: object) -> list[object]:
     """How ExecuTorch hands a constant method back: a list as several values."""
     return value if isinstance(value, list) else [value]

@@ -266,7 +266,12 @@ def test_a_talk_that_goes_on_is_not_run_again(server: Server, tiny_pte: Path) ->
         ("completions", {"prompt": "x", "max_tokens": 0}, "max_tokens", "max_tokens 0 is impossible; give 1 or more"),
         ("completions", {"prompt": "x", "logprobs": 21}, "logprobs", "give 0 to 20"),
         ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", "is no token's id"),
-        ("completions", {"prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias", "99999 is no token"),
+        (
+            "completions",
+            {"prompt": "x", "logit_bias": {"99999": 1}},
+            "logit_bias",
+            "logit-bias 99999 is impossible; ids run",
+        ),
         ("completions", {"prompt": "x", "stop": ["a", ""]}, "stop", "none of them empty"),
         ("completions", {"prompt": "x", "stop": ["a"] * 17}, "stop", "stop has 17 texts; give at most 16"),
         ("completions", {"prompt": "x", "seed": True}, "seed", "true is no whole number"),

@@ -17,6 +17,9 @@ namespace llama_runner {
 
 class Program;
 
+/// A message leaves at least a fourth of the context to its answer, unless it is too long by itself.
+inline constexpr int64_t kAnswerShare = 4;
+
 /// A talk: each message is answered in the light of those before it.
 class Chat {
   public:

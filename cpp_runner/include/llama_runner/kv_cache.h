@@ -50,9 +50,6 @@ class KVCache {
     /// Positions filled so far.
     int64_t position() const { return state_.position; }
 
-    /// Bytes held by the buffers.
-    size_t nbytes() const;
-
     /// Bytes of the rows of a text of `position` tokens: what a step reads there.
     size_t filled_bytes(int64_t position) const;
 

@@ -41,16 +41,33 @@ struct StepSize {
     int64_t rows;
 };
 
+/// What a tensor is by its name, such as k_cache of k_cache.3.
+std::string_view role_of(std::string_view name);
+
+/// The layer that it is of; none where it is no layer's.
+std::optional<int64_t> layer_of(std::string_view name);
+
+/// Keys and values so far.
+inline constexpr std::string_view kKCache = "k_cache";
+inline constexpr std::string_view kVCache = "v_cache";
+
+/// The name of what a step adds to a cache: k_rows.3 for k_cache.3.
+std::string rows_of(std::string_view cache);
+
 /// One input or output of a method.
 struct TensorSpec {
-    /// Its role: tokens, select, logits, hidden; what depends on the position, see `PositionInputs`; k_cache.3,
-    /// v_cache.3, k_rows.3, v_rows.3 for layer 3; and stream, which a shard hands to the next.
+    /// Its role, and the layer where it is one's: tokens, select, logits, hidden; what depends on the position, see
+    /// `PositionInputs`; k_cache.3, v_cache.3, k_rows.3, v_rows.3 for layer 3; and stream, which a shard hands to the
+    /// next.
     std::string name;
     /// Sizes; kLength and kRows where they are not fixed.
     std::vector<int64_t> shape;
     Dtype dtype;
 
     int64_t elements(StepSize step) const;
+
+    /// Whether it is a KV cache.
+    bool is_cache() const { return role_of(name) == kKCache || role_of(name) == kVCache; }
 
     /// Whether these are its sizes, in such a step, and this its type.
     bool is(std::span<const int64_t> sizes, StepSize step, Dtype type) const;

@@ -70,8 +70,8 @@ class CausalMask {
 ///
 /// positions [1, L]: their ids, for models that learned an embedding of them; cos, sin [1, L, P]: rotary angles; start
 /// [1]: the first one's position, where attention is fused; otherwise mask [1 or H, L, C + L] for blocks that see
-/// everything, and local_mask for those that see a window. C is the capacity of the caches that go with it:
-/// max_seq_len, at most the window where there is one, and 0 without caches.
+/// everything, and local_mask for those that see a window. C, which its spec says, is the slots of the caches that go
+/// with it: max_seq_len; at least the window where there is one; 0 without caches.
 class PositionInputs {
   public:
     /// `metadata` must outlive it.

@@ -40,7 +40,7 @@ enum Argument : size_t {
     kSlopes,
     kKCache,
     kVCache,
-    kPosition,
+    kStart,
     kScale,
     kSoftcap,
     kWindow,
@@ -74,7 +74,7 @@ bool is(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> s
 /// The types of all arguments, and the ranks that sizes are taken from.
 bool well_typed(et::Span<et::EValue*> args) {
     if (args.size() < kArguments) return false;
-    for (const size_t i : {kQ, kK, kV, kKCache, kVCache, kPosition, kOut, kKRows, kVRows}) {
+    for (const size_t i : {kQ, kK, kV, kKCache, kVCache, kStart, kOut, kKRows, kVRows}) {
         if (!args[i]->isTensor()) return false;
     }
     for (const size_t i : {kCos, kSin, kSlopes}) {
@@ -139,7 +139,7 @@ bool well_shaped(et::Span<et::EValue*> args, const Attention& a) {
     }
     return is(tensor(kQ), ScalarType::Float, {a.batch, a.length, a.heads * a.head_dim}) &&
            (args[kSlopes]->isNone() || is(tensor(kSlopes), ScalarType::Float, {a.heads})) &&
-           is(tensor(kPosition), ScalarType::Long, {a.batch}) && tensor(kOut).scalar_type() == ScalarType::Float &&
+           is(tensor(kStart), ScalarType::Long, {a.batch}) && tensor(kOut).scalar_type() == ScalarType::Float &&
            tensor(kKRows).scalar_type() == form && tensor(kVRows).scalar_type() == form;
 }
 
@@ -163,7 +163,7 @@ void attention_out(et::KernelRuntimeContext& ctx, et::Span<et::EValue*> args) {
                             resize(k_rows, a.batch * a.kv_heads, a.length, width) &&
                             resize(v_rows, a.batch * a.kv_heads, a.length, width),
                         InvalidArgument, , "%s: the results do not fit", kName);
-    a.position = args[kPosition]->toTensor().const_data_ptr<int64_t>();
+    a.position = args[kStart]->toTensor().const_data_ptr<int64_t>();
     for (int64_t b = 0; b < a.batch; ++b) {
         ET_KERNEL_CHECK_MSG(ctx, a.position[b] >= 0 && a.position[b] <= kMostPosition, InvalidArgument, ,
                             "%s: impossible position", kName);

@@ -17,7 +17,7 @@ bool read_number(std::string_view text, Number& number) {
     return error == std::errc() && end == text.data() + text.size();
 }
 
-/// A number of bytes such as 400MB, 1.5GB or 64MiB.
+/// A number of bytes such as 400MB, 1.5GB or 64MiB, as in Python. CLI::AsSizeValue takes no fractions.
 int64_t byte_count(const std::string& text) {
     char* rest = nullptr;
     const double number = std::strtod(text.c_str(), &rest);
@@ -63,7 +63,8 @@ void add_penalties(CLI::App& app, SamplingOptions& sampling) {
     };
     add("--presence-penalty", sampling.presence_penalty, "taken off logits of recent tokens (0: none)")->type_name("A");
     add("--frequency-penalty", sampling.frequency_penalty, "the same, as often as they occurred")->type_name("A");
-    app.add_option("--penalty-window", sampling.penalty_window, "how many tokens are recent (default: 64)")
+    app.add_option("--penalty-window", sampling.penalty_window,
+                   "how many tokens are recent (default: " + std::to_string(sampling.penalty_window) + ")")
         ->type_name("N");
     app.add_option_function<std::vector<std::string>>(
            "--logit-bias",

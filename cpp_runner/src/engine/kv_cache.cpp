@@ -14,7 +14,7 @@ constexpr size_t kAlignment = 64;
 Result<KVCache> KVCache::create(const MethodSpec& method, int64_t capacity) {
     KVCache cache(capacity);
     for (const TensorSpec& spec : method.inputs) {
-        if (!spec.name.starts_with("k_cache.") && !spec.name.starts_with("v_cache.")) continue;
+        if (!spec.is_cache()) continue;
         if (auto added = cache.add(spec); !added) return added.error();
     }
     return cache;
@@ -40,12 +40,6 @@ Result<void> KVCache::add(const TensorSpec& spec) {
                         static_cast<size_t>(spec.shape[2]) * size_of(spec.dtype), spec.dtype});
     memory_.push_back(std::move(memory));
     return {};
-}
-
-size_t KVCache::nbytes() const {
-    size_t total = 0;
-    for (const Buffer& buffer : buffers_) total += static_cast<size_t>(buffer.heads * buffer.slots) * buffer.row_bytes;
-    return total;
 }
 
 size_t KVCache::filled_bytes(int64_t position) const {

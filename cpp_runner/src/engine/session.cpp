@@ -105,9 +105,8 @@ Result<void> Session::bind_outputs(Binding& binding, const MethodSpec& spec) {
     binding.logits_output = find("logits", {1, spec.max_rows, program_->metadata().vocab_size}, Dtype::kFloat32);
     bool whole = binding.logits_output < spec.outputs.size();
     for (const KVCache::Buffer& buffer : cache_.buffers()) {
-        std::string name = buffer.name;
-        name.replace(name.find("cache"), 5, "rows");
-        binding.rows_outputs.push_back(find(name, {buffer.heads, spec.max_length, buffer.width()}, buffer.dtype));
+        binding.rows_outputs.push_back(
+            find(rows_of(buffer.name), {buffer.heads, spec.max_length, buffer.width()}, buffer.dtype));
         whole = whole && binding.rows_outputs.back() < spec.outputs.size();
     }
     if (!whole) return Error{"method " + spec.name + " does not return what this runner knows; update it"};
@@ -284,9 +283,10 @@ Result<int64_t> Session::slide() {
     const Angles angles = earlier(metadata.rope, count);
     std::vector<std::string> rotating;  // buffers whose rows are
     for (const KVCache::Buffer& buffer : cache_.buffers()) {
-        const bool is_fixed = std::ranges::any_of(
-            metadata.nope_layers, [&](int64_t layer) { return buffer.name == "k_cache." + std::to_string(layer); });
-        if (metadata.positions == "rope" && buffer.name[0] == 'k' && !is_fixed) rotating.push_back(buffer.name);
+        const bool is_fixed =
+            std::ranges::find(metadata.nope_layers, layer_of(buffer.name)) != metadata.nope_layers.end();
+        if (metadata.positions == "rope" && role_of(buffer.name) == kKCache && !is_fixed)
+            rotating.push_back(buffer.name);
     }
     cache_.slide(kSinks, count, [&](const KVCache::Buffer& buffer, std::span<std::byte> row) {
         if (std::ranges::find(rotating, buffer.name) != rotating.end()) {

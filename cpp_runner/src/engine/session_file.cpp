@@ -16,7 +16,6 @@ namespace {
 static_assert(std::endian::native == std::endian::little);
 
 constexpr char kMagic[] = {'l', 'l', 'a', 'm', 'a', 'k', 'v', 's'};
-constexpr uint32_t kVersion = 1;
 
 struct Header {
     char magic[8];
@@ -33,7 +32,7 @@ Error unwritable(const std::string& path) {
 }
 
 bool write_all(std::FILE* file, const Snapshot& snapshot) {
-    Header header{{}, kVersion, 0, {}, snapshot.state.position, snapshot.state.first};
+    Header header{{}, kSnapshotVersion, 0, {}, snapshot.state.position, snapshot.state.first};
     std::memcpy(header.magic, kMagic, sizeof kMagic);
     std::memcpy(header.identity, snapshot.identity.data(), sizeof header.identity);
     Checksum checksum;
@@ -77,9 +76,9 @@ Result<OpenSnapshot> open_snapshot(const std::string& path, const std::array<uns
         std::memcmp(header.magic, kMagic, sizeof kMagic) != 0) {
         return Error{path + " is no saved session; give one"};
     }
-    if (header.version != kVersion) {
+    if (header.version != kSnapshotVersion) {
         return Error{path + " has version " + std::to_string(header.version) + ", and this one reads " +
-                     std::to_string(kVersion) + "; save the session again"};
+                     std::to_string(kSnapshotVersion) + "; save the session again"};
     }
     if (std::memcmp(header.identity, identity.data(), identity.size()) != 0) {
         return Error{path + " was saved with another model; give the .pte that it was made with"};

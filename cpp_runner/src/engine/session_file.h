@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <span>
 #include <string>
 #include <vector>
@@ -10,6 +11,9 @@
 #include "support/checksum.h"
 
 namespace llama_runner {
+
+/// Of such files.
+inline constexpr uint32_t kSnapshotVersion = 1;
 
 /// A session in a file, equal in both runtimes: what the text is, and all that is cached of it.
 ///

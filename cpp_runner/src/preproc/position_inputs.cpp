@@ -97,10 +97,11 @@ Result<const void*> PositionInputs::add(const TensorSpec& spec) {
     }
     if (spec.name == "mask" || spec.name == "local_mask") {
         const int64_t window = spec.name == "mask" ? 0 : metadata.sliding_window;
-        const int64_t slots = window == 0 ? metadata.max_seq_len : std::min(window, metadata.max_seq_len);
-        const int64_t capacity = cached_ ? slots : 0;
+        const int64_t most = cached_ ? metadata.max_seq_len : 0;
+        const int64_t least = window == 0 ? most : std::min(window, most);  // all that a token sees
+        const int64_t capacity = spec.shape.size() == 3 ? spec.shape[2] - max_length_ : -1;
         const int64_t heads = std::max(std::ssize(metadata.alibi_slopes), std::ptrdiff_t{1});
-        if (!is({heads, max_length_, capacity + max_length_})) return wrong;
+        if (capacity < least || capacity > most || !is({heads, max_length_, spec.shape[2]})) return wrong;
         return static_cast<const void*>(
             masks_.emplace_back(max_length_, capacity, window, metadata.alibi_slopes).values());
     }

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cstring>
 #include <limits>
 #include <nlohmann/json.hpp>
 
 #include "support/checksum.h"
+#include "support/json.h"
 
 namespace llama_runner {
 
@@ -83,10 +85,9 @@ class Reader {
     // Members of JSON objects.
 
     const json& member(const json& object, const char* key) {
-        static const json null;
-        if (auto found = object.find(key); object.is_object() && found != object.end()) return *found;
-        fail(std::string(key) + " is missing");
-        return null;
+        const json& found = llama_runner::member(object, key);
+        if (found.is_null()) fail(std::string(key) + " is missing");
+        return found;
     }
 
     std::string text(const json& object, const char* key) {
@@ -196,6 +197,21 @@ SamplingOptions sampling_of(Reader& reader) {
 
 }  // namespace
 
+std::string_view role_of(std::string_view name) { return name.substr(0, name.find('.')); }
+
+std::optional<int64_t> layer_of(std::string_view name) {
+    const size_t dot = name.find('.');
+    int64_t layer = 0;
+    if (dot == std::string_view::npos) return std::nullopt;
+    const auto [end, error] = std::from_chars(name.data() + dot + 1, name.data() + name.size(), layer);
+    return error == std::errc() && end == name.data() + name.size() ? std::optional(layer) : std::nullopt;
+}
+
+std::string rows_of(std::string_view cache) {
+    const std::string_view role = role_of(cache);
+    return std::string(role == kKCache ? "k_rows" : "v_rows").append(cache.substr(role.size()));
+}
+
 size_t size_of(Dtype dtype) { return std::ranges::find(kDtypes, dtype, &NamedDtype::dtype)->size; }
 
 int64_t TensorSpec::elements(StepSize step) const {
@@ -212,9 +228,7 @@ bool TensorSpec::is(std::span<const int64_t> sizes, StepSize step, Dtype type) c
 int64_t Metadata::cache_bytes() const {
     int64_t bytes = 0;
     for (const TensorSpec& spec : methods[0].inputs) {
-        if (spec.name.starts_with("k_cache.") || spec.name.starts_with("v_cache.")) {
-            bytes += spec.elements(1) * static_cast<int64_t>(size_of(spec.dtype));
-        }
+        if (spec.is_cache()) bytes += spec.elements(1) * static_cast<int64_t>(size_of(spec.dtype));
     }
     return bytes;
 }

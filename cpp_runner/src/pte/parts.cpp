@@ -23,7 +23,7 @@ void extend(MethodSpec& spec, const MethodSpec& next) {
 }
 
 /// As in a whole file, all keys stand behind the rest, and all values behind them.
-int order(const TensorSpec& spec) { return spec.name.find('.') == std::string::npos ? 0 : spec.name[0]; }
+std::string_view order(const TensorSpec& spec) { return layer_of(spec.name) ? role_of(spec.name) : ""; }
 
 Requirements united(Requirements a, const Requirements& b) {
     a.backends.insert(a.backends.end(), b.backends.begin(), b.backends.end());

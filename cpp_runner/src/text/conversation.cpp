@@ -7,13 +7,6 @@
 
 namespace llama_runner {
 
-namespace {
-
-/// A message leaves at least a fourth of the context to its answer, unless it is too long by itself.
-constexpr int64_t kAnswerShare = 4;
-
-}  // namespace
-
 Chat::Chat(std::unique_ptr<Session> session, const Tokenizer& tokenizer, GenerationOptions options, Rng& rng)
     : session_(std::move(session)), tokenizer_(&tokenizer), options_(std::move(options)), rng_(&rng) {}
 

@@ -12,11 +12,6 @@ namespace llama_runner {
 
 namespace {
 
-/// How Llama 3 splits text before merging (meta-llama/llama-models, models/llama3/tokenizer.py).
-constexpr std::string_view kPattern =
-    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|)"
-    R"(\s*[\r\n]+|\s+(?!\S)|\s+)";
-
 constexpr size_t kSpecials = 256;
 
 /// The first of the special tokens that follow the ranks, in the order of their ids; the others are reserved.
@@ -33,11 +28,6 @@ constexpr std::array<std::string_view, 11> kNamedSpecials = {
     "<|eot_id|>",
     "<|python_tag|>",
 };
-
-std::string special(size_t index) {
-    if (index < kNamedSpecials.size()) return std::string(kNamedSpecials[index]);
-    return "<|reserved_special_token_" + std::to_string(index - kNamedSpecials.size() + 2) + "|>";
-}
 
 /// `base64 rank`, or nothing.
 std::optional<std::pair<std::string, uint32_t>> parse_line(std::string_view line) {
@@ -57,9 +47,10 @@ class TiktokenTokenizer final : public Tokenizer {
         std::vector<std::string> tokens;
         if (auto read = read_ranks(data, tokens); !read) return read;
         for (const std::string& token : tokens) add_piece(token, false);
-        for (size_t i = 0; i < kSpecials; ++i) {
+        auto id = std::ssize(tokens);
+        for (const std::string& special : llama3_specials()) {
             add_piece("", false);
-            special_tokens_.add(special(i), {static_cast<int64_t>(tokens.size() + i)});
+            special_tokens_.add(special, {id++});
         }
         ranks_.reserve(tokens.size());
         for (size_t i = 0; i < tokens.size(); ++i) {
@@ -73,7 +64,7 @@ class TiktokenTokenizer final : public Tokenizer {
                              "; copy the file again"};
             }
         }
-        auto pattern = Regex::compile(kPattern);
+        auto pattern = Regex::compile(kLlama3Pattern);
         if (!pattern) return pattern.error();
         pattern_ = *std::move(pattern);
         return {};
@@ -132,6 +123,14 @@ class TiktokenTokenizer final : public Tokenizer {
 };
 
 }  // namespace
+
+std::vector<std::string> llama3_specials() {
+    std::vector<std::string> specials(kNamedSpecials.begin(), kNamedSpecials.end());
+    for (int reserved = 2; specials.size() < kSpecials; ++reserved) {
+        specials.push_back("<|reserved_special_token_" + std::to_string(reserved) + "|>");
+    }
+    return specials;
+}
 
 Result<std::unique_ptr<Tokenizer>> open_tiktoken(std::string_view data) {
     auto tokenizer = std::make_unique<TiktokenTokenizer>();
