@@ -55,10 +55,12 @@ class Limits:
 LIMITS = {
     "float32": Limits(error=1e-4, kl=1e-6, median_kl=1e-7, channel=1e-4, token=1e-2),
     "float16": Limits(error=2e-2, kl=1e-4, median_kl=1e-5, channel=5e-3, token=5e-2),
-    "int8": Limits(error=2.0, kl=2e-2, median_kl=5e-3, channel=3e-2, token=0.3),
+    "int8": Limits(error=2.0, kl=2e-2, median_kl=5e-3, channel=3e-2, token=1.2),
 }
 """Between the file and the eager model, by what activations are rounded to on the way: where one lies between two
-steps, the last bit of a float decides. Deep models with large activations enlarge that, see `Limits.widened`.
+steps, the last bit of a float decides. Deep models with large activations enlarge that, see `Limits.widened`. Now
+and then one flip takes a token elsewhere, by 0.9 of what tokens differ (SmolLM2 in 8da8w); a row of another token is
+off by 1.4.
 """
 
 
