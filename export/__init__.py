@@ -1,4 +1,4 @@
-"""Checkpoint to .pte: trace, lower, emit, verify."""
+"""Checkpoint to .pte: open, lower, assemble, write, verify."""
 
 import logging
 import warnings

@@ -14,8 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from export.planning.memory import cache_bytes, plan
-from export.weights.scheme import Scheme, kept
+from export.planning.memory import cache_bytes, memory_use
+from export.weights.scheme import Scheme, format_exceptions
 from runtime.engine.program import files, read_metadata
 from runtime.pte.metadata import Metadata
 
@@ -27,7 +27,7 @@ def scheme_of(metadata: Metadata) -> Scheme:
 
 def describe(metadata: Metadata, size: int) -> dict[str, Any]:
     """All that `inspect` prints, as JSON's types. `size` is the file's, in bytes."""
-    config, memory, kv_dtype = metadata.config, plan(metadata), scheme_of(metadata).kv_dtype
+    config, memory, kv_dtype = metadata.config, memory_use(metadata), scheme_of(metadata).kv_dtype
     heads = max((spec.sizes(1)[0] // metadata.batch_size for spec in metadata.caches), default=config.n_kv_heads)
     cached = dataclasses.replace(config, n_heads=heads, n_kv_heads=heads)
     lengths = sorted({metadata.max_seq_len, *(2**i for i in range(7, 18) if 2**i < metadata.max_seq_len)})
@@ -59,7 +59,7 @@ def _weights(metadata: Metadata) -> dict[str, Any]:
         "embedding": str(scheme.embedding),
         "kv_cache": scheme.kv_dtype,
         "rounding": scheme.rounding,
-        "kept": {name: str(form) for name, form in kept(metadata.config, scheme).items()},
+        "kept": {name: str(form) for name, form in format_exceptions(metadata.config, scheme).items()},
     }
 
 

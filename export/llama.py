@@ -26,14 +26,14 @@ from rich.console import Console
 from export.atomic_file import replacing
 from export.checkpoints import hub
 from export.checkpoints.layouts import BUILT_IN
-from export.lowering.assemble import link
+from export.lowering.assemble import assemble
 from export.lowering.backends import BACKENDS, lowering
-from export.lowering.code_cache import CodeCache, default_folder
+from export.lowering.export_cache import ExportCache, default_folder
 from export.lowering.lower import lower
-from export.lowering.write import emit
+from export.lowering.write import write_program
 from export.planning.plan import DEFAULT_CHUNK, DEFAULT_CONTEXT, ExportOptions, Plan, plan
-from export.planning.scheme_search import DEFAULT_BUDGET, NothingFitsError, decided
-from export.planning.sharding import Cut
+from export.planning.scheme_search import DEFAULT_BUDGET, NothingFitsError, choose_scheme
+from export.planning.sharding import Sharding
 from export.quality.gptq import TOKENS, calibrate
 from export.quality.perplexity import Gate
 from export.quality.verification import VerificationError, add_flags, verify_once
@@ -44,7 +44,7 @@ from model.kv_row_format import KV_DTYPES
 from preproc.chat_template import NAMED
 from runtime import generate
 from runtime.engine.program import files, read_metadata
-from runtime.pte.parts import runs
+from runtime.pte.parts import session_methods
 
 
 class Progress:
@@ -70,7 +70,7 @@ class ConsoleProgress(Progress):
         start, result = time.monotonic(), list[str]()
         with self._console.status(f"{name} ..."):
             yield result
-        self._console.print(f"{name:9}{time.monotonic() - start:7.1f} s  {'; '.join(result)}", markup=False)
+        self._console.print(f"{name:10} {time.monotonic() - start:5.1f} s  {'; '.join(result)}", markup=False)
 
     def note(self, line: str) -> None:
         self._console.print(line, markup=False)
@@ -93,10 +93,10 @@ def export_llama(options: ExportOptions, progress: Progress | None = None) -> Pa
     with progress.stage("open") as result:
         planned = plan(options)
         result.append(planned.summary)
-        gate.check(options.auto or planned.recipe.scheme.fewest_bits is not None, planned.tokenizer)
+        gate.check(options.auto or planned.source.scheme.fewest_bits is not None, planned.tokenizer)
     for warning in planned.warnings:
         progress.note(warning)
-    planned = decided(planned, gate, options.auto, progress.note)
+    planned = choose_scheme(planned, gate, options.auto, progress.note)
     output = planned.output
     if not options.force and _is_already(planned):
         progress.note(f"{output} is already this export; --force makes it again")
@@ -109,7 +109,7 @@ def export_llama(options: ExportOptions, progress: Progress | None = None) -> Pa
                 absent = BACKENDS[options.backend].runtime
                 result.append(f"skipped: {absent} is not in this machine's ExecuTorch; check the file on the device")
                 return output
-            found = verify_once(temporaries, planned.recipe, gate, _cache(options))
+            found = verify_once(temporaries, planned.source, gate, _cache(options))
             result.append(found.summary)
         size = sum(temporary.stat().st_size for temporary in temporaries)
         saved = found.save(output, size) if found.report else None
@@ -128,42 +128,42 @@ def _calibrated(planned: Plan, progress: Progress) -> Iterator[Plan]:
     with tempfile.TemporaryDirectory(prefix="llama-pte-") as folder:
         with progress.stage("calibrate") as result:
             max_seq_len = planned.provenance["options"]["max_seq_len"]
-            recipe = calibrate(planned.recipe, planned.texts, max_seq_len, Path(folder))
-            count = sum(map(recipe.is_calibrated, matrices(recipe.config)))
+            source = calibrate(planned.source, planned.texts, max_seq_len, Path(folder))
+            count = sum(map(source.is_calibrated, matrices(source.config)))
             result.append(f"{count} layers, {_tokens(sum(map(len, planned.texts)))}")
         gc.collect()
-        yield replace(planned, recipe=recipe)
+        yield replace(planned, source=source)
 
 
 def _write(planned: Plan, options: ExportOptions, paths: Sequence[Path], progress: Progress) -> None:
-    recipe, shards, backend = planned.recipe, planned.shards, options.backend
+    source, shards, backend = planned.source, planned.shards, options.backend
     with progress.stage("lower") as result:
-        codes = lower(recipe.config, shards, backend, recipe.scheme, _cache(options))
+        codes = lower(source.config, shards, backend, source.scheme, _cache(options))
         result.append(f"{backend}, {len(codes)} different parts")
-        result.extend(f"{method.name} takes {_tokens(method.max_length)}" for method in runs(shards[0]))
+        result.extend(f"{method.name} takes {_tokens(method.max_length)}" for method in session_methods(shards[0]))
     for number, (methods, path) in enumerate(zip(shards, paths, strict=True), 1):
         gc.collect()  # graphs refer to themselves, and hold as much as their weights
         name = f" {number}" if len(shards) > 1 else ""
-        with progress.stage(f"link{name}") as result:
-            linked = link(recipe, methods, codes, backend, planned.identity)
-            outside = ", ".join(linked.requirements.operators)
-            result.append(f"{linked.delegates} delegates; kernels outside: {outside}")
+        with progress.stage(f"assemble{name}") as result:
+            assembled = assemble(source, methods, codes, backend, planned.identity)
+            outside = ", ".join(assembled.requirements.operators)
+            result.append(f"{assembled.delegates} delegates; kernels outside: {outside}")
         gc.collect()
-        with progress.stage(f"emit{name}") as result:
-            emit(linked, planned.metadata(linked, methods), path)
+        with progress.stage(f"write{name}") as result:
+            write_program(assembled, planned.metadata(assembled, methods), path)
             result.append(f"{path.stat().st_size / 1e6:.1f} MB")
 
 
-def _cache(options: ExportOptions) -> CodeCache:
-    return CodeCache(default_folder() if options.cache else None)
+def _cache(options: ExportOptions) -> ExportCache:
+    return ExportCache(default_folder() if options.cache else None)
 
 
 @contextmanager
 def _replacing(planned: Plan) -> Iterator[list[Path]]:
-    """Temporary files that take the outputs' places. Shards of an earlier cut go, and what C++ packed of them."""
+    """Temporary files that take the outputs' places. Shards of an earlier export go, and what C++ packed of them."""
     with ExitStack() as stack:
         yield [stack.enter_context(replacing(output)) for output in planned.outputs]
-    if not planned.cut.is_whole:
+    if not planned.sharding.is_whole:
         earlier = (*planned.output.glob("*-of-*.pte"), *planned.output.glob("*-of-*.pte.*.packed"))
         for path in set(earlier) - set(planned.outputs):
             path.unlink()
@@ -184,7 +184,7 @@ def _tokens(count: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command: exit code 0 when the file is there and verified, 1 when verification failed, 2 for bad input."""
     flags = vars(_parser().parse_args(arguments))
-    flags["cut"] = Cut(flags.pop("shards"), flags.pop("shard_bytes"), flags.pop("tensor_parallel"))
+    flags["sharding"] = Sharding(flags.pop("shards"), flags.pop("shard_bytes"), flags.pop("tensor_parallel"))
     prompt = flags.pop("run")
     try:
         path = export_llama(ExportOptions(**flags), ConsoleProgress())

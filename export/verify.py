@@ -23,14 +23,14 @@ from export.quality.gptq import CalibrationText, calibrate
 from export.quality.perplexity import Gate
 from export.quality.verification import add_flags, check_same, verify
 from export.weights.scheme import Scheme
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.errors import InputError
 from preproc.tokenizer import from_bytes
 from runtime.cli import command
 from runtime.engine.program import files, read_metadata
 
 
-def _recipe(recipe: Recipe, file: Path, path: Path | None, folder: Path) -> Recipe:
+def _with_calibration(source: WeightSource, file: Path, path: Path | None, folder: Path) -> WeightSource:
     """With the matrices that the text at `path` gives, as those of the file were made; they are kept in `folder`.
 
     Raises:
@@ -39,7 +39,7 @@ def _recipe(recipe: Recipe, file: Path, path: Path | None, folder: Path) -> Reci
     metadata = read_metadata(file)
     made_with = metadata.provenance.get("calibration")
     if made_with is None and path is None:
-        return recipe
+        return source
     if made_with is None:
         raise InputError(f"--calibrate {path} is for calibrated files, and {file} is none; leave it out")
     if path is None:
@@ -50,9 +50,9 @@ def _recipe(recipe: Recipe, file: Path, path: Path | None, folder: Path) -> Reci
             f"--calibrate {path} is not the text that {file} was calibrated with (SHA-256 {text.sha256} is not "
             f"{made_with['sha256']}); give that one"
         )
-    check_same(metadata, recipe)
+    check_same(metadata, source)
     texts = text.windows(from_bytes(metadata.tokenizer, metadata.tokenizer_kind), metadata.bos_id, metadata.max_seq_len)
-    return calibrate(recipe, texts, metadata.max_seq_len, folder)
+    return calibrate(source, texts, metadata.max_seq_len, folder)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,10 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
     checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir)
     config = for_length(checkpoint.config, metadata.max_seq_len)
     slices = metadata.provenance["options"].get("tensor_parallel", 1)
-    recipe = Recipe(config, checkpoint.weights, scheme, slices=slices)
+    source = WeightSource(config, checkpoint.weights, scheme, slices=slices)
     with tempfile.TemporaryDirectory(prefix="llama-pte-") as folder:
-        recipe = _recipe(recipe, options.file, options.calibrate, Path(folder))
-        verdict = verify(options.file, recipe, gate)
+        source = _with_calibration(source, options.file, options.calibrate, Path(folder))
+        verdict = verify(options.file, source, gate)
     print(f"{options.file}: {verdict}: {'passed' if verdict.failure is None else f'FAILED: {verdict.failure}'}")
     if options.report:
         print(verdict.outcome.save(options.file, sum(file.stat().st_size for file in files(options.file))))

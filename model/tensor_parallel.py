@@ -26,14 +26,14 @@ BY_ROWS = ("wq", "wk", "wv", "w1", "w3", "tok_embeddings", "output")
 """Layers of which a slice has rows."""
 
 
-def dealt(whole: int, count: int) -> int:
+def ceil_share(whole: int, count: int) -> int:
     """How many of a model's heads, hidden units or tokens each of `count` slices has."""
     return -(-whole // count)
 
 
 def columns(config: ModelConfig, count: int) -> dict[str, int]:
     """How many columns of each layer of BY_COLUMNS a slice has: those of whole heads, and of whole hidden units."""
-    return {"wo": dealt(config.n_heads, count) * config.head_dim, "w2": dealt(config.hidden_dim, count)}
+    return {"wo": ceil_share(config.n_heads, count) * config.head_dim, "w2": ceil_share(config.hidden_dim, count)}
 
 
 class Rows(nn.Module):

@@ -27,7 +27,7 @@ from runtime.engine.measure import peak_memory
 from runtime.engine.program import Program
 from runtime.engine.session import Session
 from runtime.text.constraint import Constraint, json_schema, regex
-from runtime.text.generation import GenerationOptions, Step, generate, told
+from runtime.text.generation import GenerationOptions, Step, generate, steps_to_json
 from runtime.text.prompts import prompt_ids, read_text
 from runtime.text.sampler import Rng
 from runtime.text.speculative import Draft, Drafter, Lookup
@@ -73,7 +73,7 @@ def _print_text(steps: Iterator[Step]) -> None:
 
 def _print_json(prompt: list[int], steps: Iterator[Step], statistics: Statistics) -> None:
     done = list(steps)
-    result: dict[str, Any] = {"prompt_ids": prompt, **told(done)}
+    result: dict[str, Any] = {"prompt_ids": prompt, **steps_to_json(done)}
     if done[0].logprob is not None:
         result["logprobs"] = [{"logprob": step.logprob, "top_logprobs": step.top_logprobs} for step in done]
     result["timings"] = {

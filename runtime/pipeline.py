@@ -27,17 +27,17 @@ from typing import Any
 from model.errors import InputError
 from runtime.cli.flags import add_generation_flags, add_program_flags, generation_options
 from runtime.cli.results import print_results
-from runtime.distributed.assignment import here, shares
+from runtime.distributed.assignment import assign_files, measure_host
 from runtime.distributed.pipeline_stage import Stage, Texts, pipeline
 from runtime.distributed.placement import Host, read_hosts
-from runtime.distributed.process_group import Peers, Ring, Sums, place
-from runtime.distributed.token_log import Journal
+from runtime.distributed.process_group import ProcessGroup, Ring, Sums, pin_cores
+from runtime.distributed.token_log import TokenLog
 from runtime.engine.program import Program
 from runtime.text.generation import check_ids
 from runtime.text.prompts import read_prompts
 
 
-def _texts(program: Program, peers: Peers, options: argparse.Namespace) -> tuple[Texts, Journal]:
+def _texts(program: Program, process_group: ProcessGroup, options: argparse.Namespace) -> tuple[Texts, TokenLog]:
     """What the first rank was given, on every rank, and its journal; the others keep none.
 
     Raises:
@@ -46,60 +46,62 @@ def _texts(program: Program, peers: Peers, options: argparse.Namespace) -> tuple
     metadata = program.metadata
     generation = replace(generation_options(options), stop_ids=metadata.stop_ids)
     check_ids(generation.sampling, metadata.config.vocab_size)
-    given = peers.shared([repr(generation), options.seed])
+    given = process_group.all_gather([repr(generation), options.seed])
     for rank, other in enumerate(given):
         if other != given[0]:
             raise InputError(f"rank {rank} was given {other}, and rank 0 {given[0]}; give all the same options")
 
-    def read() -> tuple[list[Any], Journal] | None:
-        if peers.rank > 0:
+    def read() -> tuple[list[Any], TokenLog] | None:
+        if process_group.rank > 0:
             return None
         prompts = read_prompts(options.prompts_file, program)
         said = [str(prompt) if isinstance(prompt, InputError) else list(prompt) for prompt in prompts]
         digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
         run = {"model": metadata.identity.hex(), "prompts": digest, "options": given[0]}
-        return said, Journal(options.journal, run)
+        return said, TokenLog(options.journal, run)
 
-    first = peers.together(read)
-    said, done = peers.shared([first[0], list(first[1].tokens.items())] if first else None)[0]
+    first = process_group.run_everywhere(read)
+    said, done = process_group.all_gather([first[0], list(first[1].tokens.items())] if first else None)[0]
     prompts = [InputError(prompt) if isinstance(prompt, str) else prompt for prompt in said]
-    return Texts(prompts, dict(done), generation, options.seed), first[1] if first else Journal(None, {})
+    return Texts(prompts, dict(done), generation, options.seed), first[1] if first else TokenLog(None, {})
 
 
-def _run(options: argparse.Namespace, peers: Peers) -> int:
-    threads = peers.together(lambda: place(options.threads))
-    under_way = options.texts or 2 * peers.count
-    mine = shares(options.folder, peers, lambda sizes: _host(options, peers, threads, sizes), under_way)
+def _run(options: argparse.Namespace, process_group: ProcessGroup) -> int:
+    threads = process_group.run_everywhere(lambda: pin_cores(options.threads))
+    under_way = options.texts or 2 * process_group.count
+    mine = assign_files(
+        options.folder, process_group, lambda sizes: _host(options, process_group, threads, sizes), under_way
+    )
     sliced = mine[0].slices > 1
-    program = peers.together(
+    program = process_group.run_everywhere(
         lambda: Program(
             [Path(part.path) for part in mine],
             threads=threads,
             check=not options.no_check,
             memory_budget=options.memory_budget,
             partial=not sliced,
-            group=Sums(peers) if sliced and peers.count > 1 else None,
+            group=Sums(process_group) if sliced and process_group.count > 1 else None,
         )
     )
-    texts, journal = _texts(program, peers, options)
-    stage = Stage(program, Ring(peers, program.metadata.config.dim, alone=sliced), texts)
-    if peers.rank > 0 and not sliced:
+    texts, token_log = _texts(program, process_group, options)
+    stage = Stage(program, Ring(process_group, program.metadata.config.dim, alone=sliced), texts)
+    if process_group.rank > 0 and not sliced:
         stage.follow()
         return 0
-    results = pipeline(stage, 1 if sliced else under_way, journal)
-    if peers.rank > 0:
+    results = pipeline(stage, 1 if sliced else under_way, token_log)
+    if process_group.rank > 0:
         return 1 if [result for result in results if result.error is not None] else 0
-    return print_results(results, f"{peers.count} ranks", known=sum(map(len, texts.done.values())))
+    return print_results(results, f"{process_group.count} ranks", known=sum(map(len, texts.done.values())))
 
 
-def _host(options: argparse.Namespace, peers: Peers, threads: int | None, sizes: Sequence[int]) -> Host:
+def _host(options: argparse.Namespace, process_group: ProcessGroup, threads: int | None, sizes: Sequence[int]) -> Host:
     """What this rank can do: as the file of hosts says, or as it finds."""
     if options.hosts is None:
-        return here(threads or os.cpu_count() or 1, options.memory_budget, sizes)
+        return measure_host(threads or os.cpu_count() or 1, options.memory_budget, sizes)
     hosts = read_hosts(options.hosts, sizes)
-    if len(hosts) != peers.count:
-        raise InputError(f"--hosts {options.hosts} has {len(hosts)} hosts, and there are {peers.count} ranks")
-    return hosts[peers.rank]
+    if len(hosts) != process_group.count:
+        raise InputError(f"--hosts {options.hosts} has {len(hosts)} hosts, and there are {process_group.count} ranks")
+    return hosts[process_group.rank]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,11 +112,11 @@ def main(arguments: list[str] | None = None) -> int:
     generation_options(options)
     if options.texts is not None and options.texts < 1:
         raise InputError(f"--texts {options.texts} is impossible; give 1 or more")
-    peers = Peers(options.timeout)
+    process_group = ProcessGroup(options.timeout)
     try:
-        return _run(options, peers)
+        return _run(options, process_group)
     finally:
-        peers.close()
+        process_group.close()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -28,33 +28,41 @@ from pathlib import Path
 
 from model.errors import InputError
 from runtime.cli.flags import add_threads_flag
-from runtime.distributed.placement import MESSAGE, Host, available, measured, planned, read_hosts, written
-from runtime.distributed.process_group import Peers, place
+from runtime.distributed.placement import (
+    MESSAGE,
+    Host,
+    available_memory,
+    measure_shards,
+    place_shards,
+    read_hosts,
+    to_toml,
+)
+from runtime.distributed.process_group import ProcessGroup, pin_cores
 from runtime.engine.executorch import Shard
 from runtime.engine.memory_budget import MARGIN
 from runtime.engine.program import files
-from runtime.pte.parts import joined
+from runtime.pte.parts import join_parts
 
 
 def _measure(paths: Sequence[Path], options: argparse.Namespace) -> None:
     """Prints the table of each rank's host, which all measure at the same time."""
-    peers = Peers()
-    threads = place(options.threads)
-    seconds = measured(paths, threads, peers)
-    latency, link = peers.link()
-    name = socket.gethostname() + (f" {peers.rank}" if peers.count > 1 else "")
-    host = Host(name, available(), seconds, latency, link)
-    tables = peers.shared(written(host))
-    if peers.rank == 0:
+    process_group = ProcessGroup()
+    threads = pin_cores(options.threads)
+    seconds = measure_shards(paths, threads, process_group)
+    latency, link = process_group.link()
+    name = socket.gethostname() + (f" {process_group.rank}" if process_group.count > 1 else "")
+    host = Host(name, available_memory(), seconds, latency, link)
+    tables = process_group.all_gather(to_toml(host))
+    if process_group.rank == 0:
         print("\n\n".join(tables))
-    peers.close()
+    process_group.close()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: a line for each host, and the rates; exit code 0, or 2 for bad input."""
     options = _parser().parse_args(arguments)
     shards = sorted((Shard(path) for path in files(options.file)), key=lambda shard: shard.metadata.span.start)
-    whole = joined({shard.path: shard.metadata for shard in shards})
+    whole = join_parts({shard.path: shard.metadata for shard in shards})
     if shards[0].metadata.slices > 1:
         raise InputError(f"{options.file} has slices, which all hosts run together; give a folder of shards")
     if options.measure:
@@ -64,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     hosts = read_hosts(options.hosts, [part.matrix_bytes for part in parts])
     texts = options.texts or 2 * min(len(hosts), len(parts))
     sizes = [int(MARGIN * part.matrix_bytes) + texts * part.cache_bytes for part in parts]
-    found = planned(hosts, sizes, MESSAGE + 4 * whole.config.dim, options.texts)
+    found = place_shards(hosts, sizes, MESSAGE + 4 * whole.config.dim, options.texts)
     print(f"{'host':20} {'shards':>9} {'MB':>8} {'ms a token':>11} {'busy':>5}")
     for host, span, seconds in zip(hosts, found.spans, found.stages, strict=True):
         if span:

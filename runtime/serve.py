@@ -26,7 +26,7 @@ from preproc.jinja_template import from_file
 from runtime.cli.flags import add_threads_flag
 from runtime.engine.program import Program
 from runtime.serving.openai_request import Model
-from runtime.serving.scheduler import Worker
+from runtime.serving.scheduler import Scheduler
 
 if TYPE_CHECKING:
     import uvicorn
@@ -48,16 +48,16 @@ def main(arguments: list[str] | None = None) -> int:
         raise InputError("--api-key '' is impossible; give at least one character, or leave it out")
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns where a client leaves during its answer
     model = open_model(options.file, options.chat_template, options.threads)
-    worker = Worker(model.program, options.sessions, options.max_queue)
+    scheduler = Scheduler(model.program, options.sessions, options.max_queue)
     try:
         listener = _listener(options.host, options.port)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: None)  # for uvicorn raises them again when it has ended
         host = f"[{options.host}]" if ":" in options.host else options.host
         print(f"serving {model.name} at http://{host}:{listener.getsockname()[1]}; Ctrl-C ends", file=sys.stderr)
-        create_server(model, worker, options.api_key, options.max_body).run([listener])
+        create_server(model, scheduler, options.api_key, options.max_body).run([listener])
     finally:
-        worker.close()
+        scheduler.close()
     return 0
 
 
@@ -80,8 +80,8 @@ def open_model(file: Path, template: str | None = None, threads: int | None = No
     return Model(file.stem, int(file.stat().st_mtime), program, tokenizer, chosen)
 
 
-def create_server(model: Model, worker: Worker, api_key: str | None, max_body: int) -> "uvicorn.Server":
-    """A server that closes the worker when it ends."""
+def create_server(model: Model, scheduler: Scheduler, api_key: str | None, max_body: int) -> "uvicorn.Server":
+    """A server that closes the scheduler when it ends."""
     import uvicorn
 
     from runtime.serving.http_app import Access, create_app
@@ -90,10 +90,10 @@ def create_server(model: Model, worker: Worker, api_key: str | None, max_body: i
         """Ends the answers first: it would wait for them otherwise."""
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            await asyncio.to_thread(worker.close)
+            await asyncio.to_thread(scheduler.close)
             await super().shutdown(sockets)
 
-    app = create_app(model, worker, Access(api_key, max_body))
+    app = create_app(model, scheduler, Access(api_key, max_body))
     config = uvicorn.Config(
         app, http="h11", ws="none", lifespan="off", log_level="warning", timeout_graceful_shutdown=GRACE
     )

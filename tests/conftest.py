@@ -15,15 +15,15 @@ from hypothesis import settings
 
 from export.checkpoints.layouts import BUILT_IN
 from export.llama import export_llama
-from export.lowering.assemble import Linked, link
-from export.lowering.code_cache import CodeCache, default_folder
+from export.lowering.assemble import Assembled, assemble
+from export.lowering.export_cache import ExportCache, default_folder
 from export.lowering.lower import lower
 from export.lowering.trace import GraphOptions
-from export.lowering.write import emit
+from export.lowering.write import write_program
 from export.planning.plan import ExportOptions, Plan
-from export.planning.sharding import Cut
+from export.planning.sharding import Sharding
 from export.weights.scheme import SCHEMES, Scheme
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.config import ModelConfig
 from model.model import Llama
 from runtime.engine.program import Program
@@ -160,9 +160,9 @@ def random_options(config: ModelConfig, folder: Path) -> ExportOptions:
 def planned(model: Llama, graph: GraphOptions, scheme: Scheme = SCHEMES["fp32"]) -> Plan:
     """How to export a model in memory, without a tokenizer."""
     return Plan(
-        recipe=Recipe(model.config, model.state_dict(), scheme),
+        source=WeightSource(model.config, model.state_dict(), scheme),
         graph=graph,
-        cut=Cut(),
+        sharding=Sharding(),
         tokenizer=None,
         provenance={
             "options": asdict(graph) | {"quantize": "", "scheme": scheme.to_json()},
@@ -183,19 +183,19 @@ def _digest(model: Llama) -> str:
     return digest.hexdigest()
 
 
-def linked(plan: Plan, backend: str = "portable", number: int = 0) -> Linked:
+def assembled(plan: Plan, backend: str = "portable", number: int = 0) -> Assembled:
     """The program of a plan, or of one of its shards or slices."""
-    recipe = plan.recipe
-    key = xxhash.xxh3_64_hexdigest(repr((recipe.config, plan.shards, backend, recipe.scheme)).encode())
+    source = plan.source
+    key = xxhash.xxh3_64_hexdigest(repr((source.config, plan.shards, backend, source.scheme)).encode())
     with alone(f"{key}.codes"):
-        codes = lower(recipe.config, plan.shards, backend, recipe.scheme, CodeCache(default_folder()))
-    return link(recipe, plan.shards[number], codes, backend, plan.identity)
+        codes = lower(source.config, plan.shards, backend, source.scheme, ExportCache(default_folder()))
+    return assemble(source, plan.shards[number], codes, backend, plan.identity)
 
 
 def write_pte(plan: Plan, path: Path, backend: str = "portable", number: int = 0) -> Path:
     """The file of a plan, or of one of its shards or slices, by the pipeline's own stages."""
-    program = linked(plan, backend, number)
-    emit(program, plan.metadata(program, plan.shards[number]), path)
+    program = assembled(plan, backend, number)
+    write_program(program, plan.metadata(program, plan.shards[number]), path)
     return path
 
 

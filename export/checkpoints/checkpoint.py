@@ -120,7 +120,7 @@ Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """A tensor on storage: its shape, how to read a part of it, and whether it holds floats of a plain format."""
 
     shape: tuple[int, ...]
@@ -199,7 +199,7 @@ class _Stored:
 
 
 def match(
-    path: Path, config: ModelConfig, sources: Mapping[str, Source], storage: Storage, spare: Collection[str] = ()
+    path: Path, config: ModelConfig, sources: Mapping[str, TensorSource], storage: Storage, spare: Collection[str] = ()
 ) -> LazyWeights:
     """Finds every weight of the model among the sources.
 
@@ -244,7 +244,7 @@ def _wanted(config: ModelConfig, storage: Storage) -> dict[str, _Stored]:
 
 
 def _read(
-    name: str, source: Source, indices: list[Index], transposed: bool, layout: tuple[ModelConfig, Storage]
+    name: str, source: TensorSource, indices: list[Index], transposed: bool, layout: tuple[ModelConfig, Storage]
 ) -> Tensor:
     """One weight of ours, as the model has it."""
     config, storage = layout

@@ -9,7 +9,16 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from export.checkpoints.checkpoint import ChatSource, Checkpoint, Index, Source, Storage, match, read_head, token_ids
+from export.checkpoints.checkpoint import (
+    ChatSource,
+    Checkpoint,
+    Index,
+    Storage,
+    TensorSource,
+    match,
+    read_head,
+    token_ids,
+)
 from export.checkpoints.gguf_file import MAGIC, GGUFTensor, read_gguf
 from export.checkpoints.gguf_tokenizer import STARTS_TEXTS, TOKENIZER, tokenizer_bytes
 from model.config import ModelConfig, RopeScaling
@@ -55,7 +64,7 @@ def open_gguf(path: Path) -> Checkpoint:
         raise InputError(f"{path} is part {number} of {parts}; merge them first: llama-gguf-split --merge PART1 OUTPUT")
     config = _config(path, fields, file.tensors)
     sources = {
-        name: Source(tensor.shape, partial(_read, tensor), tensor.kind not in _NO_WEIGHTS)
+        name: TensorSource(tensor.shape, partial(_read, tensor), tensor.kind not in _NO_WEIGHTS)
         for name, tensor in file.tensors.items()
     }
     weights = match(path, config, sources, Storage(GGUF_NAMES, interleaved=True), {_ROPE_FACTORS})

@@ -14,7 +14,7 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `fetched`."""
+    """The flags of `download`."""
     add = parser.add_argument
     add("--hub-token", metavar="TOKEN", help="for private and gated models on the hub (default: HF_TOKEN)")
     add("--cache-dir", type=Path, metavar="FOLDER", help="where downloads are kept (default: the hub's own cache)")
@@ -25,7 +25,7 @@ def is_hub_name(checkpoint: Path) -> bool:
     return not checkpoint.exists() and _NAME.fullmatch(checkpoint.as_posix()) is not None
 
 
-def fetched(name: Path, token: str | None = None, cache: Path | None = None) -> Path:
+def download(name: Path, token: str | None = None, cache: Path | None = None) -> Path:
     """The folder of a checkpoint on the hub, downloaded unless the cache has it. Without a network the cache is enough.
 
     Args:

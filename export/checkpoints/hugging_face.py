@@ -15,7 +15,7 @@ from export.checkpoints.checkpoint import (
     ChatSource,
     Checkpoint,
     Index,
-    Source,
+    TensorSource,
     is_plain,
     match,
     read_head,
@@ -111,7 +111,7 @@ def _check_unquantised(path: Path, settings: dict[str, Any]) -> None:
         raise InputError(f"{path} is quantised ({method}); give the unquantised checkpoint")
 
 
-def _is_tied(sources: dict[str, Source], embedding: str, head: str) -> bool:
+def _is_tied(sources: dict[str, TensorSource], embedding: str, head: str) -> bool:
     """Whether one matrix is embedding and head. The one that is there stands for both; where both are there and differ,
     each is its own, as in transformers.
     """
@@ -233,8 +233,8 @@ def _indexed_names(index: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def _sources(files: Iterable[Path]) -> dict[str, Source]:
-    sources: dict[str, Source] = {}
+def _sources(files: Iterable[Path]) -> dict[str, TensorSource]:
+    sources: dict[str, TensorSource] = {}
     found_in: dict[str, Path] = {}
     for file in files:
         for name, source in (_index_pickled(file) if is_torch_file(file) else _index_safetensors(file)).items():
@@ -244,22 +244,24 @@ def _sources(files: Iterable[Path]) -> dict[str, Source]:
     return sources
 
 
-def _index_pickled(file: Path) -> dict[str, Source]:
-    return {name: Source(tuple(t.shape), partial(_part, t), is_plain(t)) for name, t in load_tensors(file).items()}
+def _index_pickled(file: Path) -> dict[str, TensorSource]:
+    return {
+        name: TensorSource(tuple(t.shape), partial(_part, t), is_plain(t)) for name, t in load_tensors(file).items()
+    }
 
 
 def _part(tensor: Tensor, index: Index) -> Tensor:
     return tensor[index]
 
 
-def _index_safetensors(file: Path) -> dict[str, Source]:
+def _index_safetensors(file: Path) -> dict[str, TensorSource]:
     sources = {}
     try:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 view = tensors.get_slice(name)
                 plain = view.get_dtype() in ("F64", "F32", "F16", "BF16")
-                sources[name] = Source(tuple(view.get_shape()), partial(_read_safetensors, file, name), plain)
+                sources[name] = TensorSource(tuple(view.get_shape()), partial(_read_safetensors, file, name), plain)
     except SafetensorError as error:
         raise InputError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
     return sources

@@ -11,7 +11,7 @@ from pathlib import Path
 from export.checkpoints import gguf, hugging_face, llama2c, meta
 from export.checkpoints.checkpoint import Checkpoint as Checkpoint
 from export.checkpoints.checkpoint import read_json
-from export.checkpoints.hub import fetched, is_hub_name
+from export.checkpoints.hub import download, is_hub_name
 from export.checkpoints.pickled import is_torch_file
 from model.errors import InputError
 
@@ -44,7 +44,7 @@ def open_checkpoint(path: str | Path, hub_token: str | None = None, cache_dir: P
 
     Args:
         path: of a file or folder, or org/name on the Hugging Face hub.
-        hub_token, cache_dir: for a name on the hub, see `export.checkpoints.hub.fetched`.
+        hub_token, cache_dir: for a name on the hub, see `export.checkpoints.hub.download`.
 
     Raises:
         InputError: the path does not exist, is of no known layout, or its content is damaged or unsupported; or what
@@ -52,7 +52,7 @@ def open_checkpoint(path: str | Path, hub_token: str | None = None, cache_dir: P
     """
     path = Path(path)
     if is_hub_name(path):
-        path = fetched(path, hub_token, cache_dir)
+        path = download(path, hub_token, cache_dir)
     if not path.exists():
         raise InputError(f"checkpoint {path} does not exist; give a file or folder that does")
     if (adapter := path / "adapter_config.json").is_file():

@@ -10,8 +10,8 @@ from torch import Tensor
 from export.checkpoints import hugging_face
 from export.checkpoints.checkpoint import (
     Checkpoint,
-    Source,
     Storage,
+    TensorSource,
     expected_shapes,
     is_plain,
     match,
@@ -141,7 +141,7 @@ def _scaling(settings: dict[str, Any], dim: int) -> RopeScaling:
     return RopeScaling("llama3", factor, original_context=8192)
 
 
-def _joined(name: str, parts: list[Tensor], shape: tuple[int, ...] | None) -> Source:
+def _joined(name: str, parts: list[Tensor], shape: tuple[int, ...] | None) -> TensorSource:
     """One tensor over all ranks: split along the dimension in which the parts fall short of `shape`.
 
     Column-parallel matrices are split by rows, row-parallel ones by columns, Llama 2's embedding by columns and Llama
@@ -150,7 +150,7 @@ def _joined(name: str, parts: list[Tensor], shape: tuple[int, ...] | None) -> So
     first, plain = tuple(parts[0].shape), all(map(is_plain, parts))
     same_shape = all(part.shape == parts[0].shape for part in parts)
     if len(parts) == 1 or shape is None or not same_shape or len(first) != len(shape) or first == shape:
-        return Source(first, lambda index: parts[0][index], plain)
+        return TensorSource(first, lambda index: parts[0][index], plain)
     split = next(dim for dim, (have, want) in enumerate(zip(first, shape, strict=True)) if have != want)
     joined = (*first[:split], first[split] * len(parts), *first[split + 1 :])
-    return Source(joined, lambda index: torch.cat(parts, dim=split)[index], plain)
+    return TensorSource(joined, lambda index: torch.cat(parts, dim=split)[index], plain)

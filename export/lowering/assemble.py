@@ -21,20 +21,20 @@ from torch.utils._pytree import tree_leaves
 from export.lowering.backends import partitioners, quietly
 from export.lowering.lower import Code, Codes, delegates, parts, to_bytes
 from export.lowering.shortcuts import known_operators
-from export.lowering.slices import SliceRecipe
+from export.lowering.slices import SlicedSource
 from export.lowering.trace import kinds, parameter_name, trace
 from export.weights.scheme import is_shared
-from export.weights.source import Recipe, embedding_names, piece_names
+from export.weights.source import WeightSource, embedding_names, piece_names
 from runtime.pte.metadata import MethodSpec, Requirements
-from runtime.pte.parts import runs
+from runtime.pte.parts import session_methods
 
 ALIGNMENT = 16
 """Of weights in the file, in bytes: XNNPACK's for constant tensors."""
 
 
 @dataclass(frozen=True)
-class Linked:
-    """Programs ready to be emitted.
+class Assembled:
+    """Programs ready to be written.
 
     Attributes:
         requirements: what a runtime needs to run them.
@@ -49,13 +49,13 @@ class Linked:
 
 
 @known_operators()
-def link(
-    recipe: Recipe,
+def assemble(
+    source: WeightSource,
     methods: Sequence[MethodSpec],
     codes: Codes,
     backend: str,
     identity: str,
-) -> Linked:
+) -> Assembled:
     """Puts a shard's or slice's methods together. Weights of lowered pieces stay on storage until the file is written.
 
     Args:
@@ -63,23 +63,23 @@ def link(
             all the files that a process has open.
     """
     programs = dict[str, ExportedProgram]()
-    first, *_ = runs(methods)
+    first, *_ = session_methods(methods)
     span, fused = first.span, first.is_fused
-    recipe, identity = part_of(recipe, identity, first)
-    by_kind = kinds(recipe.config, first, recipe.scheme.careful) if codes else {}
-    others = {name: recipe.piece(name) for name in (embedding_names if codes else piece_names)(recipe.config, span)}
-    data = _Data(recipe, identity, others.get("tok_embeddings"))
-    for spec in runs(methods):
+    source, identity = part_of(source, identity, first)
+    by_kind = kinds(source.config, first, source.scheme.careful) if codes else {}
+    others = {name: source.piece(name) for name in (embedding_names if codes else piece_names)(source.config, span)}
+    data = _Data(source, identity, others.get("tok_embeddings"))
+    for spec in session_methods(methods):
         made = others | {name: LoweredPiece(name, codes[spec.name, kind], data) for name, kind in by_kind.items()}
-        if isinstance(recipe, SliceRecipe):
-            programs |= trace(recipe.sliced(made), methods)
+        if isinstance(source, SlicedSource):
+            programs |= trace(source.sliced(made), methods)
         else:
-            programs |= trace(recipe.fused(made, span) if fused else recipe.model(made, span), [spec])
+            programs |= trace(source.fused(made, span) if fused else source.model(made, span), [spec])
     with quietly():
         partitioner = [] if codes else partitioners(backend)
         edge = to_edge_transform_and_lower(programs, partitioner=dict.fromkeys(programs, partitioner))
     finished = [edge.exported_program(name) for name in programs]
-    return Linked(
+    return Assembled(
         edge,
         Requirements(
             executorch=version("executorch"),
@@ -91,11 +91,11 @@ def link(
     )
 
 
-def part_of(recipe: Recipe, identity: str, method: MethodSpec) -> tuple[Recipe, str]:
-    """The recipe and identity of the slice that a method is of; those of the model where it is not sliced."""
+def part_of(source: WeightSource, identity: str, method: MethodSpec) -> tuple[WeightSource, str]:
+    """The weight source and identity of the slice that a method is of; those of the model where it is not sliced."""
     if method.slices == 1:
-        return recipe, identity
-    return SliceRecipe(recipe, method.slice, method.slices), f"{identity} {method.slice}"
+        return source, identity
+    return SlicedSource(source, method.slice, method.slices), f"{identity} {method.slice}"
 
 
 def operators(program: ExportedProgram) -> Iterator[str]:
@@ -131,8 +131,8 @@ class LoweredPiece(nn.Module):
 class _Data:
     """What the backend stores of each weight, made when it is asked for."""
 
-    def __init__(self, recipe: Recipe, identity: str, embedding: nn.Module | None) -> None:
-        self.recipe = recipe
+    def __init__(self, source: WeightSource, identity: str, embedding: nn.Module | None) -> None:
+        self.source = source
         self.identity = identity
         self.shared = dict[str, Tensor]()
         self._constants = list(embedding.state_dict().values()) if embedding else []
@@ -140,11 +140,11 @@ class _Data:
 
     def weight(self, piece: str, role: str) -> Tensor:
         """A parameter of a piece, as it is on storage."""
-        return self.recipe.weight(parameter_name(self.recipe.config, piece, role))
+        return self.source.weight(parameter_name(self.source.config, piece, role))
 
     def constant(self, name: str, number: int, nbytes: int) -> Tensor | None:
         """The embedding's tensor that a part of a parameter is, byte for byte, if it is one."""
-        is_here = self._constants and is_shared(self.recipe.config, self.recipe.scheme)
+        is_here = self._constants and is_shared(self.source.config, self.source.scheme)
         if name != "head.output.weight" or not is_here:
             return None
         constant = self._constants[number]
@@ -157,15 +157,15 @@ class _Data:
         return to_bytes(self._last[1][number])
 
     def _parts(self, name: str) -> list[Tensor]:
-        value = self.recipe.weight(name)
-        return [data for _, data in parts(value.float() if value.dim() == 1 else self.recipe.stored(name))]
+        value = self.source.weight(name)
+        return [data for _, data in parts(value.float() if value.dim() == 1 else self.source.stored(name))]
 
 
 def _with_weights(name: str, code: Code, data: _Data) -> LoweredBackendModule:
     """A copy of the code in which each weight has a name of its own; the weights themselves are read when written."""
     payload, buffers, entries = code.payload, list[Deferred](), dict[str, DataEntry]()
     for part in code.data:
-        parameter = parameter_name(data.recipe.config, name, part.parameter)
+        parameter = parameter_name(data.source.config, name, part.parameter)
         digest = weight_digest(data.identity, parameter, part.number)
         key = part.key[:-64] + digest
         assert payload.count(part.key.encode()) == 1, f"the code does not name {part.parameter} once"

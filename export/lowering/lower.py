@@ -18,7 +18,7 @@ from torch.fx import Node
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from export.lowering.backends import BACKENDS, Backend
-from export.lowering.code_cache import CodeCache
+from export.lowering.export_cache import ExportCache
 from export.lowering.shortcuts import known_operators, no_patterns
 from export.lowering.slices import sliced
 from export.lowering.trace import dynamic_shapes, kinds, parameter_name, trace_piece
@@ -29,9 +29,9 @@ from model.fused_attention import FusedLlama
 from model.model import Llama
 from model.tensor_parallel import SlicedLlama
 from runtime.pte.metadata import MethodSpec, TensorSpec
-from runtime.pte.parts import runs
+from runtime.pte.parts import session_methods
 
-NO_CACHE = CodeCache(None)
+NO_CACHE = ExportCache(None)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def lower(
     shards: Sequence[Sequence[MethodSpec]],
     backend: str,
     scheme: Scheme,
-    cache: CodeCache = NO_CACHE,
+    cache: ExportCache = NO_CACHE,
 ) -> Codes:
     """The code of each kind of piece that shards or slices have, once; none if the backend does not work by block.
 
@@ -92,7 +92,7 @@ def lower(
     """
     codes = dict[tuple[str, str], Code]()
     for methods in shards if BACKENDS[backend].by_block else ():
-        specs = runs(methods)
+        specs = session_methods(methods)
         first = specs[0]
         part = sliced(config, first.slices)
         for name, kind in kinds(part, first, scheme.careful).items():

@@ -12,10 +12,10 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from export.lowering.trace import GraphOptions, signatures
 from export.weights.quantize import from_parts
 from export.weights.scheme import Scheme, matrices
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.config import ModelConfig
 from model.errors import InputError
-from model.tensor_parallel import BY_COLUMNS, BY_ROWS, SlicedLlama, dealt
+from model.tensor_parallel import BY_COLUMNS, BY_ROWS, SlicedLlama, ceil_share
 from preproc.position_inputs import names
 from runtime.pte.metadata import CACHES, ROWS, STREAM, MethodSpec, TensorSpec, of_layer
 
@@ -45,10 +45,10 @@ def sliced(config: ModelConfig, count: int) -> ModelConfig:
         raise InputError(f"{flag} is more than the model's {config.n_heads} heads; give at most so many")
     return dataclasses.replace(
         config,
-        n_heads=dealt(config.n_heads, count),
+        n_heads=ceil_share(config.n_heads, count),
         n_kv_heads=len(kv_heads(config, 0, count)),
-        hidden_dim=dealt(config.hidden_dim, count),
-        vocab_size=dealt(config.vocab_size, count),
+        hidden_dim=ceil_share(config.hidden_dim, count),
+        vocab_size=ceil_share(config.vocab_size, count),
     )
 
 
@@ -56,7 +56,7 @@ def kv_heads(config: ModelConfig, number: int, count: int) -> list[int]:
     """The KV heads of slice `number`: one for as many of its heads in a row as share one in every slice. Heads past the
     model's have KV heads past the model's: so many in a row are all the model's, or none.
     """
-    heads, group = dealt(config.n_heads, count), config.n_heads // config.n_kv_heads
+    heads, group = ceil_share(config.n_heads, count), config.n_heads // config.n_kv_heads
     first = number * heads
     return [head // group for head in range(first, first + heads, math.gcd(heads, group))]
 
@@ -116,12 +116,12 @@ def _halves(config: ModelConfig, whole: MethodSpec) -> Iterator[MethodSpec]:
     yield half("head", range(config.n_layers, config.n_layers), [STREAM, "select"], ["logits", "hidden"])
 
 
-class SliceRecipe(Recipe):
-    """The recipe of one slice: a view of the whole's. Matrices are quantised whole and then dealt out, so that the
+class SlicedSource(WeightSource):
+    """The weights of one slice: a view of the whole's. Matrices are quantised whole and then dealt out, so that the
     slices' weights are the whole's.
     """
 
-    def __init__(self, whole: Recipe, number: int, count: int) -> None:
+    def __init__(self, whole: WeightSource, number: int, count: int) -> None:
         """Takes what the whole is made from, and which slice this is of how many."""
         super().__init__(sliced(whole.config, count), {}, whole.scheme)
         self._whole = whole
@@ -156,7 +156,7 @@ class SliceRecipe(Recipe):
             each = whole.reshape(config.n_kv_heads, -1, *whole.shape[1:])
             return _reaching(each, 0, max(heads) + 1, padding)[heads].flatten(0, 1)
         units = config.n_heads if role in ("wq", "wo") else whole.shape[axis]
-        size = dealt(units, self._count) * whole.shape[axis] // units
+        size = ceil_share(units, self._count) * whole.shape[axis] // units
         start = min(self._number * size, whole.shape[axis])
         found = whole.narrow(axis, start, min(size, whole.shape[axis] - start))
         return _reaching(found, axis, size, padding)

@@ -9,25 +9,25 @@ from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
 from executorch.exir.passes import MemoryPlanningPass
 from flatbuffers.table import Table  # type: ignore[import-untyped]
 
-from export.lowering.assemble import Linked
+from export.lowering.assemble import Assembled
 from export.lowering.lower import to_bytes
 from runtime.pte.metadata import Metadata, to_constants
 from runtime.pte.trailer import Trailer
 
 
-def emit(linked: Linked, metadata: Metadata, path: Path) -> None:
+def write_program(assembled: Assembled, metadata: Metadata, path: Path) -> None:
     """Writes program, metadata and trailer to `path`.
 
     Inputs and outputs of the methods are not memory-planned: the runtime points them at buffers of its own.
     """
-    edge = linked.edge
+    edge = assembled.edge
     programs = {name: edge.exported_program(name) for name in edge.methods}
     planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
     program = EdgeProgramManager(programs, to_constants(metadata), edge.compile_config).to_executorch(
         ExecutorchBackendConfig(memory_planning_pass=planning)
     )
     constants = [buffer.storage for buffer in program.executorch_program.constant_buffer]
-    shared = {key: (constants.index(to_bytes(tensor)), tensor.nbytes) for key, tensor in linked.shared.items()}
+    shared = {key: (constants.index(to_bytes(tensor)), tensor.nbytes) for key, tensor in assembled.shared.items()}
     with path.open("wb") as stream:
         checked = _Checked(stream, lambda piece: _sharing(piece, shared))
         program.write_to_file(checked)

@@ -12,7 +12,7 @@ FLOAT = 4
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemoryUse:
     """Bytes of memory of the process's own that running a file takes, beside the runtime itself.
 
     The file itself is mapped: its pages can be dropped and read again, and are not counted.
@@ -33,10 +33,10 @@ class MemoryPlan:
         return self.weights + self.caches + self.activations
 
 
-def plan(metadata: Metadata) -> MemoryPlan:
-    """Works the plan out from the file's dimensions."""
+def memory_use(metadata: Metadata) -> MemoryUse:
+    """Works the memory out from the file's dimensions."""
     packed = "XnnpackBackend" in metadata.requirements.backends
-    return MemoryPlan(
+    return MemoryUse(
         weights=packed * metadata.matrix_bytes,
         caches=metadata.cache_bytes,
         activations=metadata.activation_bytes,

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 
 from export.checkpoints.layouts import BUILT_IN, Checkpoint, open_checkpoint
-from export.lowering.assemble import Linked
+from export.lowering.assemble import Assembled
 from export.lowering.backends import BACKENDS, check
-from export.lowering.code_cache import source_digest, versions
+from export.lowering.export_cache import source_digest, versions
 from export.lowering.slices import sliced
 from export.lowering.trace import GraphOptions
 from export.planning.cpp_tokenizer import unsupported_in_cpp
 from export.planning.jinja_reduction import Chosen, chosen
 from export.planning.memory import activation_bytes, cache_bytes, matrix_bytes
-from export.planning.sharding import Cut
+from export.planning.sharding import Sharding
 from export.quality.gptq import CalibrationText
 from export.weights.quantize import ROUNDINGS
 from export.weights.scheme import CALIBRATED, SCHEMES, Scheme, adjusted, swaps_pairs
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.alibi import alibi_slopes
 from model.config import ModelConfig
 from model.errors import InputError
@@ -35,7 +35,7 @@ from preproc import rope
 from preproc.tokenizer import HUGGING_FACE, Tokenizer, from_bytes, open_tokenizer
 from runtime.engine.executorch import lacking
 from runtime.pte.metadata import FORMAT_VERSION, NO_TOKENIZER, Metadata, MethodSpec, export_identity
-from runtime.pte.parts import runs
+from runtime.pte.parts import session_methods
 
 DEFAULT_CONTEXT = 2048
 """The longest max-seq-len that is chosen without being asked for: caches grow with it."""
@@ -65,7 +65,7 @@ class ExportOptions:
         group_size, embedding_bits, head_bits, rounding: what differs from it, see `export.weights.scheme.adjusted`.
         calibrate: a text by which the linear layers' weights are rounded, see `export.quality.gptq`.
         batch_size: texts that are extended at once, see `runtime.batch`.
-        cut: into shards or slices, each a file in the folder `output`.
+        sharding: into shards or slices, each a file in the folder `output`.
         kv_dtype: of the KV caches, one of `model.kv_row_format.KV_DTYPES`.
         kv_cache: whether the methods take and extend a KV cache; otherwise each step takes the whole text.
         hidden_states: whether the methods also return the last block's result, normalised.
@@ -73,7 +73,7 @@ class ExportOptions:
         auto: choose the smallest scheme that passes, in place of `quantize`.
         chat_template: a name or file, see `export.planning.jinja_reduction.chosen`; None takes the checkpoint's own.
         eval_text, max_ppl_increase: what a quantised model is held to, see `export.quality.perplexity.Gate`.
-        hub_token, cache_dir: for a name on the hub, see `export.checkpoints.hub.fetched`.
+        hub_token, cache_dir: for a name on the hub, see `export.checkpoints.hub.download`.
         force: export even if the output is already what would be made.
     """
 
@@ -91,7 +91,7 @@ class ExportOptions:
     rounding: str = "nearest"
     calibrate: Path | None = None
     batch_size: int = 1
-    cut: Cut = field(default_factory=Cut)
+    sharding: Sharding = field(default_factory=Sharding)
     kv_dtype: str = "fp32"
     kv_cache: bool = True
     hidden_states: bool = False
@@ -138,9 +138,9 @@ class Plan:
     """An export, worked out.
 
     Attributes:
-        recipe: the model.
+        source: the model's weights.
         graph: what the methods take and give.
-        cut: into which shards or slices.
+        sharding: into which shards or slices.
         tokenizer: what the first shard and each slice will carry, or None.
         provenance: all that decides what is written: files made from equal provenance are equal.
         output: the file or folder to write.
@@ -149,9 +149,9 @@ class Plan:
         texts: tokens to calibrate with; none where the scheme does without.
     """
 
-    recipe: Recipe
+    source: WeightSource
     graph: GraphOptions
-    cut: Cut
+    sharding: Sharding
     tokenizer: Tokenizer | None
     provenance: dict[str, Any]
     output: Path
@@ -161,20 +161,20 @@ class Plan:
 
     def with_scheme(self, quantize: str, scheme: Scheme) -> "Plan":
         """The same export with another scheme, by its name in SCHEMES and what differs from that."""
-        graph = _with_rows(self.graph, self.recipe.config, scheme, self.cut)
+        graph = _with_rows(self.graph, self.source.config, scheme, self.sharding)
         provenance = copy.deepcopy(self.provenance)
         provenance["options"] |= asdict(graph) | {"quantize": quantize, "scheme": scheme.to_json()}
-        return replace(self, recipe=self.recipe.with_scheme(scheme), graph=graph, provenance=provenance)
+        return replace(self, source=self.source.with_scheme(scheme), graph=graph, provenance=provenance)
 
     @functools.cached_property
     def shards(self) -> tuple[tuple[MethodSpec, ...], ...]:
         """The methods of each shard or slice; of one, where the model is not cut."""
-        return self.cut.methods(self.recipe.config, self.graph, self.recipe.scheme)
+        return self.sharding.methods(self.source.config, self.graph, self.source.scheme)
 
     @property
     def outputs(self) -> tuple[Path, ...]:
         """The file of each shard or slice."""
-        if self.cut.is_whole:
+        if self.sharding.is_whole:
             return (self.output,)
         count = len(self.shards)
         return tuple(self.output / f"{number}-of-{count}.pte" for number in range(1, count + 1))
@@ -184,24 +184,24 @@ class Plan:
         """Equal for exports that are the same byte for byte."""
         return export_identity(self.provenance)
 
-    def metadata(self, linked: Linked, methods: tuple[MethodSpec, ...]) -> Metadata:
+    def metadata(self, assembled: Assembled, methods: tuple[MethodSpec, ...]) -> Metadata:
         """What the file of one of the shards or slices carries beside graph and weights."""
-        config, max_seq_len = self.recipe.config, self.graph.max_seq_len
+        config, max_seq_len = self.source.config, self.graph.max_seq_len
         part = sliced(config, methods[0].slices)
         span = range(methods[0].start_layer, methods[-1].end_layer)
         cos, sin = rope.tables(config, max_seq_len)
         tokenizer = self.tokenizer if methods[0].start_layer == 0 else None
         return Metadata(
             config=config,
-            matrix_bytes=matrix_bytes(part, self.recipe.scheme, span),
+            matrix_bytes=matrix_bytes(part, self.source.scheme, span),
             activation_bytes=self.graph.batch_size
-            * max(activation_bytes(part, spec, max_seq_len) for spec in runs(methods)),
+            * max(activation_bytes(part, spec, max_seq_len) for spec in session_methods(methods)),
             max_seq_len=max_seq_len,
             batch_size=self.graph.batch_size,
             bos_id=self.provenance["bos_id"],
             stop_ids=tuple(self.provenance["stop_ids"]),
             methods=methods,
-            requirements=linked.requirements,
+            requirements=assembled.requirements,
             provenance=self.provenance,
             rope_cos=cos,
             rope_sin=sin,
@@ -232,14 +232,14 @@ def plan(options: ExportOptions) -> Plan:
         options.rounding,
     )
     scheme = replace(scheme, kv_dtype=KV_DTYPES[options.kv_dtype])
-    graph = _with_rows(graph, config, scheme, options.cut)
+    graph = _with_rows(graph, config, scheme, options.sharding)
     text = CalibrationText.of(options.calibrate) if options.calibrate else None
     if text:
         if not options.auto:
             text.check(scheme)
         scheme = replace(scheme, rounding=CALIBRATED)
     check(options.backend, quantised=any(form.bits for form in (scheme.linear, scheme.head, scheme.embedding)))
-    suffix = "pte" if options.cut.is_whole else "shards" if options.cut.slices == 1 else "slices"
+    suffix = "pte" if options.sharding.is_whole else "shards" if options.sharding.slices == 1 else "slices"
     output = options.output or Path(f"{_name(options.checkpoint)}.{suffix}")
     if output.resolve() in {file.resolve() for file in (*checkpoint.files, options.tokenizer or output.parent)}:
         raise InputError(f"--output {output} is one of the files to read; give another name")
@@ -248,9 +248,9 @@ def plan(options: ExportOptions) -> Plan:
     provenance |= _chat(chat, tokenizer, provenance)
     provenance["calibration"] = {"sha256": text.sha256} if text else None
     return Plan(
-        recipe=Recipe(config, checkpoint.weights, scheme, slices=options.cut.slices),
+        source=WeightSource(config, checkpoint.weights, scheme, slices=options.sharding.slices),
         graph=graph,
-        cut=options.cut,
+        sharding=options.sharding,
         tokenizer=tokenizer,
         provenance=provenance,
         output=output,
@@ -261,15 +261,15 @@ def plan(options: ExportOptions) -> Plan:
 
 
 def _tokenizer(checkpoint: Checkpoint, options: ExportOptions) -> Tokenizer | None:
-    source = options.tokenizer or checkpoint.tokenizer
-    if source is None:
+    given = options.tokenizer or checkpoint.tokenizer
+    if given is None:
         raise InputError(
             f"{options.checkpoint} comes with no tokenizer; give --tokenizer FILE, or `none` to go without"
         )
-    if str(source) == NO_TOKENIZER:
+    if str(given) == NO_TOKENIZER:
         return None
-    name = f"tokenizer {source}" if isinstance(source, Path) else f"the tokenizer in {options.checkpoint}"
-    tokenizer = open_tokenizer(source) if isinstance(source, Path) else from_bytes(source())
+    name = f"tokenizer {given}" if isinstance(given, Path) else f"the tokenizer in {options.checkpoint}"
+    tokenizer = open_tokenizer(given) if isinstance(given, Path) else from_bytes(given())
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise InputError(
             f"{name} has {tokenizer.vocab_size} ids where the model has {checkpoint.config.vocab_size}; "
@@ -308,13 +308,13 @@ def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
             f"--batch-size {options.batch_size} needs --attention fused, and here it is aten; leave it out"
         )
     graph = GraphOptions(max_seq_len, chunk, attention, options.kv_cache, options.hidden_states, options.batch_size)
-    options.cut.check(graph)
+    options.sharding.check(graph)
     return graph
 
 
-def _with_rows(graph: GraphOptions, config: ModelConfig, scheme: Scheme, cut: Cut) -> GraphOptions:
+def _with_rows(graph: GraphOptions, config: ModelConfig, scheme: Scheme, sharding: Sharding) -> GraphOptions:
     """The same for as many rows of logits as its head can give."""
-    last = cut.spans(config, scheme)[-1]
+    last = sharding.spans(config, scheme)[-1]
     return replace(graph, max_rows=1 if graph.attention == "aten" or swaps_pairs(config, last, scheme) else MAX_ROWS)
 
 
@@ -372,7 +372,7 @@ def _provenance(
             "backend": options.backend,
             "quantize": options.quantize,
             "scheme": scheme.to_json(),
-            "tensor_parallel": options.cut.slices,
+            "tensor_parallel": options.sharding.slices,
         },
         "versions": versions(),
         "source": {"sha256": source_digest()},

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from export.planning.plan import Plan
 from export.quality.eager import packed
-from export.quality.layer_errors import Loss, lockstep
+from export.quality.layer_errors import Loss, measure_layer_errors
 from export.quality.perplexity import Comparison, Gate, Rows, most_tokens, percent, windows
 from export.weights.scheme import BYTE, SCHEMES, Format, Scheme, embedding_size, is_shared, matrix_sizes
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.config import ModelConfig
 from model.errors import InputError
 
@@ -29,7 +29,7 @@ class NothingFitsError(Exception):
 
 
 @dataclass(frozen=True)
-class Rung:
+class Candidate:
     """A scheme to try.
 
     Attributes:
@@ -42,15 +42,18 @@ class Rung:
     careful: float = 0.0
 
 
-def ladder(rounding: str, kv_dtype: str = "float32") -> list[Rung]:
+def candidates(rounding: str, kv_dtype: str = "float32") -> list[Candidate]:
     """Schemes, each with at least the bits of the one before."""
     four = [Format(4, size) for size in (128, 64, 32)]
     finest = four[-1]
-    rungs = [Rung("8da4w", Scheme(form, form, form)) for form in four]
-    rungs += [Rung("8da4w", Scheme(finest, head, BYTE)) for head in (finest, BYTE)]
-    rungs += [Rung("mixed", Scheme(finest, BYTE, BYTE), share) for share in (0.25, 0.5)]
-    rungs += [Rung("8da8w", SCHEMES["8da8w"])]
-    return [replace(rung, scheme=replace(rung.scheme, rounding=rounding, kv_dtype=kv_dtype)) for rung in rungs]
+    schemes = [Candidate("8da4w", Scheme(form, form, form)) for form in four]
+    schemes += [Candidate("8da4w", Scheme(finest, head, BYTE)) for head in (finest, BYTE)]
+    schemes += [Candidate("mixed", Scheme(finest, BYTE, BYTE), share) for share in (0.25, 0.5)]
+    schemes += [Candidate("8da8w", SCHEMES["8da8w"])]
+    return [
+        replace(candidate, scheme=replace(candidate.scheme, rounding=rounding, kv_dtype=kv_dtype))
+        for candidate in schemes
+    ]
 
 
 def stored_bytes(config: ModelConfig, scheme: Scheme) -> int:
@@ -59,18 +62,20 @@ def stored_bytes(config: ModelConfig, scheme: Scheme) -> int:
     return sum(matrix_sizes(config, scheme).values()) + embedding
 
 
-def measured(recipe: Recipe, texts: Sequence[Sequence[int]], max_seq_len: int) -> tuple[Comparison, tuple[Loss, ...]]:
+def measure_scheme(
+    source: WeightSource, texts: Sequence[Sequence[int]], max_seq_len: int
+) -> tuple[Comparison, tuple[Loss, ...]]:
     """The quantised model's predictions of texts against float32's, and what each piece loses. What is to be calibrated
     is rounded as it is without.
     """
-    recipe = recipe.with_scheme(replace(recipe.scheme, rounding=recipe.scheme.plain_rounding))
+    source = source.with_scheme(replace(source.scheme, rounding=source.scheme.plain_rounding))
     targets, rows = torch.tensor([token for text in texts for token in text[1:]]), list[Rows]()
 
     def take(start: int, exact: Tensor, found: Tensor) -> None:
         rows.append(Rows.of(exact, found, targets[start : start + len(exact)]))
 
-    losses = lockstep(recipe, packed(recipe.config, [text[:-1] for text in texts], max_seq_len), take)
-    return Rows.joined(rows).comparison(is_text=True), losses
+    losses = measure_layer_errors(source, packed(source.config, [text[:-1] for text in texts], max_seq_len), take)
+    return Rows.concatenate(rows).comparison(is_text=True), losses
 
 
 def most_sensitive(losses: Collection[Loss], share: float) -> tuple[int, ...]:
@@ -83,8 +88,8 @@ def most_sensitive(losses: Collection[Loss], share: float) -> tuple[int, ...]:
 def with_careful(planned: Plan, share: float, texts: Sequence[Sequence[int]]) -> Plan:
     """The plan with a share of the blocks at 8 bits: those that lose most when all have few."""
     options = planned.provenance["options"]
-    _, losses = measured(planned.recipe, texts, options["max_seq_len"])
-    scheme = replace(planned.recipe.scheme, careful=most_sensitive(losses, share))
+    _, losses = measure_scheme(planned.source, texts, options["max_seq_len"])
+    scheme = replace(planned.source.scheme, careful=most_sensitive(losses, share))
     return planned.with_scheme(options["quantize"], scheme)
 
 
@@ -99,16 +104,16 @@ def smallest(planned: Plan, texts: Sequence[Sequence[int]], budget: float, note:
     Raises:
         NothingFitsError: none does.
     """
-    config, sized = planned.recipe.config, list[tuple[int, int, Plan]]()
-    asked = planned.recipe.scheme
-    for number, rung in enumerate(ladder(asked.rounding, asked.kv_dtype)):
-        tried = planned.with_scheme(rung.quantize, rung.scheme)
-        if rung.careful:
-            tried = with_careful(tried, rung.careful, texts)
-        sized.append((stored_bytes(config, tried.recipe.scheme), number, tried))
+    config, sized = planned.source.config, list[tuple[int, int, Plan]]()
+    asked = planned.source.scheme
+    for number, candidate in enumerate(candidates(asked.rounding, asked.kv_dtype)):
+        tried = planned.with_scheme(candidate.quantize, candidate.scheme)
+        if candidate.careful:
+            tried = with_careful(tried, candidate.careful, texts)
+        sized.append((stored_bytes(config, tried.source.scheme), number, tried))
     for size, _, tried in sorted(sized, key=lambda entry: entry[:2]):
-        found, _ = measured(tried.recipe, texts, planned.provenance["options"]["max_seq_len"])
-        scheme = tried.recipe.scheme
+        found, _ = measure_scheme(tried.source, texts, planned.provenance["options"]["max_seq_len"])
+        scheme = tried.source.scheme
         note(
             f"linear {scheme.linear}, head {scheme.head}, embedding {scheme.embedding}, blocks at 8 bits: "
             f"{len(scheme.careful)}: {size / 1e6:.1f} MB, perplexity {found.increase:+.2%}, mean KL {found.mean_kl:.2g}"
@@ -121,7 +126,7 @@ def smallest(planned: Plan, texts: Sequence[Sequence[int]], budget: float, note:
     )
 
 
-def decided(planned: Plan, gate: Gate, auto: bool, note: Callable[[str], None]) -> Plan:
+def choose_scheme(planned: Plan, gate: Gate, auto: bool, note: Callable[[str], None]) -> Plan:
     """The plan with the scheme that is to be found, for `--auto` and the schemes in MIXED; otherwise as it is.
 
     Raises:
@@ -134,7 +139,7 @@ def decided(planned: Plan, gate: Gate, auto: bool, note: Callable[[str], None]) 
     if planned.tokenizer is None:
         flag = "--auto" if auto else f"--quantize {quantize}"
         raise InputError(f"{flag} measures on a text, which needs a tokenizer; give --tokenizer FILE")
-    ids, most = planned.tokenizer.encode(gate.read()), most_tokens(planned.recipe.config)
+    ids, most = planned.tokenizer.encode(gate.read()), most_tokens(planned.source.config)
     texts = windows(ids, planned.provenance["bos_id"], max_seq_len, most)
     if auto:
         return smallest(planned, texts, gate.max_ppl_increase or 0.0, note)

@@ -1,4 +1,4 @@
-"""Cut: which blocks go into which shard, so that the largest shard is as small as it can be; or how many slices."""
+"""Sharding: which blocks go into which shard, such that the largest is as small as it can be; or how many slices."""
 
 import functools
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from runtime.pte.metadata import MethodSpec
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How a model is cut.
+class Sharding:
+    """How a model is split.
 
     Attributes:
         shards: into so many.

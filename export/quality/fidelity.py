@@ -13,10 +13,10 @@ from torch import Tensor
 
 from export.quality.eager import Expected, expected_of, perturbed
 from export.weights.scheme import Scheme
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.kv_row_format import decode
 from preproc.mask import held
-from runtime.engine.batched_session import Lane
+from runtime.engine.batched_session import BatchedText
 from runtime.engine.program import Program
 from runtime.engine.session import Session
 
@@ -150,9 +150,9 @@ def _rounded(scheme: Scheme) -> str:
     return "int8" if scheme.linear.bits or scheme.head.bits else scheme.kv_dtype
 
 
-def empty_text(program: Program) -> Session | Lane:
+def empty_text(program: Program) -> Session | BatchedText:
     """An empty text."""
-    return Session(program) if program.metadata.batch_size == 1 else Lane(program)
+    return Session(program) if program.metadata.batch_size == 1 else BatchedText(program)
 
 
 def observed(program: Program) -> Observed:
@@ -171,7 +171,7 @@ def observed(program: Program) -> Observed:
     return Observed(texts, logits, cached, program.metadata.max_seq_len)
 
 
-def _cached(session: Session | Lane, kv_heads: int, length: int) -> dict[str, tuple[Tensor, Tensor]]:
+def _cached(session: Session | BatchedText, kv_heads: int, length: int) -> dict[str, tuple[Tensor, Tensor]]:
     """What the caches hold of a text of `length` tokens, see `Observed.rows`."""
     found = {}
     for name, buffer in session.cache.buffers.items():
@@ -182,24 +182,24 @@ def _cached(session: Session | Lane, kv_heads: int, length: int) -> dict[str, tu
     return found
 
 
-def judge(recipe: Recipe, found: Observed) -> Fidelity:
+def judge(source: WeightSource, found: Observed) -> Fidelity:
     """Compares what a file computes with the reference. What exceeds the usual limits is held against how far the
     reference gets from itself: roundings compound over blocks, in a right file as there.
     """
-    limits = LIMITS[_rounded(recipe.scheme)]
-    expected = _expected(recipe, found, is_perturbed=False)
+    limits = LIMITS[_rounded(source.scheme)]
+    expected = _expected(source, found, is_perturbed=False)
     errors = cached_errors(found, expected)
     fidelity = replace(compare(found.logits, expected.logits, limits), cached=worst(errors, {}, limits))
     if fidelity.passed:
         return fidelity
-    other = _expected(recipe, found, is_perturbed=True)
+    other = _expected(source, found, is_perturbed=True)
     own = cached_errors(replace(found, rows=_as_cached(other, found)), expected)
     widened = limits.widened(compare(other.logits, expected.logits, limits))
     return replace(compare(found.logits, expected.logits, widened), cached=worst(errors, own, limits))
 
 
-def _expected(recipe: Recipe, found: Observed, is_perturbed: bool) -> Expected:
-    model = perturbed(recipe.streamed()) if is_perturbed else recipe.streamed()
+def _expected(source: WeightSource, found: Observed, is_perturbed: bool) -> Expected:
+    model = perturbed(source.streamed()) if is_perturbed else source.streamed()
     return expected_of(model, found.texts, [len(rows) for rows in found.logits], found.max_seq_len)
 
 

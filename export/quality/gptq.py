@@ -19,7 +19,7 @@ from export.lowering.trace import step
 from export.quality.perplexity import read_text, windows
 from export.weights.quantize import QuantizedLinear, as_8_bits, by_rows, from_parts, hqq
 from export.weights.scheme import CALIBRATED, Format, Scheme
-from export.weights.source import Recipe, piece_names
+from export.weights.source import WeightSource, piece_names
 from model.config import ModelConfig
 from model.errors import InputError
 from preproc.position_inputs import Positions, names
@@ -92,23 +92,23 @@ class CalibrationText:
 
 
 @torch.no_grad()
-def calibrate(recipe: Recipe, texts: Sequence[Sequence[int]], max_seq_len: int, folder: Path) -> Recipe:
+def calibrate(source: WeightSource, texts: Sequence[Sequence[int]], max_seq_len: int, folder: Path) -> WeightSource:
     """Rounds the matrices block by block, each for what the blocks before it, rounded already, make of texts.
 
     Args:
-        recipe: of a scheme with the rounding CALIBRATED.
+        source: of a scheme with the rounding CALIBRATED.
         texts: tokens, of one length.
         max_seq_len: the length that the rotary tables are made for.
-        folder: where the matrices are kept, for as long as the recipe returned is used.
+        folder: where the matrices are kept, for as long as the source returned is used.
     """
-    assert recipe.scheme.rounding == CALIBRATED, recipe.scheme
-    found = _Stored(folder, recipe.scheme)
-    model = recipe.streamed()
-    for name in piece_names(recipe.config):
+    assert source.scheme.rounding == CALIBRATED, source.scheme
+    found = _Stored(folder, source.scheme)
+    model = source.streamed()
+    for name in piece_names(source.config):
         if name == "head" or name.startswith("layers."):
-            model.set_submodule(name, (_Head if name == "head" else _Block)(recipe, name, found))
-    step(model, _side_by_side(recipe.config, texts, max_seq_len))
-    return recipe.with_calibrated(found)
+            model.set_submodule(name, (_Head if name == "head" else _Block)(source, name, found))
+    step(model, _side_by_side(source.config, texts, max_seq_len))
+    return source.with_calibrated(found)
 
 
 def _side_by_side(config: ModelConfig, texts: Sequence[Sequence[int]], max_seq_len: int) -> dict[str, Tensor]:
@@ -149,9 +149,9 @@ class _Stored(Mapping[str, Tensor]):
 class _Piece(nn.Module):
     """In the place of a part of the model: rounds its matrices for what comes, and keeps none."""
 
-    def __init__(self, recipe: Recipe, name: str, stored: _Stored) -> None:
+    def __init__(self, source: WeightSource, name: str, stored: _Stored) -> None:
         super().__init__()
-        self.recipe, self.name, self.stored = recipe, name, stored
+        self.source, self.name, self.stored = source, name, stored
         self.found = dict[str, tuple[Tensor, Tensor]]()
         self.last: tuple[Tensor, Tensor] | None = None
 
@@ -162,8 +162,8 @@ class _Piece(nn.Module):
         if self.last is None or self.last[0] is not x:
             self.last = None
             self.last = (x, inverse_root(as_8_bits(x)))
-        weight = self.recipe.weight(name)
-        form = self.recipe.scheme.format(name, weight.shape[1])
+        weight = self.source.weight(name)
+        form = self.source.scheme.format(name, weight.shape[1])
         self.found[name] = gptq(weight, self.last[1], form)
         return QuantizedLinear(from_parts(*self.found[name], form), bias)
 
@@ -176,14 +176,14 @@ class _Piece(nn.Module):
 class _Block(_Piece):
     def forward(self, *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
         """As a block's; the rows for the caches, which nobody wants, are left empty."""
-        block = self.recipe.frame(self.name)
+        block = self.source.frame(self.name)
         for role, layer in list(block.named_modules()):
             if isinstance(layer, nn.Linear):
                 name = f"{self.name}.{role}.weight"
-                if self.recipe.is_calibrated(name):
+                if self.source.is_calibrated(name):
                     block.set_submodule(role, _Rounding(functools.partial(self.round, name, layer.bias)))
                 else:
-                    layer.weight = nn.Parameter(self.recipe.stored(name), requires_grad=False)
+                    layer.weight = nn.Parameter(self.source.stored(name), requires_grad=False)
         x, k, v = block(*arguments)
         self.finish()
         return x, k[:0], v[:0]
@@ -192,8 +192,8 @@ class _Block(_Piece):
 class _Head(_Piece):
     def forward(self, x: Tensor, select: Tensor) -> tuple[Tensor, Tensor]:
         """Returns no logits, of which nobody wants any."""
-        if self.recipe.is_calibrated("head.output.weight"):
-            norm = self.recipe.frame("head").get_submodule("norm")
+        if self.source.is_calibrated("head.output.weight"):
+            norm = self.source.frame("head").get_submodule("norm")
             self.round("head.output.weight", None, norm(x))
             self.finish()
         return x, x

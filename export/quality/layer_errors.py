@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from export.lowering.trace import step
 from export.weights.quantize import row_chunks
-from export.weights.source import Recipe, piece_names
+from export.weights.source import WeightSource, piece_names
 from model.model import Head, Llama
 from model.rotary import Angles
 
@@ -50,31 +50,31 @@ class Loss:
 
 
 @torch.no_grad()
-def lockstep(
-    recipe: Recipe, inputs: Mapping[str, Tensor], take: Callable[[int, Tensor, Tensor], None]
+def measure_layer_errors(
+    source: WeightSource, inputs: Mapping[str, Tensor], take: Callable[[int, Tensor, Tensor], None]
 ) -> tuple[Loss, ...]:
     """Runs both and returns the loss of every piece, in the model's order.
 
     Args:
-        recipe: of the quantised model.
+        source: of the quantised model.
         inputs: of `export.lowering.trace.step` for one sequence of N tokens, but for `select`: all rows are wanted.
         take: is given the logits a few rows at a time: the first row's number, float32's and the quantised ones.
     """
     losses = list[Loss]()
-    hidden = step(_both(recipe, losses), {**inputs, "select": torch.zeros(0)})["hidden"]
-    losses.append(_heads(recipe, hidden, take))
+    hidden = step(_both(source, losses), {**inputs, "select": torch.zeros(0)})["hidden"]
+    losses.append(_heads(source, hidden, take))
     return tuple(losses)
 
 
-def _both(recipe: Recipe, losses: list[Loss]) -> Llama:
+def _both(source: WeightSource, losses: list[Loss]) -> Llama:
     """Both models as one of batch 2: behind the embedding, the first stream is float32's and the second the quantised
     one's. In the head's place stands what keeps the streams. Each piece that is run appends to `losses`.
     """
     made: dict[str, nn.Module] = {"head": _Streams()}
-    for name in piece_names(recipe.config):
+    for name in piece_names(source.config):
         if name != "head":
-            made[name] = (_Blocks if name.startswith("layers.") else _Embeddings)(recipe, name, losses)
-    return recipe.model(made)
+            made[name] = (_Blocks if name.startswith("layers.") else _Embeddings)(source, name, losses)
+    return source.model(made)
 
 
 class _Streams(nn.Module):
@@ -83,16 +83,16 @@ class _Streams(nn.Module):
 
 
 class _Pair(nn.Module):
-    def __init__(self, recipe: Recipe, name: str, losses: list[Loss]) -> None:
+    def __init__(self, source: WeightSource, name: str, losses: list[Loss]) -> None:
         super().__init__()
-        self.recipe, self.name, self.losses = recipe, name, losses
+        self.source, self.name, self.losses = source, name, losses
 
 
 class _Embeddings(_Pair):
     def forward(self, ids: Tensor) -> Tensor:
         """[1, L] -> [2, L, D]."""
-        exact = self.recipe.unquantised().weight(f"{self.name}.weight")[ids].float()
-        found = self.recipe.piece(self.name)(ids)
+        exact = self.source.unquantised().weight(f"{self.name}.weight")[ids].float()
+        found = self.source.piece(self.name)(ids)
         error = _relative(found - exact, exact)
         self.losses.append(Loss(self.name, error, error, _mse(found, exact)))
         return torch.cat((exact, found))
@@ -103,7 +103,7 @@ class _Blocks(_Pair):
         """[2, L, D] -> [2, L, D], and the quantised block's new rows. It is run on float32's stream as well, for its
         own error.
         """
-        block = self.recipe.piece(self.name)
+        block = self.source.piece(self.name)
         exact, linears = self._exact(block, x[:1], angles, mask)
         twice = None if angles is None else (angles[0].repeat(2, 1, 1), angles[1].repeat(2, 1, 1))
         found, k, v = block(x, twice, mask.repeat(2, 1, 1))
@@ -115,7 +115,7 @@ class _Blocks(_Pair):
         self, block: nn.Module, x: Tensor, angles: Angles | None, mask: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
         """What the block makes of x in float32, and the error of each linear layer of `block` on the way."""
-        exact, errors = self.recipe.unquantised().piece(self.name), dict[str, float]()
+        exact, errors = self.source.unquantised().piece(self.name), dict[str, float]()
         for name, layer in exact.named_modules():
             if isinstance(layer, nn.Linear):
                 layer.register_forward_hook(functools.partial(_compare, errors, name, block.get_submodule(name)))
@@ -128,10 +128,10 @@ def _compare(
     errors[name] = _relative(other(given[0]) - out, out)
 
 
-def _heads(recipe: Recipe, hidden: Tensor, take: Callable[[int, Tensor, Tensor], None]) -> Loss:
+def _heads(source: WeightSource, hidden: Tensor, take: Callable[[int, Tensor, Tensor], None]) -> Loss:
     """Both heads on the streams, [2, N, D], a few rows at a time."""
-    head, exact_head = recipe.piece("head"), _float32_head(recipe.unquantised())
-    count, start, sums = max(1, _LOGITS_AT_ONCE // recipe.config.vocab_size), 0, torch.zeros(3, dtype=torch.float64)
+    head, exact_head = source.piece("head"), _float32_head(source.unquantised())
+    count, start, sums = max(1, _LOGITS_AT_ONCE // source.config.vocab_size), 0, torch.zeros(3, dtype=torch.float64)
     for part in torch.split(hidden, count, dim=1):
         exact = _logits(exact_head, part[:1])
         own, found = _logits(head, part).chunk(2)
@@ -161,11 +161,11 @@ class _InParts(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-def _float32_head(recipe: Recipe) -> nn.Module:
+def _float32_head(source: WeightSource) -> nn.Module:
     """The head in float32, without a second copy of its matrix, which may be the model's largest."""
     with torch.device("meta"):
-        head = Head(recipe.config)
-    state = {role: recipe.weight(f"head.{role}") for role in head.state_dict()}
+        head = Head(source.config)
+    state = {role: source.weight(f"head.{role}") for role in head.state_dict()}
     weight, bias = state.pop("output.weight"), state.pop("output.bias", None)
     head.set_submodule("output", _InParts(weight, None if bias is None else bias.float()))
     head.load_state_dict({role: value.float() for role, value in state.items()}, assign=True)

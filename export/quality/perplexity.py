@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from export.quality.eager import packed
-from export.quality.layer_errors import Loss, lockstep
+from export.quality.layer_errors import Loss, measure_layer_errors
 from export.weights.scheme import finer, matrices
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.config import ModelConfig
 from model.errors import InputError
 from preproc.tokenizer import Tokenizer
@@ -48,12 +48,12 @@ class Gate:
 
     Attributes:
         text: None takes TEXT.
-        source: the name of the text.
+        text_name: the name of the text.
         max_ppl_increase: the largest relative increase of perplexity that passes; None takes the scheme's own.
     """
 
     text: str | None = None
-    source: str = "the built-in text"
+    text_name: str = "the built-in text"
     max_ppl_increase: float | None = None
 
     @staticmethod
@@ -87,7 +87,7 @@ class Gate:
         if tokenizer is None:
             raise InputError(f"{flag} needs a tokenizer, and the file has none; give --tokenizer FILE, or leave it out")
         if self.text is not None and len(tokenizer.encode(self.text)) < 2:
-            raise InputError(f"--eval-text {self.source} has fewer than two tokens; give a longer text")
+            raise InputError(f"--eval-text {self.text_name} has fewer than two tokens; give a longer text")
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class Rows(NamedTuple):
         return Rows(-p.gather(1, chosen)[:, 0], -q.gather(1, chosen)[:, 0], (p.exp() * (p - q)).sum(-1), agrees)
 
     @staticmethod
-    def joined(parts: Sequence["Rows"]) -> "Rows":
+    def concatenate(parts: Sequence["Rows"]) -> "Rows":
         """Of one after another."""
         return Rows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
@@ -274,11 +274,11 @@ class Rows(NamedTuple):
 
 
 def measure(
-    recipe: Recipe,
+    source: WeightSource,
     texts: Sequence[Sequence[int]],
     file_logits: Tensor,
     max_seq_len: int,
-    source: str | None,
+    text_name: str | None,
     limit: float,
 ) -> Quality:
     """Measures a quantised model against itself in float32.
@@ -287,7 +287,7 @@ def measure(
         texts: `windows` of a text.
         file_logits: [M, V], the .pte's behind the first M of the tokens given.
         max_seq_len: the length that the rotary tables are made for.
-        source: the text's name; None for random tokens.
+        text_name: the text's name; None for random tokens.
         limit: the largest relative increase of perplexity that passes.
     """
     rows: tuple[list[Rows], list[Rows], list[Rows]] = ([], [], [])
@@ -300,11 +300,11 @@ def measure(
             rows[1].append(Rows.of(found[:count], of_file, wanted[:count]))
             rows[2].append(Rows.of(exact[:count], of_file, wanted[:count]))
 
-    losses = lockstep(recipe, packed(recipe.config, [text[:-1] for text in texts], max_seq_len), take)
-    is_text, lengths = source is not None, tuple(len(text) - 1 for text in texts)
-    quantised, file, file_float32 = map(Rows.joined, rows)
+    losses = measure_layer_errors(source, packed(source.config, [text[:-1] for text in texts], max_seq_len), take)
+    is_text, lengths = text_name is not None, tuple(len(text) - 1 for text in texts)
+    quantised, file, file_float32 = map(Rows.concatenate, rows)
     return Quality(
-        source or "random tokens",
+        text_name or "random tokens",
         lengths,
         quantised.comparison(is_text),
         file.comparison(is_text),
@@ -312,7 +312,7 @@ def measure(
         losses,
         _spans(quantised, lengths, is_text),
         limit,
-        tuple(finer(recipe.scheme)),
+        tuple(finer(source.scheme)),
     )
 
 

@@ -1,4 +1,4 @@
-"""verify(file, recipe): the .pte against the eager model it was made from, and what quantising costs."""
+"""verify(file, source): the .pte against the eager model it was made from, and what quantising costs."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ import torch
 import xxhash
 from torch import Tensor
 
-from export.lowering.code_cache import CodeCache
+from export.lowering.export_cache import ExportCache
 from export.quality.fidelity import Fidelity, empty_text, judge, observed
 from export.quality.perplexity import Gate, Quality, measure, most_tokens, random_windows, windows
 from export.quality.report import write_report
 from export.quality.weight_bytes import altered
 from export.weights.scheme import Scheme
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.errors import InputError
 from runtime.engine.program import Program
 from runtime.pte.metadata import Metadata
@@ -107,7 +107,7 @@ class Outcome:
         return write_report(output, self.report | {"file": {"name": output.name, "bytes": size}})
 
 
-def verify_once(paths: Sequence[Path], recipe: Recipe, gate: Gate, cache: CodeCache) -> Outcome:
+def verify_once(paths: Sequence[Path], source: WeightSource, gate: Gate, cache: ExportCache) -> Outcome:
     """Verifies an export, unless files of the same bytes have passed before, on a processor of this kind.
 
     Files have the digests of checkpoint and tokenizer in them, and the options. What failed is verified again.
@@ -118,13 +118,13 @@ def verify_once(paths: Sequence[Path], recipe: Recipe, gate: Gate, cache: CodeCa
     key = {
         "verified": [_digest(path) for path in paths],
         "text": gate.read(),
-        "source": gate.source,
+        "source": gate.text_name,
         "max_ppl_increase": gate.max_ppl_increase,
         "processor": torch.backends.cpu.get_cpu_capability(),
     }
     if kept := cache.get(key):
         return Outcome(**kept)
-    outcome = verify(paths, recipe, gate).outcome
+    outcome = verify(paths, source, gate).outcome
     if outcome.failure is None:
         cache.put(key, vars(outcome))
     return outcome
@@ -138,14 +138,14 @@ def _digest(path: Path) -> str:
     return state.hexdigest()
 
 
-def verify(file: Path | Sequence[Path], recipe: Recipe, gate: Gate | None = None) -> Verdict:
+def verify(file: Path | Sequence[Path], source: WeightSource, gate: Gate | None = None) -> Verdict:
     """Compares the rows after each prompt and each decoded token, and of a quantised file those of a text.
 
     The file is run first and closed before the models, whose pieces are read one after another, take memory.
 
     Args:
         file: the .pte, the folder of its shards, or these.
-        recipe: what the file was made from.
+        source: what the file was made from.
         gate: what a quantised model is held to; None for the built-in text and the scheme's limit.
 
     Raises:
@@ -153,27 +153,27 @@ def verify(file: Path | Sequence[Path], recipe: Recipe, gate: Gate | None = None
     """
     program, gate = Program(file), gate or Gate()
     metadata = program.metadata
-    check_same(metadata, recipe)
-    bits = recipe.scheme.fewest_bits
+    check_same(metadata, source)
+    bits = source.scheme.fewest_bits
     gate.check(bits is not None, program.tokenizer)
     found = observed(program)
     parts = _parts(program, gate) if bits else []
     followed = _followed(program, parts)
-    source = gate.source if program.tokenizer else None
+    text_name = gate.text_name if program.tokenizer else None
     del program
-    fidelity = judge(recipe, found)
+    fidelity = judge(source, found)
     del found
-    changed = tuple(altered(file, recipe))
+    changed = tuple(altered(file, source))
     if bits is None:
         return Verdict(metadata, fidelity, None, changed)
     limit = MAX_PPL_INCREASE[bits] if gate.max_ppl_increase is None else gate.max_ppl_increase
-    quality = measure(recipe, parts, followed, metadata.max_seq_len, source, limit)
+    quality = measure(source, parts, followed, metadata.max_seq_len, text_name, limit)
     return Verdict(metadata, fidelity, quality, changed)
 
 
-def check_same(metadata: Metadata, recipe: Recipe) -> None:
-    if metadata.config != recipe.config:
-        raise InputError(f"the file was made from another model: {metadata.config} is not {recipe.config}")
+def check_same(metadata: Metadata, source: WeightSource) -> None:
+    if metadata.config != source.config:
+        raise InputError(f"the file was made from another model: {metadata.config} is not {source.config}")
 
 
 def _parts(program: Program, gate: Gate) -> list[list[int]]:

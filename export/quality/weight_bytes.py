@@ -20,13 +20,13 @@ from export.lowering.lower import parts, to_bytes
 from export.lowering.write import NAMED, SEGMENTS
 from export.weights.quantize import QuantizedEmbedding
 from export.weights.scheme import is_shared
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.config import ModelConfig
 from model.model import Llama, Norm
 from runtime.engine.executorch import Shard
 from runtime.engine.program import files
 from runtime.pte.metadata import Metadata, export_identity
-from runtime.pte.parts import runs
+from runtime.pte.parts import session_methods
 
 EPSILON = "norm_eps"
 """What `altered` yields where a norm's epsilon is another."""
@@ -37,7 +37,7 @@ at 16 (executorch/schema/extended_header.h).
 """
 
 
-def altered(path: Path | Sequence[Path], recipe: Recipe) -> Iterator[str]:
+def altered(path: Path | Sequence[Path], source: WeightSource) -> Iterator[str]:
     """The parameters whose bytes differ, of those that a backend holds by names of ours, see
     `export.lowering.assemble`: where blocks were lowered one by one, all matrices but the embedding. Then EPSILON too.
 
@@ -46,11 +46,11 @@ def altered(path: Path | Sequence[Path], recipe: Recipe) -> Iterator[str]:
     """
     for each in files(path) if isinstance(path, Path) else path:
         metadata = Shard(each).metadata
-        part, identity = part_of(recipe, export_identity(metadata.provenance), metadata.methods[0])
-        is_whole = metadata.slices == 1 and metadata.span == range(recipe.config.n_layers)
+        part, identity = part_of(source, export_identity(metadata.provenance), metadata.methods[0])
+        is_whole = metadata.slices == 1 and metadata.span == range(source.config.n_layers)
         with each.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as program:
             yield from _altered(program, part, identity, is_whole)
-            if weight_places(program) and not _has_epsilon(program, metadata, recipe.config):
+            if weight_places(program) and not _has_epsilon(program, metadata, source.config):
                 yield EPSILON
 
 
@@ -58,7 +58,9 @@ def _has_epsilon(program: mmap.mmap, metadata: Metadata, config: ModelConfig) ->
     """Whether the program has the epsilon of each norm of its blocks among its constants, once for each way to run."""
     with torch.device("meta"):
         norms = sum(isinstance(module, Norm) for module in Llama(config, metadata.span).modules())
-    return _scalars(program).count(torch.tensor(config.norm_eps).item()) == norms * len(runs(metadata.methods))
+    return _scalars(program).count(torch.tensor(config.norm_eps).item()) == norms * len(
+        session_methods(metadata.methods)
+    )
 
 
 def _scalars(program: mmap.mmap) -> list[float]:
@@ -75,27 +77,27 @@ def _scalars(program: mmap.mmap) -> list[float]:
     ]
 
 
-def _altered(program: mmap.mmap, recipe: Recipe, identity: str, is_whole: bool) -> Iterator[str]:
+def _altered(program: mmap.mmap, source: WeightSource, identity: str, is_whole: bool) -> Iterator[str]:
     places = weight_places(program)
     with torch.device("meta"):
-        names = list(Llama(recipe.config).state_dict())
+        names = list(Llama(source.config).state_dict())
     for name in names:
         wanted = [weight_digest(identity, name, number) for number in range(2)]
         if not places.keys() & set(wanted):
             continue
         held = [places.pop(digest, None) for digest in wanted]
-        for place, value in zip(held, _values(recipe, name, is_whole), strict=False):
+        for place, value in zip(held, _values(source, name, is_whole), strict=False):
             if place is not None and program[place[0] : sum(place)] != to_bytes(value.contiguous()):
                 yield name
                 break
 
 
-def _values(recipe: Recipe, name: str, is_whole: bool) -> list[Tensor]:
+def _values(source: WeightSource, name: str, is_whole: bool) -> list[Tensor]:
     """The parts of a parameter, as a file holds them; of a head that is the embedding's matrix, that one's."""
-    weight = recipe.weight(name)
-    stored = weight.float() if weight.dim() == 1 else recipe.stored(name)
+    weight = source.weight(name)
+    stored = weight.float() if weight.dim() == 1 else source.stored(name)
     found = [value for _, value in parts(stored)]
-    if is_whole and name == "head.output.weight" and is_shared(recipe.config, recipe.scheme) and len(found) > 1:
+    if is_whole and name == "head.output.weight" and is_shared(source.config, source.scheme) and len(found) > 1:
         shared = QuantizedEmbedding(stored).state_dict().values()
         found = [ours if ours.nbytes == theirs.nbytes else theirs for ours, theirs in zip(shared, found, strict=True)]
     return found

@@ -111,11 +111,11 @@ class QuantizedEmbedding(nn.Module):
 
 def _pairs(codes: Tensor) -> Tensor:
     """4-bit integers, two to a byte as embedding_4bit has them: the first in the upper half, offset by 8."""
-    (packed,) = by_rows(codes, lambda rows: [_joined(rows)])
+    (packed,) = by_rows(codes, lambda rows: [_pack_nibbles(rows)])
     return packed
 
 
-def _joined(rows: Tensor) -> Tensor:
+def _pack_nibbles(rows: Tensor) -> Tensor:
     flat = rows.to(torch.uint8).add_(8).view(-1)
     return (flat[::2] << 4).bitwise_or_(flat[1::2]).view(rows.shape[0], -1)
 

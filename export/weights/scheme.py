@@ -187,7 +187,7 @@ def swaps_pairs(config: ModelConfig, span: range, scheme: Scheme) -> bool:
     return is_here and scheme.format("head.output.weight", config.dim).bits == 4
 
 
-def kept(config: ModelConfig, scheme: Scheme) -> dict[str, Format]:
+def format_exceptions(config: ModelConfig, scheme: Scheme) -> dict[str, Format]:
     """Matrices of another format than the scheme asks for, as their rows are not whole groups or as they matter more:
     name -> format.
     """

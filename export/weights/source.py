@@ -1,4 +1,4 @@
-"""Recipe: what a model is put together from, piece by piece, so that it never has to be in memory as a whole."""
+"""WeightSource: the weights that make a model, piece by piece, so that it never has to be in memory as a whole."""
 
 from collections.abc import Callable, Mapping
 
@@ -14,7 +14,7 @@ from model.model import Block, Llama
 from model.tensor_parallel import columns
 
 
-class Recipe:
+class WeightSource:
     """Dimensions, weights on storage, and how they are to be stored in the file.
 
     Attributes:
@@ -58,15 +58,15 @@ class Recipe:
             form, is_alone = self.scheme.linear, name != "tok_embeddings.weight"
         return self.scheme.rounding == CALIBRATED and form.bits is not None and is_alone
 
-    def with_scheme(self, scheme: Scheme) -> "Recipe":
+    def with_scheme(self, scheme: Scheme) -> "WeightSource":
         """The same model, stored in another way."""
-        return Recipe(self.config, self._weights, scheme, slices=self.slices)
+        return WeightSource(self.config, self._weights, scheme, slices=self.slices)
 
-    def with_calibrated(self, matrices: Mapping[str, Tensor]) -> "Recipe":
+    def with_calibrated(self, matrices: Mapping[str, Tensor]) -> "WeightSource":
         """The same with these, by name, for the matrices that are calibrated."""
-        return Recipe(self.config, self._weights, self.scheme, matrices, self.slices)
+        return WeightSource(self.config, self._weights, self.scheme, matrices, self.slices)
 
-    def unquantised(self) -> "Recipe":
+    def unquantised(self) -> "WeightSource":
         """The same model in float32."""
         return self.with_scheme(Scheme())
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.engine.measure import peak_memory
 from runtime.text.batching import Result
-from runtime.text.generation import told
+from runtime.text.generation import steps_to_json
 
 
 def print_results(results: Iterable[Result], where: str, known: int = 0) -> int:
@@ -35,4 +35,4 @@ def print_results(results: Iterable[Result], where: str, known: int = 0) -> int:
 def _to_json(result: Result) -> dict[str, Any]:
     if result.error is not None:
         return {"number": result.number, "error": result.error}
-    return {"number": result.number, **told(result.steps)}
+    return {"number": result.number, **steps_to_json(result.steps)}

@@ -6,13 +6,13 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from model.errors import InputError
-from runtime.distributed.placement import Host, assigned, available
-from runtime.distributed.process_group import Peers
+from runtime.distributed.placement import Host, assign_shards, available_memory
+from runtime.distributed.process_group import ProcessGroup
 from runtime.engine.executorch import Shard, read_bandwidth
 from runtime.engine.measure import memory
 from runtime.engine.memory_budget import MARGIN
 from runtime.engine.program import files
-from runtime.pte.parts import check_same, check_together
+from runtime.pte.parts import check_same_export, check_shards
 from runtime.pte.trailer import check_file
 
 
@@ -72,7 +72,9 @@ class Part:
         return int(MARGIN * self.matrix_bytes) + self.cache_bytes
 
 
-def shares(folder: Path, peers: Peers, able: Callable[[Sequence[int]], Host], under_way: int) -> list[Part]:
+def assign_files(
+    folder: Path, process_group: ProcessGroup, able: Callable[[Sequence[int]], Host], under_way: int
+) -> list[Part]:
     """Those of the shards or slices in this host's folder that this rank is to run.
 
     Shards are given out so that the slowest rank is as fast as it can be; of slices every rank has as many.
@@ -84,25 +86,25 @@ def shares(folder: Path, peers: Peers, able: Callable[[Sequence[int]], Host], un
     Raises:
         InputError: what the hosts have does not make one model, or does not fit.
     """
-    mine = peers.together(lambda: [Part.of(path, under_way) for path in files(folder)])
-    said = [[Part(*part) for part in parts] for parts in peers.shared([astuple(part) for part in mine])]
+    mine = process_group.run_everywhere(lambda: [Part.of(path, under_way) for path in files(folder)])
+    said = [[Part(*part) for part in parts] for parts in process_group.all_gather([astuple(part) for part in mine])]
     everywhere = {f"rank {rank}'s {part.path}": part for rank, parts in enumerate(said) for part in parts}
-    check_same([(name, bytes.fromhex(part.identity)) for name, part in everywhere.items()])
+    check_same_export([(name, bytes.fromhex(part.identity)) for name, part in everywhere.items()])
     if mine[0].slices > 1:
-        return _slices(said)[peers.rank]
+        return _slices(said)[process_group.rank]
     parts = _wanted(everywhere)
-    host = peers.together(lambda: able([part.matrix_bytes for part in parts]))
-    return _shards(parts, said, peers.shared([host.memory, host.seconds]))[peers.rank]
+    host = process_group.run_everywhere(lambda: able([part.matrix_bytes for part in parts]))
+    return _shards(parts, said, process_group.all_gather([host.memory, host.seconds]))[process_group.rank]
 
 
-def here(cores: int, budget: int | None, sizes: Sequence[int]) -> Host:
+def measure_host(cores: int, budget: int | None, sizes: Sequence[int]) -> Host:
     """What a rank can do by the speed at which so many cores together read memory.
 
     Args:
         budget: bytes that this process may hold; None for all that are free.
     """
     speed = read_bandwidth(cores)
-    free = available() if budget is None else budget - memory()
+    free = available_memory() if budget is None else budget - memory()
     return Host("", free, tuple(size / speed for size in sizes))
 
 
@@ -115,7 +117,7 @@ def _wanted(everywhere: dict[str, Part]) -> list[Part]:
     first = {part.blocks: (name, part) for name, part in reversed(everywhere.items())}
     parts = sorted((part for _, part in first.values()), key=lambda part: part.start)
     blocks = range(parts[0].n_layers)
-    check_together({name: (bytes.fromhex(part.identity), part.blocks) for name, part in first.values()}, blocks)
+    check_shards({name: (bytes.fromhex(part.identity), part.blocks) for name, part in first.values()}, blocks)
     return parts
 
 
@@ -127,7 +129,7 @@ def _shards(
     for rank, ((free, seconds), held) in enumerate(zip(able, found, strict=True)):
         possible = (time if part.blocks in held else math.inf for part, time in zip(wanted, seconds, strict=True))
         hosts.append(Host(f"rank {rank}", free, tuple(possible)))
-    spans = assigned(hosts, [part.size for part in wanted], idle=False)
+    spans = assign_shards(hosts, [part.size for part in wanted], idle=False)
     return [[held[wanted[number].blocks] for number in span] for held, span in zip(found, spans, strict=True)]
 
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from model.errors import InputError
 from runtime.distributed.process_group import Ring
-from runtime.distributed.token_log import Journal
+from runtime.distributed.token_log import TokenLog
 from runtime.engine.program import Program
 from runtime.engine.session import Session, check_prompt
 from runtime.text.batching import Result, in_order
-from runtime.text.generation import Chooser, GenerationOptions, Teller
+from runtime.text.generation import Chooser, GenerationOptions, StepBuilder
 from runtime.text.sampler import Rng
 
 
@@ -132,10 +132,10 @@ class _Active:
     result: Result
     slot: int
     position: int
-    teller: Teller
+    builder: StepBuilder
 
 
-def pipeline(stage: Stage, under_way: int, journal: Journal) -> Iterator[Result]:
+def pipeline(stage: Stage, under_way: int, token_log: TokenLog) -> Iterator[Result]:
     """Continues every text from the first rank, `under_way` of them together, and yields the results in their order,
     each as `generate` would have it with a seed of its own.
 
@@ -144,10 +144,10 @@ def pipeline(stage: Stage, under_way: int, journal: Journal) -> Iterator[Result]
     Raises:
         LostPeerError: a rank ended, or did not answer in time.
     """
-    return in_order(_ended(stage, under_way, journal))
+    return in_order(_ended(stage, under_way, token_log))
 
 
-def _ended(stage: Stage, under_way: int, journal: Journal) -> Iterator[Result]:
+def _ended(stage: Stage, under_way: int, token_log: TokenLog) -> Iterator[Result]:
     """The results of `pipeline` as texts end."""
     waiting = iter(range(len(stage.texts.prompts)))
     slots, active = list(range(under_way)), dict[int, _Active]()
@@ -162,9 +162,9 @@ def _ended(stage: Stage, under_way: int, journal: Journal) -> Iterator[Result]:
         if not active:
             break
         number, token = stage.chosen()
-        journal.add(number, token)
+        token_log.add(number, token)
         text = active[number]
-        text.result.steps.append(text.teller.tell(token, text.position == stage.metadata.max_seq_len))
+        text.result.steps.append(text.builder.build(token, text.position == stage.metadata.max_seq_len))
         if text.result.steps[-1].finish_reason:
             slots.append(text.slot)
             yield active.pop(number).result
@@ -181,12 +181,12 @@ def _start(stage: Stage, number: int, slot: int) -> _Active | Result:
         if isinstance(prompt, InputError):
             raise prompt
         check_prompt(prompt, stage.metadata)
-        teller = Teller(prompt, texts.options, stage.tokenizer)
+        builder = StepBuilder(prompt, texts.options, stage.tokenizer)
     except InputError as error:
         return Result(number, error=str(error))
     result, capacity = Result(number), stage.metadata.max_seq_len
     for count, token in enumerate(texts.done.get(number, ())):
-        result.steps.append(teller.tell(token, len(prompt) + count == capacity))
+        result.steps.append(builder.build(token, len(prompt) + count == capacity))
         if result.steps[-1].finish_reason:
             return result
-    return _Active(result, slot, stage.begin(slot, number), teller)
+    return _Active(result, slot, stage.begin(slot, number), builder)

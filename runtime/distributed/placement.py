@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.errors import InputError, listed
 from runtime.cli.command import byte_count
-from runtime.distributed.process_group import Peers
+from runtime.distributed.process_group import ProcessGroup
 from runtime.engine.measure import median_seconds
 from runtime.engine.program import Program
 from runtime.engine.session import Session
@@ -53,7 +53,7 @@ class Host:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Placement:
     """Which shards are where, and what comes of it.
 
     Attributes:
@@ -71,7 +71,7 @@ class Plan:
     bottleneck: str
 
 
-def assigned(hosts: Sequence[Host], sizes: Sequence[int], idle: bool = True) -> tuple[range, ...]:
+def assign_shards(hosts: Sequence[Host], sizes: Sequence[int], idle: bool = True) -> tuple[range, ...]:
     """Each host's shards, neighbours in the order of the hosts, so that the slowest host is as fast as it can be.
 
     Args:
@@ -117,7 +117,7 @@ def _why_not(hosts: Sequence[Host], sizes: Sequence[int], idle: bool) -> str:
     )
 
 
-def planned(hosts: Sequence[Host], sizes: Sequence[int], message: int, texts: int | None = None) -> Plan:
+def place_shards(hosts: Sequence[Host], sizes: Sequence[int], message: int, texts: int | None = None) -> Placement:
     """The best assignment, and how fast tokens come from it.
 
     A host works on one text at a time, and a link carries one message at a time: what is slowest of these bounds the
@@ -128,9 +128,9 @@ def planned(hosts: Sequence[Host], sizes: Sequence[int], message: int, texts: in
         texts: in flight together; None for two on each host that is needed.
 
     Raises:
-        InputError: see `assigned`.
+        InputError: see `assign_shards`.
     """
-    spans = assigned(hosts, sizes)
+    spans = assign_shards(hosts, sizes)
     stages = tuple(sum(host.seconds[span.start : span.stop]) for host, span in zip(hosts, spans, strict=True))
     used = [number for number, span in enumerate(spans) if span]
     texts = texts or 2 * len(used)
@@ -140,10 +140,10 @@ def planned(hosts: Sequence[Host], sizes: Sequence[int], message: int, texts: in
     bounds |= {f"the link behind {hosts[n].name}": 1 / time for n, time in zip(used, carried, strict=True) if time}
     bounds[f"the way of {texts} texts"] = texts / way
     bottleneck = min(bounds, key=lambda name: bounds[name])
-    return Plan(spans, stages, way, bounds[bottleneck], bottleneck)
+    return Placement(spans, stages, way, bounds[bottleneck], bottleneck)
 
 
-def measured(paths: Sequence[Path], threads: int | None, peers: Peers) -> tuple[float, ...]:
+def measure_shards(paths: Sequence[Path], threads: int | None, process_group: ProcessGroup) -> tuple[float, ...]:
     """Seconds that a token takes in each shard here, in the middle of the context, while all ranks measure the same."""
     found = []
     for path in paths:
@@ -159,12 +159,12 @@ def measured(paths: Sequence[Path], threads: int | None, peers: Peers) -> tuple[
             session.cache.rewind(session.position - 1)
 
         step()
-        peers.shared(None)
+        process_group.all_gather(None)
         found.append(median_seconds(step, STEPS))
     return tuple(found)
 
 
-def available() -> int:
+def available_memory() -> int:
     """Bytes of memory that are free on this host, shared by its ranks."""
     return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -205,7 +205,7 @@ def _hosts(table: Mapping[str, Any], sizes: Sequence[int]) -> list[Host]:
     return [host] if count == 1 else [replace(host, name=f"{host.name} {i}") for i in range(1, count + 1)]
 
 
-def written(host: Host) -> str:
+def to_toml(host: Host) -> str:
     """A host's table, as `read_hosts` reads it."""
     lines = ["[[hosts]]", f'name = "{host.name}"', f'memory = "{host.memory}B"']
     lines.append(f"seconds = [{', '.join(f'{seconds:.3g}' for seconds in host.seconds)}]")

@@ -37,7 +37,7 @@ class LostPeerError(ConnectionError):
     """Another process ended, or did not answer in time."""
 
 
-class Peers:
+class ProcessGroup:
     """A process among its peers.
 
     Attributes:
@@ -69,7 +69,7 @@ class Peers:
         if self.count > 1:
             dist.destroy_process_group()
 
-    def shared(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """What each rank says, in their order: values of JSON's types.
 
         Raises:
@@ -86,7 +86,7 @@ class Peers:
             dist.all_gather(found, torch.cat((said, said.new_zeros(longest - len(said)))))
         return [json.loads(text.numpy()[: int(length)].tobytes()) for text, length in zip(found, lengths, strict=True)]
 
-    def together(self, call: Callable[[], T]) -> T:
+    def run_everywhere(self, call: Callable[[], T]) -> T:
         """What `call` returns here, if it succeeds everywhere.
 
         Raises:
@@ -98,7 +98,7 @@ class Peers:
             result.append(call())
         except (InputError, OSError) as error:
             failure = str(error)
-        for rank, said in enumerate(self.shared(failure)):
+        for rank, said in enumerate(self.all_gather(failure)):
             if said is not None:
                 raise InputError(f"rank {rank}: {said}" if self.count > 1 else said)
         return result[0]
@@ -134,7 +134,7 @@ class Peers:
         return sorted(times)[1]
 
 
-def place(threads: int | None) -> int | None:
+def pin_cores(threads: int | None) -> int | None:
     """Keeps this process to the cores that the environment variable LLAMA_PTE_DEVICE names, such as cpu:0-3 or cpu:2,
     and returns how many threads it should use: one for each; without the variable as many as asked for, and by default
     a share of the cores where several ranks are on one host.
@@ -165,7 +165,7 @@ class Ring:
     computes. gloo's is not, as a thread has to wake for it where all cores compute; see tests/bench/NOTES.md.
     """
 
-    def __init__(self, peers: Peers, dim: int, alone: bool = False) -> None:
+    def __init__(self, process_group: ProcessGroup, dim: int, alone: bool = False) -> None:
         """Connects the ranks.
 
         Args:
@@ -175,18 +175,21 @@ class Ring:
         Raises:
             LostPeerError: a rank does not come.
         """
-        self._timeout, self._dim = peers.timeout, dim
-        self._before, self._behind = (peers.rank - 1) % peers.count, (peers.rank + 1) % peers.count
+        self._timeout, self._dim = process_group.timeout, dim
+        self._before, self._behind = (
+            (process_group.rank - 1) % process_group.count,
+            (process_group.rank + 1) % process_group.count,
+        )
         self._to_itself = deque[tuple[list[int], Tensor | None]]()
         self._sockets: tuple[socket.socket, socket.socket] | None = None
-        if not alone and peers.count > 1:
-            self._sockets = self._connected(peers)
+        if not alone and process_group.count > 1:
+            self._sockets = self._connected(process_group)
 
-    def _connected(self, peers: Peers) -> tuple[socket.socket, socket.socket]:
+    def _connected(self, process_group: ProcessGroup) -> tuple[socket.socket, socket.socket]:
         """Sockets to the rank before and the one behind. Who connects must know what only ranks were told."""
         with socket.create_server(("", 0)) as server:
             server.settimeout(self._timeout.total_seconds())
-            said = peers.shared([_address(), server.getsockname()[1], secrets.token_hex(16)])
+            said = process_group.all_gather([_address(), server.getsockname()[1], secrets.token_hex(16)])
             address, port, key = said[self._behind]
             with _lost(f"rank {self._behind}", self._timeout):
                 behind = socket.create_connection((address, port), self._timeout.total_seconds())
@@ -195,7 +198,7 @@ class Ring:
                 while True:
                     before, _ = server.accept()
                     before.settimeout(self._timeout.total_seconds())
-                    if secrets.compare_digest(_read(before, 16), bytes.fromhex(said[peers.rank][2])):
+                    if secrets.compare_digest(_read(before, 16), bytes.fromhex(said[process_group.rank][2])):
                         break
                     before.close()
         behind.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -263,8 +266,8 @@ def _read(source: socket.socket, size: int) -> bytearray:
 class Sums:
     """What slices of a model tell each other, see `runtime.engine.tensor_parallel`."""
 
-    def __init__(self, peers: Peers) -> None:
-        self._count, self._timeout = peers.count, peers.timeout
+    def __init__(self, process_group: ProcessGroup) -> None:
+        self._count, self._timeout = process_group.count, process_group.timeout
 
     def summed(self, tensor: Tensor) -> Tensor:
         """The sum of all ranks' tensors of this shape.

@@ -1,4 +1,4 @@
-"""Journal: the tokens of many texts, kept as they come, so that a run that was cut off can go on from the last one."""
+"""TokenLog: the tokens of many texts, kept as they come, so that a run that was cut off can go on from the last one."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from model.errors import InputError
 
 
-class Journal:
+class TokenLog:
     """A file with a line that says what is run, and then, for each token, one with its text's number and the token.
 
     Attributes:

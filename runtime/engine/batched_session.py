@@ -1,4 +1,4 @@
-"""Lanes: several texts in the making, extended together by a program that was exported for so many."""
+"""BatchedSession: several texts in the making, extended together by a program that was exported for so many."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from runtime.engine.kv_cache import KVCache
 from runtime.engine.session import Binding, Steps, check_prompt
 
 
-class Lanes:
+class BatchedSession:
     """As many texts as the program has room for, each at a position of its own.
 
     One step takes tokens of any of them: weights are read once for all. A lane with fewer tokens than another is
@@ -81,18 +81,18 @@ class Lanes:
         return {name: outputs[name].chunk(len(self))[lane] for name in self._added}
 
 
-class Lane:
+class BatchedText:
     """The last of a program's lanes, to be used like a session where one text is enough."""
 
     def __init__(self, program: Steps) -> None:
-        self._lanes = Lanes(program)
-        self._number = len(self._lanes) - 1
-        self.capacity = self._lanes.capacity
+        self._session = BatchedSession(program)
+        self._number = len(self._session) - 1
+        self.capacity = self._session.capacity
 
     @property
     def cache(self) -> KVCache:
         """Keys and values of the text so far."""
-        return self._lanes.caches[self._number]
+        return self._session.caches[self._number]
 
     @property
     def position(self) -> int:
@@ -101,17 +101,17 @@ class Lane:
 
     def reset(self) -> None:
         """Starts a new text."""
-        self._lanes.reset(self._number)
+        self._session.reset(self._number)
 
     def prefill(self, tokens: Sequence[int]) -> Tensor:
         """Appends a prompt, chunk by chunk, and returns the logits after its last token, [V] float32.
 
         Raises:
-            InputError: as in `Lanes.step`.
+            InputError: as in `BatchedSession.step`.
         """
-        chunk = self._lanes.chunk
+        chunk = self._session.chunk
         for start in range(0, max(len(tokens), 1), chunk):
-            logits = self._lanes.step({self._number: tokens[start : start + chunk]})[self._number]
+            logits = self._session.step({self._number: tokens[start : start + chunk]})[self._number]
         return logits
 
     def decode(self, token: int) -> Tensor:

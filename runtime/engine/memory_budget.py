@@ -8,7 +8,7 @@ MARGIN = 1.04
 """What a loaded shard takes, to the bytes of its matrices: norms, scales and the runtime's own structures."""
 
 
-def kept(sizes: Sequence[int], room: int) -> frozenset[int]:
+def choose_resident(sizes: Sequence[int], room: int) -> frozenset[int]:
     """The shards that stay once they are loaded. Each of the others is loaded when its turn comes, every time anew, and
     alone.
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from model.errors import InputError
 from preproc.tokenizer import Tokenizer, from_bytes
 from runtime.engine.executorch import Shard, check_requirements, start_threads, threads_off
-from runtime.engine.sequential import Chain
-from runtime.engine.tensor_parallel import Alone, Group, Slices
+from runtime.engine.sequential import SequentialShards
+from runtime.engine.tensor_parallel import Alone, Group, ParallelSlices
 from runtime.pte.metadata import Metadata, MethodSpec
-from runtime.pte.parts import joined
+from runtime.pte.parts import join_parts
 from runtime.pte.trailer import check_file
 
 SMALL = 16_000_000
@@ -60,7 +60,7 @@ class Program:
         start_threads(threads)
         shards = [Shard(each) for each in paths]
         found = {shard.path: shard.metadata for shard in shards}
-        self.metadata = joined(found, partial or group is not None)
+        self.metadata = join_parts(found, partial or group is not None)
         check_requirements(paths[0], self.metadata.requirements)
         self.tokenizer: Tokenizer | None = None
         if self.metadata.tokenizer:
@@ -69,13 +69,15 @@ class Program:
         with threads_off(self._is_small):
             self._parts = self._loaded(shards, memory_budget, group)
 
-    def _loaded(self, shards: Sequence[Shard], memory_budget: int | None, group: Group | None) -> Chain | Slices:
+    def _loaded(
+        self, shards: Sequence[Shard], memory_budget: int | None, group: Group | None
+    ) -> SequentialShards | ParallelSlices:
         """What runs them."""
         path, count = shards[0].path, shards[0].metadata.slices
         if count == 1 and group is not None:
             raise InputError(f"{path} is no slice, as those of a group of processes are; export with --tensor-parallel")
         if count == 1:
-            return Chain(shards, self.metadata, memory_budget)
+            return SequentialShards(shards, self.metadata, memory_budget)
         if len(shards) < count and group is None:
             raise InputError(
                 f"{path} is one of {count} slices, which run at once and not one behind another; export with --shards"
@@ -85,7 +87,7 @@ class Program:
                 f"--memory-budget is for shards, and {path} is one of {count} slices, which all stay in memory; leave "
                 "it out"
             )
-        return Slices(shards, self.metadata, group or Alone())
+        return ParallelSlices(shards, self.metadata, group or Alone())
 
     @property
     def bytes_loaded(self) -> int:
@@ -129,4 +131,4 @@ def read_metadata(path: str | Path) -> Metadata:
     for each in files(Path(path)):
         check_file(each)
         found[each] = Shard(each).metadata
-    return joined(found)
+    return join_parts(found)

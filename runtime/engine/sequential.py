@@ -1,4 +1,4 @@
-"""Chain: a model's one file, or its shards, which run one after another."""
+"""SequentialShards: a model's one file, or its shards, which run one after another."""
 
 from collections.abc import Iterable, Mapping
 
@@ -6,11 +6,11 @@ from torch import Tensor
 
 from runtime.engine.executorch import Shard
 from runtime.engine.measure import memory
-from runtime.engine.memory_budget import MARGIN, kept
+from runtime.engine.memory_budget import MARGIN, choose_resident
 from runtime.pte.metadata import STREAM, Metadata, MethodSpec
 
 
-class Chain:
+class SequentialShards:
     """Shards in the order of their blocks, of which some may be loaded for each step."""
 
     def __init__(self, shards: Iterable[Shard], whole: Metadata, memory_budget: int | None) -> None:
@@ -20,31 +20,31 @@ class Chain:
             InputError: the budget is too little.
         """
         self._shards = sorted(shards, key=lambda shard: shard.metadata.span.start)
-        self._kept = self._chosen(whole, memory_budget)
-        for shard in sorted(self._kept, key=lambda shard: -shard.metadata.matrix_bytes):  # is twice there meanwhile
+        self._resident = self._choose_resident(whole, memory_budget)
+        for shard in sorted(self._resident, key=lambda shard: -shard.metadata.matrix_bytes):  # is twice there meanwhile
             shard.load()
 
-    def _chosen(self, whole: Metadata, memory_budget: int | None) -> list[Shard]:
+    def _choose_resident(self, whole: Metadata, memory_budget: int | None) -> list[Shard]:
         """The shards that stay."""
         if memory_budget is None:
             return self._shards
         taken = memory() + whole.activation_bytes + whole.cache_bytes
         sizes = [int(MARGIN * shard.metadata.matrix_bytes) for shard in self._shards]
-        return [self._shards[number] for number in sorted(kept(sizes, memory_budget - taken))]
+        return [self._shards[number] for number in sorted(choose_resident(sizes, memory_budget - taken))]
 
     @property
     def bytes_loaded(self) -> int:
         """Bytes of matrices that are loaded anew for each step."""
-        return sum(shard.metadata.matrix_bytes for shard in self._shards if shard not in self._kept)
+        return sum(shard.metadata.matrix_bytes for shard in self._shards if shard not in self._resident)
 
     def step(self, method: MethodSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Runs one method once, as `runtime.engine.program.Program.step` does."""
         given, outputs = dict(inputs), dict[str, Tensor]()
         for number, shard in enumerate(self._shards, 1):
             following = self._shards[number % len(self._shards)]
-            if following not in self._kept:
+            if following not in self._resident:
                 following.read_ahead()
-            outputs |= shard.run(method.name, given) if shard in self._kept else shard.run_once(method.name, given)
+            outputs |= shard.run(method.name, given) if shard in self._resident else shard.run_once(method.name, given)
             if number < len(self._shards):
                 given[STREAM] = outputs.pop(STREAM)
         return outputs

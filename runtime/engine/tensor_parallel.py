@@ -1,4 +1,4 @@
-"""Slices: some of a model's slices, or all, whose halves run side by side; see `model.tensor_parallel`."""
+"""ParallelSlices: some of a model's slices, or all, whose halves run side by side; see `model.tensor_parallel`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
@@ -35,7 +35,7 @@ class Alone:
         return tensor
 
 
-class Slices:
+class ParallelSlices:
     """Slices that follow one another, in this process, and what it needs of the others.
 
     Sums are numpy's: PyTorch would start threads for them; see `runtime.engine.kv_cache.copied`.
@@ -91,8 +91,8 @@ class Slices:
     def _whole(self, spec: TensorSpec, parts: Sequence[Tensor]) -> Tensor:
         """An output of all slices: rows one slice's after another's, logits side by side, and the rest equal in all."""
         if spec.name == "logits":
-            return self._group.gathered(_joined(parts, axis=-1))[..., : self._vocab_size]
-        return _joined(parts, axis=0) if spec.is_rows else parts[0]
+            return self._group.gathered(_concatenate(parts, axis=-1))[..., : self._vocab_size]
+        return _concatenate(parts, axis=0) if spec.is_rows else parts[0]
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
@@ -102,5 +102,5 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     return torch.from_numpy(whole)
 
 
-def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
+def _concatenate(parts: Sequence[Tensor], axis: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.from_numpy(np.concatenate([part.numpy() for part in parts], axis))

@@ -10,7 +10,7 @@ from model.errors import InputError
 from runtime.pte.metadata import STREAM, Metadata, MethodSpec, Requirements, TensorSpec
 
 
-def joined(files: Mapping[Path, Metadata], partial: bool = False) -> Metadata:
+def join_parts(files: Mapping[Path, Metadata], partial: bool = False) -> Metadata:
     """What the whole carries of which these are the shards or slices, whose order does not matter; of one file, what it
     carries. The caches of slices have the heads of one after those of another: more than the model has where slices
     share heads.
@@ -28,8 +28,8 @@ def joined(files: Mapping[Path, Metadata], partial: bool = False) -> Metadata:
         _check_slices(files, partial)
         return _united(parts, (_across(parts),), sum(part.activation_bytes for part in parts))
     ends = (first.span.start, parts[-1].span.stop) if partial else (0, first.config.n_layers)
-    check_together({str(path): (part.identity, part.span) for path, part in files.items()}, range(*ends))
-    methods = tuple(chained(specs) for specs in zip(*(part.methods for part in parts), strict=True))
+    check_shards({str(path): (part.identity, part.span) for path, part in files.items()}, range(*ends))
+    methods = tuple(compose_methods(specs) for specs in zip(*(part.methods for part in parts), strict=True))
     return _united(parts, methods, max(part.activation_bytes for part in parts)) if others else first
 
 
@@ -49,17 +49,17 @@ def _united(parts: Sequence[Metadata], methods: tuple[MethodSpec, ...], activati
     )
 
 
-def check_together(shards: Mapping[str, tuple[bytes, range]], wanted: range) -> None:
+def check_shards(shards: Mapping[str, tuple[bytes, range]], wanted: range) -> None:
     """Checks that shards are the blocks `wanted` of one model.
 
     Args:
         shards: where each is -> its identity and its blocks.
 
     Raises:
-        InputError: as in `joined`.
+        InputError: as in `join_parts`.
     """
     ordered = sorted(shards.items(), key=lambda each: each[1][1].start)
-    place, identity = check_same([(place, identity) for place, (identity, _) in ordered])
+    place, identity = check_same_export([(place, identity) for place, (identity, _) in ordered])
     end = wanted.start
     for other, (_, span) in [*ordered, ("", (identity, range(wanted.stop, wanted.stop)))]:
         if span.start < end:
@@ -72,14 +72,14 @@ def check_together(shards: Mapping[str, tuple[bytes, range]], wanted: range) -> 
         end = span.stop
 
 
-def check_same(identities: Sequence[tuple[str, bytes]]) -> tuple[str, bytes]:
+def check_same_export(identities: Sequence[tuple[str, bytes]]) -> tuple[str, bytes]:
     """Checks that files are of one export, and returns the first.
 
     Args:
         identities: where each is, and its identity.
 
     Raises:
-        InputError: as in `joined`.
+        InputError: as in `join_parts`.
     """
     (place, identity), *others = identities
     for other, found in others:
@@ -93,7 +93,7 @@ def check_same(identities: Sequence[tuple[str, bytes]]) -> tuple[str, bytes]:
 def _check_slices(slices: Mapping[Path, Metadata], partial: bool) -> None:
     """Whether every slice is there once, or none twice."""
     ordered = sorted(slices.items(), key=lambda each: each[1].slice)
-    place, _ = check_same([(str(path), part.identity) for path, part in ordered])
+    place, _ = check_same_export([(str(path), part.identity) for path, part in ordered])
     count, seen = ordered[0][1].slices, set[int]()
     for path, part in ordered:
         if part.slice in seen:
@@ -105,7 +105,7 @@ def _check_slices(slices: Mapping[Path, Metadata], partial: bool) -> None:
 
 def _across(slices: Sequence[Metadata]) -> MethodSpec:
     """The method that runs the halves of these: with the caches' heads one slice after another, and whole logits."""
-    count, vocab_size, one = len(slices), slices[0].config.vocab_size, chained(slices[0].methods)
+    count, vocab_size, one = len(slices), slices[0].config.vocab_size, compose_methods(slices[0].methods)
 
     def whole(tensor: TensorSpec) -> TensorSpec:
         if tensor.layer is not None:
@@ -118,12 +118,12 @@ def _across(slices: Sequence[Metadata]) -> MethodSpec:
     return dataclasses.replace(one, inputs=inputs, outputs=outputs, slice=0, slices=1)
 
 
-def runs(methods: Sequence[MethodSpec]) -> tuple[MethodSpec, ...]:
+def session_methods(methods: Sequence[MethodSpec]) -> tuple[MethodSpec, ...]:
     """What of a file a session calls: each method, or the halves of a slice as one."""
-    return (chained(methods),) if methods[0].slices > 1 else tuple(methods)
+    return (compose_methods(methods),) if methods[0].slices > 1 else tuple(methods)
 
 
-def chained(specs: Sequence[MethodSpec]) -> MethodSpec:
+def compose_methods(specs: Sequence[MethodSpec]) -> MethodSpec:
     """The method that runs these one after another: what it takes and gives, but for what is handed between them."""
 
     def union(found: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:

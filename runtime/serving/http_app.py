@@ -1,4 +1,4 @@
-"""The web application: OpenAI's endpoints over a worker, and the page to chat in."""
+"""The web application: OpenAI's endpoints over a scheduler, and the page to chat in."""
 
 import asyncio
 import hmac
@@ -22,9 +22,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from model.errors import InputError
 from runtime.serving.jobs import RESTARTED, Jobs
 from runtime.serving.openai_reply import Reply
-from runtime.serving.openai_request import Model, Order, read_chat, read_completion
+from runtime.serving.openai_request import CompletionRequest, Model, read_chat, read_completion
 from runtime.serving.request_values import RequestError
-from runtime.serving.scheduler import ClosedError, Worker
+from runtime.serving.scheduler import ClosedError, Scheduler
 
 RETRY_AFTER = "1"
 """Seconds after which one who found the queue full may ask again."""
@@ -59,9 +59,9 @@ class Access:
     max_body: int
 
 
-def create_app(model: Model, worker: Worker, access: Access) -> Starlette:
-    """The application. Who runs it closes the worker."""
-    service = _Service(model, worker, access)
+def create_app(model: Model, scheduler: Scheduler, access: Access) -> Starlette:
+    """The application. Who runs it closes the scheduler."""
+    service = _Service(model, scheduler, access)
     routes = [
         Route("/", service.page),
         Route("/health", service.health),
@@ -101,15 +101,15 @@ class _EventStream(StreamingResponse):
 class _Service:
     """The endpoints."""
 
-    def __init__(self, model: Model, worker: Worker, access: Access) -> None:
-        self._model, self._worker, self._access = model, worker, access
+    def __init__(self, model: Model, scheduler: Scheduler, access: Access) -> None:
+        self._model, self._scheduler, self._access = model, scheduler, access
         self._page = PAGE.read_text(encoding="utf-8")
 
     async def page(self, request: Request) -> Response:
         return HTMLResponse(self._page, headers=_PAGE_HEADERS)
 
     async def health(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok", **self._worker.counts})
+        return JSONResponse({"status": "ok", **self._scheduler.counts})
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._described()]})
@@ -130,19 +130,19 @@ class _Service:
         described = {"id": model.name, "object": "model", "created": model.created, "owned_by": "llama-pte"}
         return described | {"sampling": dict(model.metadata.sampling)}
 
-    async def _answer(self, request: Request, read: Callable[[bytes, Model], Order]) -> Response:
+    async def _answer(self, request: Request, read: Callable[[bytes, Model], CompletionRequest]) -> Response:
         raw = await self._body(request)
-        order = await run_in_threadpool(read, raw, self._model)
-        jobs = Jobs(order, self._worker)
-        reply = Reply(order, self._model, jobs)
-        if order.stream:
+        completion_request = await run_in_threadpool(read, raw, self._model)
+        jobs = Jobs(completion_request, self._scheduler)
+        reply = Reply(completion_request, self._model, jobs)
+        if completion_request.stream:
             return _EventStream(_events(jobs, reply), jobs)
         watch = asyncio.create_task(_watch(request, jobs))
         try:
             async for number, step in jobs:
                 reply.take(number, step)
         except (InputError, ClosedError) as error:
-            raise _told(error) from error
+            raise _client_error(error) from error
         finally:
             watch.cancel()
             jobs.cancel()
@@ -178,7 +178,7 @@ async def _events(jobs: Jobs, reply: Reply) -> AsyncIterator[str]:
     except Exception as error:  # the status is sent already
         if not isinstance(error, InputError | ClosedError):
             logging.getLogger(__name__).error("a request failed", exc_info=error)
-        yield _event(_told(error).content)
+        yield _event(_client_error(error).content)
         return
     for chunk in reply.closing():
         yield _event(chunk)
@@ -189,7 +189,7 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _told(error: Exception) -> RequestError:
+def _client_error(error: Exception) -> RequestError:
     """What a client is told of an error. Of one that is ours it learns nothing but that."""
     if isinstance(error, InputError):
         return RequestError(400, str(error))
@@ -215,8 +215,8 @@ async def _nobody_listens(request: Request, error: ClientDisconnect) -> Response
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    told = _told(error)
-    return JSONResponse(told.content, told.status)
+    refusal = _client_error(error)
+    return JSONResponse(refusal.content, refusal.status)
 
 
 class _KeyCheck:

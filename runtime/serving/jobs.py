@@ -1,11 +1,11 @@
-"""Jobs: the texts that an order asks for, made by a worker side by side."""
+"""Jobs: the texts that a request asks for, made by a scheduler side by side."""
 
 import asyncio
 from collections.abc import AsyncIterator
 
-from runtime.serving.openai_request import Order
+from runtime.serving.openai_request import CompletionRequest
 from runtime.serving.request_values import RequestError
-from runtime.serving.scheduler import ClosedError, Job, QueueFullError, Worker
+from runtime.serving.scheduler import ClosedError, Job, QueueFullError, Scheduler
 from runtime.text.generation import Step
 from runtime.text.sampler import Rng
 
@@ -13,21 +13,21 @@ RESTARTED = "the server ends; ask again when it is back"
 
 
 class Jobs:
-    """An order's jobs, and their steps as they come. Who is done with them, or no longer wants them, cancels.
+    """A request's jobs, and their steps as they come. Who is done with them, or no longer wants them, cancels.
 
-    At most as many are under way as the worker has sessions. Of one prompt, the others begin when the first has run it,
-    so that they need not run it again.
+    At most as many are under way as the scheduler has sessions. Of one prompt, the others begin when the first has run
+    it, so that they need not run it again.
     """
 
-    def __init__(self, order: Order, worker: Worker) -> None:
+    def __init__(self, request: CompletionRequest, scheduler: Scheduler) -> None:
         """
         Raises:
-            RequestError: the worker takes no more.
+            RequestError: the scheduler takes no more.
         """
         self._loop = asyncio.get_running_loop()
         self._items = asyncio.Queue[tuple[int, Step] | Exception]()
-        self._worker, self._tries = worker, order.tries
-        self._jobs = [self._job(order, number) for number in range(len(order.texts))]
+        self._scheduler, self._tries = scheduler, request.tries
+        self._jobs = [self._job(request, number) for number in range(len(request.texts))]
         self._submitted = self._ended = 0
         self._begun = set[int]()  # places of prompts that have been run
         self._is_cancelled = False
@@ -55,7 +55,7 @@ class Jobs:
         """Gives up what is not done."""
         self._is_cancelled = True
         for job in self._jobs[: self._submitted]:
-            self._worker.cancel(job)
+            self._scheduler.cancel(job)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Step]]:
         """The steps as they come, each with the place of its text."""
@@ -65,16 +65,16 @@ class Jobs:
                 raise item
             yield item
 
-    def _job(self, order: Order, number: int) -> Job:
-        text = order.texts[number]
-        scores = order.logprobs if order.scores_prompts and number % order.tries == 0 else None
+    def _job(self, request: CompletionRequest, number: int) -> Job:
+        text = request.texts[number]
+        scores = request.logprobs if request.scores_prompts and number % request.tries == 0 else None
 
         def deliver(item: Step | Exception) -> None:
             if not self._loop.is_closed():  # else nobody is left who waits
                 self._loop.call_soon_threadsafe(self._take, number, item)
 
-        prompt = order.prompts[text.prompt]
-        return Job(prompt, order.options, Rng(text.seed), text.constraint, deliver, scores)
+        prompt = request.prompts[text.prompt]
+        return Job(prompt, request.options, Rng(text.seed), text.constraint, deliver, scores)
 
     def _take(self, number: int, item: Step | Exception) -> None:
         """What a job delivers."""
@@ -92,9 +92,9 @@ class Jobs:
 
     def _go_on(self) -> None:
         """Submits what can be under way now."""
-        while self._submitted < min(len(self._jobs), self._ended + self._worker.sessions):
+        while self._submitted < min(len(self._jobs), self._ended + self._scheduler.sessions):
             prompt, place = divmod(self._submitted, self._tries)
             if place and prompt not in self._begun:
                 return
-            self._worker.submit(self._jobs[self._submitted], is_more=self._submitted > 0)
+            self._scheduler.submit(self._jobs[self._submitted], is_more=self._submitted > 0)
             self._submitted += 1

@@ -9,25 +9,25 @@ from typing import Any
 from preproc.chat_template import ASSISTANT
 from preproc.tokenizer import Tokenizer
 from runtime.serving.jobs import Jobs
-from runtime.serving.openai_request import Model, Order
+from runtime.serving.openai_request import CompletionRequest, Model
 from runtime.serving.tool_calls import Call, CallReader
 from runtime.text.generation import Step
 
 
 class Reply:
-    """The answer to one order."""
+    """The answer to one request."""
 
-    def __init__(self, order: Order, model: Model, jobs: Jobs) -> None:
+    def __init__(self, request: CompletionRequest, model: Model, jobs: Jobs) -> None:
         """
         Args:
-            jobs: those of the order, whose steps are given to `take` or `chunks`.
+            jobs: those of the request, whose steps are given to `take` or `chunks`.
         """
-        self._order, self._model, self._jobs = order, model, jobs
-        self._id = f"{'chatcmpl' if order.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self._request, self._model, self._jobs = request, model, jobs
+        self._id = f"{'chatcmpl' if request.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._fingerprint = f"fp_{model.metadata.identity.hex()[:12]}"
         names = _Names(model.tokenizer)
-        self._texts = [_Told(order, number, names) for number in range(len(order.texts))]
+        self._texts = [_Choice(request, number, names) for number in range(len(request.texts))]
 
     def take(self, number: int, step: Step) -> None:
         """Takes the next step of the text at that place."""
@@ -38,12 +38,12 @@ class Reply:
         choices = [
             {"index": index, **text.whole(self._jobs.scored(text.prompt))} for index, text in enumerate(self._chosen())
         ]
-        kind = "chat.completion" if self._order.is_chat else "text_completion"
+        kind = "chat.completion" if self._request.is_chat else "text_completion"
         return self._object(kind, choices) | {"usage": self._usage()}
 
     def opening(self) -> Iterator[dict[str, Any]]:
         """What a stream begins with."""
-        if self._order.is_chat:
+        if self._request.is_chat:
             for index in range(len(self._texts)):
                 yield self._chunk(index, {"delta": {"role": ASSISTANT, "content": ""}})
 
@@ -56,21 +56,21 @@ class Reply:
 
     def closing(self) -> Iterator[dict[str, Any]]:
         """What a stream ends with."""
-        if self._order.include_usage:
+        if self._request.include_usage:
             yield self._object(self._chunk_kind, []) | {"usage": self._usage()}
 
-    def _chosen(self) -> Iterator["_Told"]:
+    def _chosen(self) -> Iterator["_Choice"]:
         """The likeliest texts of each prompt: all, or those whose tokens' mean log-probability is highest."""
-        order = self._order
-        for start in range(0, len(self._texts), order.tries):
-            texts = self._texts[start : start + order.tries]
-            if order.choices < order.tries:
-                texts = sorted(texts, key=_Told.likelihood, reverse=True)[: order.choices]
+        request = self._request
+        for start in range(0, len(self._texts), request.tries):
+            texts = self._texts[start : start + request.tries]
+            if request.choices < request.tries:
+                texts = sorted(texts, key=_Choice.likelihood, reverse=True)[: request.choices]
             yield from texts
 
     @property
     def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self._order.is_chat else "text_completion"
+        return "chat.completion.chunk" if self._request.is_chat else "text_completion"
 
     def _chunk(
         self,
@@ -81,7 +81,7 @@ class Reply:
     ) -> dict[str, Any]:
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk = self._object(self._chunk_kind, [choice])
-        return chunk | {"usage": None} if self._order.include_usage else chunk
+        return chunk | {"usage": None} if self._request.include_usage else chunk
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -94,8 +94,8 @@ class Reply:
         }
 
     def _usage(self) -> dict[str, Any]:
-        prompts = sum(map(len, self._order.prompts))
-        made = 0 if self._order.is_silent else sum(len(text.steps) for text in self._texts)
+        prompts = sum(map(len, self._request.prompts))
+        made = 0 if self._request.is_silent else sum(len(text.steps) for text in self._texts)
         return {
             "prompt_tokens": prompts,
             "completion_tokens": made,
@@ -104,7 +104,7 @@ class Reply:
         }
 
 
-class _Told:
+class _Choice:
     """One text, and what has been told of it.
 
     Attributes:
@@ -112,13 +112,13 @@ class _Told:
         prompt: the place of its prompt.
     """
 
-    def __init__(self, order: Order, number: int, names: "_Names") -> None:
-        self._order, self._names = order, names
-        self.prompt = order.texts[number].prompt
+    def __init__(self, request: CompletionRequest, number: int, names: "_Names") -> None:
+        self._request, self._names = request, names
+        self.prompt = request.texts[number].prompt
         self.steps = list[Step]()
         self._length = 0  # of what logprobs were told of
         self._calls = 0
-        self._reader = CallReader(order.form, order.names) if order.form else None
+        self._reader = CallReader(request.form, request.names) if request.form else None
 
     def likelihood(self) -> float:
         """The mean log-probability of its tokens."""
@@ -127,11 +127,11 @@ class _Told:
     def whole(self, scored: Sequence[Step]) -> dict[str, Any]:
         """A choice of an answer that comes as a whole."""
         logprobs = self._logprobs(scored, self.steps)
-        if not self._order.is_chat:
+        if not self._request.is_chat:
             text = self._echo() + "".join(map(self._text, self.steps))
             return {"text": text, "logprobs": logprobs, "finish_reason": self._finish_reason()}
         said = [each for step in self.steps for each in self._read(step)]
-        calls = [self._told_call(each) for each in said if isinstance(each, Call)]
+        calls = [self._call_json(each) for each in said if isinstance(each, Call)]
         text = "".join(each for each in said if isinstance(each, str))
         message: dict[str, Any] = {"role": ASSISTANT, "content": text if text or not calls else None, "refusal": None}
         message |= {"tool_calls": calls} if calls else {}
@@ -139,8 +139,8 @@ class _Told:
 
     def latest(self, scored: Sequence[Step]) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None, str | None]]:
         """The chunks of the latest step: what it says, logprobs and why the text ended, each if any."""
-        step, is_chat = self.steps[-1], self._order.is_chat
-        if len(self.steps) == 1 and self._order.echoes:
+        step, is_chat = self.steps[-1], self._request.is_chat
+        if len(self.steps) == 1 and self._request.echoes:
             yield {"text": self._echo()}, self._logprobs(scored, []), None
         logprobs = self._logprobs((), [step])
         said = self._read(step) if is_chat else [text] if (text := self._text(step)) else []
@@ -149,21 +149,21 @@ class _Told:
         for each in said:
             content: dict[str, Any] = {"delta": {"content": each}} if is_chat else {"text": each}
             if isinstance(each, Call):
-                content = {"delta": {"tool_calls": [{"index": self._calls, **self._told_call(each)}]}}
+                content = {"delta": {"tool_calls": [{"index": self._calls, **self._call_json(each)}]}}
             yield content, logprobs, None
             logprobs = None
         if step.finish_reason:
             yield {"delta": {}} if is_chat else {"text": ""}, logprobs, self._finish_reason()
 
     def _text(self, step: Step) -> str:
-        return "" if self._order.is_silent else step.text
+        return "" if self._request.is_silent else step.text
 
     def _echo(self) -> str:
-        return self._order.echoes[self.prompt] if self._order.echoes else ""
+        return self._request.echoes[self.prompt] if self._request.echoes else ""
 
     def _finish_reason(self) -> str | None:
         reason = self.steps[-1].finish_reason
-        if self._order.is_silent:
+        if self._request.is_silent:
             return "length"
         return "tool_calls" if reason == "stop" and self._calls else reason
 
@@ -174,28 +174,28 @@ class _Told:
         said = self._reader.add(step.text)
         return said + self._reader.finish() if step.finish_reason else said
 
-    def _told_call(self, call: Call) -> dict[str, Any]:
-        assert self._order.form, "without a form no calls are read"
+    def _call_json(self, call: Call) -> dict[str, Any]:
+        assert self._request.form, "without a form no calls are read"
         self._calls += 1
         function = {"name": call.name, "arguments": call.arguments}
-        return {"id": self._order.form.new_id(), "type": "function", "function": function}
+        return {"id": self._request.form.new_id(), "type": "function", "function": function}
 
     def _logprobs(self, scored: Sequence[Step], steps: Sequence[Step]) -> dict[str, Any] | None:
         """Those of the prompt, and of the steps whose tokens are part of the text."""
-        if self._order.logprobs is None:
+        if self._request.logprobs is None:
             return None
-        made = [] if self._order.is_silent else steps
-        told = [*scored, *(step for step in made if step.token not in self._order.options.stop_ids)]
-        if self._order.is_chat:
-            return {"content": [self._names.entry(step) for step in told], "refusal": None} if told else None
+        made = [] if self._request.is_silent else steps
+        listed = [*scored, *(step for step in made if step.token not in self._request.options.stop_ids)]
+        if self._request.is_chat:
+            return {"content": [self._names.entry(step) for step in listed], "refusal": None} if listed else None
         offsets = list[int]()
-        for step in told:
+        for step in listed:
             offsets.append(self._length)
             self._length += len(step.text)
         return {
-            "tokens": [self._names.of(step.token) for step in told],
-            "token_logprobs": [step.logprob for step in told],
-            "top_logprobs": [None if step.logprob is None else self._names.likeliest(step) for step in told],
+            "tokens": [self._names.of(step.token) for step in listed],
+            "token_logprobs": [step.logprob for step in listed],
+            "top_logprobs": [None if step.logprob is None else self._names.likeliest(step) for step in listed],
             "text_offset": offsets,
         }
 

@@ -1,4 +1,4 @@
-"""Requests in OpenAI's form (https://platform.openai.com/docs/api-reference), read and checked: JSON -> Order.
+"""Requests in OpenAI's form (https://platform.openai.com/docs/api-reference): JSON -> CompletionRequest, checked.
 
 Beside OpenAI's parameters, requests may have the sampler's others: top_k, min_p, repetition_penalty, penalty_window.
 What is unknown is ignored. What would have to change the answer, and cannot, is refused.
@@ -20,7 +20,7 @@ from runtime.pte.metadata import Metadata
 from runtime.serving.openai_messages import Tools, read_messages, read_tools
 from runtime.serving.request_values import RequestError, Values, blamed_on, number, refuse, shown
 from runtime.serving.tool_calls import Form, call_rules
-from runtime.serving.tool_prompt import encode, manner_of
+from runtime.serving.tool_prompt import encode, tool_support
 from runtime.text.constraint import Constraint, json_grammar, json_rule, rules
 from runtime.text.generation import GenerationOptions, check_ids
 from runtime.text.prompts import prompt_ids
@@ -76,7 +76,7 @@ class Text:
     """One text that is to be made.
 
     Attributes:
-        prompt: the place of its prompt in the order.
+        prompt: the place of its prompt in the request.
         seed: of its own.
         constraint: see `runtime.text.generation.generate`.
     """
@@ -87,7 +87,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Order:
+class CompletionRequest:
     """What a request asks for.
 
     Attributes:
@@ -128,7 +128,7 @@ class Order:
         return bool(self.echoes) and self.logprobs is not None
 
 
-def read_completion(raw: bytes, model: Model) -> Order:
+def read_completion(raw: bytes, model: Model) -> CompletionRequest:
     """Reads the body of POST /v1/completions.
 
     Raises:
@@ -146,10 +146,10 @@ def read_completion(raw: bytes, model: Model) -> Order:
     prompts = [values.ids(each) for each in given]
     echoes = [each if isinstance(each, str) else _said(model.tokenizer, each) for each in given] if echo else []
     texts = values.texts(prompts, tries, options, values.grammar())
-    return Order(False, prompts, texts, choices, options, logprobs, *values.streaming(), echoes, is_silent)
+    return CompletionRequest(False, prompts, texts, choices, options, logprobs, *values.streaming(), echoes, is_silent)
 
 
-def read_chat(raw: bytes, model: Model) -> Order:
+def read_chat(raw: bytes, model: Model) -> CompletionRequest:
     """Reads the body of POST /v1/chat/completions.
 
     Raises:
@@ -165,13 +165,15 @@ def read_chat(raw: bytes, model: Model) -> Order:
     limit = values.limit(("max_completion_tokens", "max_tokens"), None)
     metadata, specials = model.metadata, model.tokenizer.specials
     stop_ids = template.stop_ids(model.tokenizer, metadata.bos_id, metadata.stop_ids)
-    form = manner_of(template).form if tools.given else None
+    form = tool_support(template).form if tools.given else None
     options = values.options(logprobs, limit, stop_ids, form.shown_ids(specials) if form else ())
     choices = values.whole("n", 1, MOST_CHOICES) or 1
     grammar = values.grammar_with(form, tools) if form else values.grammar()
     texts = values.texts([prompt], choices, options, grammar)
     streaming = values.streaming()
-    return Order(True, [prompt], texts, choices, options, logprobs, *streaming, form=form, names=tools.names)
+    return CompletionRequest(
+        True, [prompt], texts, choices, options, logprobs, *streaming, form=form, names=tools.names
+    )
 
 
 class _Grammar(NamedTuple):

@@ -1,4 +1,4 @@
-"""Worker: the one thread that runs a program, for several texts in turns, and the queue in front of it."""
+"""Scheduler: the one thread that runs a program, for several texts in turns, and the queue in front of it."""
 
 import threading
 from collections import deque
@@ -19,7 +19,7 @@ class QueueFullError(Exception):
 
 
 class ClosedError(Exception):
-    """The worker has ended, or ends."""
+    """The scheduler has ended, or ends."""
 
 
 @dataclass(eq=False)
@@ -30,7 +30,7 @@ class Job:
         prompt: its ids, which fit in the context.
         options, rng, constraint: see `generate`.
         deliver: is given each step, of which the last has a finish_reason, or what went wrong instead of it. It is
-            called by the worker's thread, or by `Worker.close`, and returns at once.
+            called by the scheduler's thread, or by `Scheduler.close`, and returns at once.
         scores: of how many of the likeliest tokens the prompt's own are compared with, see `score`; None not to.
         scored: the prompt's steps, where they were asked for; complete with the first step.
         cached: how many of the prompt's tokens were not run, because a session began with them; known with the first
@@ -57,7 +57,7 @@ class _Active:
     steps: Iterator[Step | None]
 
 
-class Worker:
+class Scheduler:
     """Takes jobs first come, first served; those that have a session go on in turns, a step of each.
 
     A step is a token, or a part of a prompt as long as the program takes at once. So a long prompt holds nobody up.
@@ -83,7 +83,7 @@ class Worker:
         self._waiting = deque[Job]()
         self._active = list[_Active]()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
     @property

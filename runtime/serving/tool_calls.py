@@ -56,7 +56,7 @@ class Form:
             return f"call_{secrets.token_hex(12)}"
         return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(self.id_length))
 
-    def written(self, calls: Sequence[tuple[str, Any]]) -> str:
+    def render(self, calls: Sequence[tuple[str, Any]]) -> str:
         """Calls, each a name and its arguments, as a model of this form says them."""
         objects = [json.dumps({"name": name, self.key: given}, ensure_ascii=False) for name, given in calls]
         if self.is_listed:
@@ -142,7 +142,7 @@ class CallReader:
         """Ends the answer; what was held back."""
         held, self._held = self._held, ""
         if self._is_open:
-            return list(self._told(held))
+            return list(self._parse(held))
         held = held.rstrip() if self._calls else held
         return [held] if held else []
 
@@ -152,7 +152,7 @@ class CallReader:
                 end = self._end()
                 if end is None:
                     return
-                yield from self._told(self._held[:end])
+                yield from self._parse(self._held[:end])
                 self._held, self._is_open = self._held[end:], False
                 continue
             if self._is_bare and (self._held.lstrip() or "{")[0] == "{":
@@ -196,7 +196,7 @@ class CallReader:
             return None
         return first + len(closing)
 
-    def _told(self, text: str) -> Iterator[str | Call]:
+    def _parse(self, text: str) -> Iterator[str | Call]:
         """The calls of a text that has been opened, and what is behind them; or the text, where there are none."""
         calls, rest = self._read(text)
         self._calls += len(calls)

@@ -46,8 +46,8 @@ Described = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Manner:
-    """How a template goes with functions.
+class ToolSupport:
+    """What a template can do with functions.
 
     Attributes:
         form: how its model writes calls.
@@ -63,17 +63,17 @@ class Manner:
 
 
 @functools.lru_cache(maxsize=4)
-def manner_of(template: Carried) -> Manner:
-    """How a template goes with functions, found out by giving it some."""
+def tool_support(template: Carried) -> ToolSupport:
+    """What a template can do with functions, found out by giving it some."""
     has_system = _tells(template, [{"role": SYSTEM, "content": _NAME}, {"role": USER, "content": _KEY}], None, _NAME)
     if isinstance(template, ChatTemplate):
-        return Manner(HERMES, False, False, has_system)
+        return ToolSupport(HERMES, False, False, has_system)
     asked: list[Described] = [{"role": USER, "content": _KEY}]
     tells_tools = _tells(template, asked, _TOOLS, _NAME)
     result = {"role": TOOL, "tool_call_id": _CALL["id"], "name": _CALLED, "content": _RESULT}
     answered = [*asked, {"role": ASSISTANT, "tool_calls": [_CALL]}, result]
     tells_calls = _tells(template, answered, _TOOLS if tells_tools else None, _CALLED, _RESULT)
-    return Manner(form_of(template.source) if tells_tools else HERMES, tells_tools, tells_calls, has_system)
+    return ToolSupport(form_of(template.source) if tells_tools else HERMES, tells_tools, tells_calls, has_system)
 
 
 def encode(
@@ -84,14 +84,14 @@ def encode(
     Raises:
         InputError: the template does not take them.
     """
-    manner, given = manner_of(template), list(messages)
-    if any("tool_calls" in message for message in given) and not manner.tells_calls:
-        given = _as_texts(given, manner.form)
-    if tools and not manner.tells_tools:
-        given = _with_description(given, tools, manner.has_system)
+    support, given = tool_support(template), list(messages)
+    if any("tool_calls" in message for message in given) and not support.tells_calls:
+        given = _as_texts(given, support.form)
+    if tools and not support.tells_tools:
+        given = _with_description(given, tools, support.has_system)
     if isinstance(template, ChatTemplate):
         return template.encode([(message["role"], message["content"]) for message in given], tokenizer)
-    return template.encode(given, tokenizer, list(tools) if tools and manner.tells_tools else None)
+    return template.encode(given, tokenizer, list(tools) if tools and support.tells_tools else None)
 
 
 def _tells(template: Carried, messages: Sequence[Described], tools: Sequence[Described] | None, *texts: str) -> bool:
@@ -112,7 +112,7 @@ def _as_texts(messages: Sequence[Described], form: Form) -> list[Described]:
     for message in messages:
         role, content = message["role"], message.get("content") or ""
         if calls := message.get("tool_calls"):
-            written = form.written([(call["function"]["name"], call["function"]["arguments"]) for call in calls])
+            written = form.render([(call["function"]["name"], call["function"]["arguments"]) for call in calls])
             content = f"{content}\n{written}" if content else written
         if role == TOOL:
             content = f"<tool_response>\n{content}\n</tool_response>"

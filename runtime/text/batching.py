@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from model.errors import InputError
-from runtime.engine.batched_session import Lanes
+from runtime.engine.batched_session import BatchedSession
 from runtime.engine.program import Program
 from runtime.text.generation import Generation, GenerationOptions, Step, check_ids
 from runtime.text.sampler import Rng
@@ -63,25 +63,25 @@ def _ended(
     program: Program, prompts: Sequence[Sequence[int] | InputError], options: GenerationOptions, seed: int
 ) -> Iterator[Result]:
     """The results of `batch` as texts end."""
-    lanes, active, waiting = Lanes(program), dict[int, _Active](), enumerate(prompts)
+    session, active, waiting = BatchedSession(program), dict[int, _Active](), enumerate(prompts)
     while True:
-        for lane in range(len(lanes)):
+        for lane in range(len(session)):
             while lane not in active and (following := next(waiting, None)):
-                started = _start(program, lanes, *following, options, seed)
+                started = _start(program, session, *following, options, seed)
                 if isinstance(started, Result):
                     yield started
                 else:
-                    lanes.reset(lane)
+                    session.reset(lane)
                     active[lane] = started
         if not active:
             return
-        for lane in _step(lanes, active):
+        for lane in _step(session, active):
             yield active.pop(lane).result
 
 
 def _start(
     program: Program,
-    lanes: Lanes,
+    session: BatchedSession,
     number: int,
     prompt: Sequence[int] | InputError,
     options: GenerationOptions,
@@ -90,28 +90,28 @@ def _start(
     try:
         if isinstance(prompt, InputError):
             raise prompt
-        lanes.check(prompt)
+        session.check(prompt)
         generation = Generation(prompt, options, Rng(seed), program.tokenizer)
     except InputError as error:
         return Result(number, error=str(error))
     return _Active(Result(number), list(prompt), generation)
 
 
-def _step(lanes: Lanes, active: dict[int, _Active]) -> list[int]:
+def _step(session: BatchedSession, active: dict[int, _Active]) -> list[int]:
     """Runs one step, and returns the lanes whose text has ended.
 
     A step costs as much as its longest part does in every lane. So prompts are run whole only while nothing else is
     decoded, and otherwise token by token beside it, which costs nothing: weights are read for the others anyway.
     """
     prefilling = all(len(each.waiting) > 1 for each in active.values())
-    count = lanes.chunk if prefilling else 1
-    logits = lanes.step({lane: each.waiting[:count] for lane, each in active.items()})
+    count = session.chunk if prefilling else 1
+    logits = session.step({lane: each.waiting[:count] for lane, each in active.items()})
     ended = []
     for lane, each in active.items():
         del each.waiting[:count]
         if each.waiting:
             continue
-        step = each.generation.take(logits[lane], full=lanes.is_full(lane))
+        step = each.generation.take(logits[lane], full=session.is_full(lane))
         each.result.steps.append(step)
         each.waiting = [step.token]
         if step.finish_reason:

@@ -141,8 +141,8 @@ class Chooser:
             self._constraint.take(token)
 
 
-class Teller:
-    """Tells what the tokens of one text say, and when it ends."""
+class StepBuilder:
+    """Builds the steps of one text from its tokens: what they say, and when it ends."""
 
     def __init__(self, prompt: Sequence[int], options: GenerationOptions, tokenizer: Tokenizer | None = None) -> None:
         """Starts behind `prompt`.
@@ -157,22 +157,22 @@ class Teller:
             raise InputError(
                 f"--stop {options.stop_strings[0]!r} needs a tokenizer, and the file carries none; leave it out"
             )
-        self._options, self._told = options, 0
+        self._options, self._count = options, 0
         self._decoder = StreamDecoder(tokenizer, prompt) if tokenizer else None
         self._stops = StopFilter(options.stop_strings)
         specials = tokenizer.specials if tokenizer and options.shown_ids else {}
         self._shown = {token: text for text, token in specials.items() if token in options.shown_ids}
 
-    def tell(self, token: int, full: bool) -> Step:
+    def build(self, token: int, full: bool) -> Step:
         """The step of the token that was chosen.
 
         Args:
             full: whether the context has no room for another token.
         """
         options = self._options
-        self._told += 1
+        self._count += 1
         stop = token in options.stop_ids
-        end = stop or self._told == options.max_new_tokens or (full and options.on_full == "stop")
+        end = stop or self._count == options.max_new_tokens or (full and options.on_full == "stop")
         text = ""
         if self._decoder and not stop:
             text = self._stops.add(self._shown.get(token) or self._decoder.add(token))
@@ -184,7 +184,7 @@ class Teller:
 
 
 class Generation:
-    """Makes one text: chooses its tokens, and tells them."""
+    """Makes one text: chooses its tokens, and builds its steps."""
 
     def __init__(
         self,
@@ -194,8 +194,8 @@ class Generation:
         tokenizer: Tokenizer | None = None,
         constraint: Constraint | None = None,
     ) -> None:
-        """See `Chooser` and `Teller`."""
-        self._teller = Teller(prompt, options, tokenizer)
+        """See `Chooser` and `StepBuilder`."""
+        self._builder = StepBuilder(prompt, options, tokenizer)
         self._chooser = Chooser(prompt, options.sampling, rng, constraint)
         self._logprobs = options.logprobs
 
@@ -205,8 +205,8 @@ class Generation:
         return self._chooser.tokens
 
     def take(self, logits: Tensor, full: bool) -> Step:
-        """The next step, from logits [V]; `full` as in `Teller.tell`."""
-        step = self._teller.tell(self._chooser.choose(logits), full)
+        """The next step, from logits [V]; `full` as in `StepBuilder.tell`."""
+        step = self._builder.build(self._chooser.choose(logits), full)
         if self._logprobs is None:
             return step
         logprob, top = logprobs(logits, step.token, self._logprobs)
@@ -288,7 +288,7 @@ def score(
         yield steps
 
 
-def told(steps: Sequence[Step]) -> dict[str, Any]:
+def steps_to_json(steps: Sequence[Step]) -> dict[str, Any]:
     """A whole text as JSON's types: its ids, what they say, and why it ended."""
     return {
         "token_ids": [step.token for step in steps],

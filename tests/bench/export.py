@@ -145,7 +145,7 @@ def ours(checkpoint: Path, output: Path, flags: Sequence[str]) -> list[Stage]:
     """The export that is measured."""
     command = [sys.executable, "-m", "export.llama", "--checkpoint", str(checkpoint), "--tokenizer", "none", "--force"]
     command += ["--max-seq-len", "2048", *flags, "--output", str(output)]
-    return measured(command, r"(open|lower|link|emit|verify) ")
+    return measured(command, r"(open|lower|assemble|write|verify) ")
 
 
 def theirs(checkpoint: Path, output: Path, max_seq_len: int = 2048) -> list[Stage]:

@@ -26,7 +26,7 @@ from export.planning.plan import ExportOptions, Plan, plan
 from export.quality.fidelity import Observed, judge, observed
 from export.quality.weight_bytes import altered
 from export.weights.scheme import SCHEMES, Scheme
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.model import Llama
 from preproc.mask import CausalMask
 from preproc.position_inputs import PositionInputs
@@ -54,7 +54,7 @@ class Right:
 
     name: str
     path: Path
-    recipe: Recipe
+    source: WeightSource
 
 
 class Changed(Mapping[str, Tensor]):
@@ -73,105 +73,107 @@ class Changed(Mapping[str, Tensor]):
         return len(self._weights)
 
 
-def others(recipe: Recipe, found: Mapping[str, Tensor]) -> Recipe:
-    """The recipe with some weights in place of its own."""
-    return Recipe(recipe.config, Changed(recipe._weights, found), recipe.scheme)
+def others(source: WeightSource, found: Mapping[str, Tensor]) -> WeightSource:
+    """The source with some weights in place of its own."""
+    return WeightSource(source.config, Changed(source._weights, found), source.scheme)
 
 
-def _middle(recipe: Recipe) -> str:
-    return f"layers.{recipe.config.n_layers // 2}"
+def _middle(source: WeightSource) -> str:
+    return f"layers.{source.config.n_layers // 2}"
 
 
-def _feed(recipe: Recipe) -> str:
-    return f"{_middle(recipe)}.feed_forward" + (".experts.0" if recipe.config.n_experts else "")
+def _feed(source: WeightSource) -> str:
+    return f"{_middle(source)}.feed_forward" + (".experts.0" if source.config.n_experts else "")
 
 
-def _swapped(recipe: Recipe, name: str) -> Recipe:
-    weight = recipe.weight(name).clone()
+def _swapped(source: WeightSource, name: str) -> WeightSource:
+    weight = source.weight(name).clone()
     weight[[0, 1]] = weight[[1, 0]]
-    return others(recipe, {name: weight})
+    return others(source, {name: weight})
 
 
-def swapped_rows(recipe: Recipe) -> Recipe:
+def swapped_rows(source: WeightSource) -> WeightSource:
     """Two rows of a value matrix."""
-    return _swapped(recipe, f"{_middle(recipe)}.attention.wv.weight")
+    return _swapped(source, f"{_middle(source)}.attention.wv.weight")
 
 
-def swapped_late_rows(recipe: Recipe) -> Recipe:
+def swapped_late_rows(source: WeightSource) -> WeightSource:
     """Two rows in the last block's feed-forward, behind all keys and values."""
-    return _swapped(recipe, f"layers.{recipe.config.n_layers - 1}.{_feed(recipe).split('.', 2)[2]}.w1.weight")
+    return _swapped(source, f"layers.{source.config.n_layers - 1}.{_feed(source).split('.', 2)[2]}.w1.weight")
 
 
-def doubled_scale(recipe: Recipe) -> Recipe:
+def doubled_scale(source: WeightSource) -> WeightSource:
     """Of one row of a feed-forward."""
-    name = f"{_feed(recipe)}.w1.weight"
-    weight = recipe.weight(name).clone()
+    name = f"{_feed(source)}.w1.weight"
+    weight = source.weight(name).clone()
     weight[7] *= 2
-    return others(recipe, {name: weight})
+    return others(source, {name: weight})
 
 
-def left_out_block(recipe: Recipe) -> Recipe:
+def left_out_block(source: WeightSource) -> WeightSource:
     """One that adds nothing to the stream."""
-    names = [f"{_middle(recipe)}.attention.wo.weight", f"{_feed(recipe)}.w2.weight"]
-    return others(recipe, {name: torch.zeros_like(recipe.weight(name)) for name in names})
+    names = [f"{_middle(source)}.attention.wo.weight", f"{_feed(source)}.w2.weight"]
+    return others(source, {name: torch.zeros_like(source.weight(name)) for name in names})
 
 
-def swapped_blocks(recipe: Recipe) -> Recipe:
+def swapped_blocks(source: WeightSource) -> WeightSource:
     """Two neighbours, all their weights."""
-    a, b = (f"layers.{recipe.config.n_layers // 2 + number}." for number in (0, 1))
+    a, b = (f"layers.{source.config.n_layers // 2 + number}." for number in (0, 1))
     with torch.device("meta"):
-        roles = [name.removeprefix(a) for name in Llama(recipe.config).state_dict() if name.startswith(a)]
+        roles = [name.removeprefix(a) for name in Llama(source.config).state_dict() if name.startswith(a)]
     pairs = [(a, b), (b, a)]
-    return others(recipe, {f"{to}{role}": recipe.weight(f"{source}{role}") for to, source in pairs for role in roles})
+    return others(source, {f"{to}{role}": source.weight(f"{origin}{role}") for to, origin in pairs for role in roles})
 
 
-def swapped_k_and_v(recipe: Recipe) -> Recipe:
+def swapped_k_and_v(source: WeightSource) -> WeightSource:
     """In one block."""
-    k, v = (f"{_middle(recipe)}.attention.{name}.weight" for name in ("wk", "wv"))
-    return others(recipe, {k: recipe.weight(v), v: recipe.weight(k)})
+    k, v = (f"{_middle(source)}.attention.{name}.weight" for name in ("wk", "wv"))
+    return others(source, {k: source.weight(v), v: source.weight(k)})
 
 
-def lost_norm(recipe: Recipe) -> Recipe:
+def lost_norm(source: WeightSource) -> WeightSource:
     """The last one's weights are 1."""
-    return others(recipe, {"head.norm.weight": torch.ones_like(recipe.weight("head.norm.weight"))})
+    return others(source, {"head.norm.weight": torch.ones_like(source.weight("head.norm.weight"))})
 
 
-def lost_block_norm(recipe: Recipe) -> Recipe:
+def lost_block_norm(source: WeightSource) -> WeightSource:
     """One block's first one's weights are 1."""
-    name = f"{_middle(recipe)}.attention_norm.weight"
-    return others(recipe, {name: torch.ones_like(recipe.weight(name))})
+    name = f"{_middle(source)}.attention_norm.weight"
+    return others(source, {name: torch.ones_like(source.weight(name))})
 
 
-def wrong_epsilon(recipe: Recipe) -> Recipe:
+def wrong_epsilon(source: WeightSource) -> WeightSource:
     """Ten times what it is."""
-    config = replace(recipe.config, norm_eps=recipe.config.norm_eps * 10)
-    return Recipe(config, recipe._weights, recipe.scheme)
+    config = replace(source.config, norm_eps=source.config.norm_eps * 10)
+    return WeightSource(config, source._weights, source.scheme)
 
 
-def wrong_theta(recipe: Recipe) -> Recipe:
+def wrong_theta(source: WeightSource) -> WeightSource:
     """A hundredth more."""
-    return Recipe(replace(recipe.config, rope_theta=recipe.config.rope_theta * 1.01), recipe._weights, recipe.scheme)
+    return WeightSource(
+        replace(source.config, rope_theta=source.config.rope_theta * 1.01), source._weights, source.scheme
+    )
 
 
-def untied_head(recipe: Recipe) -> Recipe:
+def untied_head(source: WeightSource) -> WeightSource:
     """A head of its own, the embedding's rows each one further."""
-    weight = recipe.weight("head.output.weight").roll(1, 0)
-    config = replace(recipe.config, tied=False)
-    return Recipe(config, Changed(recipe._weights, {"head.output.weight": weight}), recipe.scheme)
+    weight = source.weight("head.output.weight").roll(1, 0)
+    config = replace(source.config, tied=False)
+    return WeightSource(config, Changed(source._weights, {"head.output.weight": weight}), source.scheme)
 
 
-def swapped_experts(recipe: Recipe) -> Recipe:
+def swapped_experts(source: WeightSource) -> WeightSource:
     """The first two of one block; of a model without, the gate and what it gates."""
-    feed, kinds = f"{_middle(recipe)}.feed_forward.", ("w1", "w2", "w3")
-    if not recipe.config.n_experts:
+    feed, kinds = f"{_middle(source)}.feed_forward.", ("w1", "w2", "w3")
+    if not source.config.n_experts:
         w1, w3 = f"{feed}w1.weight", f"{feed}w3.weight"
-        return others(recipe, {w1: recipe.weight(w3), w3: recipe.weight(w1)})
+        return others(source, {w1: source.weight(w3), w3: source.weight(w1)})
     names = [[f"{feed}experts.{number}.{kind}.weight" for kind in kinds] for number in (0, 1)]
     pairs = [*zip(names[0], names[1], strict=True), *zip(names[1], names[0], strict=True)]
-    return others(recipe, {to: recipe.weight(source) for to, source in pairs})
+    return others(source, {to: source.weight(origin) for to, origin in pairs})
 
 
-PLANTED: tuple[Callable[[Recipe], Recipe], ...] = (
+PLANTED: tuple[Callable[[WeightSource], WeightSource], ...] = (
     swapped_rows,
     swapped_late_rows,
     doubled_scale,
@@ -249,16 +251,16 @@ def faults(right: Right, found: Observed, is_quick: bool) -> Iterator[tuple[str,
         is_quick: numbers are not looked at where the weights already refuse it.
     """
     for plant in PLANTED:
-        recipe, by = plant(right.recipe), set[str]()
-        if any(True for _ in altered(right.path, recipe)):
+        source, by = plant(right.source), set[str]()
+        if any(True for _ in altered(right.path, source)):
             by.add("weights")
-        if not (by and is_quick) and not judge(recipe, found).passed:
+        if not (by and is_quick) and not judge(source, found).passed:
             by.add("numbers")
         yield plant.__name__, by
     for run in RUN:
         with run():
             changed = observed(Program(right.path))
-        yield run.__name__, set() if judge(right.recipe, changed).passed else {"numbers"}
+        yield run.__name__, set() if judge(right.source, changed).passed else {"numbers"}
 
 
 def exported(checkpoint: Path, quantize: str, kv_dtype: str, folder: Path) -> Right:
@@ -267,14 +269,14 @@ def exported(checkpoint: Path, quantize: str, kv_dtype: str, folder: Path) -> Ri
     options = ExportOptions(checkpoint=checkpoint, quantize=quantize, kv_dtype=kv_dtype, max_seq_len=256, output=path)
     made: Plan = plan(options)
     _write(made, options, [path], Progress())
-    return Right(f"{quantize}, {kv_dtype} caches", path, made.recipe)
+    return Right(f"{quantize}, {kv_dtype} caches", path, made.source)
 
 
 def random_file(name: str, model: Llama, scheme: Scheme, folder: Path, backend: str = "xnnpack") -> Right:
     """A random model's file."""
     graph = GraphOptions(48, 7, attention="aten" if backend == "portable" or model.config.n_experts else "fused")
     made = planned(model, graph, scheme)
-    return Right(name, write_pte(made, folder / "random.pte", backend), made.recipe)
+    return Right(name, write_pte(made, folder / "random.pte", backend), made.source)
 
 
 def massive(seed: int) -> Llama:
@@ -323,7 +325,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for right in right_files(options.checkpoint, options.only, Path(folder)):
             start, found = time.monotonic(), observed(Program(right.path))
-            fidelity, changed = judge(right.recipe, found), list(altered(right.path, right.recipe))
+            fidelity, changed = judge(right.source, found), list(altered(right.path, right.source))
             results = dict(faults(right, found, options.quick))
             passed = [name for name, by in results.items() if not by]
             is_right = fidelity.passed and not changed

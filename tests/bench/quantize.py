@@ -15,12 +15,12 @@ import torch
 from export.checkpoints.layouts import BUILT_IN
 from export.llama import export_llama
 from export.planning.plan import ExportOptions, plan
-from export.planning.scheme_search import decided
+from export.planning.scheme_search import choose_scheme
 from export.quality.eager import packed
 from export.quality.gptq import calibrate
-from export.quality.layer_errors import lockstep
+from export.quality.layer_errors import measure_layer_errors
 from export.quality.perplexity import Comparison, Gate, Rows, windows
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -36,7 +36,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 AT_ONCE = 4
 
 
-def predicted(recipe: Recipe, texts: Sequence[Sequence[int]], max_seq_len: int) -> Comparison:
+def predicted(source: WeightSource, texts: Sequence[Sequence[int]], max_seq_len: int) -> Comparison:
     """The quantised model's predictions against float32's, a few windows at a time."""
     rows = list[Rows]()
     for start in range(0, len(texts), AT_ONCE):
@@ -46,21 +46,21 @@ def predicted(recipe: Recipe, texts: Sequence[Sequence[int]], max_seq_len: int) 
         def take(first: int, exact: torch.Tensor, found: torch.Tensor, targets: torch.Tensor = targets) -> None:
             rows.append(Rows.of(exact, found, targets[first : first + len(exact)]))
 
-        lockstep(recipe, packed(recipe.config, [text[:-1] for text in part], max_seq_len), take)
-    return Rows.joined(rows).comparison(is_text=True)
+        measure_layer_errors(source, packed(source.config, [text[:-1] for text in part], max_seq_len), take)
+    return Rows.concatenate(rows).comparison(is_text=True)
 
 
 def row(options: ExportOptions, tokens: int, text: str, folder: Path) -> tuple[int, Comparison]:
     """Size of the file in bytes, and what the model makes of the text."""
     size = export_llama(options).stat().st_size
     planned = plan(options)
-    planned = decided(planned, Gate.of(options.eval_text, None), auto=False, note=print)
-    recipe, max_seq_len = planned.recipe, planned.provenance["options"]["max_seq_len"]
+    planned = choose_scheme(planned, Gate.of(options.eval_text, None), auto=False, note=print)
+    source, max_seq_len = planned.source, planned.provenance["options"]["max_seq_len"]
     if planned.texts:
-        recipe = calibrate(recipe, planned.texts, max_seq_len, folder)
+        source = calibrate(source, planned.texts, max_seq_len, folder)
     assert planned.tokenizer, "a text needs a tokenizer"
     texts = windows(planned.tokenizer.encode(text), planned.provenance["bos_id"], max_seq_len, tokens)
-    return size, predicted(recipe, texts, max_seq_len)
+    return size, predicted(source, texts, max_seq_len)
 
 
 def main() -> None:

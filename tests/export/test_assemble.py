@@ -4,19 +4,19 @@ import pytest
 import torch
 from executorch.exir import ExecutorchBackendConfig
 
-from export.lowering.assemble import Deferred, Linked, operators
+from export.lowering.assemble import Assembled, Deferred, operators
 from export.lowering.lower import delegates
 from export.lowering.trace import GraphOptions
-from tests.conftest import linked, planned, toy_model
+from tests.conftest import assembled, planned, toy_model
 
 
 @pytest.fixture(scope="module")
-def programs() -> dict[str, Linked]:
+def programs() -> dict[str, Assembled]:
     plan = planned(toy_model(), GraphOptions(48, 7))
-    return {backend: linked(plan, backend) for backend in ("xnnpack", "portable")}
+    return {backend: assembled(plan, backend) for backend in ("xnnpack", "portable")}
 
 
-def test_everything_but_the_embedding_is_in_a_delegate_a_piece(programs: dict[str, Linked]) -> None:
+def test_everything_but_the_embedding_is_in_a_delegate_a_piece(programs: dict[str, Assembled]) -> None:
     made = programs["xnnpack"]
     for name in ("decode", "prefill"):
         program = made.edge.exported_program(name)
@@ -28,14 +28,14 @@ def test_everything_but_the_embedding_is_in_a_delegate_a_piece(programs: dict[st
 
 
 def test_between_segments_stands_one_operator_a_block() -> None:
-    made = linked(planned(toy_model(), GraphOptions(48, 7, "fused")), "xnnpack")
+    made = assembled(planned(toy_model(), GraphOptions(48, 7, "fused")), "xnnpack")
     program = made.edge.exported_program("forward")
     assert [module.backend_id for module in delegates(program)] == ["XnnpackBackend"] * 3
     called = sorted(operators(program))
     assert called == ["aten::embedding.out", *["llama_pte::attention.out"] * 2]
 
 
-def test_blocks_share_code_and_methods_share_weights(programs: dict[str, Linked]) -> None:
+def test_blocks_share_code_and_methods_share_weights(programs: dict[str, Assembled]) -> None:
     """Code differs in the weights' names alone; the same weight has the same name in both methods."""
     by_method = [delegates(programs["xnnpack"].edge.exported_program(name)) for name in ("decode", "prefill")]
     stored = [[set(module.named_data_store_output.pte_data) for module in modules] for modules in by_method]
@@ -46,7 +46,7 @@ def test_blocks_share_code_and_methods_share_weights(programs: dict[str, Linked]
     assert sum(a != b for a, b in zip(first, second, strict=True)) <= 64 * 7
 
 
-def test_portable_runs_all_operators_by_itself(programs: dict[str, Linked]) -> None:
+def test_portable_runs_all_operators_by_itself(programs: dict[str, Assembled]) -> None:
     made = programs["portable"]
     assert made.requirements.backends == ()
     assert made.delegates == 0
@@ -54,7 +54,7 @@ def test_portable_runs_all_operators_by_itself(programs: dict[str, Linked]) -> N
 
 
 @pytest.mark.parametrize("backend", ["xnnpack", "portable"])
-def test_the_operators_written_down_are_those_the_program_calls(programs: dict[str, Linked], backend: str) -> None:
+def test_the_operators_written_down_are_those_the_program_calls(programs: dict[str, Assembled], backend: str) -> None:
     made = programs[backend]
     plans = made.edge.to_executorch(ExecutorchBackendConfig()).executorch_program.execution_plan
     called = {f"{op.name}.{op.overload}" for plan in plans for op in plan.operators}

@@ -64,7 +64,7 @@ def test_a_tied_matrix_is_stored_once_and_both_use_it(scheme: Scheme, tmp_path: 
     for model in models:
         plan = planned(model, GraphOptions(48, 1), scheme)
         files.append(write_pte(plan, tmp_path / f"{model.config.tied}.pte", "xnnpack"))
-        assert verify(files[-1], plan.recipe).fidelity.passed
+        assert verify(files[-1], plan.source).fidelity.passed
     saved = files[1].stat().st_size - files[0].stat().st_size
     matrix = scheme.head.nbytes(TOY.vocab_size, TOY.dim)
     scales = TOY.vocab_size * TOY.dim // 32 * 2 if scheme.head == FOUR else 0

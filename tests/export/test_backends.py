@@ -146,7 +146,7 @@ def test_where_it_does_not_run_the_export_says_so_and_the_file_is_refused(
 def test_prefill_and_decode_are_one_delegate_each(backend: str, options: ExportOptions, folder: Path) -> None:
     made = exported(backend, options, folder, chunk=7)
     assert [method.name for method in read_metadata(made.path).methods] == ["decode", "prefill"]
-    assert made.said["link"][0].startswith("2 delegates")
+    assert made.said["assemble"][0].startswith("2 delegates")
     assert ("skipped" in made.said["verify"][0]) == (backend in NOT_RUN_HERE)
 
 

@@ -17,7 +17,7 @@ from export.checkpoints.families import HUGGING_FACE_NAMES
 from export.checkpoints.layouts import BUILT_IN, Checkpoint, open_checkpoint
 from export.lowering.trace import GraphOptions
 from export.weights.scheme import SCHEMES
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.errors import InputError
 from model.model import Llama
 from tests.conftest import TOY, planned, random_model, write_pte
@@ -258,8 +258,8 @@ def test_one_checkpoint_exports_to_the_same_bytes_from_every_layout(
     plan = planned(model, GraphOptions(16, 1), SCHEMES[quantize])
     expected = write_pte(plan, tmp_path / "whole.pte", "xnnpack").read_bytes()
     for path in layouts(model, folder, tmp_path, kind):
-        recipe = Recipe(model.config, open_checkpoint(path).weights, plan.recipe.scheme)
-        again = write_pte(replace(plan, recipe=recipe), tmp_path / "again.pte", "xnnpack")
+        source = WeightSource(model.config, open_checkpoint(path).weights, plan.source.scheme)
+        again = write_pte(replace(plan, source=source), tmp_path / "again.pte", "xnnpack")
         assert again.read_bytes() == expected, path
 
 

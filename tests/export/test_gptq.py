@@ -18,11 +18,11 @@ from export.planning.plan import plan
 from export.quality import gptq as calibrate_module
 from export.quality.eager import packed
 from export.quality.gptq import CalibrationText, calibrate, gptq, inverse_root
-from export.quality.layer_errors import lockstep
+from export.quality.layer_errors import measure_layer_errors
 from export.quality.perplexity import TEXT, Rows, windows
 from export.weights.quantize import ROUNDINGS, codes_for, from_parts, hqq, stored
 from export.weights.scheme import BYTE, CALIBRATED, FLOAT, SCHEMES, Format, Scheme, matrices
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.config import ModelConfig
 from model.errors import InputError
 from preproc.tokenizer import open_tokenizer
@@ -51,8 +51,8 @@ def random_tokens(config: ModelConfig, seed: int) -> list[list[int]]:
     return torch.randint(config.vocab_size, (20, config.context), generator=generator).tolist()
 
 
-def recipe_of(config: ModelConfig, scheme: Scheme = SCHEME) -> Recipe:
-    return Recipe(config, random_model(config).state_dict(), scheme)
+def source_of(config: ModelConfig, scheme: Scheme = SCHEME) -> WeightSource:
+    return WeightSource(config, random_model(config).state_dict(), scheme)
 
 
 @settings(max_examples=10)
@@ -106,15 +106,15 @@ def test_rows_are_rounded_alike_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_models_stream_is_closer_to_float32s(tmp_path: Path) -> None:
     """Of tokens that it was not calibrated with."""
-    calibrated = calibrate(recipe_of(FEW), random_tokens(FEW, 0), FEW.context, tmp_path)
+    calibrated = calibrate(source_of(FEW), random_tokens(FEW, 0), FEW.context, tmp_path)
     inputs = packed(FEW, random_tokens(FEW, 1)[:5], FEW.context)
 
-    def streams(recipe: Recipe) -> list[float]:
-        return [found.stream for found in lockstep(recipe, inputs, lambda start, exact, found: None)][1:]
+    def streams(source: WeightSource) -> list[float]:
+        return [found.stream for found in measure_layer_errors(source, inputs, lambda start, exact, found: None)][1:]
 
     ours = streams(calibrated)
     for rounding in ROUNDINGS:
-        theirs = streams(recipe_of(FEW, replace(SCHEME, rounding=rounding)))
+        theirs = streams(source_of(FEW, replace(SCHEME, rounding=rounding)))
         assert all(our < 0.9 * their for our, their in zip(ours, theirs, strict=True)), rounding
 
 
@@ -130,9 +130,9 @@ def test_all_texts_at_once_are_what_each_is_alone(name: str, tmp_path: Path, mon
 
     monkeypatch.setattr(calibrate_module._Head, "forward", remembered)
     texts = random_tokens(config, 0)[:4]
-    recipe = calibrate(recipe_of(config), texts, config.context, tmp_path)
-    ours = recipe.frame("head").norm(seen[0])
-    model, exact = recipe.streamed(), recipe.unquantised().streamed()
+    source = calibrate(source_of(config), texts, config.context, tmp_path)
+    ours = source.frame("head").norm(seen[0])
+    model, exact = source.streamed(), source.unquantised().streamed()
     for text, our in zip(texts, ours, strict=True):
         inputs = packed(config, [text], config.context) | {"select": torch.eye(len(text))[None, :1]}
         with torch.no_grad():
@@ -144,17 +144,17 @@ def test_all_texts_at_once_are_what_each_is_alone(name: str, tmp_path: Path, mon
 
 
 def test_what_is_calibrated_is_read_from_the_folder_and_the_rest_is_not(tmp_path: Path) -> None:
-    recipe = calibrate(recipe_of(FEW), random_tokens(FEW, 0), FEW.context, tmp_path)
+    source = calibrate(source_of(FEW), random_tokens(FEW, 0), FEW.context, tmp_path)
     for name in matrices(FEW):
         piece = name.rpartition(".")[0] if name.startswith("head") else ".".join(name.split(".")[:2])
         with safe_open(tmp_path / f"{piece.removesuffix('.output')}.safetensors", "pt") as tensors:
-            assert torch.equal(recipe.stored(name).qdata, tensors.get_tensor(f"{name}.codes"))
-        assert not torch.equal(recipe.stored(name).qdata, stored(recipe.weight(name), FOUR, "hqq").qdata)
-    embedding = recipe.stored("tok_embeddings.weight")
-    assert torch.equal(embedding.qdata, stored(recipe.weight("tok_embeddings.weight"), BYTE, "hqq").qdata)
-    assert torch.equal(recipe.unquantised().stored("head.output.weight"), recipe.weight("head.output.weight"))
+            assert torch.equal(source.stored(name).qdata, tensors.get_tensor(f"{name}.codes"))
+        assert not torch.equal(source.stored(name).qdata, stored(source.weight(name), FOUR, "hqq").qdata)
+    embedding = source.stored("tok_embeddings.weight")
+    assert torch.equal(embedding.qdata, stored(source.weight("tok_embeddings.weight"), BYTE, "hqq").qdata)
+    assert torch.equal(source.unquantised().stored("head.output.weight"), source.weight("head.output.weight"))
     with pytest.raises(KeyError):
-        recipe_of(FEW).stored("head.output.weight")
+        source_of(FEW).stored("head.output.weight")
 
 
 @pytest.mark.parametrize(
@@ -168,12 +168,12 @@ def test_what_is_calibrated_is_read_from_the_folder_and_the_rest_is_not(tmp_path
 def test_float32_and_a_head_that_is_the_embedding_are_left_alone(
     config: ModelConfig, scheme: Scheme, left: str, tmp_path: Path
 ) -> None:
-    recipe = calibrate(recipe_of(config, scheme), random_tokens(config, 0), config.context, tmp_path)
+    source = calibrate(source_of(config, scheme), random_tokens(config, 0), config.context, tmp_path)
     for name in matrices(config):
-        assert recipe.is_calibrated(name) != name.startswith(left), name
+        assert source.is_calibrated(name) != name.startswith(left), name
         if name.startswith(left):
             form = scheme.format(name, 64)
-            expected, found = stored(recipe.weight(name), form, "hqq"), recipe.stored(name)
+            expected, found = stored(source.weight(name), form, "hqq"), source.stored(name)
             assert torch.equal(found if form == FLOAT else found.qdata, expected if form == FLOAT else expected.qdata)
 
 
@@ -264,7 +264,7 @@ def test_text_that_was_not_seen_is_predicted_better(model: str, shared: Path, tm
     ids = tokenizer.encode((shared / "tinystories" / "valid.txt").read_text()[:40_000])
     parts = windows(ids, 1, 512, 4096)
 
-    def perplexity(recipe: Recipe) -> tuple[float, float]:
+    def perplexity(source: WeightSource) -> tuple[float, float]:
         rows = list[Rows]()
         for start in range(0, len(parts), 2):
             texts = parts[start : start + 2]
@@ -273,15 +273,15 @@ def test_text_that_was_not_seen_is_predicted_better(model: str, shared: Path, tm
             def take(row: int, exact: Tensor, found: Tensor, targets: Tensor = targets) -> None:
                 rows.append(Rows.of(exact, found, targets[row : row + len(exact)]))
 
-            lockstep(recipe, packed(recipe.config, [text[:-1] for text in texts], 512), take)
-        comparison = Rows.joined(rows).comparison(is_text=True)
+            measure_layer_errors(source, packed(source.config, [text[:-1] for text in texts], 512), take)
+        comparison = Rows.concatenate(rows).comparison(is_text=True)
         assert comparison.perplexity
         return comparison.perplexity, comparison.mean_kl
 
     text = CalibrationText.of(shared / "tinystories" / "train-a.txt").windows(tokenizer, 1, 512)
-    recipe = Recipe(checkpoint.config, checkpoint.weights, SCHEME)
-    ours = perplexity(calibrate(recipe, text, 512, tmp_path))
+    source = WeightSource(checkpoint.config, checkpoint.weights, SCHEME)
+    ours = perplexity(calibrate(source, text, 512, tmp_path))
     for rounding in ROUNDINGS:
-        theirs = perplexity(Recipe(checkpoint.config, checkpoint.weights, replace(SCHEME, rounding=rounding)))
+        theirs = perplexity(WeightSource(checkpoint.config, checkpoint.weights, replace(SCHEME, rounding=rounding)))
         assert ours[0] <= theirs[0], rounding
         assert ours[1] < 0.85 * theirs[1], rounding

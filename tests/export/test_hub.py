@@ -125,7 +125,7 @@ def test_what_cannot_be_had_is_one_sentence(raised: Any, message: str, monkeypat
 def test_without_network_and_cache_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="cannot be reached, and its cache does not hold all of it"):
-        hub.fetched(NAME, cache=tmp_path)
+        hub.download(NAME, cache=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["absent", "/absent/model", "a/b/c", "../a", "org/", "a/here", "a b/c"])

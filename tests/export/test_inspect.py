@@ -9,7 +9,7 @@ import pytest
 
 from export import inspect as command
 from export.inspect import describe
-from export.planning.memory import activation_bytes, cache_bytes, matrix_bytes, plan
+from export.planning.memory import activation_bytes, cache_bytes, matrix_bytes, memory_use
 from export.weights.scheme import SCHEMES
 from model.config import ModelConfig
 from model.model import Llama
@@ -47,17 +47,17 @@ def test_the_parts_are_counted_as_the_model_has_them(toy_pte: Path) -> None:
     assert matrix_bytes(replace(TOY, tied=False), FP32) == 4 * (
         sum(p.numel() for p in matrices) + TOY.vocab_size * TOY.dim
     )
-    assert plan(metadata).weights == matrix_bytes(TOY, FP32), "decode and prefill share them"
-    assert plan(metadata).activations == activation_bytes(TOY, metadata.methods[0], TOY.context)
+    assert memory_use(metadata).weights == matrix_bytes(TOY, FP32), "decode and prefill share them"
+    assert memory_use(metadata).activations == activation_bytes(TOY, metadata.methods[0], TOY.context)
     portable = replace(metadata, requirements=replace(metadata.requirements, backends=()))
-    assert plan(portable).weights == 0
+    assert memory_use(portable).weights == 0
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_caches_of_every_kind_are_counted(name: str) -> None:
     metadata = metadata_of(KINDS[name])
     held = KVCache(metadata.methods[0], metadata.max_seq_len).filled_bytes(metadata.max_seq_len)
-    assert plan(metadata).caches == held
+    assert memory_use(metadata).caches == held
     by_context = describe(metadata, 0)["cache_bytes_by_context"]
     assert by_context == ({metadata.max_seq_len: held} if metadata.use_kv_cache else {})
 
@@ -74,7 +74,7 @@ def test_the_plan_is_what_a_run_takes(name: str, request: pytest.FixtureRequest)
     pte = request.getfixturevalue(name)
     call = [sys.executable, "-c", textwrap.dedent(MEASURE), str(pte)]
     done = subprocess.run(call, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-    taken, planned = int(done.stdout), plan(read_metadata(pte)).total
+    taken, planned = int(done.stdout), memory_use(read_metadata(pte)).total
     assert 0.75 * planned - 4e6 < taken < 1.25 * planned + 4e6
 
 
@@ -85,6 +85,6 @@ def test_the_command_prints_all_of_it(toy_pte: Path, capsys: pytest.CaptureFixtu
         assert part in text
     assert command.main([str(toy_pte), "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["memory"]["total"] == plan(read_metadata(toy_pte)).total
+    assert found["memory"]["total"] == memory_use(read_metadata(toy_pte)).total
     assert found["file_bytes"] == toy_pte.stat().st_size
     assert found["cache_bytes_by_context"]["48"] == cache_bytes(TOY, 48)

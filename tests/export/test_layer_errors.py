@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from export.quality.eager import packed, reference
-from export.quality.layer_errors import Loss, lockstep
+from export.quality.layer_errors import Loss, measure_layer_errors
 from export.weights.scheme import SCHEMES
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.config import ModelConfig
 from tests.conftest import TOY, random_model
 
@@ -25,12 +25,12 @@ VARIANTS = {
 }
 
 
-def toy_recipe(config: ModelConfig = TOY, scheme: str = "8da4w") -> Recipe:
+def toy_source(config: ModelConfig = TOY, scheme: str = "8da4w") -> WeightSource:
     model = random_model(config)
-    return Recipe(config, model.state_dict(), SCHEMES[scheme])
+    return WeightSource(config, model.state_dict(), SCHEMES[scheme])
 
 
-def both(recipe: Recipe, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, tuple[Loss, ...]]:
+def both(source: WeightSource, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, tuple[Loss, ...]]:
     """Logits in float32 and quantised, in the parts in which they come, and the losses."""
     exact, found = list[Tensor](), list[Tensor]()
 
@@ -39,16 +39,16 @@ def both(recipe: Recipe, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor
         exact.append(one)
         found.append(other)
 
-    losses = lockstep(recipe, packed(recipe.config, texts, TOY.context), take)
+    losses = measure_layer_errors(source, packed(source.config, texts, TOY.context), take)
     return torch.cat(exact), torch.cat(found), losses
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_both_models_give_in_lockstep_what_they_give_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = toy_recipe(VARIANTS[name])
-    monkeypatch.setattr("export.quality.layer_errors._LOGITS_AT_ONCE", 3 * recipe.config.vocab_size)
-    exact, found, _ = both(recipe, TEXTS)
-    alone, quantised = recipe.unquantised().streamed(), recipe.streamed()
+    source = toy_source(VARIANTS[name])
+    monkeypatch.setattr("export.quality.layer_errors._LOGITS_AT_ONCE", 3 * source.config.vocab_size)
+    exact, found, _ = both(source, TEXTS)
+    alone, quantised = source.unquantised().streamed(), source.streamed()
     torch.testing.assert_close(exact, torch.cat(reference(alone, TEXTS, None, TOY.context)), atol=2e-5, rtol=1e-5)
     # a rounding of an activation that falls the other way is a step of 1/255
     expected = torch.cat(reference(quantised, TEXTS, None, TOY.context))
@@ -57,19 +57,19 @@ def test_both_models_give_in_lockstep_what_they_give_alone(name: str, monkeypatc
 
 def test_losses_are_as_defined() -> None:
     """The first block's and the embedding's, from their pieces."""
-    recipe = toy_recipe()
+    source = toy_source()
     inputs = packed(TOY, TEXTS[:1], TOY.context)
-    _, _, losses = both(recipe, TEXTS[:1])
+    _, _, losses = both(source, TEXTS[:1])
     assert [loss.name for loss in losses] == ["tok_embeddings", "layers.0", "layers.1", "head"]
 
     def relative(error: Tensor, right: Tensor) -> float:
         ratios = [float(e.dot(e) / r.dot(r)) for e, r in zip(error[0], right[0], strict=True)]
         return sum(ratios) / len(ratios)
 
-    exact = recipe.unquantised()
-    x, rounded = exact.piece("tok_embeddings")(inputs["tokens"]), recipe.piece("tok_embeddings")(inputs["tokens"])
+    exact = source.unquantised()
+    x, rounded = exact.piece("tok_embeddings")(inputs["tokens"]), source.piece("tok_embeddings")(inputs["tokens"])
     assert losses[0].own == losses[0].stream == pytest.approx(relative(rounded - x, x), rel=1e-4)
-    block, other = exact.piece("layers.0"), recipe.piece("layers.0")
+    block, other = exact.piece("layers.0"), source.piece("layers.0")
     where = ((inputs["cos"], inputs["sin"]), inputs["mask"])
     y, own, stream = block(x, *where)[0], other(x, *where)[0], other(rounded, *where)[0]
     assert losses[1].own == pytest.approx(relative(own - y, y - x), rel=1e-3)
@@ -86,6 +86,6 @@ def test_losses_are_as_defined() -> None:
 
 
 def test_a_model_that_is_not_quantised_loses_nothing() -> None:
-    _, _, losses = both(toy_recipe(scheme="fp32"), TEXTS)
+    _, _, losses = both(toy_source(scheme="fp32"), TEXTS)
     assert all(loss.own == loss.mse == 0 and not any(loss.linears.values()) for loss in losses[:-1])
     assert losses[-1].own < 1e-12, "the head is multiplied in parts"

@@ -12,20 +12,20 @@ from export import verify as command
 from export.checkpoints.layouts import BUILT_IN, open_checkpoint
 from export.lowering.trace import GraphOptions
 from export.planning import plan
-from export.planning.scheme_search import measured
+from export.planning.scheme_search import measure_scheme
 from export.quality.layer_errors import Loss
 from export.quality.perplexity import TEXT, Comparison, Gate, Quality, Rows, Span, measure, most_tokens, windows
 from export.quality.verification import MAX_PPL_INCREASE, verify
 from export.weights.scheme import SCHEMES, Scheme
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.errors import InputError
 from preproc.tokenizer import open_tokenizer
 from tests.conftest import TOY, planned, random_model, write_pte
-from tests.export.test_layer_errors import both, toy_recipe
+from tests.export.test_layer_errors import both, toy_source
 
 
-class Planted(Recipe):
-    """A recipe whose matrices in one layer are rounded to 2 bits, in the quantised model only."""
+class Planted(WeightSource):
+    """A source whose matrices in one layer are rounded to 2 bits, in the quantised model only."""
 
     layer = "layers.3."
 
@@ -71,11 +71,11 @@ def test_a_text_is_parted_into_windows() -> None:
 
 
 def test_the_error_is_averaged_by_position_over_all_windows() -> None:
-    recipe, texts = toy_recipe(), [list(range(3, 44)), list(range(50, 60))]
-    quality = measure(recipe, texts, torch.zeros(7, TOY.vocab_size), TOY.context, "text", 1)
+    source, texts = toy_source(), [list(range(3, 44)), list(range(50, 60))]
+    quality = measure(source, texts, torch.zeros(7, TOY.vocab_size), TOY.context, "text", 1)
     assert quality.windows == (40, 9)
     assert [(span.start, span.end) for span in quality.spans[:2]] == [(0, 2), (2, 4)]
-    exact, found, _ = both(recipe, [text[:-1] for text in texts])
+    exact, found, _ = both(source, [text[:-1] for text in texts])
     rows = Rows.of(exact, found, torch.tensor([token for text in texts for token in text[1:]]))
     here = [2, 3, 42, 43]
     assert quality.spans[1].kl == pytest.approx(float(rows.kl[here].mean()), rel=1e-4)
@@ -87,14 +87,14 @@ def test_the_error_is_averaged_by_position_over_all_windows() -> None:
 @pytest.fixture(scope="module")
 def healthy() -> Quality:
     """Of the built-in model at 4 bits."""
-    return built_in(Recipe)
+    return built_in(WeightSource)
 
 
-def built_in(kind: type[Recipe]) -> Quality:
+def built_in(kind: type[WeightSource]) -> Quality:
     checkpoint, tokenizer = open_checkpoint(BUILT_IN), open_tokenizer(BUILT_IN / "tokenizer.model")
     texts = windows(tokenizer.encode(TEXT.read_text()), tokenizer.bos_id, 512, most_tokens(checkpoint.config))
-    recipe = kind(checkpoint.config, checkpoint.weights, SCHEMES["8da4w"])
-    return measure(recipe, texts, torch.zeros(1, checkpoint.config.vocab_size), 512, "text", MAX_PPL_INCREASE[4])
+    source = kind(checkpoint.config, checkpoint.weights, SCHEMES["8da4w"])
+    return measure(source, texts, torch.zeros(1, checkpoint.config.vocab_size), 512, "text", MAX_PPL_INCREASE[4])
 
 
 def test_a_healthy_model_passes(healthy: Quality) -> None:
@@ -160,9 +160,9 @@ def test_the_command_fails_the_export_keeps_the_earlier_file_and_leaves_the_repo
 def test_a_smaller_cache_costs_little(kv_dtype: str, most: float) -> None:
     made = plan.plan(plan.ExportOptions(max_seq_len=512))
     assert made.tokenizer
-    recipe = made.recipe.with_scheme(Scheme(kv_dtype=kv_dtype))
+    source = made.source.with_scheme(Scheme(kv_dtype=kv_dtype))
     texts = windows(made.tokenizer.encode(Gate().read()), 1, 512, 2048)
-    found, _ = measured(recipe, texts, 512)
+    found, _ = measure_scheme(source, texts, 512)
     assert found.within(most)
     assert found.mean_kl > 0, "it was rounded"
 
@@ -171,7 +171,7 @@ def test_without_a_tokenizer_nothing_is_said_of_perplexity(tmp_path: Path) -> No
     """And a file without caches is given only the first tokens."""
     made = planned(random_model(TOY), GraphOptions(TOY.context, TOY.context, kv_cache=False), SCHEMES["8da8w"])
     pte = write_pte(made, tmp_path / "toy.pte", "xnnpack")
-    verdict = verify(pte, made.recipe)
+    verdict = verify(pte, made.source)
     assert verdict.failure is None
     quality = verdict.quality
     assert quality is not None
@@ -231,7 +231,7 @@ def test_a_layer_at_two_bits_fails_the_built_in_models_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--quantize", "8da4w", "--max-seq-len", "512", "--output", str(tmp_path / "tiny.pte")]
-    monkeypatch.setattr(plan, "Recipe", Planted)
+    monkeypatch.setattr(plan, "WeightSource", Planted)
     assert llama.main(flags) == 1
     assert "the worst layers: layers.3 (" in capsys.readouterr().err
     assert not (tmp_path / "tiny.pte").exists()

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from export.weights.scheme import BYTE, FLOAT, SCHEMES, Format, Scheme, adjusted, kept, matrices
+from export.weights.scheme import BYTE, FLOAT, SCHEMES, Format, Scheme, adjusted, format_exceptions, matrices
 from model.errors import InputError
 from model.model import Llama
 from tests.conftest import TOY
@@ -56,9 +56,9 @@ def test_matrices_and_those_kept_are_the_models() -> None:
     found = matrices(TOY)
     named = {name: tuple(p.shape) for name, p in Llama(replace(TOY, tied=False)).named_parameters() if p.dim() == 2}
     assert found == {name: shape for name, shape in named.items() if name != "tok_embeddings.weight"}
-    assert kept(TOY, SCHEMES["fp32"]) == {}
+    assert format_exceptions(TOY, SCHEMES["fp32"]) == {}
     w2 = {f"layers.{layer}.feed_forward.w2.weight": BYTE for layer in (0, 1)}  # 48 columns
-    assert kept(TOY, SCHEMES["8da4w"]) == w2
+    assert format_exceptions(TOY, SCHEMES["8da4w"]) == w2
 
 
 def test_bytes_are_weights_and_scales() -> None:

@@ -7,9 +7,9 @@ from export.llama import export_llama, main
 from export.planning.plan import ExportOptions, plan
 from export.planning.scheme_search import (
     NothingFitsError,
-    decided,
-    ladder,
-    measured,
+    candidates,
+    choose_scheme,
+    measure_scheme,
     most_sensitive,
     smallest,
     stored_bytes,
@@ -44,10 +44,13 @@ def test_bytes_are_those_of_all_matrices_and_of_the_embedding_once() -> None:
 
 def test_each_rung_has_at_least_the_bits_of_the_one_before() -> None:
     config = replace(PLAIN, dim=256, n_heads=8, head_dim=32, n_kv_heads=8, hidden_dim=256, vocab_size=1000)
-    sizes = [stored_bytes(config, replace(rung.scheme, careful=(0,) if rung.careful else ())) for rung in ladder("hqq")]
+    sizes = [
+        stored_bytes(config, replace(candidate.scheme, careful=(0,) if candidate.careful else ()))
+        for candidate in candidates("hqq")
+    ]
     assert sizes == sorted(sizes)
-    assert {rung.scheme.rounding for rung in ladder("hqq")} == {"hqq"}
-    assert {rung.quantize for rung in ladder("hqq")} == set(SCHEMES) - {"fp32"}
+    assert {candidate.scheme.rounding for candidate in candidates("hqq")} == {"hqq"}
+    assert {candidate.quantize for candidate in candidates("hqq")} == set(SCHEMES) - {"fp32"}
 
 
 def test_the_blocks_that_lose_most_are_kept() -> None:
@@ -64,10 +67,10 @@ def test_the_smallest_inside_the_budget_is_taken(text: Path) -> None:
     tried = list[str]()
     budget = 0.03
     found = smallest(planned, texts, budget, tried.append)
-    comparison, _ = measured(found.recipe, texts, 128)
+    comparison, _ = measure_scheme(found.source, texts, 128)
     assert comparison.within(budget)
-    config = found.recipe.config
-    assert stored_bytes(config, found.recipe.scheme) <= stored_bytes(config, SCHEMES["8da8w"])
+    config = found.source.config
+    assert stored_bytes(config, found.source.scheme) <= stored_bytes(config, SCHEMES["8da8w"])
     assert len(tried) > 1, "it was not the first"
     with pytest.raises(NothingFitsError, match=r"within 0\.0001% of float32's"):
         smallest(planned, texts, 1e-6, tried.append)
@@ -76,8 +79,8 @@ def test_the_smallest_inside_the_budget_is_taken(text: Path) -> None:
 @pytest.mark.slow
 def test_a_mixed_file_says_which_blocks_have_more_bits(text: Path) -> None:
     options = ExportOptions(max_seq_len=128, quantize="mixed", eval_text=text, output=MODELS / "mixed.pte")
-    planned = decided(plan(options), Gate.of(text, None), False, print)
-    careful = planned.recipe.scheme.careful
+    planned = choose_scheme(plan(options), Gate.of(text, None), False, print)
+    careful = planned.source.scheme.careful
     assert len(careful) == 2, "a quarter of 5 and rounded up"
     metadata = read_metadata(export_llama(options))
     assert metadata.provenance["options"]["scheme"]["careful"] == list(careful)
@@ -87,7 +90,7 @@ def test_a_mixed_file_says_which_blocks_have_more_bits(text: Path) -> None:
 def test_nothing_can_be_measured_without_a_text(toy_bin: Path) -> None:
     options = ExportOptions(checkpoint=toy_bin, tokenizer=Path("none"), quantize="mixed")
     with pytest.raises(InputError, match="--quantize mixed measures on a text, which needs a tokenizer"):
-        decided(plan(options), Gate(), False, print)
+        choose_scheme(plan(options), Gate(), False, print)
 
 
 def test_auto_takes_no_scheme(tmp_path: Path) -> None:

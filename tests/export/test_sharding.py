@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.planning.sharding import Cut, block_bytes
+from export.planning.sharding import Sharding, block_bytes
 from export.weights.scheme import SCHEMES, matrices
 from model.errors import InputError
 from tests.conftest import TOY
@@ -15,7 +15,7 @@ FP32 = SCHEMES["fp32"]
 @given(st.integers(1, 12), st.data())
 def test_shards_hold_every_block_once_in_order(n_layers: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, n_layers))
-    spans = Cut(count).spans(replace(TOY, n_layers=n_layers), FP32)
+    spans = Sharding(count).spans(replace(TOY, n_layers=n_layers), FP32)
     assert len(spans) == count
     assert [layer for span in spans for layer in span] == list(range(n_layers))
 
@@ -27,7 +27,7 @@ def test_shards_are_balanced_with_embedding_and_head() -> None:
     outside = 4 * config.vocab_size * config.dim
     assert (sizes[0] - outside, sizes[-1] - outside) == (sizes[1], sizes[1])
     assert sum(sizes) == 4 * sum(rows * columns for rows, columns in matrices(config).values()) + outside
-    spans = Cut(3).spans(config, FP32)
+    spans = Sharding(3).spans(config, FP32)
     largest = max(sum(sizes[layer] for layer in span) for span in spans)
     for first in range(1, 11):
         for second in range(first + 1, 12):
@@ -37,19 +37,19 @@ def test_shards_are_balanced_with_embedding_and_head() -> None:
 def test_as_few_shards_as_a_size_allows() -> None:
     config = replace(TOY, n_layers=6)
     sizes = block_bytes(config, FP32)
-    assert Cut(shard_bytes=sum(sizes)).spans(config, FP32) == (range(6),)
-    assert len(Cut(shard_bytes=sum(sizes) - 1).spans(config, FP32)) == 2
-    assert len(Cut(shard_bytes=max(sizes)).spans(config, FP32)) <= 6
+    assert Sharding(shard_bytes=sum(sizes)).spans(config, FP32) == (range(6),)
+    assert len(Sharding(shard_bytes=sum(sizes) - 1).spans(config, FP32)) == 2
+    assert len(Sharding(shard_bytes=max(sizes)).spans(config, FP32)) <= 6
     with pytest.raises(InputError, match=f"--shard-bytes {max(sizes) - 1} is less than one block takes.*{max(sizes)}"):
-        Cut(shard_bytes=max(sizes) - 1).spans(config, FP32)
+        Sharding(shard_bytes=max(sizes) - 1).spans(config, FP32)
 
 
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
-        (lambda: Cut(0), "--shards 0 is impossible"),
-        (lambda: Cut(2, 100), "--shards and --shard-bytes both say"),
-        (lambda: Cut(3).spans(TOY, FP32), "--shards 3 is more than the model's 2 blocks"),
+        (lambda: Sharding(0), "--shards 0 is impossible"),
+        (lambda: Sharding(2, 100), "--shards and --shard-bytes both say"),
+        (lambda: Sharding(3).spans(TOY, FP32), "--shards 3 is more than the model's 2 blocks"),
     ],
 )
 def test_impossible_cuts_are_refused(make: object, problem: str) -> None:

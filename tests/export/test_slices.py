@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from export.lowering.slices import SliceRecipe, kv_heads
-from export.planning.sharding import Cut
+from export.lowering.slices import SlicedSource, kv_heads
+from export.planning.sharding import Sharding
 from export.weights.scheme import SCHEMES, Scheme, adjusted, matrices
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.config import ModelConfig
 from model.errors import InputError
-from runtime.pte.parts import joined
+from runtime.pte.parts import join_parts
 from tests.conftest import planned, random_model
 from tests.support.slices import GRAPH, GROUPED, UNUSUAL, in_slices, metadata_of
 
@@ -31,8 +31,8 @@ UNEVEN = replace(WIDE, n_heads=6, n_kv_heads=3, head_dim=32)
     ],
 )
 def test_slices_have_the_wholes_numbers(scheme: Scheme, config: ModelConfig, count: int) -> None:
-    whole = Recipe(config, random_model(config).state_dict(), scheme)
-    parts = [SliceRecipe(whole, number, count) for number in range(count)]
+    whole = WeightSource(config, random_model(config).state_dict(), scheme)
+    parts = [SlicedSource(whole, number, count) for number in range(count)]
     for name, shape in {**matrices(config), "tok_embeddings.weight": (93, 64)}.items():
         axis = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
         found = torch.cat([_values(part.stored(name)) for part in parts], dim=axis)
@@ -100,11 +100,11 @@ def test_models_that_cannot_be_sliced_are_refused(
     config: ModelConfig, scheme: Scheme, count: int, problem: str
 ) -> None:
     with pytest.raises(InputError, match=problem):
-        Cut(slices=count).spans(config, scheme)
+        Sharding(slices=count).spans(config, scheme)
 
 
 def test_slices_and_shards_do_not_mix() -> None:
-    cut = replace(planned(random_model(GROUPED), GRAPH), cut=Cut(2))
-    first, second = metadata_of(in_slices(GROUPED, 2), 0), metadata_of(cut, 1)
+    sharded = replace(planned(random_model(GROUPED), GRAPH), sharding=Sharding(2))
+    first, second = metadata_of(in_slices(GROUPED, 2), 0), metadata_of(sharded, 1)
     with pytest.raises(InputError, match="is not of the same export as"):
-        joined({Path("slice"): first, Path("shard"): second})
+        join_parts({Path("slice"): first, Path("shard"): second})

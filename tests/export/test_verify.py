@@ -16,12 +16,12 @@ from export.llama import export_llama
 from export.lowering.assemble import weight_digest
 from export.lowering.trace import GraphOptions
 from export.planning.plan import ExportOptions, plan
-from export.planning.sharding import Cut
+from export.planning.sharding import Sharding
 from export.quality.fidelity import LIMITS, Observed, compare, judge, observed
 from export.quality.verification import Verdict, verify
 from export.quality.weight_bytes import EPSILON, altered, weight_places
 from export.weights.scheme import SCHEMES
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.errors import InputError
 from model.model import Llama
 from runtime.engine.program import Program, read_metadata
@@ -50,7 +50,7 @@ def changed(model: Llama) -> Llama:
 
 
 def verdict(file: Path, model: Llama) -> Verdict:
-    return verify(file, Recipe(model.config, model.state_dict(), SCHEMES["fp32"]))
+    return verify(file, WeightSource(model.config, model.state_dict(), SCHEMES["fp32"]))
 
 
 def test_a_faithful_file_passes(made: tuple[Path, Llama]) -> None:
@@ -133,21 +133,23 @@ def right(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_a_right_file_passes_and_holds_the_weights(right: tuple[Right, Observed]) -> None:
     file, found = right
-    fidelity = judge(file.recipe, found)
+    fidelity = judge(file.source, found)
     assert fidelity.passed
     assert fidelity.cached is not None, "its keys and values were compared"
-    assert list(altered(file.path, file.recipe)) == []
+    assert list(altered(file.path, file.source)) == []
 
 
 @pytest.mark.parametrize("fault", PLANTED)
-def test_a_fault_of_the_model_is_refused(fault: Callable[[Recipe], Recipe], right: tuple[Right, Observed]) -> None:
+def test_a_fault_of_the_model_is_refused(
+    fault: Callable[[WeightSource], WeightSource], right: tuple[Right, Observed]
+) -> None:
     file, found = right
-    assert not judge(fault(file.recipe), found).passed
+    assert not judge(fault(file.source), found).passed
 
 
 def test_another_epsilon_is_named(right: tuple[Right, Observed]) -> None:
     file, _ = right
-    assert list(altered(file.path, wrong_epsilon(file.recipe))) == [EPSILON]
+    assert list(altered(file.path, wrong_epsilon(file.source))) == [EPSILON]
 
 
 @pytest.mark.parametrize("fault", RUN)
@@ -156,7 +158,7 @@ def test_a_fault_of_the_runtime_is_refused(fault: Callable[[], AbstractContextMa
     file, _ = right
     with fault():
         found = observed(Program(file.path))
-    assert not judge(file.recipe, found).passed
+    assert not judge(file.source, found).passed
 
 
 @pytest.mark.parametrize("kind", ["linear", "head"])
@@ -166,23 +168,23 @@ def test_one_bit_of_a_weight_is_named(kind: str, embedding_bits: int, tmp_path: 
     if embedding_bits == 4:
         scheme = replace(SCHEMES["8da4w"], embedding=SCHEMES["8da4w"].head)
     made = random_file("", random_model(DEEP), scheme, tmp_path)
-    assert list(altered(made.path, made.recipe)) == []
+    assert list(altered(made.path, made.source)) == []
     name = "head.output.weight" if kind == "head" else "layers.3.feed_forward.w1.weight"
     with made.path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as program:
         start, _ = weight_places(program)[weight_digest(export_identity(read_metadata(made.path).provenance), name, 0)]
         program[start + 5] ^= 1
-    assert list(altered(made.path, made.recipe)) == [name]
+    assert list(altered(made.path, made.source)) == [name]
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_shards_and_slices_hold_the_weights(count: int, toy_options: ExportOptions, tmp_path: Path) -> None:
-    cut = Cut(slices=2) if count == 2 else Cut(shards=2)
-    options = replace(toy_options, quantize="8da8w", cut=cut, output=tmp_path / "cut", max_ppl_increase=100.0)
+    sharding = Sharding(slices=2) if count == 2 else Sharding(shards=2)
+    options = replace(toy_options, quantize="8da8w", sharding=sharding, output=tmp_path / "cut", max_ppl_increase=100.0)
     found = plan(options)
-    assert list(altered(export_llama(options), found.recipe)) == []
+    assert list(altered(export_llama(options), found.source)) == []
     model = changed(open_checkpoint(options.checkpoint).build())
     model.layers["1"].attention.wo.weight[3, 3] = 5.0
-    other = Recipe(model.config, model.state_dict(), found.recipe.scheme, slices=cut.slices)
+    other = WeightSource(model.config, model.state_dict(), found.source.scheme, slices=sharding.slices)
     assert set(altered(tmp_path / "cut", other)) == {"layers.1.attention.wo.weight"}
 
 

@@ -63,8 +63,8 @@ def test_quantised_files_give_the_eager_models_tokens(
     options = ExportOptions(max_seq_len=512, output=output, **scheme)
     export_llama(options)
     metadata = read_metadata(output)
-    recipe = plan(options).recipe.with_scheme(Scheme.parse(metadata.provenance["options"]["scheme"]))
-    model = recipe.model({name: recipe.piece(name) for name in piece_names(recipe.config)})
+    source = plan(options).source.with_scheme(Scheme.parse(metadata.provenance["options"]["scheme"]))
+    model = source.model({name: source.piece(name) for name in piece_names(source.config)})
     prompt = from_bytes(metadata.tokenizer, metadata.tokenizer_kind).encode("The cat")
     text = [1, *prompt]
     for _ in range(64):

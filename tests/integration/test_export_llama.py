@@ -21,9 +21,9 @@ import torch
 from export import llama as command
 from export.checkpoints.layouts import BUILT_IN, open_checkpoint
 from export.llama import ExportOptions, Progress, VerificationError, export_llama
-from export.lowering.assemble import Linked
+from export.lowering.assemble import Assembled
 from export.planning import plan
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from model.errors import InputError
 from runtime import generate
 from runtime.cli.command import run_command
@@ -34,7 +34,7 @@ from runtime.text.sampler import Rng
 from tests.conftest import MODELS, TOY
 from tests.model.test_model import VARIANTS, hugging_face_llama
 
-STAGES = ("open", "lower", "link", "emit", "verify")
+STAGES = ("open", "lower", "assemble", "write", "verify")
 
 
 class Recorder(Progress):
@@ -170,14 +170,14 @@ def test_a_wrong_weight_fails_the_export_and_keeps_the_earlier_file(
 ) -> None:
     output = tmp_path / "toy.pte"
     output.write_bytes(b"earlier")
-    real = command.link
+    real = command.assemble
 
-    def link_another(recipe: Recipe, *others: Any) -> Linked:
+    def assemble_another(source: WeightSource, *others: Any) -> Assembled:
         weights = dict(open_checkpoint(toy_options.checkpoint).weights)
         weights["layers.1.attention.wo.weight"] = weights["layers.1.attention.wo.weight"] * 1.01
-        return real(Recipe(recipe.config, weights, recipe.scheme), *others)
+        return real(WeightSource(source.config, weights, source.scheme), *others)
 
-    monkeypatch.setattr(command, "link", link_another)
+    monkeypatch.setattr(command, "assemble", assemble_another)
     with pytest.raises(VerificationError, match=r"differs from the checkpoint: error .* was not written"):
         export_llama(replace(toy_options, output=output, backend="portable"))
     flags = ["--checkpoint", str(toy_options.checkpoint), "--tokenizer", "none", "--backend", "portable"]

@@ -12,7 +12,7 @@ import torch
 
 from export.llama import export_llama
 from export.planning.plan import ExportOptions
-from export.planning.sharding import Cut
+from export.planning.sharding import Sharding
 from model.errors import InputError
 from runtime.engine.executorch import Shard
 from runtime.engine.program import Program, read_metadata
@@ -38,7 +38,7 @@ def whole(deep: ExportOptions) -> Path:
 @pytest.fixture(scope="module")
 def shards(deep: ExportOptions) -> Path:
     """DEEP in three."""
-    return exported(replace(deep, cut=Cut(3), output=MODELS / "deep.shards"))
+    return exported(replace(deep, sharding=Sharding(3), output=MODELS / "deep.shards"))
 
 
 def ids(path: Path, prompt: list[int], temperature: float = 0.0) -> list[int]:
@@ -50,7 +50,9 @@ def ids(path: Path, prompt: list[int], temperature: float = 0.0) -> list[int]:
 def test_any_number_of_shards_gives_the_whole_models_tokens(
     count: int, deep: ExportOptions, whole: Path, runner: Path
 ) -> None:
-    folder = exported(replace(deep, cut=Cut(count), output=MODELS / ("deep.shards" if count == 3 else f"deep{count}")))
+    folder = exported(
+        replace(deep, sharding=Sharding(count), output=MODELS / ("deep.shards" if count == 3 else f"deep{count}"))
+    )
     assert [file.name for file in sorted(folder.iterdir())] == [f"{i}-of-{count}.pte" for i in range(1, count + 1)]
     prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
     expected = ids(whole, prompt)
@@ -77,7 +79,7 @@ def test_every_kind_of_graph_can_be_cut(changes: dict[str, object], deep: Export
     """The stages verify each against the eager model; here the logits are the whole's, too."""
     options = replace(deep, prefill_chunk=3, max_seq_len=16, **changes)  # type: ignore[arg-type]
     one = Program(export_llama(replace(options, output=tmp_path / "one.pte")))
-    two = Program(export_llama(replace(options, cut=Cut(2), output=tmp_path / "two")))
+    two = Program(export_llama(replace(options, sharding=Sharding(2), output=tmp_path / "two")))
     assert one.metadata.methods == tuple(replace_order(spec, one) for spec in two.metadata.methods)
     method = one.metadata.methods[0]
     inputs = {spec.name: spec.zeros(method.max_length) for spec in method.inputs}
@@ -116,7 +118,7 @@ def test_shards_tell_what_the_whole_does(whole: Path, shards: Path) -> None:
 def test_what_does_not_make_one_model_is_refused_by_name(
     deep: ExportOptions, shards: Path, runner: Path, tmp_path: Path
 ) -> None:
-    other = export_llama(replace(deep, prefill_chunk=5, cut=Cut(3), output=tmp_path / "other"))
+    other = export_llama(replace(deep, prefill_chunk=5, sharding=Sharding(3), output=tmp_path / "other"))
 
     def refused(folder: Path, *words: str) -> None:
         with pytest.raises(InputError) as error:
@@ -176,7 +178,7 @@ def budget(runner: Path, folder: Path, shards: int = 1) -> str:
 
 def test_the_runner_maps_what_it_has_packed(tiny_pte: Path, runner: Path, tmp_path: Path) -> None:
     """Of five shards it keeps two or three: each run after the first finds the packed files."""
-    folder = export_llama(ExportOptions(max_seq_len=512, cut=Cut(5), output=tmp_path / "tiny"))
+    folder = export_llama(ExportOptions(max_seq_len=512, sharding=Sharding(5), output=tmp_path / "tiny"))
     flags = ["--prompt", "Once upon a time", "--max-new-tokens", "20", "--format", "json"]
     expected = subprocess.run([runner, tiny_pte, *flags], capture_output=True, check=True)
     flags += ["--memory-budget", budget(runner, folder, shards=2)]
@@ -197,7 +199,7 @@ def test_real_models_streamed_give_the_whole_models_tokens(
 ) -> None:
     options = stories260k if model == "stories260K" else ExportOptions(max_seq_len=512)
     one = exported(replace(options, output=MODELS / f"streamed-{model}.pte"))
-    folder = export_llama(replace(options, cut=Cut(count), output=tmp_path / "shards"))
+    folder = export_llama(replace(options, sharding=Sharding(count), output=tmp_path / "shards"))
     prompt = [1, 403, 407, 261]
     expected = ids(one, prompt)
     monkeypatch.setattr("runtime.engine.sequential.memory", lambda: 0)
@@ -218,8 +220,8 @@ def test_another_cut_takes_the_place_of_the_first(deep: ExportOptions, shards: P
     folder = Path(shutil.copytree(shards, tmp_path / "shards"))
     options = replace(deep, output=folder)
     (folder / "2-of-3.pte.0123456789abcdef.packed").touch()
-    export_llama(replace(options, cut=Cut(2)))
+    export_llama(replace(options, sharding=Sharding(2)))
     assert sorted(file.name for file in folder.iterdir()) == ["1-of-2.pte", "2-of-2.pte"]
     written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    export_llama(replace(options, cut=Cut(2)))
+    export_llama(replace(options, sharding=Sharding(2)))
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written, "nothing was to be done"

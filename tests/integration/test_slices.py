@@ -16,7 +16,7 @@ from torch import Tensor
 from export.inspect import main as inspect
 from export.llama import export_llama
 from export.planning.plan import ExportOptions
-from export.planning.sharding import Cut
+from export.planning.sharding import Sharding
 from export.quality.eager import reference
 from export.weights.scheme import SCHEMES, Scheme, adjusted
 from model.config import ModelConfig
@@ -59,7 +59,7 @@ def whole(grouped: ExportOptions) -> Path:
 @pytest.fixture(scope="module")
 def slices(grouped: ExportOptions) -> Path:
     """GROUPED in two slices."""
-    return exported(replace(grouped, cut=Cut(slices=2), output=MODELS / "small-2.slices"))
+    return exported(replace(grouped, sharding=Sharding(slices=2), output=MODELS / "small-2.slices"))
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -84,8 +84,8 @@ def test_quantised_slices_are_near_the_whole(config: ModelConfig, count: int, sc
     plan = in_slices(config, count, scheme)
     found = Session(EagerSlices(plan)).extend(PROMPT, 3)
     as_slices, as_whole = (
-        reference(recipe.streamed(), [PROMPT], [3], 40)[0]
-        for recipe in (plan.recipe, planned(random_model(config), GRAPH, scheme).recipe)
+        reference(source.streamed(), [PROMPT], [3], 40)[0]
+        for source in (plan.source, planned(random_model(config), GRAPH, scheme).source)
     )
     near, far = (_divergence(found, expected) for expected in (as_slices, as_whole))
     assert near < 1e-3
@@ -111,7 +111,7 @@ def test_slices_of_every_kind_can_be_exported(name: str, backend: str, tmp_path:
 def test_exported_slices_give_the_whole_models_tokens(
     count: int, grouped: ExportOptions, slices: Path, whole: Path, tmp_path: Path
 ) -> None:
-    options = replace(grouped, cut=Cut(slices=count), output=tmp_path / "slices")
+    options = replace(grouped, sharding=Sharding(slices=count), output=tmp_path / "slices")
     folder = slices if count == 2 else export_llama(options)
     assert [file.name for file in sorted(folder.iterdir())] == [f"{i}-of-{count}.pte" for i in range(1, count + 1)]
     assert ids(Program(folder)) == ids(Program(whole))
@@ -132,7 +132,7 @@ def test_slices_that_do_not_divide_a_model_give_its_tokens(
     config: ModelConfig, count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = replace(random_options(config, tmp_path), output=tmp_path / "one.pte")
-    folder = export_llama(replace(one, cut=Cut(slices=count), output=tmp_path / "slices"))
+    folder = export_llama(replace(one, sharding=Sharding(slices=count), output=tmp_path / "slices"))
     assert ids(Program(folder)) == ids(Program(export_llama(one)))
     assert inspect([str(folder)]) == 0
     assert f"xnnpack, in {count} slices" in capsys.readouterr().out
@@ -143,14 +143,16 @@ def test_slices_that_do_not_divide_a_model_give_its_tokens(
 def test_slices_of_a_real_model_give_its_tokens(
     count: int, stories260k: ExportOptions, stories_pte: Path, tmp_path: Path
 ) -> None:
-    folder = export_llama(replace(stories260k, cut=Cut(slices=count), output=tmp_path / "stories.slices"))
+    folder = export_llama(replace(stories260k, sharding=Sharding(slices=count), output=tmp_path / "stories.slices"))
     assert ids(Program(folder)) == ids(Program(stories_pte))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4, 5])
 def test_slices_of_the_built_in_model_give_its_tokens(count: int, tiny_pte: Path, tmp_path: Path) -> None:
-    folder = export_llama(ExportOptions(max_seq_len=512, cut=Cut(slices=count), output=tmp_path / "tiny.slices"))
+    folder = export_llama(
+        ExportOptions(max_seq_len=512, sharding=Sharding(slices=count), output=tmp_path / "tiny.slices")
+    )
     assert ids(Program(folder)) == ids(Program(tiny_pte))
 
 
@@ -170,7 +172,7 @@ def test_every_kind_of_graph_can_be_sliced(changes: dict[str, object], grouped: 
     """The stages verify each against the eager model; here the logits are near the whole's, too."""
     options = replace(grouped, **changes)  # type: ignore[arg-type]
     one = Session(Program(export_llama(replace(options, output=tmp_path / "one.pte"))))
-    two = Session(Program(export_llama(replace(options, cut=Cut(slices=2), output=tmp_path / "two"))))
+    two = Session(Program(export_llama(replace(options, sharding=Sharding(slices=2), output=tmp_path / "two"))))
     expected, found = (session.prefill(PROMPT) for session in (one, two))
     limit = 0.1 if "quantize" in changes else 1e-4 if "kv_dtype" in changes else 1e-6
     assert _divergence(found, expected) < limit
@@ -218,9 +220,9 @@ def test_slices_tell_what_the_whole_does(slices: Path, whole: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
-        (lambda options: Cut(slices=0), "--tensor-parallel 0 is impossible"),
-        (lambda options: Cut(2, slices=2), "--tensor-parallel 2 slices every block, and --shards"),
-        (lambda options: Cut(shard_bytes=100, slices=2), "--tensor-parallel 2 slices every block, and --shards"),
+        (lambda options: Sharding(slices=0), "--tensor-parallel 0 is impossible"),
+        (lambda options: Sharding(2, slices=2), "--tensor-parallel 2 slices every block, and --shards"),
+        (lambda options: Sharding(shard_bytes=100, slices=2), "--tensor-parallel 2 slices every block, and --shards"),
         (lambda options: export_llama(replace(options, attention="aten")), "needs --attention fused, and here it is"),
         (lambda options: export_llama(replace(options, kv_cache=False)), "needs --attention fused, and here it is"),
         (lambda options: export_llama(replace(options, batch_size=2)), "for one text at once, not --batch-size 2"),
@@ -230,7 +232,7 @@ def test_flags_that_contradict_slices_are_refused(
     make: Callable[[ExportOptions], object], problem: str, grouped: ExportOptions, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=problem):
-        make(replace(grouped, cut=Cut(slices=2), output=tmp_path / "refused"))
+        make(replace(grouped, sharding=Sharding(slices=2), output=tmp_path / "refused"))
 
 
 def test_what_does_not_make_one_model_is_refused_by_name(

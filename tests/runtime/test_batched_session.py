@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import InputError
-from runtime.engine.batched_session import Lanes
+from runtime.engine.batched_session import BatchedSession
 from runtime.engine.session import Session
 from tests.support.kinds import CHUNK, CONTEXT, FUSED, KINDS, VOCABULARY, EagerSteps, Kind, recomputed
 
@@ -31,36 +31,36 @@ STEPS = st.lists(
 @given(steps=STEPS)
 def test_each_lane_is_what_it_would_be_alone(name: str, steps: list[tuple[str, object]]) -> None:
     program = EagerSteps(BATCHES[name])
-    lanes, texts = Lanes(program), [list[int]() for _ in range(LANES)]
+    session, texts = BatchedSession(program), [list[int]() for _ in range(LANES)]
     for _, argument in steps:
         if isinstance(argument, int):
-            lanes.reset(argument)
+            session.reset(argument)
             texts[argument] = []
             continue
         assert isinstance(argument, dict)
-        given = {lane: tokens[: lanes.chunk] for lane, tokens in argument.items() if len(texts[lane]) < CONTEXT - 7}
-        for lane, logits in (lanes.step(given) if given else {}).items():
+        given = {lane: tokens[: session.chunk] for lane, tokens in argument.items() if len(texts[lane]) < CONTEXT - 7}
+        for lane, logits in (session.step(given) if given else {}).items():
             texts[lane] += given[lane]
             expected, _ = recomputed(program.model, texts[lane])
             torch.testing.assert_close(logits, expected[-1], atol=BATCHES[name].tolerance, rtol=1e-3)
-    assert [cache.position for cache in lanes.caches] == [len(text) for text in texts]
+    assert [cache.position for cache in session.caches] == [len(text) for text in texts]
 
 
 def test_what_does_not_fit_is_refused_before_anything_runs() -> None:
-    lanes = Lanes(EagerSteps(BATCHES["fused"]))
+    session = BatchedSession(EagerSteps(BATCHES["fused"]))
     for _ in range(CONTEXT // CHUNK):
-        lanes.step({1: [1] * CHUNK})
+        session.step({1: [1] * CHUNK})
     with pytest.raises(
         InputError, match=f"has {CHUNK} tokens, but only {CONTEXT - 35} of {CONTEXT} positions are free"
     ):
-        lanes.step({0: [1], 1: [1] * CHUNK})
+        session.step({0: [1], 1: [1] * CHUNK})
     with pytest.raises(InputError, match="the prompt is empty"):
-        lanes.step({2: []})
-    assert [cache.position for cache in lanes.caches] == [0, 35, 0]
+        session.step({2: []})
+    assert [cache.position for cache in session.caches] == [0, 35, 0]
 
 
 def test_a_session_refuses_a_file_for_several_texts() -> None:
     with pytest.raises(InputError, match="extends 3 texts at once; use runtime"):
         Session(EagerSteps(BATCHES["fused"]))
-    one = Lanes(EagerSteps(Kind(KINDS["fused"].config, FUSED)))
+    one = BatchedSession(EagerSteps(Kind(KINDS["fused"].config, FUSED)))
     assert len(one) == 1

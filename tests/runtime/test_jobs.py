@@ -10,7 +10,7 @@ import pytest
 
 from runtime import serve
 from runtime.serving.openai_request import Model
-from runtime.serving.scheduler import Job, Worker
+from runtime.serving.scheduler import Job, Scheduler
 from runtime.text.prompts import prompt_ids
 from tests.support.serving import MESSAGES, Gate, Server, serving, told_by_the_end
 
@@ -103,13 +103,13 @@ def test_the_best_are_those_whose_tokens_are_likeliest_on_average(server: Server
 def test_a_prompt_is_run_once_for_all_its_choices(
     own_model: Model, sessions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs, submit = list[Job](), Worker.submit
+    jobs, submit = list[Job](), Scheduler.submit
 
-    def noting(worker: Worker, job: Job, is_more: bool = False) -> None:
+    def noting(scheduler: Scheduler, job: Job, is_more: bool = False) -> None:
         jobs.append(job)
-        submit(worker, job, is_more)
+        submit(scheduler, job, is_more)
 
-    monkeypatch.setattr(Worker, "submit", noting)
+    monkeypatch.setattr(Scheduler, "submit", noting)
     with serving(own_model, sessions) as server:
         for words in (OTHER, "A cat", "One day", "Tom and Sue"):  # so that all sessions have texts
             server.post("completions", prompt=words, max_tokens=1)
@@ -128,7 +128,7 @@ def test_one_request_holds_no_more_places_than_there_are_sessions(
     with serving(own_model, sessions=2, max_queue=0) as server:
 
         def counting(*arguments: Any) -> Any:
-            seen.append(server.worker.counts["active"] + server.worker.counts["waiting"])
+            seen.append(server.scheduler.counts["active"] + server.scheduler.counts["waiting"])
             return step(*arguments)
 
         monkeypatch.setattr(own_model.program, "step", counting)

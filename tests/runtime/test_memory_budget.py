@@ -3,13 +3,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.errors import InputError
-from runtime.engine.memory_budget import kept
+from runtime.engine.memory_budget import choose_resident
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=9), st.integers(0, 900))
 def test_what_stays_leaves_room_for_each_of_the_others(sizes: list[int], room: int) -> None:
     try:
-        found = kept(sizes, room)
+        found = choose_resident(sizes, room)
     except InputError:
         assert max(sizes) > room
         return
@@ -22,16 +22,16 @@ def test_what_stays_leaves_room_for_each_of_the_others(sizes: list[int], room: i
 
 
 def test_the_first_stays_and_then_the_largest() -> None:
-    assert kept([5, 9, 4, 8], 26) == {0, 1, 2, 3}
-    assert kept([5, 9, 4, 8], 25) == {0, 1}
-    assert kept([5, 9, 4, 8], 14) == {0}
-    assert kept([5, 9, 4, 8], 13) == {2}
+    assert choose_resident([5, 9, 4, 8], 26) == {0, 1, 2, 3}
+    assert choose_resident([5, 9, 4, 8], 25) == {0, 1}
+    assert choose_resident([5, 9, 4, 8], 14) == {0}
+    assert choose_resident([5, 9, 4, 8], 13) == {2}
 
 
 def test_too_little_is_refused_with_what_is_missing() -> None:
     with pytest.raises(
         InputError, match="leaves 30 MB for weights, and shard 2 of 3 alone takes 50 MB; give 20 MB more"
     ):
-        kept([10_000_000, 50_000_000, 20_000_000], 30_000_000)
+        choose_resident([10_000_000, 50_000_000, 20_000_000], 30_000_000)
     with pytest.raises(InputError, match="leaves 0 MB"):
-        kept([1_000_000], -5)
+        choose_resident([1_000_000], -5)

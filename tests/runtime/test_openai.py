@@ -30,7 +30,7 @@ def server(tiny_pte: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def expected(tiny_pte: Path) -> Callable[..., list[Step]]:
-    """What generate says, run by a program of its own: a server's belongs to its worker."""
+    """What generate says, run by a program of its own: a server's belongs to its scheduler."""
     program = Program(tiny_pte)
 
     def said(
@@ -352,11 +352,11 @@ def test_a_jinja_template_takes_the_messages_that_it_renders(roles: str, server:
     template = JinjaTemplate("{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{{ '[assistant]' }}")
     model = replace(server.model, template=template)
     messages = [{"role": role, "content": f"Text {number}"} for number, role in enumerate(roles.split())]
-    order = read_chat(json.dumps({"messages": messages}).encode(), model)
+    request = read_chat(json.dumps({"messages": messages}).encode(), model)
     text = "".join(f"[{each['role']}]{each['content']}\n" for each in messages) + "[assistant]"
     if messages[-1]["role"] == "assistant":
         text = text.removesuffix("\n[assistant]")
-    assert order.prompts == [model.tokenizer.encode(text)]
+    assert request.prompts == [model.tokenizer.encode(text)]
 
 
 @pytest.mark.parametrize(("origin", "is_let"), [("http://localhost:3000", True), ("https://elsewhere.example", False)])

@@ -13,7 +13,7 @@ from preproc.jinja_template import JinjaTemplate
 from runtime import serve
 from runtime.serving import openai_request, scheduler
 from runtime.serving.openai_request import Model, read_chat
-from runtime.text.generation import GenerationOptions, Step, Teller
+from runtime.text.generation import GenerationOptions, Step, StepBuilder
 from tests.support.serving import MESSAGES, Server, serving
 
 SCHEMA = {
@@ -54,9 +54,9 @@ def saying(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         def generate(
             session: Any, prompt: Sequence[int], options: GenerationOptions, rng: Any, tokenizer: Any, *others: Any
         ) -> Iterator[Step]:
-            teller = Teller(prompt, replace(options, stop_strings=()), tokenizer)
+            builder = StepBuilder(prompt, replace(options, stop_strings=()), tokenizer)
             for token in [*tokenizer.encode(text)[1:], options.stop_ids[0]]:
-                yield replace(teller.tell(token, False), logprob=-1.0)
+                yield replace(builder.build(token, False), logprob=-1.0)
 
         monkeypatch.setattr(scheduler, "generate", generate)
 

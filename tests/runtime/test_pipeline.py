@@ -15,7 +15,7 @@ import pytest
 
 from export.llama import export_llama
 from export.planning.plan import ExportOptions
-from export.planning.sharding import Cut
+from export.planning.sharding import Sharding
 from runtime.engine.program import Program
 from runtime.engine.session import Session
 from runtime.text.generation import GenerationOptions, generate
@@ -44,7 +44,7 @@ def models(stories260k: ExportOptions, tmp_path_factory: pytest.TempPathFactory)
 def folder(models: Mapping[str, ExportOptions], name: str, shards: int = 5) -> Path:
     """One of the models, in shards."""
     output = MODELS / f"pipeline-{name}-{shards}.shards"
-    return exported(replace(models[name], cut=Cut(shards), output=output))
+    return exported(replace(models[name], sharding=Sharding(shards), output=output))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_any_number_of_ranks_gives_the_tokens_of_one_process(
 
 def slices(models: Mapping[str, ExportOptions], name: str, count: int) -> Path:
     """One of the models, in slices."""
-    return exported(replace(models[name], cut=Cut(slices=count), output=MODELS / f"{name}-{count}.slices"))
+    return exported(replace(models[name], sharding=Sharding(slices=count), output=MODELS / f"{name}-{count}.slices"))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,9 @@ def test_what_cannot_be_run_is_refused_by_every_rank(
         for place in (here, there):
             (place / "2-of-5.pte").unlink()
     elif wrong == "foreign":
-        other = export_llama(replace(models["grouped"], prefill_chunk=5, cut=Cut(5), output=tmp_path / "other"))
+        other = export_llama(
+            replace(models["grouped"], prefill_chunk=5, sharding=Sharding(5), output=tmp_path / "other")
+        )
         shutil.copy(other / "2-of-5.pte", there)
     elif wrong == "too few":
         count, first = 3, command(folder(models, "grouped", shards=2), prompts)

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.planning.plan import ExportOptions
-from export.planning.sharding import Cut
+from export.planning.sharding import Sharding
 from model.errors import InputError
 from runtime import placement as command
-from runtime.distributed.placement import Host, assigned, planned, read_hosts, written
+from runtime.distributed.placement import Host, assign_shards, place_shards, read_hosts, to_toml
 from tests.conftest import MODELS, exported
 from tests.support.ranks import ended, start
 
@@ -41,9 +41,9 @@ def test_no_other_assignment_is_faster(data: st.DataObject, idle: bool) -> None:
     best = min(slowest((*ends, len(sizes))) for ends in ways)
     if math.isinf(best):
         with pytest.raises(InputError, match="shards"):
-            assigned(hosts, sizes, idle)
+            assign_shards(hosts, sizes, idle)
     else:
-        spans = assigned(hosts, sizes, idle)
+        spans = assign_shards(hosts, sizes, idle)
         assert [number for span in spans for number in span] == list(range(len(sizes)))
         assert slowest(tuple(span.stop for span in spans)) == best
 
@@ -63,7 +63,7 @@ def test_the_rate_is_what_a_simulation_finds(seconds: list[int], latency: int, t
         Host(f"h{i}", 1, tuple(float(s) if i == j else math.inf for j, s in enumerate(seconds)), latency, link)
         for i in range(count)
     ]
-    found = planned(hosts, [1] * count, message=100, texts=texts)
+    found = place_shards(hosts, [1] * count, message=100, texts=texts)
     free, busy, there, steps = [0.0] * count, [0.0] * count, [0.0] * texts, 60
     for _ in range(steps):
         for host in range(count):
@@ -79,7 +79,7 @@ def test_the_rate_is_what_a_simulation_finds(seconds: list[int], latency: int, t
 
 def test_hundreds_of_hosts_are_assigned_in_seconds() -> None:
     hosts = [Host(f"h{i}", 10, tuple(1.0 + (i * j) % 7 for j in range(126)), 0.1, 100.0) for i in range(400)]
-    found = planned(hosts, [5] * 126, message=10)
+    found = place_shards(hosts, [5] * 126, message=10)
     assert [number for span in found.spans for number in span] == list(range(126))
     assert all(len(span) <= 2 for span in found.spans)
 
@@ -87,7 +87,7 @@ def test_hundreds_of_hosts_are_assigned_in_seconds() -> None:
 def test_a_file_of_hosts_says_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "hosts.toml"
     hosts = [Host("a", 3_000_000_000, (0.25, 0.5), 0.001, 1e8), Host("b", 5, (1.0, 2.0))]
-    path.write_text("\n\n".join(map(written, hosts)))
+    path.write_text("\n\n".join(map(to_toml, hosts)))
     assert read_hosts(path, [1, 1]) == hosts
     path.write_text('[[hosts]]\nname = "c"\ncount = 2\nmemory = "1kB"\nspeed = "2GB"\n')
     assert read_hosts(path, [4_000_000_000, 1_000_000_000]) == [Host(f"c {i}", 1000, (2.0, 0.5)) for i in (1, 2)]
@@ -115,7 +115,7 @@ def test_the_command_plans_with_what_ranks_measured(
     stories260k: ExportOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = exported(
-        replace(stories260k, prefill_chunk=16, cut=Cut(5), output=MODELS / "pipeline-stories260K-5.shards")
+        replace(stories260k, prefill_chunk=16, sharding=Sharding(5), output=MODELS / "pipeline-stories260K-5.shards")
     )
     done = ended(start([["runtime.placement", shards, "--measure"]] * 2))
     assert [(code, bool(out)) for code, out, _ in done] == [(0, True), (0, False)]

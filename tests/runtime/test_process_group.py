@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from model.errors import InputError
-from runtime.distributed.process_group import Peers, Ring, place
+from runtime.distributed.process_group import ProcessGroup, Ring, pin_cores
 
 
 def test_a_process_alone_hears_itself() -> None:
-    peers = Peers()
-    assert (peers.rank, peers.count) == (0, 1)
-    assert peers.shared({"a": [1, None]}) == [{"a": [1, None]}]
-    assert peers.together(lambda: 3) == 3
-    ring, stream = Ring(peers, dim=4), torch.rand(1, 3, 4)
+    process_group = ProcessGroup()
+    assert (process_group.rank, process_group.count) == (0, 1)
+    assert process_group.all_gather({"a": [1, None]}) == [{"a": [1, None]}]
+    assert process_group.run_everywhere(lambda: 3) == 3
+    ring, stream = Ring(process_group, dim=4), torch.rand(1, 3, 4)
     ring.send([1, 2], stream)
     ring.send([])
     integers, found = ring.receive()
@@ -22,7 +22,7 @@ def test_a_process_alone_hears_itself() -> None:
     assert found is stream
     assert ring.receive() == ([], None)
     ring.close()
-    peers.close()
+    process_group.close()
 
 
 def test_what_fails_alone_fails_in_its_own_words() -> None:
@@ -30,32 +30,32 @@ def test_what_fails_alone_fails_in_its_own_words() -> None:
         raise InputError("the sea is not salty; add salt")
 
     with pytest.raises(InputError, match=r"^the sea is not salty; add salt$"):
-        Peers().together(fail)
+        ProcessGroup().run_everywhere(fail)
 
 
 @pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan")])
 def test_an_impossible_timeout_is_refused(timeout: float) -> None:
     with pytest.raises(InputError, match=f"--timeout {timeout} is"):
-        Peers(timeout)
+        ProcessGroup(timeout)
 
 
 def test_cores_are_shared_by_the_ranks_of_a_host_or_named(monkeypatch: pytest.MonkeyPatch) -> None:
     before = os.sched_getaffinity(0)
     try:
-        assert place(None) is None
-        assert place(3) == 3
+        assert pin_cores(None) is None
+        assert pin_cores(3) == 3
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-        assert place(None) == max((os.cpu_count() or 1) // 2, 1)
+        assert pin_cores(None) == max((os.cpu_count() or 1) // 2, 1)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
-        assert place(None) == 1
+        assert pin_cores(None) == 1
         monkeypatch.setenv("LLAMA_PTE_DEVICE", "cpu")
-        assert place(2) == 2
+        assert pin_cores(2) == 2
         monkeypatch.setenv("LLAMA_PTE_DEVICE", "cpu:0")
-        assert place(None) == 1
+        assert pin_cores(None) == 1
         assert os.sched_getaffinity(0) == {0}
         for wrong in ("gpu", "cpu:", "cpu:9999", "cpu:1-0"):
             monkeypatch.setenv("LLAMA_PTE_DEVICE", wrong)
             with pytest.raises(InputError, match=f"LLAMA_PTE_DEVICE={wrong} is no device of this machine"):
-                place(None)
+                pin_cores(None)
     finally:
         os.sched_setaffinity(0, before)

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from export.lowering.trace import GraphOptions
-from export.lowering.write import emit
+from export.lowering.write import write_program
 from export.quality.eager import reference
 from model.errors import InputError
 from runtime.engine import executorch
 from runtime.engine.program import Program, read_metadata
 from runtime.engine.session import Session
 from runtime.pte.metadata import Requirements
-from tests.conftest import TOY, linked, planned, random_model, toy_model, write_pte
+from tests.conftest import TOY, assembled, planned, random_model, toy_model, write_pte
 
 
 def test_a_step_takes_and_gives_tensors_by_name(toy_program: Program) -> None:
@@ -47,7 +47,7 @@ def test_a_file_that_needs_what_this_runtime_lacks_is_refused_by_name(toy_pte: P
         read_metadata(toy_pte),
         requirements=Requirements("9.9.9", ("AbacusBackend",), ("aten::embedding.out", "toy::add.out")),
     )
-    emit(linked(planned(toy_model(), GraphOptions(48, 1))), metadata, tmp_path / "other.pte")
+    write_program(assembled(planned(toy_model(), GraphOptions(48, 1))), metadata, tmp_path / "other.pte")
     with pytest.raises(InputError, match=r"needs AbacusBackend, toy::add\.out, which .* made with ExecuTorch 9\.9\.9"):
         Program(tmp_path / "other.pte")
 

@@ -11,7 +11,7 @@ from export.quality.eager import reference
 from model.errors import InputError
 from runtime.engine.program import Program
 from runtime.engine.session import Session
-from runtime.serving.scheduler import ClosedError, Job, QueueFullError, Worker
+from runtime.serving.scheduler import ClosedError, Job, QueueFullError, Scheduler
 from runtime.text.generation import GenerationOptions, Step, generate
 from runtime.text.sampler import Rng, SamplingOptions
 from tests.conftest import TOY, toy_model
@@ -38,9 +38,9 @@ class Client:
 
 
 @pytest.fixture
-def worker(toy_program: Program) -> Iterator[Worker]:
-    with closing(Worker(toy_program, sessions=2, max_queue=1)) as worker:
-        yield worker
+def scheduler(toy_program: Program) -> Iterator[Scheduler]:
+    with closing(Scheduler(toy_program, sessions=2, max_queue=1)) as scheduler:
+        yield scheduler
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def gate(toy_program: Program, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate
     gate.open.set()
 
 
-def wait_for(worker: Worker, **counts: int) -> None:
-    wait(lambda: counts.items() <= worker.counts.items(), lambda: f"{worker.counts}, not {counts}")
+def wait_for(scheduler: Scheduler, **counts: int) -> None:
+    wait(lambda: counts.items() <= scheduler.counts.items(), lambda: f"{scheduler.counts}, not {counts}")
 
 
 def test_texts_in_turns_are_those_of_each_alone(toy_program: Program) -> None:
@@ -60,11 +60,11 @@ def test_texts_in_turns_are_those_of_each_alone(toy_program: Program) -> None:
     for seed in range(40):
         prompt = list(range(1, chance.randrange(2, 12))) + [chance.randrange(99) for _ in range(chance.randrange(30))]
         clients.append(Client(prompt, GenerationOptions(WARM, chance.randrange(1, 20)), Rng(seed)))
-    with closing(Worker(toy_program, sessions=3, max_queue=100)) as worker:
+    with closing(Scheduler(toy_program, sessions=3, max_queue=100)) as scheduler:
         for client in clients:
-            worker.submit(client.job)
+            scheduler.submit(client.job)
         found = [[step.token for step in client.steps()] for client in clients]
-        assert worker.counts == {"active": 0, "waiting": 0, "sessions": 3}
+        assert scheduler.counts == {"active": 0, "waiting": 0, "sessions": 3}
     for seed, (client, tokens) in enumerate(zip(clients, found, strict=True)):
         alone = generate(Session(toy_program), client.job.prompt, client.job.options, Rng(seed), toy_program.tokenizer)
         assert [step.token for step in alone] == tokens
@@ -72,12 +72,12 @@ def test_texts_in_turns_are_those_of_each_alone(toy_program: Program) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 8, 30])
-def test_a_prompts_own_tokens_are_scored_as_the_eager_model_has_them(worker: Worker, length: int) -> None:
+def test_a_prompts_own_tokens_are_scored_as_the_eager_model_has_them(scheduler: Scheduler, length: int) -> None:
     prompt = [(token * 37) % TOY.vocab_size for token in range(1, length + 1)]
     clients = [Client(prompt, GenerationOptions(max_new_tokens=3)) for _ in range(2)]
     clients[1].job.scores = 2
     for client in clients:  # so that the second finds a session that begins like it
-        worker.submit(client.job)
+        scheduler.submit(client.job)
         client.steps()
     scored = clients[1].job.scored
     assert (clients[0].job.scored, clients[1].job.cached) == ([], 0)
@@ -90,7 +90,7 @@ def test_a_prompts_own_tokens_are_scored_as_the_eager_model_has_them(worker: Wor
         assert [value for _, value in step.top_logprobs] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
 
 
-def test_a_short_text_does_not_wait_for_a_long_one_or_a_long_prompt(worker: Worker, gate: Gate) -> None:
+def test_a_short_text_does_not_wait_for_a_long_one_or_a_long_prompt(scheduler: Scheduler, gate: Gate) -> None:
     order = list[str]()
 
     def noting(name: str, prompt: list[int], tokens: int) -> Client:
@@ -102,7 +102,7 @@ def test_a_short_text_does_not_wait_for_a_long_one_or_a_long_prompt(worker: Work
             put(item)
 
         client.job.deliver = deliver
-        worker.submit(client.job)
+        scheduler.submit(client.job)
         return client
 
     clients = [noting("long", list(range(40)), 9), noting("short", [1], 3)]
@@ -113,62 +113,62 @@ def test_a_short_text_does_not_wait_for_a_long_one_or_a_long_prompt(worker: Work
     assert order[3:] == ["long"] * 9
 
 
-def test_past_the_limit_a_job_is_refused(worker: Worker, gate: Gate) -> None:
+def test_past_the_limit_a_job_is_refused(scheduler: Scheduler, gate: Gate) -> None:
     clients = [Client([token], GenerationOptions(max_new_tokens=2)) for token in range(4)]
     for client in clients[:3]:
-        worker.submit(client.job)
+        scheduler.submit(client.job)
     with pytest.raises(QueueFullError):
-        worker.submit(clients[3].job)
+        scheduler.submit(clients[3].job)
     gate.open.set()
     assert [len(client.steps()) for client in clients[:3]] == [2, 2, 2]
-    worker.submit(clients[3].job)
+    scheduler.submit(clients[3].job)
     assert len(clients[3].steps()) == 2
 
 
-def test_a_cancelled_job_ends_be_it_waiting_or_active(worker: Worker, gate: Gate) -> None:
+def test_a_cancelled_job_ends_be_it_waiting_or_active(scheduler: Scheduler, gate: Gate) -> None:
     clients = [Client([token], GenerationOptions()) for token in range(3)]
     for client in clients:
-        worker.submit(client.job)
-    wait_for(worker, active=2, waiting=1)
-    worker.cancel(clients[2].job)
-    assert worker.counts["waiting"] == 0
+        scheduler.submit(client.job)
+    wait_for(scheduler, active=2, waiting=1)
+    scheduler.cancel(clients[2].job)
+    assert scheduler.counts["waiting"] == 0
     for client in clients[:2]:
-        worker.cancel(client.job)
+        scheduler.cancel(client.job)
     gate.open.set()
-    wait_for(worker, active=0)
+    wait_for(scheduler, active=0)
     assert gate.steps <= 2
     assert all(client.items.empty() for client in clients)
 
 
-def test_a_failure_ends_one_job_and_its_session(worker: Worker) -> None:
+def test_a_failure_ends_one_job_and_its_session(scheduler: Scheduler) -> None:
     class Failing(Rng):
         def coin(self) -> float:
             raise RuntimeError("no luck")
 
     failing, other = (Client([1, 2], GenerationOptions(WARM, 30), rng) for rng in (Failing(0), Rng(0)))
-    worker.submit(failing.job)
-    worker.submit(other.job)
+    scheduler.submit(failing.job)
+    scheduler.submit(other.job)
     with pytest.raises(RuntimeError, match="no luck"):
         failing.steps()
     assert len(other.steps()) == 30
-    assert worker.counts == {"active": 0, "waiting": 0, "sessions": 1}
+    assert scheduler.counts == {"active": 0, "waiting": 0, "sessions": 1}
 
 
-def test_bad_input_ends_one_job_and_leaves_its_session(worker: Worker) -> None:
+def test_bad_input_ends_one_job_and_leaves_its_session(scheduler: Scheduler) -> None:
     wrong = Client([1, 2], GenerationOptions(replace(WARM, logit_bias={TOY.vocab_size: 1.0})))
-    worker.submit(wrong.job)
+    scheduler.submit(wrong.job)
     with pytest.raises(InputError, match="logit-bias"):
         wrong.steps()
-    assert worker.counts == {"active": 0, "waiting": 0, "sessions": 1}
+    assert scheduler.counts == {"active": 0, "waiting": 0, "sessions": 1}
 
 
 def test_closing_tells_all_who_wait(toy_program: Program, gate: Gate) -> None:
-    worker = Worker(toy_program, sessions=1, max_queue=1)
+    scheduler = Scheduler(toy_program, sessions=1, max_queue=1)
     clients = [Client([token], GenerationOptions()) for token in range(2)]
     for client in clients:
-        worker.submit(client.job)
-    wait_for(worker, active=1)
-    closing = threading.Thread(target=worker.close)
+        scheduler.submit(client.job)
+    wait_for(scheduler, active=1)
+    closing = threading.Thread(target=scheduler.close)
     closing.start()
     gate.open.set()
     closing.join(60)
@@ -176,5 +176,5 @@ def test_closing_tells_all_who_wait(toy_program: Program, gate: Gate) -> None:
         with pytest.raises(ClosedError):
             client.steps()
     with pytest.raises(ClosedError):
-        worker.submit(Client([1], GenerationOptions()).job)
-    worker.close()
+        scheduler.submit(Client([1], GenerationOptions()).job)
+    scheduler.close()

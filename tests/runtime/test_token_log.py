@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import InputError
-from runtime.distributed.token_log import Journal
+from runtime.distributed.token_log import TokenLog
 
 RUN = {"model": "a", "prompts": "b", "options": ["c", 3]}
 TOKENS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 99_999)), max_size=20)
@@ -17,17 +17,17 @@ def test_whatever_is_cut_off_what_was_whole_is_kept(
     tokens: list[tuple[int, int]], more: list[tuple[int, int]], cut: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("journal") / "run"
-    journal = Journal(path, RUN)
+    token_log = TokenLog(path, RUN)
     for number, token in tokens:
-        journal.add(number, token)
+        token_log.add(number, token)
     content = path.read_bytes()[: cut + 1]
     path.write_bytes(content)
     whole = tokens[: max(content.count(b"\n") - 1, 0)]
-    again = Journal(path, RUN)
+    again = TokenLog(path, RUN)
     assert again.tokens == by_text(whole)
     for number, token in more:
         again.add(number, token)
-    assert Journal(path, RUN).tokens == by_text([*whole, *more])
+    assert TokenLog(path, RUN).tokens == by_text([*whole, *more])
 
 
 def by_text(tokens: list[tuple[int, int]]) -> dict[int, list[int]]:
@@ -42,17 +42,17 @@ def test_another_runs_journal_and_what_is_none_stay_as_they_are(tmp_path: Path) 
     for content in (b"a text of mine", b"a text of mine\nwith lines", b"\n"):
         path.write_bytes(content)
         with pytest.raises(InputError, match="run is not of this run, with its model, prompts and options"):
-            Journal(path, RUN)
+            TokenLog(path, RUN)
         assert path.read_bytes() == content
     path.unlink()
-    Journal(path, RUN).add(0, 1)
+    TokenLog(path, RUN).add(0, 1)
     with pytest.raises(InputError, match="is not of this run"):
-        Journal(path, RUN | {"model": "other"})
+        TokenLog(path, RUN | {"model": "other"})
     with pytest.raises(InputError, match=r"cannot be used \(Is a directory\); give another file"):
-        Journal(tmp_path, RUN)
+        TokenLog(tmp_path, RUN)
 
 
 def test_without_a_path_nothing_is_kept() -> None:
-    journal = Journal(None, RUN)
-    journal.add(0, 1)
-    assert journal.tokens == {}
+    token_log = TokenLog(None, RUN)
+    token_log.add(0, 1)
+    assert token_log.tokens == {}

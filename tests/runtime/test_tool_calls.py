@@ -111,7 +111,7 @@ def test_text_that_cannot_be_the_beginning_of_a_call_is_told_at_once() -> None:
 
 @pytest.mark.parametrize("form", [HERMES, LLAMA3, MISTRAL, GRANITE])
 def test_what_is_written_is_read_again(form: Form) -> None:
-    written = form.written([("f", {"a": 1}), ("g", {})])
+    written = form.render([("f", {"a": 1}), ("g", {})])
     assert read(form, list(written)) == ("", CALLS)
 
 

@@ -12,7 +12,7 @@ from preproc.special_tokens import Part
 from runtime.serving.openai_messages import read_messages
 from runtime.serving.request_values import Values
 from runtime.serving.tool_calls import HERMES, LLAMA3, MISTRAL
-from runtime.serving.tool_prompt import DESCRIPTION, Manner, encode, manner_of
+from runtime.serving.tool_prompt import DESCRIPTION, ToolSupport, encode, tool_support
 from tests.export.test_jinja_reduction import TINY, jinja_of, ours_of, theirs_of
 from tests.preproc.test_tokenizer import byte_level
 from tests.support.chat_templates import PUBLIC
@@ -102,19 +102,19 @@ def test_what_a_template_tells_itself_is_told_as_transformers_tells_it(
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        (jinja_of(WITH_TOOLS["qwen2.5"]), Manner(HERMES, True, True, True)),
-        (jinja_of(WITH_TOOLS["llama3.1"]), Manner(LLAMA3, True, True, True)),
-        (jinja_of(WITH_TOOLS["mistral v0.3"]), Manner(MISTRAL, True, True, False)),
-        (jinja_of(PUBLIC["qwen3"]), Manner(HERMES, True, False, True)),  # as it stands in the tests, without calls
-        (jinja_of(PUBLIC["smollm2"]), Manner(HERMES, False, False, True)),
-        (jinja_of(PUBLIC["llama3.2"]), Manner(HERMES, False, False, True)),  # which only says that there are some
-        (jinja_of(PUBLIC["gemma"]), Manner(HERMES, False, False, False)),
-        (NAMED["llama2"], Manner(HERMES, False, False, True)),
-        (NAMED["gemma"], Manner(HERMES, False, False, False)),
+        (jinja_of(WITH_TOOLS["qwen2.5"]), ToolSupport(HERMES, True, True, True)),
+        (jinja_of(WITH_TOOLS["llama3.1"]), ToolSupport(LLAMA3, True, True, True)),
+        (jinja_of(WITH_TOOLS["mistral v0.3"]), ToolSupport(MISTRAL, True, True, False)),
+        (jinja_of(PUBLIC["qwen3"]), ToolSupport(HERMES, True, False, True)),  # as it stands in the tests, without calls
+        (jinja_of(PUBLIC["smollm2"]), ToolSupport(HERMES, False, False, True)),
+        (jinja_of(PUBLIC["llama3.2"]), ToolSupport(HERMES, False, False, True)),  # which only says that there are some
+        (jinja_of(PUBLIC["gemma"]), ToolSupport(HERMES, False, False, False)),
+        (NAMED["llama2"], ToolSupport(HERMES, False, False, True)),
+        (NAMED["gemma"], ToolSupport(HERMES, False, False, False)),
     ],
 )
-def test_what_a_template_can_tell_is_found_out(template: Carried, expected: Manner) -> None:
-    assert manner_of(template) == expected
+def test_what_a_template_can_tell_is_found_out(template: Carried, expected: ToolSupport) -> None:
+    assert tool_support(template) == expected
 
 
 def test_functions_are_told_of_in_the_system_message_where_the_template_does_not() -> None:

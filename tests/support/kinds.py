@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from export.lowering.assemble import Linked
+from export.lowering.assemble import Assembled
 from export.lowering.trace import GraphOptions, step
 from export.planning.plan import Plan
 from export.weights.scheme import Scheme
@@ -84,7 +84,7 @@ KINDS = {
 def metadata_of(kind: Kind) -> Metadata:
     """What a file of this kind carries, but for what a backend needs."""
     plan = _plan(kind)
-    return plan.metadata(Linked(None, Requirements("", (), ()), 0), plan.shards[0])
+    return plan.metadata(Assembled(None, Requirements("", (), ()), 0), plan.shards[0])
 
 
 def _plan(kind: Kind) -> Plan:

@@ -15,7 +15,7 @@ import pytest
 from runtime import serve
 from runtime.engine.program import Program
 from runtime.serving.openai_request import Model
-from runtime.serving.scheduler import Worker
+from runtime.serving.scheduler import Scheduler
 
 MESSAGES: Any = [{"role": "system", "content": "Tell stories."}, {"role": "user", "content": "Of a dog, please."}]
 LIMIT = 20000
@@ -27,7 +27,7 @@ class Server:
     """A server that runs."""
 
     model: Model
-    worker: Worker
+    scheduler: Scheduler
     url: str
 
     def client(self, key: str = "unused") -> openai.OpenAI:
@@ -37,11 +37,11 @@ class Server:
         return httpx.post(f"{self.url}/v1/{endpoint}", json=values, timeout=60)
 
     def wait_for(self, **counts: int) -> None:
-        wait(lambda: counts.items() <= self.worker.counts.items(), lambda: f"{self.worker.counts}, not {counts}")
+        wait(lambda: counts.items() <= self.scheduler.counts.items(), lambda: f"{self.scheduler.counts}, not {counts}")
 
     def wait_until_left(self) -> None:
-        """Until the worker knows that nobody wants what it has begun."""
-        wait(lambda: all(active.job.cancelled for active in self.worker._active), lambda: "nobody noticed")
+        """Until the scheduler knows that nobody wants what it has begun."""
+        wait(lambda: all(active.job.cancelled for active in self.scheduler._active), lambda: "nobody noticed")
 
 
 def wait(done: Callable[[], bool], failure: Callable[[], str]) -> None:
@@ -54,14 +54,14 @@ def wait(done: Callable[[], bool], failure: Callable[[], str]) -> None:
 @contextmanager
 def serving(model: Model, sessions: int = 2, max_queue: int = 100, key: str | None = None) -> Iterator[Server]:
     """A server at a free port."""
-    worker = Worker(model.program, sessions, max_queue)
-    server = serve.create_server(model, worker, key, LIMIT)
+    scheduler = Scheduler(model.program, sessions, max_queue)
+    server = serve.create_server(model, scheduler, key, LIMIT)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
             wait(lambda: server.started, lambda: "the server does not start")
-            yield Server(model, worker, f"http://127.0.0.1:{listener.getsockname()[1]}")
+            yield Server(model, scheduler, f"http://127.0.0.1:{listener.getsockname()[1]}")
         finally:
             server.should_exit = True
             thread.join()

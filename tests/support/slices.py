@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from export.lowering.assemble import Linked
-from export.lowering.slices import SliceRecipe
+from export.lowering.assemble import Assembled
+from export.lowering.slices import SlicedSource
 from export.lowering.trace import GraphOptions, half_step
 from export.planning.plan import Plan
-from export.planning.sharding import Cut
+from export.planning.sharding import Sharding
 from export.weights.scheme import SCHEMES, Scheme
-from export.weights.source import Recipe, piece_names
+from export.weights.source import WeightSource, piece_names
 from model.config import ModelConfig
 from runtime.engine.kv_cache import copied
-from runtime.engine.tensor_parallel import Alone, Slices
+from runtime.engine.tensor_parallel import Alone, ParallelSlices
 from runtime.pte.metadata import Metadata, Requirements
-from runtime.pte.parts import joined
+from runtime.pte.parts import join_parts
 from tests.conftest import planned, random_model
 
 GROUPED = ModelConfig(
@@ -70,15 +70,15 @@ UNUSUAL = {
 def in_slices(config: ModelConfig, count: int, scheme: Scheme = SCHEMES["fp32"]) -> Plan:
     """How to export a random model in so many slices."""
     model = random_model(config)
-    recipe = Recipe(config, model.state_dict(), scheme, slices=count)
-    plan = replace(planned(model, GRAPH, scheme), recipe=recipe, cut=Cut(slices=count))
+    source = WeightSource(config, model.state_dict(), scheme, slices=count)
+    plan = replace(planned(model, GRAPH, scheme), source=source, sharding=Sharding(slices=count))
     plan.provenance["options"]["tensor_parallel"] = count
     return plan
 
 
 def metadata_of(plan: Plan, number: int) -> Metadata:
     """What one of its files carries, but for what a backend needs."""
-    return plan.metadata(Linked(None, Requirements("", (), ()), 0), plan.shards[number])
+    return plan.metadata(Assembled(None, Requirements("", (), ()), 0), plan.shards[number])
 
 
 class EagerSlice:
@@ -86,8 +86,8 @@ class EagerSlice:
 
     def __init__(self, plan: Plan, number: int) -> None:
         self.metadata = metadata_of(plan, number)
-        recipe = SliceRecipe(plan.recipe, number, plan.cut.slices)
-        self._model = recipe.sliced({name: recipe.piece(name) for name in piece_names(recipe.config)})
+        source = SlicedSource(plan.source, number, plan.sharding.slices)
+        self._model = source.sliced({name: source.piece(name) for name in piece_names(source.config)})
 
     def load(self) -> None:
         """Is loaded."""
@@ -108,9 +108,9 @@ class EagerSlices:
     """All of them, in a program's place."""
 
     def __init__(self, plan: Plan) -> None:
-        slices = [EagerSlice(plan, number) for number in range(plan.cut.slices)]
-        self.metadata: Metadata = joined({Path(str(number)): each.metadata for number, each in enumerate(slices)})
-        self.step = Slices(slices[::-1], self.metadata, Alone()).step  # type: ignore[arg-type]
+        slices = [EagerSlice(plan, number) for number in range(plan.sharding.slices)]
+        self.metadata: Metadata = join_parts({Path(str(number)): each.metadata for number, each in enumerate(slices)})
+        self.step = ParallelSlices(slices[::-1], self.metadata, Alone()).step  # type: ignore[arg-type]
 
 
 class Meeting:

@@ -16,6 +16,6 @@ struct NamedMetadata {
 
 /// What the whole carries of which these are the shards, in the order of their blocks; of one file, what it carries.
 /// Fails, and names the file, where one is not of the same export, is there twice, or is missing.
-Result<Metadata> joined(std::span<const NamedMetadata> shards);
+Result<Metadata> join_parts(std::span<const NamedMetadata> shards);
 
 }  // namespace llama_runner

@@ -51,7 +51,7 @@ class Program final : public Steps {
 
     explicit Program(std::unique_ptr<State> state);
 
-    static Result<void> link(State& state);
+    static Result<void> join_shards(State& state);
     static Result<void> load(State& state, const Options& options);
 
     /// Loads a shard that does not stay, runs it, and gives its memory back.

@@ -78,7 +78,7 @@ class Session {
     /// it is not touched before it is used.
     Result<Session> fork() const;
 
-    /// Keeps the session in a file, which is as large as what is filled of the caches; see snapshot.h. The file is
+    /// Keeps the session in a file, which is as large as what is filled of the caches; see session_file.h. The file is
     /// whole, or as it was before.
     Result<void> save(const std::string& path) const;
 

@@ -11,7 +11,7 @@ std::string megabytes(int64_t bytes) { return std::to_string((std::max<int64_t>(
 
 }  // namespace
 
-Result<std::vector<bool>> kept(std::span<const int64_t> sizes, int64_t room) {
+Result<std::vector<bool>> choose_resident(std::span<const int64_t> sizes, int64_t room) {
     std::vector<size_t> order(sizes.size());
     std::iota(order.begin(), order.end(), size_t{0});
     std::stable_sort(order.begin() + 1, order.end(), [&](size_t a, size_t b) { return sizes[a] > sizes[b]; });

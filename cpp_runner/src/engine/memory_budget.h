@@ -17,6 +17,6 @@ inline constexpr double kMargin = 1.04;
 /// The first stays before others, as much of its file is an embedding, of which a step reads a row; then the largest,
 /// so that those that come and go need less room. `sizes` are the bytes that each takes, in order, and `room` those
 /// that all may take together. Fails where there is no room for the largest.
-Result<std::vector<bool>> kept(std::span<const int64_t> sizes, int64_t room);
+Result<std::vector<bool>> choose_resident(std::span<const int64_t> sizes, int64_t room);
 
 }  // namespace llama_runner

@@ -60,7 +60,7 @@ struct Program::State {
     std::vector<std::vector<Route>> routes;
     std::vector<const void*> outputs;
     /// By shard: whether it stays loaded.
-    std::vector<bool> kept;
+    std::vector<bool> resident;
     bool is_small = false;
 };
 
@@ -88,7 +88,7 @@ Result<std::unique_ptr<Program>> Program::open(const std::string& path, const Op
             if (!shard) return shard.error();
             state->shards.push_back(*std::move(shard));
         }
-        if (auto linked = link(*state); !linked) return linked.error();
+        if (auto joined = join_shards(*state); !joined) return joined.error();
         if (auto met = check_requirements(paths->front(), state->metadata.requirements); !met) return met.error();
         if (!state->metadata.tokenizer.empty()) {
             auto tokenizer = from_bytes(state->metadata.tokenizer, state->metadata.tokenizer_kind);
@@ -102,21 +102,21 @@ Result<std::unique_ptr<Program>> Program::open(const std::string& path, const Op
 }
 
 Result<void> Program::load(State& state, const Options& options) {
-    state.kept.assign(state.shards.size(), true);
+    state.resident.assign(state.shards.size(), true);
     if (options.memory_budget) {
         const Metadata& whole = state.metadata;
         std::vector<int64_t> sizes;
         for (const Shard& shard : state.shards) {
             sizes.push_back(static_cast<int64_t>(kMargin * static_cast<double>(shard.metadata().matrix_bytes)));
         }
-        auto found =
-            llama_runner::kept(sizes, *options.memory_budget - memory() - whole.activation_bytes - whole.cache_bytes());
+        auto found = llama_runner::choose_resident(
+            sizes, *options.memory_budget - memory() - whole.activation_bytes - whole.cache_bytes());
         if (!found) return found.error();
-        state.kept = *std::move(found);
+        state.resident = *std::move(found);
     }
     std::vector<size_t> order;  // the largest first: while one is packed it is there twice
     for (size_t i = 0; i < state.shards.size(); ++i) {
-        if (state.kept[i]) order.push_back(i);
+        if (state.resident[i]) order.push_back(i);
     }
     std::ranges::stable_sort(order, std::ranges::greater(),
                              [&](size_t i) { return state.shards[i].metadata().matrix_bytes; });
@@ -127,11 +127,11 @@ Result<void> Program::load(State& state, const Options& options) {
     return {};
 }
 
-Result<void> Program::link(State& state) {
+Result<void> Program::join_shards(State& state) {
     std::ranges::sort(state.shards, {}, [](const Shard& shard) { return shard.metadata().methods[0].start_layer; });
     std::vector<NamedMetadata> named;
     for (const Shard& shard : state.shards) named.push_back({shard.path(), &shard.metadata()});
-    auto whole = joined(named);
+    auto whole = join_parts(named);
     if (!whole) return whole.error();
     state.metadata = *std::move(whole);
     for (size_t method = 0; method < state.metadata.methods.size(); ++method) {
@@ -152,11 +152,11 @@ Result<std::span<const void* const>> Program::step(size_t method, StepSize step,
     const void* stream = nullptr;
     const size_t count = state_->shards.size();
     for (size_t i = 0; i < count; ++i) {
-        if (const size_t next = (i + 1) % count; !state_->kept[next]) state_->shards[next].read_ahead();
+        if (const size_t next = (i + 1) % count; !state_->resident[next]) state_->shards[next].read_ahead();
         Route& route = state_->routes[method][i];
         std::ranges::transform(route.inputs, route.given.begin(),
                                [&](size_t place) { return place == kFromBefore ? stream : inputs[place]; });
-        auto found = state_->kept[i] ? state_->shards[i].run(method, step, route.given) : run_once(i, method, step);
+        auto found = state_->resident[i] ? state_->shards[i].run(method, step, route.given) : run_once(i, method, step);
         if (!found) return found.error();
         for (size_t output = 0; output < found->size(); ++output) {
             const size_t place = route.outputs[output];

@@ -256,12 +256,12 @@ Result<Session> Session::fork() const {
 }
 
 Result<void> Session::save(const std::string& path) const {
-    return write_snapshot(path, {program_->metadata().identity, cache_.state(), tokens_, cache_.filled()});
+    return write_session_file(path, {program_->metadata().identity, cache_.state(), tokens_, cache_.filled()});
 }
 
 Result<void> Session::load(const std::string& path) {
     return guarded([&]() -> Result<void> {
-        auto file = open_snapshot(path, program_->metadata().identity, capacity());
+        auto file = open_session_file(path, program_->metadata().identity, capacity());
         if (!file) return file.error();
         tokens_.assign(file->tokens.begin(), file->tokens.end());
         hidden_rows_ = 0;

@@ -31,10 +31,10 @@ Error unwritable(const std::string& path) {
     return {path + " cannot be written (" + std::strerror(errno) + "); give another path"};
 }
 
-bool write_all(std::FILE* file, const Snapshot& snapshot) {
-    Header header{{}, kSnapshotVersion, 0, {}, snapshot.state.position, snapshot.state.first};
+bool write_all(std::FILE* file, const SavedSession& saved) {
+    Header header{{}, kSnapshotVersion, 0, {}, saved.state.position, saved.state.first};
     std::memcpy(header.magic, kMagic, sizeof kMagic);
-    std::memcpy(header.identity, snapshot.identity.data(), sizeof header.identity);
+    std::memcpy(header.identity, saved.identity.data(), sizeof header.identity);
     Checksum checksum;
     bool whole = true;
     const auto add = [&](const void* data, size_t size) {
@@ -42,8 +42,8 @@ bool write_all(std::FILE* file, const Snapshot& snapshot) {
         whole = whole && std::fwrite(data, 1, size, file) == size;
     };
     add(&header, sizeof header);
-    add(snapshot.tokens.data(), snapshot.tokens.size_bytes());
-    for (const KVCache::Filled& rows : snapshot.rows) {
+    add(saved.tokens.data(), saved.tokens.size_bytes());
+    for (const KVCache::Filled& rows : saved.rows) {
         for (int64_t head = 0; head < rows.heads; ++head) add(rows.of(head).data(), rows.of(head).size());
     }
     const uint64_t digest = checksum.digest();
@@ -52,13 +52,13 @@ bool write_all(std::FILE* file, const Snapshot& snapshot) {
 
 }  // namespace
 
-Result<void> write_snapshot(const std::string& path, const Snapshot& snapshot) {
+Result<void> write_session_file(const std::string& path, const SavedSession& saved) {
     return guarded([&]() -> Result<void> {
         std::string temporary = path + ".XXXXXX";
         const int descriptor = mkstemp(temporary.data());
         if (descriptor < 0) return unwritable(path);
         File file(fdopen(descriptor, "wb"));
-        if (!write_all(file.get(), snapshot) || std::rename(temporary.c_str(), path.c_str()) != 0) {
+        if (!write_all(file.get(), saved) || std::rename(temporary.c_str(), path.c_str()) != 0) {
             const Error error = unwritable(path);
             std::remove(temporary.c_str());
             return error;
@@ -67,8 +67,8 @@ Result<void> write_snapshot(const std::string& path, const Snapshot& snapshot) {
     });
 }
 
-Result<OpenSnapshot> open_snapshot(const std::string& path, const std::array<unsigned char, 16>& identity,
-                                   int64_t capacity) {
+Result<OpenSessionFile> open_session_file(const std::string& path, const std::array<unsigned char, 16>& identity,
+                                          int64_t capacity) {
     File file(std::fopen(path.c_str(), "rb"));
     if (!file) return Error{path + " cannot be read (" + std::strerror(errno) + "); give a saved session"};
     Header header;
@@ -92,7 +92,7 @@ Result<OpenSnapshot> open_snapshot(const std::string& path, const std::array<uns
         header.position > capacity) {
         return Error{path + " is damaged: its checksum does not match; save the session again"};
     }
-    OpenSnapshot opened{std::move(file), {header.position, header.first}, {}};
+    OpenSessionFile opened{std::move(file), {header.position, header.first}, {}};
     opened.tokens.resize(static_cast<size_t>(header.position));
     if (std::fseek(opened.file.get(), sizeof header, SEEK_SET) != 0 ||
         std::fread(opened.tokens.data(), sizeof(int64_t), opened.tokens.size(), opened.file.get()) !=
@@ -102,7 +102,7 @@ Result<OpenSnapshot> open_snapshot(const std::string& path, const std::array<uns
     return opened;
 }
 
-Result<void> OpenSnapshot::read_rows(const std::vector<KVCache::Filled>& rows) const {
+Result<void> OpenSessionFile::read_rows(const std::vector<KVCache::Filled>& rows) const {
     for (const KVCache::Filled& each : rows) {
         for (int64_t head = 0; head < each.heads; ++head) {
             const std::span<std::byte> bytes = each.of(head);

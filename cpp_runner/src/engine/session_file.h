@@ -20,7 +20,7 @@ inline constexpr uint32_t kSnapshotVersion = 1;
 /// Little-endian: magic "llamakvs", version (uint32), zero (uint32), the model's identity (16 bytes), position and
 /// first (int64 each, see `KVCache::State`), the text's ids (int64 each), every cache's filled rows in the order of the
 /// method's inputs, and XXH3-64 of all that (uint64).
-struct Snapshot {
+struct SavedSession {
     const std::array<unsigned char, 16>& identity;
     KVCache::State state;
     std::span<const int64_t> tokens;
@@ -28,10 +28,10 @@ struct Snapshot {
 };
 
 /// Writes a file that is whole, or as it was before.
-Result<void> write_snapshot(const std::string& path, const Snapshot& snapshot);
+Result<void> write_session_file(const std::string& path, const SavedSession& saved);
 
-/// A snapshot whose checksum is right, up to its rows.
-struct OpenSnapshot {
+/// A saved session whose checksum is right, up to its rows.
+struct OpenSessionFile {
     File file;
     KVCache::State state;
     std::vector<int64_t> tokens;
@@ -41,7 +41,7 @@ struct OpenSnapshot {
 };
 
 /// Fails where it is no such file, or a damaged one, or another model's, or has more positions than `capacity`.
-Result<OpenSnapshot> open_snapshot(const std::string& path, const std::array<unsigned char, 16>& identity,
-                                   int64_t capacity);
+Result<OpenSessionFile> open_session_file(const std::string& path, const std::array<unsigned char, 16>& identity,
+                                          int64_t capacity);
 
 }  // namespace llama_runner

@@ -33,7 +33,7 @@ Requirements united(Requirements a, const Requirements& b) {
 
 }  // namespace
 
-Result<Metadata> joined(std::span<const NamedMetadata> shards) {
+Result<Metadata> join_parts(std::span<const NamedMetadata> shards) {
     Metadata whole = *shards[0].metadata;
     int64_t end = 0;
     const auto missing = [&](int64_t start) {

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from export.llama import export_llama
-from export.lowering import code_cache, lower
-from export.lowering.code_cache import CodeCache, default_folder
+from export.lowering import export_cache, lower
+from export.lowering.export_cache import ExportCache, default_folder
 from export.planning.plan import ExportOptions
 from export.quality import verification
 from export.quality.perplexity import Gate
 from export.quality.verification import verify_once
 from export.weights.scheme import SCHEMES
-from export.weights.source import Recipe
+from export.weights.source import WeightSource
 from tests.conftest import TOY, random_options, toy_model
 
 KEY = {"dim": 32, "kind": "before after"}
@@ -24,7 +24,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def test_an_entry_comes_back_for_its_key_alone(tmp_path: Path) -> None:
-    cache = CodeCache(tmp_path / "a" / "b")
+    cache = ExportCache(tmp_path / "a" / "b")
     assert cache.get(KEY) is None
     cache.put(KEY, ENTRY)
     found = cache.get(dict(reversed(KEY.items())))
@@ -37,14 +37,14 @@ def test_an_entry_comes_back_for_its_key_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["source_digest", "versions"])
 def test_other_code_and_other_versions_have_entries_of_their_own(what: str, tmp_path: Path) -> None:
-    cache = CodeCache(tmp_path)
+    cache = ExportCache(tmp_path)
     cache.put(KEY, ENTRY)
-    with mock.patch.object(code_cache, what, return_value="another"):
+    with mock.patch.object(export_cache, what, return_value="another"):
         assert cache.get(KEY) is None
 
 
 def test_a_damaged_or_cut_entry_is_none_and_made_anew(tmp_path: Path) -> None:
-    cache = CodeCache(tmp_path)
+    cache = ExportCache(tmp_path)
     cache.put(KEY, ENTRY)
     (path,) = entries(tmp_path)
     whole = path.read_bytes()
@@ -58,13 +58,13 @@ def test_a_damaged_or_cut_entry_is_none_and_made_anew(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    cache = CodeCache(tmp_path / "file" / "folder")
+    cache = ExportCache(tmp_path / "file" / "folder")
     cache.put(KEY, ENTRY)
     assert cache.get(KEY) is None
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
-    cache = CodeCache(None)
+    cache = ExportCache(None)
     cache.put(KEY, ENTRY)
     assert cache.get(KEY) is None
 
@@ -102,12 +102,14 @@ def test_an_export_from_the_cache_is_the_same_file(tmp_path: Path, monkeypatch: 
 
 
 def test_what_failed_or_is_for_another_processor_is_verified_again(toy_pte: Path, tmp_path: Path) -> None:
-    cache, model = CodeCache(tmp_path / "cache"), toy_model()
-    right, wrong = (Recipe(model.config, weights, SCHEMES["fp32"]) for weights in (model.state_dict(), other_weights()))
+    cache, model = ExportCache(tmp_path / "cache"), toy_model()
+    right, wrong = (
+        WeightSource(model.config, weights, SCHEMES["fp32"]) for weights in (model.state_dict(), other_weights())
+    )
 
-    def verified(recipe: Recipe) -> tuple[str | None, int]:
+    def verified(source: WeightSource) -> tuple[str | None, int]:
         with mock.patch.object(verification, "verify", wraps=verification.verify) as calls:
-            return verify_once([toy_pte], recipe, Gate(), cache).failure, calls.call_count
+            return verify_once([toy_pte], source, Gate(), cache).failure, calls.call_count
 
     for _ in range(2):
         failure, count = verified(wrong)

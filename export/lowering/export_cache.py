@@ -1,4 +1,4 @@
-"""code_cache: what backends made of blocks, kept in a folder, so that a second export of a shape need not lower it.
+"""export_cache: what backends made of blocks, kept in a folder, so that a second export of a shape need not lower it.
 
 An entry holds a backend's code of one kind of block. It depends on dimensions, methods and scheme, never on weights.
 Or it says that files of certain bytes have passed verification, see `export.quality.verification.verify_once`.
@@ -44,7 +44,7 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-class CodeCache:
+class ExportCache:
     """Entries by what they depend on. A damaged entry, or a folder that cannot be written to, is as good as none."""
 
     def __init__(self, folder: Path | None) -> None:

@@ -8,7 +8,7 @@ using testing::logits_after;
 using testing::session_of;
 using testing::tiny;
 
-TEST(Snapshot, IsSavedAndLoaded) {
+TEST(SavedSession, IsSavedAndLoaded) {
     REQUIRE_TINY(path);
     const auto program = tiny(path);
     const testing::TemporaryFile file("");
