@@ -189,7 +189,7 @@ class TiktokenTokenizer:
 
 class HuggingFaceTokenizer:
     """A tokenizer.json, by the tokenizers library. BOS is what its post-processor puts before a text, as transformers
-    has it; stop ids are not in it: the checkpoint's configuration has them.
+    has it. Which token ends a text is not in it: files beside it say so, and the checkpoint's configuration.
     """
 
     kind = HUGGING_FACE
@@ -219,6 +219,11 @@ class HuggingFaceTokenizer:
 
     def encode_parts(self, parts: Sequence[Part]) -> list[int]:
         return self._cutter.encode(parts, self._encode_section)
+
+    def end_with(self, token: str) -> None:
+        """Makes a token of the vocabulary end a text; any other changes nothing."""
+        number = self._model.token_to_id(token)
+        self.stop_ids = () if number is None else (number,)
 
     def _leading(self) -> int | None:
         """The id that the post-processor puts before a text, if it does."""
@@ -342,6 +347,23 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise InputError(f"tokenizer {path} is no file; give a SentencePiece, tiktoken or tokenizer.json file")
     try:
-        return from_bytes(path.read_bytes())
+        tokenizer = from_bytes(path.read_bytes())
     except InputError as error:
         raise InputError(f"tokenizer {path}: {error}") from error
+    if isinstance(tokenizer, HuggingFaceTokenizer) and (eos := _eos_beside(path.parent)):
+        tokenizer.end_with(eos)
+    return tokenizer
+
+
+def _eos_beside(folder: Path) -> str | None:
+    """The token that ends a text by what transformers saves beside a tokenizer.json; the first file that says wins."""
+    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        try:
+            said = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+        except ValueError as error:
+            raise InputError(f"{path} is no JSON ({error}); repair it, or move the tokenizer elsewhere") from error
+        token = said.get("eos_token") if isinstance(said, dict) else None
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            return text
+    return None

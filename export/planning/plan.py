@@ -255,7 +255,7 @@ def plan(options: ExportOptions) -> Plan:
         provenance=provenance,
         output=output,
         summary=f"{checkpoint.layout}, {config.n_layers} layers, dim {config.dim}, vocabulary {config.vocab_size}",
-        warnings=(*_warnings(checkpoint, tokenizer, graph.max_seq_len), *chat.warnings),
+        warnings=(*_warnings(checkpoint, tokenizer, graph.max_seq_len, provenance["stop_ids"]), *chat.warnings),
         texts=text.windows(tokenizer, provenance["bos_id"], graph.max_seq_len) if text else (),
     )
 
@@ -335,9 +335,10 @@ def for_length(config: ModelConfig, max_seq_len: int) -> ModelConfig:
     return replace(config, rope_scaling=stretched)
 
 
-def _warnings(checkpoint: Checkpoint, tokenizer: Tokenizer | None, max_seq_len: int) -> tuple[str, ...]:
-    context, scaling = checkpoint.config.context, checkpoint.config.rope_scaling
-    found = list(checkpoint.warnings)
+def _warnings(
+    checkpoint: Checkpoint, tokenizer: Tokenizer | None, max_seq_len: int, stop_ids: Sequence[int]
+) -> tuple[str, ...]:
+    context, scaling, found = checkpoint.config.context, checkpoint.config.rope_scaling, list(checkpoint.warnings)
     if max_seq_len > context:
         how = f"; its {scaling.kind} scaling is stretched to it" if scaling else ""
         found.append(f"--max-seq-len {max_seq_len} is beyond the {context} the model was trained for{how}")
@@ -346,6 +347,8 @@ def _warnings(checkpoint: Checkpoint, tokenizer: Tokenizer | None, max_seq_len: 
             f"texts of up to {scaling.original_context} tokens, too, are taken with the factors for longer ones, other "
             "than in transformers; --original-context exports for short texts alone"
         )
+    if tokenizer and not stop_ids:
+        found.append("nothing says which token ends a text, so answers end only where they may be no longer")
     if tokenizer and (lacking_in_cpp := unsupported_in_cpp(tokenizer.data)):
         found.append(f"llama_runner cannot use this tokenizer: {lacking_in_cpp}; the Python runtime can")
     return tuple(f"warning: {each}" for each in found)

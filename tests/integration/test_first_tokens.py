@@ -12,6 +12,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from export.planning.plan import ExportOptions, plan
 from model.errors import InputError
+from preproc.tokenizer import open_tokenizer
 from tests.support.families import CASES, hugging_face_model
 
 SPECIALS = ["<unk>", "<start>", "<end>"]
@@ -51,12 +52,29 @@ def test_the_post_processor_decides_what_starts_a_text(starts: bool, config_bos:
     assert ids == transformers.AutoTokenizer.from_pretrained(model)("hi there").input_ids
 
 
+def test_the_eos_beside_a_given_tokenizer_ends_a_text(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, True, "\N{ZERO WIDTH NO-BREAK SPACE}")
+    assert open_tokenizer(tmp_path / "tokenizer.json").stop_ids == (2,)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert open_tokenizer(tmp_path / "tokenizer.json").stop_ids == ()
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<start>"}}')
+    assert open_tokenizer(tmp_path / "tokenizer.json").stop_ids == (1,)
+    (tmp_path / "special_tokens_map.json").write_text("{")
+    with pytest.raises(InputError, match=r"special_tokens_map.json is no JSON"):
+        open_tokenizer(tmp_path / "tokenizer.json")
+
+
 def test_the_tokenizers_eos_ends_a_text_where_nothing_else_says_what_does(model: Path) -> None:
     write_tokenizer(model, True, "")
     for name in ("config.json", "generation_config.json"):
         settings = json.loads((model / name).read_text()) | {"eos_token_id": None}
         (model / name).write_text(json.dumps(settings))
-    assert plan(ExportOptions(checkpoint=model, output=model / "x.pte")).provenance["stop_ids"] == [2]
+    options = ExportOptions(checkpoint=model, output=model / "x.pte")
+    assert plan(options).provenance["stop_ids"] == [2]
+    (model / "tokenizer_config.json").write_text("{}")
+    planned = plan(options)
+    assert planned.provenance["stop_ids"] == []
+    assert any("nothing says which token ends a text" in warning for warning in planned.warnings)
 
 
 def test_a_byte_order_mark_before_json_is_skipped(model: Path) -> None:
