@@ -268,6 +268,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> No
 def test_an_export_is_named_after_its_checkpoint(toy_bin: Path, tmp_path: Path) -> None:
     (tmp_path / "Llama-3.2-1B").mkdir()
     (tmp_path / "latest").symlink_to(tmp_path / "Llama-3.2-1B")
+    (tmp_path / "a.b.bin").touch()
     names = {path: plan._name(tmp_path / path) for path in ("Llama-3.2-1B", "latest", "a.b.bin")}
     assert names == {"Llama-3.2-1B": "Llama-3.2-1B", "latest": "latest", "a.b.bin": "a.b"}
 
