@@ -56,7 +56,7 @@ class Family:
 
     Attributes:
         keys: maps fields of ModelConfig to keys of config.json.
-        storage: how the weights are stored.
+        storage: storage of the weights: their names and layout.
         defaults: default values of keys that config.json omits.
         features: values of ModelConfig fields that all models of the family share.
         only: the supported values of each key; any other value would change the result, and is refused.

@@ -29,7 +29,7 @@ from model.errors import InputError, listed
 from preproc.tokenizer import from_bytes
 
 _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attn.causal_mask")
-"""Suffixes of tensor names in old checkpoints whose values are derived from the configuration."""
+"""Suffixes of the names of tensors in old checkpoints that are derived from the configuration and are not weights."""
 
 
 def is_folder(path: Path) -> bool:

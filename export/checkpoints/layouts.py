@@ -45,7 +45,7 @@ def open_checkpoint(path: str | Path, hub_token: str | None = None, cache_dir: P
 
     Args:
         path: path of a file or folder, or org/name on the Hugging Face hub.
-        hub_token, cache_dir: for a name on the hub, see `export.checkpoints.hub.download`.
+        hub_token, cache_dir: settings for a name on the hub, see `export.checkpoints.hub.download`.
 
     Raises:
         InputError: the path does not exist, has no known layout, or its content is damaged or unsupported; or the model

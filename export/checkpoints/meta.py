@@ -96,7 +96,7 @@ def open_file(path: Path) -> Checkpoint:
     said = read_json(beside) if beside.is_file() else {}
     settings = {"norm_eps": 1e-5} | said | trained  # llama2.c does not store this value
     found = _open(path, settings, [state], (path, beside) if said else (path,))
-    return replace(found, bos_id=1, stop_ids=(1, 2)) if trained else found  # tokens used by llama2.c's training
+    return replace(found, bos_id=1, stop_ids=(1, 2)) if trained else found  # BOS and stop ids of llama2.c's texts
 
 
 def _shard_files(path: Path) -> list[Path]:

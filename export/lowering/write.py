@@ -39,8 +39,8 @@ SEGMENTS, _CONSTANTS, NAMED = 4, 5, 7
 
 
 def _sharing(program: bytes, shared: Mapping[str, tuple[int, int]]) -> bytes:
-    """Changes the first piece of a file, which contains everything but the data, so that named data refers to the bytes
-    of a constant in the file.
+    """Returns the first piece of a file, which contains everything but the data, changed so that named data refers to
+    the bytes of a constant in the file.
 
     Args:
         shared: maps the name of the data to the constant's number and size.

@@ -72,7 +72,7 @@ class ExportOptions:
         auto: whether to select the smallest scheme that passes, instead of `quantize`.
         chat_template: name or file, see `export.planning.jinja_reduction.chosen`; None for the checkpoint's own.
         eval_text, max_ppl_increase: test of a quantised model, see `export.quality.perplexity.Gate`.
-        hub_token, cache_dir: for a name on the hub, see `export.checkpoints.hub.download`.
+        hub_token, cache_dir: settings for a name on the hub, see `export.checkpoints.hub.download`.
         force: whether to export even if the output is up to date.
         cache: whether to use the cache of lowered blocks and verifications.
     """
@@ -353,7 +353,7 @@ def _warnings(checkpoint: Checkpoint, tokenizer: Tokenizer | None, max_seq_len: 
 
 def _name(checkpoint: Path) -> str:
     """Returns the checkpoint's name for the output. A folder's may contain dots, as in Llama-3.2-1B, and is not cut."""
-    path = Path(os.path.abspath(checkpoint))  # links keep their own name
+    path = Path(os.path.abspath(checkpoint))  # not resolved: a symbolic link keeps its own name
     return path.stem if path.is_file() else path.name
 
 

@@ -267,7 +267,7 @@ def _round_columns(columns: Tensor, root: Tensor, scale: Tensor, most: int) -> t
     place.
     """
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
-    steps, inverse = scale.float(), (1 / scale).float()  # rounded as in torchao
+    steps, inverse = scale.float(), (1 / scale).float()  # inverse in the dtype of the scale, as in torchao
     for i, column in enumerate(columns):
         codes[i] = (column * inverse).round_().clamp_(-most, most - 1)
         errors[i] = (column - codes[i] * steps) / root[i, i]

@@ -169,7 +169,7 @@ class Quality:
 
     @property
     def worst(self) -> tuple[Loss, ...]:
-        """Up to three pieces with the largest own error, each at least a fourth of the largest."""
+        """Pieces with the largest own errors: at most three, each with at least a fourth of the largest error."""
         ranked = sorted(self.losses, key=lambda loss: -math.inf if math.isnan(loss.own) else -loss.own)[:3]
         return tuple(loss for loss in ranked if not loss.own < ranked[0].own / 4)
 
