@@ -58,8 +58,8 @@ def altered(path: Path | Sequence[Path], source: WeightSource) -> Iterator[str]:
 
 
 def _has_epsilon(program: mmap.mmap, metadata: Metadata, config: ModelConfig) -> bool:
-    """Returns whether the program's constants include the epsilon of each norm of its blocks, once per session
-    method.
+    """Returns whether the program's constants include the epsilon of each norm of its blocks, once for each
+    method that a session runs.
     """
     with torch.device("meta"):
         norms = sum(isinstance(module, Norm) for module in Llama(config, metadata.span).modules())
