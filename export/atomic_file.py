@@ -1,4 +1,4 @@
-"""A file that appears whole or not at all."""
+"""Atomic replacement of a file: it is written completely or not changed at all."""
 
 import fcntl
 import glob
@@ -14,12 +14,14 @@ from model.errors import InputError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary file beside `path`, which takes its place when the block ends well and vanishes otherwise.
+    """Yields the path of a temporary file beside `path`, which replaces `path` if the block succeeds and is deleted
+    otherwise.
 
-    What a killed process left behind is removed by the next one: a temporary file whose lock is free has no owner.
+    A temporary file left by a killed process is deleted by the next call for the same path: it is recognised by its
+    lock, which no process holds.
 
     Raises:
-        InputError: nothing can be written there.
+        InputError: no file can be written at `path`.
     """
     if path.is_dir():
         raise InputError(f"--output {path} is a folder; give the name of a file")
@@ -40,7 +42,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _temporary_beside(path: Path) -> "tempfile._TemporaryFileWrapper[bytes]":
-    """A locked temporary file. The folder is locked meanwhile, so that no other export takes it for a leftover."""
+    """Creates and locks a temporary file beside `path`. The folder is locked meanwhile, so that no other process
+    deletes the new file as a leftover before it is locked.
+    """
     prefix, suffix = f".{path.name}.", ".partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +52,7 @@ def _temporary_beside(path: Path) -> "tempfile._TemporaryFileWrapper[bytes]":
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
             for leftover in path.parent.glob(f"{glob.escape(prefix)}*{suffix}"):
-                with suppress(FileNotFoundError), leftover.open("rb") as stream:  # its owner may just have finished
+                with suppress(FileNotFoundError), leftover.open("rb") as stream:  # its owner may delete it meanwhile
                     if _locked(stream):
                         leftover.unlink()
             owner = tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, suffix=suffix, delete=False)  # noqa: SIM115

@@ -1,4 +1,4 @@
-"""inspect: what a file carries, and how much memory it will take, before it is run.
+"""The inspect command: prints the contents of a .pte file and the memory required to run it.
 
 python -m export.inspect tiny.pte
 python -m export.inspect tiny.pte --format json
@@ -21,12 +21,12 @@ from runtime.pte.metadata import Metadata
 
 
 def scheme_of(metadata: Metadata) -> Scheme:
-    """How the file's matrices are stored."""
+    """Returns the scheme in which the file's matrices are stored."""
     return Scheme.parse(metadata.provenance["options"]["scheme"])
 
 
 def describe(metadata: Metadata, size: int) -> dict[str, Any]:
-    """All that `inspect` prints, as JSON's types. `size` is the file's, in bytes."""
+    """Returns everything that `inspect` prints, as JSON types. `size` is the size of the file in bytes."""
     config, memory, kv_dtype = metadata.config, memory_use(metadata), scheme_of(metadata).kv_dtype
     heads = max((spec.sizes(1)[0] // metadata.batch_size for spec in metadata.caches), default=config.n_kv_heads)
     cached = dataclasses.replace(config, n_heads=heads, n_kv_heads=heads)
@@ -50,7 +50,7 @@ def describe(metadata: Metadata, size: int) -> dict[str, Any]:
 
 
 def _weights(metadata: Metadata) -> dict[str, Any]:
-    """Formats in words, and the matrices that have another one than the others."""
+    """Returns the weight formats in words, and the matrices with a format other than the usual one."""
     scheme = scheme_of(metadata)
     return {
         "quantize": metadata.provenance["options"]["quantize"],
@@ -64,7 +64,7 @@ def _weights(metadata: Metadata) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: exit code 0, or 2 for bad input."""
+    """Runs the command. Returns exit code 0, or 2 for bad input."""
     description = "Prints what a .pte carries and the memory that running it takes."
     parser = command.parser("export.inspect", description, __doc__)
     parser.add_argument("file", type=Path, help="the .pte, or the folder of its shards or slices")

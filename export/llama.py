@@ -1,4 +1,4 @@
-"""The export command: a Llama checkpoint becomes one self-contained .pte.
+"""The export command: converts a Llama checkpoint to one self-contained .pte file.
 
 python -m export.llama --max-seq-len 512
 python -m export.llama --checkpoint path/to/Llama-3.2-1B --max-seq-len 2048 --output llama.pte
@@ -48,19 +48,19 @@ from runtime.pte.parts import session_methods
 
 
 class Progress:
-    """Hears of each stage; this one keeps silent."""
+    """Progress callbacks; the default does nothing."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[list[str]]:
-        """Wraps one stage; what it appends to the list yielded is its result in words."""
+        """Encloses one stage. Strings appended to the yielded list describe its result."""
         yield []
 
     def note(self, line: str) -> None:
-        """Something a person should know."""
+        """Receives a message for the user."""
 
 
 class ConsoleProgress(Progress):
-    """Prints a line per stage: name, seconds, result; on a terminal, a spinner while it runs."""
+    """Prints a line per stage: name, seconds, result. On a terminal, it shows a spinner while the stage runs."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -77,16 +77,16 @@ class ConsoleProgress(Progress):
 
 
 def export_llama(options: ExportOptions, progress: Progress | None = None) -> Path:
-    """Runs all stages and returns the path of the file, which is complete and verified, or as it was before; or of the
-    folder of shards or slices, in which each is.
+    """Runs all stages of an export and returns the path of the output: a file, or the folder of shards or slices.
 
-    A file for a backend that cannot be run here is not verified, and says so: provenance["verified"].
+    Each output file is either complete and verified, or unchanged. A file for a backend that cannot be run on this
+    machine is not verified; provenance["verified"] is then false.
 
     Raises:
         InputError: checkpoint, tokenizer or options cannot be used.
         VerificationError: the program's logits differ from the eager model's by more than the format's limits, or
-            quantising increases the perplexity by more than is allowed.
-        NothingFitsError: no scheme that `options.auto` may choose keeps it within that.
+            quantisation increases the perplexity by more than is allowed.
+        NothingFitsError: no scheme available to `options.auto` keeps the increase of perplexity within the limit.
     """
     budget = DEFAULT_BUDGET if options.auto and options.max_ppl_increase is None else options.max_ppl_increase
     progress, gate = progress or Progress(), Gate.of(options.eval_text, budget)
@@ -121,7 +121,9 @@ def export_llama(options: ExportOptions, progress: Progress | None = None) -> Pa
 
 @contextmanager
 def _calibrated(planned: Plan, progress: Progress) -> Iterator[Plan]:
-    """The plan, with the matrices that its texts give for as long as the block lasts."""
+    """Yields the plan with its matrices calibrated on its texts, if it has any. They are kept in a temporary folder
+    during the block.
+    """
     if not planned.texts:
         yield planned
         return
@@ -142,7 +144,7 @@ def _write(planned: Plan, options: ExportOptions, paths: Sequence[Path], progres
         result.append(f"{backend}, {len(codes)} different parts")
         result.extend(f"{method.name} takes {_tokens(method.max_length)}" for method in session_methods(shards[0]))
     for number, (methods, path) in enumerate(zip(shards, paths, strict=True), 1):
-        gc.collect()  # graphs refer to themselves, and hold as much as their weights
+        gc.collect()  # graphs contain reference cycles and hold as much memory as their weights
         name = f" {number}" if len(shards) > 1 else ""
         with progress.stage(f"assemble{name}") as result:
             assembled = assemble(source, methods, codes, backend, planned.identity)
@@ -160,7 +162,9 @@ def _cache(options: ExportOptions) -> ExportCache:
 
 @contextmanager
 def _replacing(planned: Plan) -> Iterator[list[Path]]:
-    """Temporary files that take the outputs' places. Shards of an earlier export go, and what C++ packed of them."""
+    """Yields temporary files that replace the outputs. Afterwards, files of an earlier sharded or sliced export are
+    deleted, including those packed from them by the C++ runner.
+    """
     with ExitStack() as stack:
         yield [stack.enter_context(replacing(output)) for output in planned.outputs]
     if not planned.sharding.is_whole:
@@ -182,7 +186,9 @@ def _tokens(count: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: exit code 0 when the file is there and verified, 1 when verification failed, 2 for bad input."""
+    """Runs the command. Returns exit code 0 if the file is written and verified or already up to date, 1 if
+    verification failed or no scheme fits, 2 for bad input.
+    """
     flags = vars(_parser().parse_args(arguments))
     flags["sharding"] = Sharding(flags.pop("shards"), flags.pop("shard_bytes"), flags.pop("tensor_parallel"))
     prompt = flags.pop("run")
@@ -216,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_file_flags(parser: argparse.ArgumentParser) -> None:
-    """What is read and written."""
+    """Adds the flags for input and output files."""
     add = parser.add_argument
     add(
         "--checkpoint",
@@ -249,7 +255,7 @@ def _add_file_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_graph_flags(parser: argparse.ArgumentParser) -> None:
-    """What is run, and by what."""
+    """Adds the flags for the graph and its backend."""
     add = parser.add_argument
     add(
         "--max-seq-len",
@@ -305,7 +311,7 @@ def _add_graph_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_scheme_flags(parser: argparse.ArgumentParser) -> None:
-    """How weights and caches are stored."""
+    """Adds the flags for the storage of weights and caches."""
     add = parser.add_argument
     add("--quantize", default="fp32", help=f"how weights are stored: {' or '.join(SCHEMES)} (default: %(default)s)")
     add("--group-size", type=int, metavar="N", help="4-bit weights that share a scale: 32, 64 or 128 (default: 32)")

@@ -1,9 +1,9 @@
-"""export_module: any nn.Module of yours becomes a .pte, lowered and checked by the same stages as a Llama.
+"""export_module: converts any nn.Module to a .pte, lowered and checked by the same stages as a Llama model.
 
     from export.module import export_module
     export_module(MyModel().eval(), (torch.zeros(1, 16),), Path("mine.pte"))
 
-The file is a plain ExecuTorch program with one method, `forward`: every ExecuTorch runtime runs it.
+The file is a plain ExecuTorch program with one method, `forward`, which every ExecuTorch runtime can run.
 """
 
 from collections.abc import Sequence
@@ -21,23 +21,23 @@ from model.errors import InputError, listed
 from runtime.engine.executorch import lacking
 
 LIMIT = 1e-4
-"""The largest difference from the eager module that passes, relative to the largest result if that is above 1."""
+"""Maximum difference from the eager module's results, relative to the largest result if that is above 1."""
 
 
 def export_module(
     module: nn.Module, inputs: Sequence[Tensor], path: Path, backend: str = "xnnpack", limit: float = LIMIT
 ) -> Path:
-    """Traces the module on example inputs, lowers it, and compares the file's results with the module's on them.
+    """Traces the module on example inputs, lowers it, and compares the results of the file with those of the module.
 
     Args:
-        module: takes tensors and returns a tensor or several; in eval mode, float32.
+        module: takes tensors and returns one or more tensors; in eval mode, float32.
         inputs: an example of every argument; their shapes are fixed in the file.
-        path: the .pte to write, which is complete and verified, or as it was before.
-        backend: one of `export.lowering.backends.BACKENDS` that can be run here.
+        path: the .pte to write. Afterwards it is either complete and verified, or unchanged.
+        backend: one of `export.lowering.backends.BACKENDS` that can be run on this machine.
         limit: see LIMIT.
 
     Raises:
-        InputError: the backend is unknown or not to be had here, or the path cannot be written.
+        InputError: the backend is unknown or not available on this machine, or the path cannot be written.
         VerificationError: the file's results differ by more than the limit.
     """
     check(backend)

@@ -1,8 +1,9 @@
-"""verify: the .pte against the eager model it was made from, and a quantised model against the one in float32.
+"""The verify command: compares a .pte with the eager model it was made from, and a quantised model with the float32
+model.
 
-The first says whether the file is faithful, through prefill and decode: the reference sees each whole sequence in one
-pass, without caches, so that a fault in a cache, a mask or a rotary slice shows as well as one in the graph or a
-weight. The second says what quantising costs, see `export.quality.perplexity`.
+The first comparison checks that the file computes what the eager model computes, in prefill and decode. The reference
+processes each sequence in one pass without caches, so that the comparison also detects errors in a cache, a mask or a
+rotary table. The second comparison measures the cost of quantisation, see `export.quality.perplexity`.
 
     python -m export.verify tiny.pte
     python -m export.verify llama.pte --checkpoint path/to/Llama-3.2-1B --eval-text mine.txt --report
@@ -31,10 +32,12 @@ from runtime.engine.program import files, read_metadata
 
 
 def _with_calibration(source: WeightSource, file: Path, path: Path | None, folder: Path) -> WeightSource:
-    """With the matrices that the text at `path` gives, as those of the file were made; they are kept in `folder`.
+    """Returns the source with its matrices calibrated on the text at `path`, as in the file. They are kept in `folder`.
+
+    A file made without calibration returns the source unchanged.
 
     Raises:
-        InputError: file and model do not have the same dimensions, or the text is not the one the file was made with.
+        InputError: the file and the model have different dimensions, or the text is not the one used for the file.
     """
     metadata = read_metadata(file)
     made_with = metadata.provenance.get("calibration")
@@ -56,7 +59,7 @@ def _with_calibration(source: WeightSource, file: Path, path: Path | None, folde
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: exit code 0 when the file passes, 1 when it does not, 2 for bad input."""
+    """Runs the command. Returns exit code 0 if the file passes, 1 if it does not, 2 for bad input."""
     parser = command.parser("export.verify", "Checks a .pte against its checkpoint.", __doc__)
     parser.add_argument("file", type=Path, help="the .pte")
     parser.add_argument(

@@ -1,1 +1,1 @@
-"""The Llama model, its dimensions and its checkpoints."""
+"""The Llama model: its configuration, its PyTorch modules and the arithmetic they share."""

@@ -1,4 +1,4 @@
-"""ModelConfig: every dimension and every feature of a model, once, validated."""
+"""ModelConfig, which holds and validates every dimension and feature of a model."""
 
 import dataclasses
 import math
@@ -9,18 +9,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for contexts beyond the first; the formulas stand in `preproc.rope`.
+    """Scaling of the rotary frequencies for contexts longer than the original one. `model.rotary` has the formulas.
 
     Attributes:
         kind: llama3, linear, dynamic, yarn or longrope, as in Hugging Face's `rope_type`.
-        factor: how many times longer the context becomes.
-        original_context: positions the frequencies were first trained for: those that dynamic and longrope leave as
-            they were, and that llama3 and yarn count turns in; linear does not use it.
-        low_freq_factor, high_freq_factor: llama3's borders between kept and stretched wavelengths.
-        beta_fast, beta_slow, truncate: yarn's borders, in turns within the original context, and whether the pairs at
-            which they lie are rounded outwards.
-        attention_factor: what yarn and longrope multiply cos and sin by; None where they work it out.
-        short_factors, long_factors: longrope's divisor of each pair's frequency, up to the original context and beyond.
+        factor: factor by which the context is extended.
+        original_context: number of positions for which the frequencies were first trained. Dynamic and longrope scaling
+            leave these positions unchanged; llama3 and yarn count turns within them; linear scaling does not use it.
+        low_freq_factor, high_freq_factor: limits between the kept and the stretched wavelengths of llama3 scaling.
+        beta_fast, beta_slow: limits of yarn scaling, in turns within the original context.
+        truncate: whether the pair indices at yarn's limits are rounded outwards.
+        attention_factor: factor of cos and sin in yarn and longrope scaling; None if it is computed from the other
+            fields.
+        short_factors, long_factors: longrope's divisor of each pair's frequency, for texts up to the original context
+            and for longer ones.
     """
 
     kind: str = "llama3"
@@ -65,7 +67,9 @@ _LARGEST = {
     "vocab_size": 1 << 22,
     "context": 1 << 26,
 }
-"""Far beyond any model; a larger number is damage, and would only be noticed when memory runs out."""
+"""Upper limits of the dimensions, far above those of any model. A larger number means a damaged file, and is reported
+here rather than by running out of memory.
+"""
 
 _CHOICES = {
     "norm": ("rms", "layer"),
@@ -76,41 +80,44 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Dimensions and features of one checkpoint. The defaults of the features are Llama's.
+    """Dimensions and features of one checkpoint. The default values of the features are those of Llama.
 
     Attributes:
         dim: width of the residual stream (D).
         n_layers: number of blocks.
-        n_heads: query heads (H).
-        n_kv_heads: key and value heads (K); divides n_heads.
+        n_heads: number of query heads (H).
+        n_kv_heads: number of key and value heads (K); divides n_heads.
         head_dim: width of one head (Dh); not always dim / n_heads.
-        hidden_dim: width of the feed-forward (F).
-        vocab_size: rows of the embedding (V).
-        context: positions the checkpoint was trained for.
+        hidden_dim: width of the feed-forward network (F).
+        vocab_size: number of rows of the embedding (V).
+        context: number of positions for which the checkpoint was trained.
         norm_eps: added to the mean square in RMSNorm, to the variance in LayerNorm.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: how they are stretched, or None.
-        tied: whether embedding and output head are one matrix.
+        rope_scaling: scaling of the rotary frequencies, or None.
+        tied: whether embedding and output head share one matrix.
 
         norm: rms (RMSNorm) or layer (LayerNorm).
         norm_bias: whether norms add a bias.
-        qk_norm: whether each head's queries and keys are normalised before they are rotated (Qwen 3).
-        post_norms: whether attention's and feed-forward's results are normalised as well (Gemma 2).
+        qk_norm: whether each head's queries and keys are normalised before rotation (Qwen 3).
+        post_norms: whether the outputs of attention and feed-forward are normalised as well (Gemma 2).
         parallel: whether attention and feed-forward read the same normalised input (GPT-J).
         activation: silu, gelu, gelu_tanh or relu.
-        gated: whether the feed-forward is gated: w2(act(w1 x) * w3 x), otherwise w2(act(w1 x)).
-        n_experts, n_chosen_experts: feed-forwards per block, and how many of them a token takes; 0 for one alone.
-        qkv_bias, out_bias, ffn_bias, head_bias: which linear layers add a bias.
+        gated: whether the feed-forward is gated: w2(act(w1 x) * w3 x) instead of w2(act(w1 x)).
+        n_experts, n_chosen_experts: number of experts per block, and number of them used for each token; 0 for a single
+            feed-forward.
+        qkv_bias, out_bias, ffn_bias, head_bias: whether the linear layers for queries, keys and values, for the
+            attention output, in the feed-forward and in the head add a bias.
         positions: rope, learned (an embedding of position ids) or alibi (a bias in the mask).
-        rotary_dim: leading part of each head that is rotated, even; None for all of it.
+        rotary_dim: number of leading values of each head that are rotated, even; None for all of them.
         nope_layers: blocks without rotary embedding (SmolLM 3).
-        alibi_max_bias: ALiBi's slopes run from 2^(-max_bias/H) to 2^-max_bias.
-        sliding_window: positions that a local block sees, itself included; None where all see everything.
-        local_layers: the blocks that see only the window.
-        embedding_scale, residual_scale, logit_scale: what embeddings, each block's two contributions, and logits are
-            multiplied by (Gemma, Granite).
-        attention_scale: what scores are multiplied by; None for head_dim^-0.5.
-        attention_softcap, logit_softcap: c in c * tanh(x / c) of scores and logits (Gemma 2); None for neither.
+        alibi_max_bias: sets the range of ALiBi's slopes, from 2^(-max_bias/H) to 2^-max_bias.
+        sliding_window: number of positions that a local block attends to, including the current one; None if there are
+            no local blocks.
+        local_layers: blocks that attend only to the sliding window.
+        embedding_scale, residual_scale, logit_scale: factors of the embeddings, of each block's attention and
+            feed-forward terms, and of the logits (Gemma, Granite).
+        attention_scale: factor of the attention scores; None for head_dim^-0.5.
+        attention_softcap, logit_softcap: c in c * tanh(x / c), applied to scores and logits (Gemma 2); None for no cap.
     """
 
     dim: int
@@ -211,27 +218,29 @@ class ModelConfig:
 
     @property
     def rotated(self) -> int:
-        """How many of each head's values are rotated."""
+        """Number of values of each head that are rotated."""
         return self.rotary_dim or self.head_dim
 
     def is_local(self, layer: int) -> bool:
-        """Whether a block sees only the sliding window."""
+        """Returns whether a block attends only to the sliding window."""
         return layer in self.local_layers
 
     def window(self, layer: int) -> int | None:
-        """Positions that a block sees, itself included; None for all."""
+        """Returns the number of positions that a block attends to, including the current one; None for all."""
         return self.sliding_window if self.is_local(layer) else None
 
     def slots(self, layer: int, positions: int) -> int:
-        """How many of a text's positions a block's KV cache holds: a local block's is a ring of the window's size."""
+        """Returns the number of slots in a block's KV cache for a text of `positions` tokens. The cache of a local
+        block is a ring of the window's size.
+        """
         return min(positions, self.window(layer) or positions)
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> "ModelConfig":
-        """The config that `dataclasses.asdict` and JSON made `fields` of.
+        """Rebuilds a config from the JSON form of its `dataclasses.asdict`.
 
         Raises:
-            TypeError, ValueError: they are not those of a config.
+            TypeError, ValueError: the fields are not those of a valid config.
         """
         scaling = fields["rope_scaling"]
         return ModelConfig(**_tuples(fields) | {"rope_scaling": RopeScaling(**_tuples(scaling)) if scaling else None})

@@ -1,17 +1,19 @@
-"""The one error that is the user's to mend."""
+"""InputError, the one exception that means the user's input is at fault."""
 
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """What was given cannot be used. The message is one sentence: the value received and what to do.
+    """Raised for input that cannot be used. The message is one sentence with the value received and what to do about
+    it.
 
-    Commands print it and exit with 2; every other exception is a bug of ours and keeps its traceback.
+    Commands print the message and exit with status 2. Any other exception is a bug in this program and keeps its
+    traceback.
     """
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:
-    """Joins names for a message, cutting a long list: 'a, b, c, d and 12 more'."""
+    """Joins sorted names for a message and shortens a long list: 'a, b, c, d and 12 more'."""
     names = sorted(names)
     shown = ", ".join(names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown

@@ -1,8 +1,9 @@
-"""The same model with attention as one operator, which reads only the part of the caches that is filled.
+"""The Llama model with attention as one custom operator, which reads only the filled part of the caches.
 
-What lies between two attentions, the end of one block and the beginning of the next, is a segment: it depends on the
-number of tokens only in its leading dimensions, so that one graph serves prefill and decode. The operator for devices
-is cpp_runner/src/attention/kernel.inc; the one here says in PyTorch what it computes.
+The model is divided into segments between consecutive attentions: the end of one block and the beginning of the next.
+The number of tokens appears only in a segment's leading dimensions, so one graph serves prefill and decode.
+cpp_runner/src/attention/kernel.inc implements the operator for devices; this module defines what it computes in
+PyTorch.
 """
 
 from collections.abc import Sequence
@@ -44,20 +45,22 @@ def attention(  # noqa: PLR0913  the operator's own
     cap: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attends from the L new rows of each sequence to what it has cached and to themselves.
+    """Computes attention from the L new rows of each sequence to its cached rows and to the new rows themselves.
 
     Args:
-        q, k, v: [B, L, H*Dh], [B, L, K*Dh] and the same, not rotated yet.
-        cos, sin: [B, L, P]; None where nothing is rotated.
-        slopes: [H], what a head takes off a score for every position of distance; None where it takes off nothing.
-        k_cache, v_cache: [B*K, T, W], rows as in `model.kv_row_format`; position p in slot p % T.
-        start: [B] int64, position of each sequence's first new row: so many are cached, the latest T of them.
-        scale: of the scores.
-        cap: see `softcap`; 0 for none.
-        window: positions that a row sees, itself included; 0 for all.
+        q, k, v: [B, L, H*Dh], [B, L, K*Dh] and [B, L, K*Dh], before rotation.
+        cos, sin: [B, L, P]; None for a block without rotary embedding.
+        slopes: [H], the amount subtracted from a score per position of distance (ALiBi); None for a model without
+            ALiBi.
+        k_cache, v_cache: [B*K, T, W], rows in the format of `model.kv_row_format`; position p is in slot p % T.
+        start: [B] int64, position of the first new row of each sequence. The cache holds the last min(start, T)
+            positions before it.
+        scale: factor of the scores.
+        cap: limit of the scores, see `softcap`; 0 for none.
+        window: number of positions that a row attends to, including its own; 0 for all.
 
     Returns:
-        [B, L, H*Dh], and the rows to append to the caches, [B*K, L, W] each.
+        The attention output [B, L, H*Dh], and the rows to append to the two caches, [B*K, L, W] each.
     """
     B, L, _ = q.shape
     K, T, dtype = k_cache.shape[0] // B, k_cache.shape[1], str(k_cache.dtype).removeprefix("torch.")
@@ -98,8 +101,10 @@ def _out_shapes(*_: object, out: Tensor, k_rows: Tensor, v_rows: Tensor) -> tupl
 
 
 class Segment(nn.Module):
-    """What lies between two attentions: the end of one block, if it is not the first here, and the beginning of the
-    next one, or the head behind the last, if the model ends here.
+    """The computation between two attentions: the end of one block and the beginning of the next.
+
+    The first segment has no block before it. In the last segment, the head takes the place of the next block, or
+    nothing does in a shard without the head.
     """
 
     def __init__(self, before: Block | None, after: Block | Head | None) -> None:
@@ -108,11 +113,12 @@ class Segment(nn.Module):
         self.after = after
 
     def forward(self, x: Tensor, out: Tensor | None = None, select: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Takes the stream [B, L, D] as the attention before found it, and that attention's result.
+        """Computes the segment from the residual stream [B, L, D] before the preceding attention and that attention's
+        output.
 
         Returns:
-            the next attention's q, k and v, and, if it is not the first, the stream as that finds it; or what the head
-            returns; or the stream alone.
+            The queries, keys and values of the next attention, followed by the stream before it unless this is the
+            first segment; or the results of the head; or the stream alone.
         """
         if self.before is not None and out is not None:
             x = self.before.finish(x, out)
@@ -126,14 +132,15 @@ class Segment(nn.Module):
 
 
 class FusedLlama(Embeddings):
-    """A Llama, or a shard of one, in segments. Its pieces are those of the model it is made from.
+    """A `Llama`, or a shard of one, divided into segments. It shares the modules of the model it is built from.
 
     Attributes:
-        segments: one more than blocks, by the number of the block that begins in each, or would.
+        segments: the segments, one more than there are blocks. The key is the number of the block that begins in the
+            segment; for the last segment, the number after the last block.
     """
 
     def __init__(self, model: Llama) -> None:
-        """Takes the embeddings of `model`, and its blocks and head as segments."""
+        """Reuses the embeddings of `model`, and regroups its blocks and head into segments."""
         config = model.config
         with torch.device("meta"):
             super().__init__(config, model.span)
@@ -157,7 +164,7 @@ class FusedLlama(Embeddings):
         v_caches: Sequence[Tensor],
         positions: Tensor | None = None,
     ) -> Step:
-        """One step; `start` as in `attention`, the others as in `Llama.forward`."""
+        """Runs one step. `start` is as in `attention`; the other arguments are as in `Llama.forward`."""
         if self.begins:
             x = self.embed(x, positions)
         first, *others, last = self.segments.values()
@@ -178,5 +185,5 @@ class FusedLlama(Embeddings):
 
 
 def settings(attention: Attention, window: int | None) -> tuple[bool, float, float, int]:
-    """Whether a block rotates, and the operator's scale, cap and window."""
+    """Returns whether a block uses rotary embedding, and the operator's scale, cap and window."""
     return attention.rotates, attention.scale, attention.softcap or 0.0, window or 0

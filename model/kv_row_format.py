@@ -1,30 +1,33 @@
-"""How a KV cache stores a row, the head_dim numbers of one head at one position: cpp_runner/src/attention/rows.inc does
-the same on devices.
+"""The storage format of a KV cache row, which holds the head_dim numbers of one head at one position.
+cpp_runner/src/attention/rows.inc implements the same format in the C++ runner.
 """
 
 import torch
 from torch import Tensor
 
 KV_DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
-"""What `--kv-dtype` takes -> the cache's dtype. Rows of int8 are Dh codes and then the four bytes of their scale."""
+"""Maps each value of `--kv-dtype` to the dtype of the cache. An int8 row holds Dh codes followed by the four bytes of
+its float32 scale.
+"""
 
 _SCALE_BYTES = 4
 
 
 def row_width(head_dim: int, dtype: str) -> int:
-    """W, the elements of a row."""
+    """Returns W, the number of elements in a row."""
     return head_dim + _SCALE_BYTES if dtype == "int8" else head_dim
 
 
 def row_bytes(head_dim: int, dtype: str) -> int:
-    """The bytes of a row."""
+    """Returns the number of bytes in a row."""
     return row_width(head_dim, dtype) * getattr(torch, dtype).itemsize
 
 
 def encode(rows: Tensor, dtype: str) -> Tensor:
-    """[..., Dh] float32 -> [..., W] of a cache's dtype.
+    """Encodes float32 rows [..., Dh] as [..., W] in the dtype of a cache.
 
-    An int8 code is the nearest integer, of two the even one, to the number's ratio to the scale, max |row| / 127.
+    An int8 row is scaled by max |row| / 127. Each code is the number divided by the scale, rounded to the nearest
+    integer, with ties to even.
     """
     if dtype != "int8":
         return rows.to(getattr(torch, dtype))
@@ -34,7 +37,7 @@ def encode(rows: Tensor, dtype: str) -> Tensor:
 
 
 def decode(rows: Tensor) -> Tensor:
-    """[..., W] of a cache's dtype -> [..., Dh] float32."""
+    """Decodes cache rows [..., W] to float32 [..., Dh]."""
     if rows.dtype != torch.int8:
         return rows.float()
     codes, scale = rows[..., :-_SCALE_BYTES], rows[..., -_SCALE_BYTES:].contiguous().view(torch.float32)

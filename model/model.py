@@ -1,13 +1,14 @@
 """The Llama transformer, written so that torch.export sees one static graph.
 
-Position enters only through `cos`, `sin` and `mask`, which `preproc` slices outside the graph; the KV cache is an
-input, owned by the runtime, and the graph returns just the rows it adds. The same module trains, runs eagerly and is
-exported. What other families add to Llama are features of ModelConfig, each of which stands in one place here.
+The graph depends on the position only through `cos`, `sin` and `mask`, which `preproc` computes outside it. The KV
+cache is an input owned by the runtime, and the graph returns only the rows to append to it. The same module is trained,
+run eagerly and exported. Features that other model families add to Llama are fields of ModelConfig, and each is
+implemented in one place here.
 
     B   sequences in the batch          D    model width (dim)            T   capacity of a block's cache
-    L   tokens of this step             Dh   width of a head (head_dim)   R   rows whose logits are wanted
+    L   tokens of this step             Dh   width of a head (head_dim)   R   rows for which logits are computed
     H   query heads   K   KV heads      G    query heads per KV head (H = K * G)
-    F   feed-forward width              V    vocabulary                   P   rotated pairs of a head, mostly Dh/2
+    F   feed-forward width              V    vocabulary                   P   rotated pairs per head, usually Dh/2
     E   experts
 """
 
@@ -36,7 +37,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim or config.dim)) if config.norm_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D], or the same for each head of [B, L, H, Dh]."""
+        """Normalises the last dimension of [B, L, D], or of each head in [B, L, H, Dh]."""
         if self.centred:
             x = x - last_mean(x)
         x = x * torch.rsqrt(last_mean(x * x) + self.eps) * self.weight
@@ -44,7 +45,10 @@ class Norm(nn.Module):
 
 
 def last_mean(x: Tensor) -> Tensor:
-    """[..., D] -> [..., 1]. The mean runs over two dims of a 4-D view: the one form every backend keeps whole."""
+    """Returns the mean over the last dimension, [..., D] -> [..., 1].
+
+    The mean runs over two dimensions of a 4-D view, because only in this form do all backends delegate it whole.
+    """
     return x.reshape(1, -1, 1, x.shape[-1]).mean((2, 3), keepdim=True).view(x.shape[0], -1, *x.shape[2:-1], 1)
 
 
@@ -54,11 +58,13 @@ def softcap(x: Tensor, cap: float | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (https://arxiv.org/abs/2305.13245) over the cache and the L new rows: `project`,
-    `attend`, and `wo`.
+    """Grouped-query attention (https://arxiv.org/abs/2305.13245) over the cached rows and the L new rows.
+
+    It runs in three parts: `project`, `attend` and `wo`.
 
     Attributes:
-        kv_dtype: keys and values are rounded to what a cache of this dtype would hold, see `model.kv_row_format`.
+        kv_dtype: dtype of the KV cache, whose rounding is applied to the new keys and values; see
+            `model.kv_row_format`.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -78,7 +84,7 @@ class Attention(nn.Module):
         self.k_norm = Norm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, L, D] -> queries [B, L, H*Dh], keys and values [B, L, K*Dh], not rotated yet."""
+        """Maps [B, L, D] to queries [B, L, H*Dh] and to keys and values [B, L, K*Dh], before rotation."""
         return self._normed(self.q_norm, self.wq(x)), self._normed(self.k_norm, self.wk(x)), self.wv(x)
 
     def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
@@ -96,17 +102,17 @@ class Attention(nn.Module):
         k_cache: Tensor | None = None,
         v_cache: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attends from L rows to T cached and L new positions.
+        """Computes attention from the L new rows to the T cached and L new positions.
 
         Args:
-            q, k, v: as `project` returns them.
-            angles: cos and sin, [B, L, P] each; None where the model does not rotate.
-            mask: [B, L, T+L], or [B*H, L, T+L] where heads differ, added to the scores: 0 or a bias where visible, a
-                large negative number elsewhere.
-            k_cache, v_cache: [B*K, T, Dh], keys already rotated; None for T = 0.
+            q, k, v: the results of `project`.
+            angles: cos and sin, [B, L, P] each; None for a model without rotary embedding.
+            mask: [B, L, T+L], or [B*H, L, T+L] if it differs between heads. It is added to the scores: 0 or a bias for
+                visible positions, a large negative number for hidden ones.
+            k_cache, v_cache: [B*K, T, Dh], with the keys already rotated; None if T is 0.
 
         Returns:
-            [B, L, H*Dh], and the rows to append to the caches, [B*K, L, Dh] each.
+            The attention output [B, L, H*Dh], and the rows to append to the two caches, [B*K, L, Dh] each.
         """
         B, L, _ = q.shape
         K, G, Dh = self.n_kv_heads, self.group, self.head_dim
@@ -120,13 +126,13 @@ class Attention(nn.Module):
             cos, sin = (table.view(B, 1, L, -1) for table in angles)
             q, k = rope(q, cos, sin), rope(k, cos, sin)
 
-        # A KV head serves its G query heads as G*L rows of one matrix, so nothing is repeated or expanded.
+        # The G query heads of a KV head become G*L rows of one matrix, so the keys and values are not repeated.
         q = q.reshape(B * K, G * L, Dh)
         k, v = k.reshape(B * K, L, Dh), v.reshape(B * K, L, Dh)
         if self.kv_dtype != "float32":
             k, v = (decode(encode(rows, self.kv_dtype)) for rows in (k, v))
 
-        # Scores and outputs are taken in two parts, cached and new: the caches are read in place, never concatenated.
+        # Scores and outputs are computed in two parts, cached and new, so that the caches are never copied.
         scores = torch.bmm(q, k.transpose(1, 2))
         if k_cache is not None:
             scores = torch.cat((torch.bmm(q, k_cache.transpose(1, 2)), scores), dim=-1)
@@ -141,7 +147,10 @@ class Attention(nn.Module):
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by tanh (https://arxiv.org/abs/1606.08415, section 2), written out: backends take the exact one for it."""
+    """Computes GELU with the tanh approximation (https://arxiv.org/abs/1606.08415, section 2).
+
+    The formula is written out because backends replace F.gelu(approximate="tanh") by the exact GELU.
+    """
     return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))  # sqrt(2 / pi)
 
 
@@ -154,7 +163,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FeedForward(nn.Module):
-    """Gated, w2(act(w1 x) * w3 x) as in SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202), or w2(act(w1 x))."""
+    """The feed-forward network: w2(act(w1 x) * w3 x) if gated, as in SwiGLU (Shazeer 2020,
+    https://arxiv.org/abs/2002.05202), and w2(act(w1 x)) otherwise.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -164,15 +175,17 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=config.ffn_bias) if config.gated else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
+        """Maps [B, L, D] to [B, L, D]."""
         hidden = self.activation(self.w1(x))
         return self.w2(hidden if self.w3 is None else hidden * self.w3(x))
 
 
 class Experts(nn.Module):
-    """A mixture of feed-forwards, of which a token takes the likeliest few (https://arxiv.org/abs/2401.04088, eq. 2).
+    """A mixture of feed-forward networks, of which each token uses the n_chosen_experts with the largest router logits
+    (https://arxiv.org/abs/2401.04088, eq. 2).
 
-    All of them are computed and the others weighted by 0: a static graph cannot leave them out.
+    Every expert is computed for every token, with weight 0 for the experts not chosen, because a static graph cannot
+    skip them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -182,10 +195,11 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_experts))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
+        """Maps [B, L, D] to [B, L, D]."""
         B, E = x.shape[0], len(self.experts)
         logits = self.router(x)
-        # Where an expert ranks is how many have larger logits; counting needs no sort, which backends leave outside.
+        # The rank of an expert is the number of larger logits. Counting them avoids a sort, which backends do not
+        # delegate.
         larger = logits.view(-1, 1, E) - logits.view(-1, E, 1)
         rank = last_mean((larger * 1e30).clamp(0, 1)).view(B, -1, E) * float(E)
         weights = F.softmax(logits, dim=-1) * (self.chosen - rank).clamp(0, 1)
@@ -197,7 +211,9 @@ class Experts(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)); where it is parallel, both at once from one norm."""
+    """A transformer block: x + attention(norm(x)), then x + feed_forward(norm(x)). A parallel block computes both from
+    one shared norm and adds them together.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -217,25 +233,33 @@ class Block(nn.Module):
         k_cache: Tensor | None = None,
         v_cache: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, L, D] -> [B, L, D] and the new rows; the others as in `Attention.attend`."""
+        """Runs the block on [B, L, D].
+
+        Returns:
+            The output [B, L, D] and the rows to append to the caches. The arguments are those of `Attention.attend`.
+        """
         out, k, v = self.attention.attend(*self.project(x), angles, mask, k_cache, v_cache)
         return self.finish(x, out), k, v
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What comes before attention; as `Attention.project`."""
+        """Computes the part before attention: the norm, then `Attention.project`."""
         return self.attention.project(self.attention_norm(x))
 
     def finish(self, x: Tensor, out: Tensor) -> Tensor:
-        """What comes behind it: the block's input [B, L, D] and attention's result [B, L, H*Dh] -> [B, L, D]."""
+        """Computes the part after attention, from the block's input [B, L, D] and the attention output [B, L, H*Dh],
+        and returns the block's output [B, L, D].
+        """
         attended = x + self.attended(out)
         return attended + self._fed(self.attention_norm(x) if self.ffn_norm is None else self.ffn_norm(attended))
 
     def attended(self, out: Tensor) -> Tensor:
-        """Attention's contribution to the stream: its result [B, L, H*Dh] -> [B, L, D]."""
+        """Computes the attention term of the residual stream, [B, L, D], from the attention output [B, L, H*Dh]."""
         return self._scaled(self.attention_post_norm(self.attention.wo(out)))
 
     def fed(self, x: Tensor) -> Tensor:
-        """The feed-forward's, where it has a norm of its own: [B, L, D] -> [B, L, D]."""
+        """Computes the feed-forward term of the residual stream, [B, L, D] -> [B, L, D], for a block with a separate
+        feed-forward norm.
+        """
         assert self.ffn_norm is not None, "a parallel block has one norm for both"
         return self._fed(self.ffn_norm(x))
 
@@ -247,7 +271,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The last norm, and the logits of the rows that are wanted."""
+    """The final norm and the output layer, which computes the logits of the selected rows."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -257,20 +281,22 @@ class Head(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=config.head_bias)
 
     def forward(self, x: Tensor, select: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, L, D] and one-hot [B, R, L] -> logits [B, R, V], and x normalised, [B, L, D]."""
+        """Computes logits [B, R, V] and the normalised x [B, L, D] from x [B, L, D] and a one-hot selection [B,
+        R, L].
+        """
         hidden = self.norm(x)
         logits = self.output(torch.bmm(select, hidden))
         return softcap(logits if self.scale == 1 else logits * self.scale, self.softcap), hidden
 
 
 class Step(NamedTuple):
-    """What one step of a model, or of some of its blocks, returns.
+    """The result of one step of a model or of a shard.
 
     Attributes:
-        k_rows, v_rows: a tensor [B*K, L, Dh] for each block, to append to the caches.
-        logits: [B, R, V]; None where the model does not end here.
-        hidden: [B, L, D], what the last block returns, normalised; None where the model does not end here.
-        stream: [B, L, D], what the next block takes; None where the model ends here.
+        k_rows, v_rows: one tensor [B*K, L, Dh] per block, to append to the caches.
+        logits: [B, R, V]; None for a shard without the head.
+        hidden: [B, L, D], the normalised output of the last block; None for a shard without the head.
+        stream: [B, L, D], the input of the next shard; None if the head is present.
     """
 
     k_rows: list[Tensor]
@@ -281,11 +307,11 @@ class Step(NamedTuple):
 
 
 class Embeddings(nn.Module):
-    """The beginning of a model.
+    """The embeddings of a model, and the range of blocks that are present.
 
     Attributes:
-        span: the blocks that are here: all of the model's, or a shard's, which lacks embeddings unless it begins with
-            block 0, and the head unless it ends with the last.
+        span: indices of the blocks that are present: all blocks of the model, or those of a shard. A shard has
+            embeddings only if it includes block 0, and the head only if it includes the last block.
     """
 
     def __init__(self, config: ModelConfig, span: range | None = None) -> None:
@@ -299,16 +325,16 @@ class Embeddings(nn.Module):
 
     @property
     def begins(self) -> bool:
-        """Whether the model begins here."""
+        """Whether the model's first block and embeddings are present."""
         return self.span.start == 0
 
     @property
     def ends(self) -> bool:
-        """Whether the model ends here."""
+        """Whether the model's last block and head are present."""
         return self.span.stop == self.config.n_layers
 
     def embed(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """[B, L] -> [B, L, D]: what the first block takes."""
+        """Maps tokens [B, L] to the input of the first block, [B, L, D]."""
         x = self.tok_embeddings(tokens)
         if positions is not None:
             x = x + self.pos_embeddings(positions)
@@ -316,7 +342,7 @@ class Embeddings(nn.Module):
 
 
 class Llama(Embeddings):
-    """Token ids and position data in, logits and new cache rows out; or a shard of that."""
+    """A Llama model, or a shard of one: token ids and position inputs in, logits and new cache rows out."""
 
     def __init__(self, config: ModelConfig, span: range | None = None) -> None:
         super().__init__(config, span)
@@ -336,16 +362,16 @@ class Llama(Embeddings):
         v_caches: Sequence[Tensor | None] | None = None,
         positions: Tensor | None = None,
     ) -> Step:
-        """One step: L tokens of each sequence.
+        """Runs one step on L tokens of each sequence.
 
         Args:
-            x: tokens [B, L], int64; or the stream [B, L, D] of the block before, where the model does not begin here.
+            x: tokens [B, L], int64; for a shard without embeddings, the stream [B, L, D] from the preceding block.
             angles: as in `Attention.attend`.
-            masks: one for each block, as in `Attention.attend`; equal ones may be one tensor.
-            select: [B, R, L], one-hot rows naming each sequence's positions whose logits are wanted; None where the
-                model does not end here.
-            k_caches, v_caches: a tensor [B*K, T, Dh] for each block; None where nothing is cached.
-            positions: [B, L], int64, where positions are learned.
+            masks: one per block, as in `Attention.attend`; blocks with equal masks may share one tensor.
+            select: [B, R, L], one-hot rows that select the positions of each sequence for which logits are computed;
+                None for a shard without the head.
+            k_caches, v_caches: one tensor [B*K, T, Dh] per block; None if nothing is cached.
+            positions: [B, L], int64, for a model with learned position embeddings.
         """
         if self.begins:
             x = self.embed(x, positions)

@@ -1,4 +1,4 @@
-"""Rotary positions: how a head's pairs turn, how fast, and how contexts are extended."""
+"""Rotary position embedding: the rotation, its frequencies, and their scaling for longer contexts."""
 
 import math
 from collections.abc import Callable
@@ -9,14 +9,16 @@ from torch import Tensor
 from model.config import ModelConfig, RopeScaling
 
 Angles = tuple[Tensor, Tensor]
-"""cos and sin, see `rope`."""
+"""The tensors cos and sin, see `rope`."""
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each head's pairs (i, i + P) by the position's angle (RoFormer, https://arxiv.org/abs/2104.09864).
+    """Rotates the pairs (i, i + P) of each head by the angle of its position (RoFormer,
+    https://arxiv.org/abs/2104.09864).
 
     Args:
-        x: [..., L, Dh], in the half-split order of Hugging Face checkpoints; what follows the 2P rotated values stays.
+        x: [..., L, Dh], in the half-split order of Hugging Face checkpoints. Values after the first 2P are left
+            unchanged.
         cos, sin: [..., L, P], from `preproc.rope`.
     """
     P = cos.shape[-1]
@@ -27,12 +29,13 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def inverse_frequencies(config: ModelConfig, length: int) -> Tensor:
-    """[P] float32: theta^(-i/P) for pair i (RoFormer, https://arxiv.org/abs/2104.09864, section 3.2.2), scaled.
+    """Returns the rotary frequencies [P] float32: theta^(-i/P) for pair i (RoFormer, https://arxiv.org/abs/2104.09864,
+    section 3.2.2), with the model's scaling applied.
 
-    float32 throughout, as in training: at long positions a more exact angle is a different angle.
+    All arithmetic is in float32, as in training: at long positions, higher precision would give different angles.
 
     Args:
-        length: positions that a text may have; dynamic and longrope scaling depend on it.
+        length: maximum number of positions in a text; dynamic and longrope scaling depend on it.
     """
     if config.rope_scaling is None:
         return 1.0 / _powers(config, config.rope_theta)
@@ -40,15 +43,15 @@ def inverse_frequencies(config: ModelConfig, length: int) -> Tensor:
 
 
 def _powers(config: ModelConfig, theta: float) -> Tensor:
-    """[P]: theta^(i/P), the wavelength of pair i in radians."""
+    """Returns theta^(i/P) for each pair i, [P]: the wavelength divided by 2 pi."""
     return theta ** (torch.arange(0, config.rotated, 2, dtype=torch.float32) / config.rotated)
 
 
 def llama3_scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1's scaling (meta-llama/llama-models, models/llama3/model.py, apply_scaling).
+    """Applies Llama 3.1's scaling (meta-llama/llama-models, models/llama3/model.py, apply_scaling).
 
-    Wavelengths under original_context / high_freq_factor are kept, those over original_context / low_freq_factor are
-    stretched by the factor, and the ones between are blended linearly in original_context / wavelength.
+    Wavelengths below original_context / high_freq_factor are kept. Wavelengths above original_context / low_freq_factor
+    are stretched by the factor. Between these limits, the two are blended linearly in original_context / wavelength.
     """
     wavelengths = 2 * math.pi / frequencies
     blend = (scaling.original_context / wavelengths - scaling.low_freq_factor) / (
@@ -63,12 +66,14 @@ def _llama3(config: ModelConfig, scaling: RopeScaling, length: int) -> Tensor:
 
 
 def _linear(config: ModelConfig, scaling: RopeScaling, length: int) -> Tensor:
-    """Position interpolation: all stretched alike (https://arxiv.org/abs/2306.15595, eq. 4)."""
+    """Applies position interpolation, which stretches all wavelengths alike (https://arxiv.org/abs/2306.15595,
+    eq. 4).
+    """
     return 1.0 / _powers(config, config.rope_theta) / scaling.factor
 
 
 def _dynamic(config: ModelConfig, scaling: RopeScaling, length: int) -> Tensor:
-    """NTK-aware scaling: a larger base, which grows with the text beyond the original context
+    """Applies dynamic NTK-aware scaling, whose base grows with the length of the text beyond the original context
     (https://arxiv.org/abs/2309.00071, section 3.1 and appendix A.1).
     """
     longer = scaling.factor * max(length, scaling.original_context) / scaling.original_context - (scaling.factor - 1)
@@ -76,8 +81,10 @@ def _dynamic(config: ModelConfig, scaling: RopeScaling, length: int) -> Tensor:
 
 
 def _yarn(config: ModelConfig, scaling: RopeScaling, length: int) -> Tensor:
-    """YaRN: pairs that turn beta_fast times or more within the original context are kept, those that turn beta_slow
-    times or less are stretched, and a ramp lies between (https://arxiv.org/abs/2309.00071, section 3.2).
+    """Applies YaRN (https://arxiv.org/abs/2309.00071, section 3.2).
+
+    Pairs that turn beta_fast times or more within the original context are kept, those that turn beta_slow times or
+    less are stretched, and a linear ramp blends the pairs between.
     """
 
     def pair(turns: float) -> float:
@@ -95,8 +102,8 @@ def _yarn(config: ModelConfig, scaling: RopeScaling, length: int) -> Tensor:
 
 
 def _longrope(config: ModelConfig, scaling: RopeScaling, length: int) -> Tensor:
-    """LongRoPE: a divisor for each pair, one set for texts up to the original context and one beyond
-    (https://arxiv.org/abs/2402.13753, section 3.2).
+    """Applies LongRoPE, which divides each pair's frequency by a factor of its own; there is one set of factors for
+    texts up to the original context and one for longer texts (https://arxiv.org/abs/2402.13753, section 3.2).
     """
     factors = scaling.long_factors if length > scaling.original_context else scaling.short_factors
     return 1.0 / (torch.tensor(factors, dtype=torch.float32) * _powers(config, config.rope_theta))
@@ -112,7 +119,7 @@ _SCALED: dict[str, Callable[[ModelConfig, RopeScaling, int], Tensor]] = {
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:
-    """What cos and sin are multiplied by: it sharpens the attention of stretched positions (YaRN, section 3.4;
+    """Returns the factor of cos and sin, which sharpens the attention of stretched positions (YaRN, section 3.4;
     LongRoPE as in microsoft/Phi-3-mini-128k-instruct, modeling_phi3.py, Phi3LongRoPEScaledRotaryEmbedding).
     """
     if scaling is None or scaling.kind not in ("yarn", "longrope"):

@@ -1,12 +1,13 @@
-"""A slice of a model: a part of every matrix, so that several processes each compute a part of every block.
+"""Slices of a model for tensor parallelism. A slice holds a part of every matrix, so that several processes each
+compute a part of every block.
 
-Rows of wq, wk, wv, w1 and w3, and columns of wo and w2, are dealt out, and so are the rows of embedding and head
-(Megatron-LM, https://arxiv.org/abs/1909.08053, section 3). What a slice's half of a block returns is its part of a sum
-over all slices; the runtime adds the parts up, and adds the sum to the stream, which all slices then take.
+The rows of wq, wk, wv, w1, w3, the embedding and the head, and the columns of wo and w2, are divided among the slices
+(Megatron-LM, https://arxiv.org/abs/1909.08053, section 3). Each half of a block returns one slice's part of a sum over
+all slices. The runtime adds up the parts and adds the sum to the residual stream, which is the same for all slices.
 
-All slices have the same shapes. Where a model's heads, hidden units or tokens cannot be dealt out evenly, the last
-slices have some that the model has not. Those have rows of zeros, and so give zeros, whatever activations are rounded
-to; and columns of zeros, and so add nothing to a sum.
+All slices have the same shapes. If the heads, hidden units or tokens of a model cannot be divided evenly, the last
+slices are padded. Padding rows are zero, so their results are zero even after activations are quantised. Padding
+columns are zero, so they add nothing to a sum.
 """
 
 from typing import cast
@@ -20,28 +21,30 @@ from model.model import Block, Embeddings, Llama
 from model.rotary import Angles
 
 BY_COLUMNS = ("wo", "w2")
-"""Linear layers of which a slice has columns, and so takes a part of the inputs."""
+"""Linear layers divided by columns: a slice takes a part of their inputs."""
 
 BY_ROWS = ("wq", "wk", "wv", "w1", "w3", "tok_embeddings", "output")
-"""Layers of which a slice has rows."""
+"""Layers divided by rows."""
 
 
 def ceil_share(whole: int, count: int) -> int:
-    """How many of a model's heads, hidden units or tokens each of `count` slices has."""
+    """Returns the number of heads, hidden units or tokens in each of `count` slices, rounded up."""
     return -(-whole // count)
 
 
 def columns(config: ModelConfig, count: int) -> dict[str, int]:
-    """How many columns of each layer of BY_COLUMNS a slice has: those of whole heads, and of whole hidden units."""
+    """Returns the number of columns that a slice has of each layer in BY_COLUMNS. Heads and hidden units are never
+    divided.
+    """
     return {"wo": ceil_share(config.n_heads, count) * config.head_dim, "w2": ceil_share(config.hidden_dim, count)}
 
 
 class Rows(nn.Module):
-    """Some rows of an embedding.
+    """A range of rows of an embedding.
 
     Attributes:
-        first: the token that the first of them belongs to.
-        count: how many there are.
+        first: token id of the first row.
+        count: number of rows.
     """
 
     def __init__(self, embedding: nn.Module, first: int, count: int) -> None:
@@ -51,17 +54,17 @@ class Rows(nn.Module):
         self.count = count
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, L] -> [B, L, D]: zeros for tokens whose rows are elsewhere."""
+        """Maps tokens [B, L] to [B, L, D], with zeros for tokens whose rows are in other slices."""
         wanted = tokens - self.first
         row = wanted.clamp(0, self.count - 1)
         return self.embedding(row) * (row == wanted).unsqueeze(-1).float()
 
 
 class Embed(Embeddings):
-    """The beginning of a model, of which a slice has some rows."""
+    """The embeddings of a slice, which hold a part of the token embedding's rows."""
 
     def __init__(self, model: Llama, number: int) -> None:
-        """Takes the embeddings of `model`, which is slice `number`."""
+        """Reuses the embeddings of `model`, the model of slice `number`."""
         with torch.device("meta"):
             super().__init__(model.config)
         for name, _ in list(self.named_children()):
@@ -70,36 +73,38 @@ class Embed(Embeddings):
         self.set_submodule("tok_embeddings", Rows(model.tok_embeddings, number * count, count))
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """[B, L] -> [B, L, D], a part of a sum."""
+        """Maps tokens [B, L] to this slice's part of the embeddings' sum, [B, L, D]."""
         return self.embed(tokens, positions)
 
 
 class Project(nn.Module):
-    """What comes before attention."""
+    """The part of a block before attention."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, L, D] -> the slice's queries, keys and values."""
+        """Maps [B, L, D] to the slice's queries, keys and values."""
         return self.block.project(x)
 
 
 class Merge(nn.Module):
-    """What comes behind it."""
+    """The part of a block's first half after attention."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block
 
     def forward(self, out: Tensor) -> tuple[Tensor]:
-        """The result of the slice's heads, [B, L, H*Dh] -> [B, L, D], a part of a sum."""
+        """Maps the attention output of the slice's heads, [B, L, H*Dh], to this slice's part of the attention sum, [B,
+        L, D].
+        """
         return (self.block.attended(out),)
 
 
 class Attend(nn.Module):
-    """The first half of a block."""
+    """The first half of a block: attention and its projections."""
 
     def __init__(self, model: Llama, layer: int) -> None:
         super().__init__()
@@ -111,7 +116,11 @@ class Attend(nn.Module):
     def forward(
         self, x: Tensor, angles: Angles | None, start: Tensor, k_cache: Tensor, v_cache: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, L, D] -> [B, L, D], a part of a sum, and the new rows; the others as in `fused_attention.attention`."""
+        """Computes this slice's part of the attention sum, [B, L, D] -> [B, L, D], and the rows to append to the
+        caches.
+
+        `start`, `k_cache` and `v_cache` are as in `fused_attention.attention`.
+        """
         q, k, v = self.project(x)
         cos, sin = angles if self.rotates and angles else (None, None)
         out, k, v = torch.ops.llama_pte.attention(q, k, v, cos, sin, None, k_cache, v_cache, start, *self._settings)
@@ -120,27 +129,29 @@ class Attend(nn.Module):
 
 
 class Feed(nn.Module):
-    """The second half of a block."""
+    """The second half of a block: the feed-forward."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        """[B, L, D] -> [B, L, D], a part of a sum."""
+        """Maps [B, L, D] to this slice's part of the feed-forward sum, [B, L, D]."""
         return (self.block.fed(x),)
 
 
 class SlicedLlama(nn.Module):
-    """A slice of a Llama in halves, each of which is run by itself. Its pieces are those of the model it is made from.
+    """A slice of a Llama model, divided into half-blocks that are run separately. It shares the modules of the model it
+    is built from.
 
     Attributes:
-        embed, attend, feed, head: the halves, attend and feed by the number of their block; the head, which has some
-            rows of the logits, is the model's.
+        embed: the embeddings.
+        attend, feed: the two halves of each block, keyed by the block's number.
+        head: the model's head, which computes a part of the logits.
     """
 
     def __init__(self, model: Llama, number: int) -> None:
-        """Takes a model with the slice's share of everything, which is slice `number`."""
+        """Divides a model that already holds only the parts of slice `number`."""
         super().__init__()
         assert model.config.positions != "alibi", "the heads of a slice would need slopes of their own"
         self.embed = Embed(model, number)

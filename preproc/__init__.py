@@ -1,1 +1,1 @@
-"""What is worked out before the graph: rotary tables, masks, tokens."""
+"""Preparation of a model's inputs outside the graph: tokens, chat templates, rotary tables and masks."""

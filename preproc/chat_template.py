@@ -1,7 +1,7 @@
-"""Messages to token ids, by a chat template that is only data, so that any language can apply it.
+"""ChatTemplate: a chat template represented as data, which a runner in any language can apply without Jinja.
 
-`export.planning.jinja_reduction` makes one from the Jinja template that a checkpoint brings
-(`preproc.jinja_template`); NAMED has some by name.
+`export.planning.jinja_reduction` derives one from a checkpoint's Jinja template (`preproc.jinja_template`). NAMED holds
+predefined ones.
 """
 
 import json
@@ -21,23 +21,23 @@ Message = tuple[str, str]
 """A role and a content."""
 
 DATE_OPENS, DATE_CLOSES = "\ue000", "\ue001"
-"""What stands around a format of strftime in a template's texts, in whose place the time of the conversation comes."""
+"""Marks around a strftime format in a template's texts. The format is replaced by the time of the conversation."""
 
 _DATE = re.compile(f"{DATE_OPENS}([^{DATE_CLOSES}]*){DATE_CLOSES}")
 
 
 @dataclass(frozen=True)
 class SystemPlace:
-    """How a system message is given.
+    """Placement of a system message.
 
     Attributes:
-        before: what stands before it: in place of the text's opening, or behind what opens the last turn where it is
-            given there.
-        behind: what stands between it and the user's content.
-        is_late: whether it is given in the last turn, in place of the first.
-        strips: whether white space around it falls away.
-        joins: whether it and the user's content are one, and white space falls away only behind them.
-        skips_empty: whether an empty one counts as none.
+        before: text before the system message. It replaces the template's opening, or follows the text before the last
+            user message if `is_late`.
+        behind: text between the system message and the user's content.
+        is_late: whether the system message is placed in the last turn instead of the first.
+        strips: whether white space around it is removed.
+        joins: whether it forms one text with the user's content, of which only trailing white space is removed.
+        skips_empty: whether an empty system message is treated as absent.
     """
 
     before: str
@@ -50,20 +50,18 @@ class SystemPlace:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """What stands between the contents of messages.
+    """The texts that a template puts between the contents of messages. Any of them may contain a date, see DATE_OPENS.
 
     Attributes:
-        opening: what stands before the first user's content where no system message is given.
-        answer: what stands between a user's content and the answer to it.
-        again: what stands between an answer and the user's next content.
-        ask: what stands behind the last user's content, and asks for an answer.
-        strips_user, strips_assistant: whether white space around such contents falls away.
-        system: how a system message is given; None refuses one.
-        thought_end: what ends a thought, such as </think>: of an answer that is given again, only what stands behind
-            the last one is. Empty where answers are given again as they were.
-        thought_strips: the characters that fall away right behind it.
-
-    Texts may hold the date, see DATE_OPENS.
+        opening: text before the first user's content if there is no system message.
+        answer: text between a user's content and the assistant's answer to it.
+        again: text between an answer and the next user's content.
+        ask: text after the last user's content, which prompts the model to answer.
+        strips_user, strips_assistant: whether white space around these contents is removed.
+        system: placement of a system message; None if the template does not accept one.
+        thought_end: marker that ends a thought, such as </think>. In earlier answers, everything up to the last marker
+            is removed. Empty if earlier answers are kept unchanged.
+        thought_strips: characters that are removed directly after the marker.
     """
 
     opening: str
@@ -77,13 +75,13 @@ class ChatTemplate:
     thought_strips: str = ""
 
     def parts(self, messages: Sequence[Message], now: datetime | None = None) -> list[Part]:
-        """The whole text. Special tokens are only in what comes from the template.
+        """Returns the whole text in parts. Only parts that come from the template may contain special tokens.
 
         Args:
-            now: the time of the conversation; None takes the clock's.
+            now: time of the conversation; None for the current time.
 
         Raises:
-            InputError: the messages do not take turns, or there is a system message where none can be given.
+            InputError: the roles do not alternate, or the template does not accept a system message.
         """
         found, clock = self._parts(messages), now or datetime.now()
         return [
@@ -94,7 +92,7 @@ class ChatTemplate:
         ]
 
     def _parts(self, messages: Sequence[Message]) -> list[Part]:
-        """The whole text, the date still as its format."""
+        """Returns the whole text in parts, with dates still as their formats."""
         system, contents = self._checked(messages)
         parts = list[Part]()
         for i, content in enumerate(contents):
@@ -110,15 +108,15 @@ class ChatTemplate:
         return [*parts, Part(self.ask, True)]
 
     def text(self, messages: Sequence[Message], now: datetime | None = None) -> str:
-        """The whole text, as the template's Jinja would make it; see `parts`."""
+        """Returns the whole text, as the original Jinja template renders it; see `parts`."""
         return "".join(part.text for part in self.parts(messages, now))
 
     def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-        """The ids of the whole text, which no BOS is added to: the template says what opens it.
+        """Returns the ids of the whole text. No BOS is added, because the template itself includes it.
 
         Raises:
-            InputError: as in `parts`; or a content holds what the template uses, and the tokenizer knows no other way
-                than to take it for a token.
+            InputError: as in `parts`; or a content contains a marker that the template puts between messages and that
+                the tokenizer cannot encode as ordinary text.
         """
         parts = self.parts(messages)
         own = "".join(part.text for part in parts if part.parse_special)
@@ -126,23 +124,23 @@ class ChatTemplate:
         return tokenizer.encode_parts(parts)
 
     def end_id(self, tokenizer: Tokenizer, bos_id: int | None) -> int | None:
-        """The id that ends an answer: the first token behind it that is no ordinary text."""
+        """Returns the id that ends an answer: the first special or marker token after it. None if there is none."""
         return end_id(self.again, tokenizer, bos_id)
 
     def stop_ids(self, tokenizer: Tokenizer, bos_id: int | None, others: Sequence[int]) -> tuple[int, ...]:
-        """The ids that end a text where messages are answered: those that do anyway, and `end_id`."""
+        """Returns the ids that end an answer: those in `others`, and `end_id`."""
         return with_end(others, self.end_id(tokenizer, bos_id))
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of JSON."""
+        """Returns the template as a JSON object."""
         return asdict(self)
 
     @staticmethod
     def from_json(text: str) -> "ChatTemplate":
-        """Reads what a file carries.
+        """Reads a template from its JSON form.
 
         Raises:
-            InputError: it is no template.
+            InputError: the text is not a template.
         """
         try:
             fields = json.loads(text)
@@ -152,7 +150,11 @@ class ChatTemplate:
             raise InputError(f"the file's chat template cannot be read ({error}); export it again") from error
 
     def _checked(self, messages: Sequence[Message]) -> tuple[str | None, list[str]]:
-        """The system message, where there is one, and the other contents."""
+        """Returns the system message, or None, and the other contents.
+
+        Raises:
+            InputError: as in `parts`.
+        """
         roles = [role for role, _ in messages]
         has_system = roles[:1] == [SYSTEM]
         turns = roles[has_system:]
@@ -169,7 +171,7 @@ class ChatTemplate:
         return system, [content for _, content in messages[has_system:]]
 
     def _answered(self, content: str) -> str:
-        """What an answer is when it is given again: all behind its last thought."""
+        """Returns an earlier answer without its thoughts: the text after the last `thought_end`."""
         if not self.thought_end or self.thought_end not in content:
             return content
         return content.rpartition(self.thought_end)[2].lstrip(self.thought_strips)
@@ -191,7 +193,9 @@ def _content(text: str, strips: bool) -> Part:
 
 
 def end_id(behind: str, tokenizer: Tokenizer, bos_id: int | None) -> int | None:
-    """The id that ends an answer: the first token in what stands behind it that is no ordinary text."""
+    """Returns the id of the first special or marker token in the text after an answer. None if there is none or if it
+    is BOS.
+    """
     texts = {**tokenizer.specials, **_markers(tokenizer.fixed)}
     found = any_of(texts).search(behind)
     token = texts[found[0]] if found else None
@@ -199,17 +203,18 @@ def end_id(behind: str, tokenizer: Tokenizer, bos_id: int | None) -> int | None:
 
 
 def with_end(others: Sequence[int], end_id: int | None) -> tuple[int, ...]:
-    """Ids that end a text, and one more where it is none of them."""
+    """Returns the stop ids `others` with `end_id` added unless it is None or already among them."""
     return (*others, *(() if end_id is None or end_id in others else (end_id,)))
 
 
 def check_contents(tokenizer: Tokenizer, own: str, contents: Sequence[str]) -> None:
-    """
+    """Checks that no content contains a marker that would be taken for the template's own.
+
     Args:
-        own: what a template has between contents.
+        own: text that the template puts between contents.
 
     Raises:
-        InputError: a content holds some of it that the tokenizer knows no other way than to take for a token.
+        InputError: a content contains a marker of the template that the tokenizer cannot encode as ordinary text.
     """
     for text in _markers(tokenizer.fixed):
         if text in own and any(text in content for content in contents):
@@ -217,12 +222,12 @@ def check_contents(tokenizer: Tokenizer, own: str, contents: Sequence[str]) -> N
 
 
 def _markers(texts: Mapping[str, int]) -> dict[str, int]:
-    """Those that are no mere spaces, line ends or punctuation."""
+    """Returns the entries whose text contains a letter or digit, so not only spaces, line ends or punctuation."""
     return {text: i for text, i in texts.items() if re.search("[0-9A-Za-z]", text)}
 
 
 def _of_turns(bos: str, before: str, behind: str, assistant: str = ASSISTANT, **options: Any) -> ChatTemplate:
-    """A template whose messages look alike, but for the role's name, which `before` has a {} for."""
+    """Returns a template in which all messages have the same form. `before` contains {} in place of the role's name."""
     system = SystemPlace(bos + before.format(SYSTEM), behind + before.format(USER), strips=options["strips_user"])
     return ChatTemplate(
         opening=bos + before.format(USER),
@@ -255,7 +260,7 @@ NAMED: dict[str, ChatTemplate] = {
     ),
     "gemma": _of_turns("<bos>", "<start_of_turn>{}\n", "<end_of_turn>\n", "model", **_TRIMMED, system=None),
 }
-"""The templates of Llama 2 and 3, of ChatML, of Mistral's first Instruct models, and of Gemma."""
+"""Predefined templates of Llama 2 and 3, ChatML, Mistral's first Instruct models, and Gemma."""
 
 _CONTROLS = {
     "llama2": ("<s>", "</s>"),
@@ -264,14 +269,14 @@ _CONTROLS = {
     "mistral": ("<s>", "</s>"),
     "gemma": ("<bos>", "<start_of_turn>", "<end_of_turn>"),
 }
-"""The tokens that each of them needs."""
+"""Control tokens that each predefined template requires in the tokenizer."""
 
 
 def named(name: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """One of the templates NAMED.
+    """Returns the predefined template of a name.
 
     Raises:
-        InputError: there is none of that name, or the tokenizer lacks one of its tokens.
+        InputError: there is no template of that name, or the tokenizer lacks one of its tokens.
     """
     if name not in NAMED:
         raise InputError(f"--chat-template {name} is unknown; choose from {', '.join(NAMED)}")

@@ -1,4 +1,4 @@
-"""JinjaTemplate: a checkpoint's own chat template, rendered as transformers' apply_chat_template renders it."""
+"""JinjaTemplate: a checkpoint's own chat template, rendered like transformers' apply_chat_template."""
 
 import json
 import re
@@ -19,23 +19,25 @@ from preproc.special_tokens import Part, any_of
 from preproc.tokenizer import Tokenizer
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-"""What stands around a special token's text that came with a message: noncharacters, which no text holds."""
+"""Marks placed around the text of a special token within a message. They are Unicode noncharacters, which do not occur
+in text.
+"""
 
 _MARKED = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]")
 
 _PROBE = [(USER, "Quixotry"), (ASSISTANT, "Fjordlund"), (USER, "Quixotry")]
-"""A conversation of contents that no template holds."""
+"""Conversation whose contents do not occur in any template."""
 
 Said = Message | Mapping[str, Any]
-"""A role and a content, or all that OpenAI's API has of a message, such as tool_calls."""
+"""A message: a role and a content, or a mapping with any fields of an OpenAI API message, such as tool_calls."""
 
 
 class RefusalError(InputError):
-    """A template's own refusal of messages, by raise_exception."""
+    """Raised when a template rejects the messages by calling raise_exception."""
 
 
 class _Generation(Extension):
-    """transformers' {% generation %}, which only marks what the assistant says."""
+    """Support for transformers' {% generation %} tag, which only marks the assistant's text and leaves it unchanged."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -46,12 +48,12 @@ class _Generation(Extension):
 
 @dataclass(frozen=True)
 class JinjaTemplate:
-    """A template in Jinja, run in a sandbox.
+    """A chat template in Jinja, rendered in a sandbox.
 
     Attributes:
         source: the template.
-        bos_token, eos_token: texts that it may ask for.
-        clock: what strftime_now formats.
+        bos_token, eos_token: values of the template's variables of these names.
+        clock: returns the time that strftime_now formats.
     """
 
     source: str
@@ -60,15 +62,15 @@ class JinjaTemplate:
     clock: Callable[[], Any] = field(default=datetime.now, compare=False, repr=False)
 
     def text(self, messages: Sequence[Said], tools: Sequence[Any] | None = None) -> str:
-        """The whole text of messages, with what asks for an answer; or up to the end of a last message of the
-        assistant, which is then gone on with.
+        """Renders messages, followed by the generation prompt. If the last message is from the assistant, the text ends
+        with that message instead, so that the model continues it.
 
         Args:
-            tools: functions that the model may call, each as OpenAI's API describes it.
+            tools: functions that the model may call, each as described in OpenAI's API.
 
         Raises:
-            RefusalError: the template does not take such messages.
-            InputError: it is no Jinja, or fails otherwise.
+            RefusalError: the template rejects the messages.
+            InputError: the template is not valid Jinja, or rendering fails for another reason.
         """
         given = [_described(message) for message in messages]
         last = given[-1] if given else {}
@@ -83,19 +85,19 @@ class JinjaTemplate:
                 eos_token=self.eos_token,
             )
             return text if begun is None else _begun(text, begun)
-        except InputError:  # as _refuse raises it
+        except InputError:  # raised by _refuse
             raise
-        except Exception as error:  # what a template does is not known, and what its expressions raise neither
+        except Exception as error:  # templates can raise any exception
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"the chat template cannot be rendered ({reason})") from error
 
     def encode(self, messages: Sequence[Said], tokenizer: Tokenizer, tools: Sequence[Any] | None = None) -> list[int]:
-        """The ids of the whole text, which no BOS is added to: the template says what opens it. The text of a special
-        token is only text where it came with a message.
+        """Returns the ids of the rendered text. No BOS is added, because the template itself includes it. The text of a
+        special token within a message is encoded as ordinary text.
 
         Raises:
-            InputError: as in `text`; or a message holds what the template puts between messages, and the tokenizer
-                knows no other way than to take it for a token.
+            InputError: as in `text`; or a message contains a marker that the template puts between messages and that
+                the tokenizer cannot encode as ordinary text.
         """
         given, specials = [_described(message) for message in messages], any_of(tokenizer.specials)
         contents = [str(each.get("content", "")) for each in given if each.get("role") != ASSISTANT]
@@ -103,17 +105,19 @@ class JinjaTemplate:
         return tokenizer.encode_parts(_parts(self.text(_marked(given, specials), _marked(tools, specials))))
 
     def stop_ids(self, tokenizer: Tokenizer, bos_id: int | None, others: Sequence[int]) -> tuple[int, ...]:
-        """The ids that end a text where messages are answered: those that do anyway, and the one behind an answer."""
+        """Returns the ids that end an answer: those in `others`, and the token that the template puts after an
+        answer.
+        """
         _, _, behind = self._between.partition(_PROBE[1][1])
         return with_end(others, end_id(behind.partition(_PROBE[2][1])[0], tokenizer, bos_id))
 
     def to_json(self) -> dict[str, str]:
-        """As an object of JSON."""
+        """Returns the template as a JSON object."""
         return {"source": self.source, "bos_token": self.bos_token, "eos_token": self.eos_token}
 
     @cached_property
     def _between(self) -> str:
-        """The text of a plain conversation; empty where the template refuses it."""
+        """Text of a plain conversation; empty if the template rejects it."""
         try:
             return self.text(_PROBE)
         except InputError:
@@ -137,14 +141,15 @@ class JinjaTemplate:
 
 
 Carried = JinjaTemplate | ChatTemplate
-"""What a file can carry."""
+"""A chat template in one of the forms that a .pte file can carry."""
 
 
 def from_file(text: str) -> Carried | None:
-    """The template that a file carries: its Jinja, or the data where it came as such; None where there is none.
+    """Reads the chat template of a .pte file: Jinja if the file has it, otherwise the data form. None if it has no
+    template.
 
     Raises:
-        InputError: it is neither.
+        InputError: the content is neither form.
     """
     if not text:
         return None
@@ -156,14 +161,16 @@ def from_file(text: str) -> Carried | None:
 
 
 def to_file(jinja: JinjaTemplate | None, data: ChatTemplate | None) -> dict[str, Any] | None:
-    """What a file carries: the template, and what it is as data, where it can be, for runners without Jinja."""
+    """Returns the JSON object for a .pte file, with the Jinja template and its data form, for runners without Jinja.
+    Either may be None; without both, the result is None.
+    """
     if jinja is None and data is None:
         return None
     return {"jinja": jinja.to_json() if jinja else None, "data": data.to_json() if data else None}
 
 
 def _begun(text: str, content: str) -> str:
-    """The text up to the end of a content, cut as transformers cuts it for continue_final_message."""
+    """Returns the text up to the end of a content, cut as transformers does for continue_final_message."""
     start = text.rfind(content.strip())
     if start < 0:
         raise InputError("the chat template changes the last message, of the assistant; leave it out")
@@ -172,14 +179,14 @@ def _begun(text: str, content: str) -> str:
 
 
 def _described(message: Said) -> dict[str, Any]:
-    """As templates have it. Keys without a value are left out, as in transformers."""
+    """Returns the message as a template receives it. As in transformers, keys with the value None are left out."""
     if isinstance(message, Mapping):
         return {key: value for key, value in message.items() if value is not None}
     return {"role": message[0], "content": message[1]}
 
 
 def _marked(value: Any, specials: re.Pattern[str]) -> Any:
-    """The value with marks around the special tokens in all its texts."""
+    """Returns the value with marks around the special tokens in all its strings."""
     if isinstance(value, str):
         return specials.sub(rf"{_OPEN}\g<0>{_CLOSE}", value)
     if isinstance(value, Mapping):
@@ -190,7 +197,7 @@ def _marked(value: Any, specials: re.Pattern[str]) -> Any:
 
 
 def _parts(text: str) -> list[Part]:
-    """The text without marks, cut at them."""
+    """Splits the text at the marks and removes them."""
     parts, done = list[Part](), 0
     for mark in _MARKED.finditer(text):
         parts += [Part(text[done : mark.start()], True), Part(mark[1] or "", False)]

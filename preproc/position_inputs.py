@@ -1,4 +1,4 @@
-"""All inputs of a graph that depend on the position, by the names under which a file's methods ask for them."""
+"""The graph inputs that depend on the position, under the names that an exported method uses for them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,9 +13,11 @@ from preproc import mask, rope
 
 
 def names(config: ModelConfig, fused: bool = False, span: range | None = None) -> list[str]:
-    """Which of them a model takes, or the blocks `span` of it: positions at its beginning where they are learned, cos
-    and sin where they rotate, a mask for the blocks that see everything, and a local_mask for those that see a window.
-    Where attention is fused, start takes the masks' place.
+    """Returns the names of the position inputs of a model, or of the blocks `span`.
+
+    The inputs are positions for learned embeddings, if the first block is included; cos and sin for rotary embedding; a
+    mask for blocks without a sliding window, and a local_mask for blocks with one. With fused attention, start replaces
+    the masks.
     """
     span = range(config.n_layers) if span is None else span
     masks = {mask_name(config, layer) for layer in span}
@@ -25,19 +27,19 @@ def names(config: ModelConfig, fused: bool = False, span: range | None = None) -
 
 
 def mask_name(config: ModelConfig, layer: int) -> str:
-    """The mask that a block takes."""
+    """Returns the name of the mask that a block takes."""
     return "local_mask" if config.is_local(layer) else "mask"
 
 
 @dataclass(frozen=True)
 class Positions:
-    """What they are made from.
+    """The tables from which position inputs are made.
 
     Attributes:
-        cos, sin: [T, P] float32 each, see `preproc.rope.tables`; of no use where nothing is rotated.
-        slopes: [H] float32, see `model.alibi.alibi_slopes`; empty where distance is not weighed.
-        window: positions that a local block sees.
-        length: T, the positions that a text may have.
+        cos, sin: [T, P] float32 each, see `preproc.rope.tables`; unused in a model without rotary embedding.
+        slopes: [H] float32, see `model.alibi.alibi_slopes`; empty in a model without ALiBi.
+        window: number of positions that a local block attends to.
+        length: T, the maximum number of positions in a text.
     """
 
     cos: Tensor
@@ -48,16 +50,16 @@ class Positions:
 
     @staticmethod
     def of(config: ModelConfig, length: int) -> "Positions":
-        """Those of a model, for texts of up to `length` tokens."""
+        """Computes the tables of a model for texts of up to `length` tokens."""
         slopes = alibi_slopes(config) if config.positions == "alibi" else torch.zeros(0)
         return Positions(*rope.tables(config, length), slopes, config.sliding_window, length)
 
     def make(self, name: str, position: int, length: int, capacity: int) -> Tensor:
-        """One input, for `length` tokens that start at `position`. Padding past T repeats the last position.
+        """Returns one input for `length` tokens that start at `position`. Padding beyond T repeats the last position.
 
         Args:
             name: one of `names`.
-            capacity: of the cache that a mask goes with.
+            capacity: number of slots in the cache that a mask is for.
 
         Returns:
             positions [1, length] and start [1], int64; cos and sin [1, length, P]; masks [1 or H, length, capacity +
@@ -76,21 +78,22 @@ class Positions:
 
 
 class PositionInputs:
-    """Those of one method, allocated once and moved from step to step.
+    """The position inputs of one method, allocated once and updated at each step.
 
     Attributes:
-        tensors: the inputs by name, with the shapes that `Positions.make` says.
+        tensors: the inputs by name, with the shapes given in `Positions.make`.
     """
 
     def __init__(self, positions: Positions, widths: Mapping[str, int], length: int) -> None:
-        """Lays them out for position 0.
+        """Allocates the inputs for position 0.
 
         Args:
-            widths: the last size of each that the method takes, by name: a mask's says how long the caches are.
-            length: tokens of a step, at most.
+            widths: maps the name of each input of the method to its last dimension, which determines the cache length
+                for a mask.
+            length: maximum number of tokens in a step.
         """
         self._place = (0, length)
-        self._tables = dict[str, tuple[np.ndarray, np.ndarray]]()  # name -> the rows of all positions, the input's own
+        self._tables = dict[str, tuple[np.ndarray, np.ndarray]]()  # name -> the rows of all positions, the input's rows
         self._masks = list[mask.CausalMask]()
         self._start = np.zeros(1, dtype=np.int64)
         self.tensors = dict[str, Tensor]()
@@ -107,7 +110,7 @@ class PositionInputs:
                 self.tensors[name] = self._masks[-1].values
 
     def move(self, position: int, length: int) -> None:
-        """Makes them those of `length` tokens that start at `position`; rows behind these are any."""
+        """Updates the inputs for `length` tokens that start at `position`; rows after those tokens are undefined."""
         if (position, length) == self._place:
             return
         self._place = (position, length)

@@ -1,4 +1,4 @@
-"""RoPE tables, worked out before the graph: the graph only multiplies by the slice it is given."""
+"""Tables of the rotary cos and sin, computed outside the graph, which receives only the rows of its positions."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,9 @@ from model.rotary import rope as apply
 
 
 def tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, times the attention factor: [length, P] float32 each."""
+    """Returns cos and sin of the angles of every position, multiplied by the attention factor, [length, P] float32
+    each.
+    """
     positions = torch.arange(length, dtype=torch.float32)
     angles = torch.outer(positions, inverse_frequencies(config, length))
     factor = attention_factor(config.rope_scaling)
@@ -17,19 +19,21 @@ def tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
 
 
 def earlier(keys: Tensor, tables: tuple[Tensor, Tensor], distance: int) -> Tensor:
-    """Rotated keys [..., Dh] as they would be `distance` positions earlier: angles grow in proportion to the position.
+    """Rotates keys [..., Dh], already rotated for their positions, to positions `distance` earlier. This is possible
+    because angles are proportional to the position.
 
     Args:
-        tables: cos and sin of every position, times one factor, which the keys already have.
+        tables: cos and sin of every position, multiplied by the attention factor. The factor is removed here, because
+            the keys already include it.
     """
     cos, sin = (table[distance] / tables[0][0] for table in tables)
     return apply(keys, cos, -sin)
 
 
 def slices(tables: tuple[Tensor, Tensor], position: int, length: int) -> tuple[Tensor, Tensor]:
-    """The rows of cos and sin for `length` tokens that start at `position`: [1, length, P] each.
+    """Returns the rows of cos and sin for `length` tokens that start at `position`, [1, length, P] each.
 
-    Rows past the table belong to padding, whose results nobody reads; they repeat the last one.
+    Rows beyond the table repeat its last row. They belong to padding, whose results are not used.
     """
     rows = torch.arange(position, position + length).clamp(max=len(tables[0]) - 1)
     return tables[0][rows].unsqueeze(0), tables[1][rows].unsqueeze(0)

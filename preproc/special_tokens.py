@@ -1,4 +1,4 @@
-"""Special tokens in a text that comes in parts, some of which may hold them."""
+"""Recognition of special tokens in a text given in parts, only some of which may contain them."""
 
 import itertools
 import re
@@ -7,14 +7,16 @@ from typing import NamedTuple
 
 
 class Part(NamedTuple):
-    """A part of a text, in which the text of a special token is that token, or is only text."""
+    """A part of a text. If `parse_special`, the text of a special token stands for that token; otherwise it is ordinary
+    text.
+    """
 
     text: str
     parse_special: bool
 
 
 class Special(NamedTuple):
-    """A special token, and whether it takes the white space before and behind it along."""
+    """A special token, and whether it absorbs the white space before and after it."""
 
     id: int
     strips_left: bool = False
@@ -22,25 +24,31 @@ class Special(NamedTuple):
 
 
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
-"""What tokenizers strips: Unicode's White_Space, which is less than what Python does."""
+"""Characters that the tokenizers library strips: Unicode's White_Space, which has fewer characters than Python's
+str.strip.
+"""
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """A pattern for any of some texts, the longest that stands at a place; for nothing where there are none."""
+    """Returns a pattern that matches any of the texts, preferring the longest at each place. Without texts, it matches
+    nothing.
+    """
     longest_first = sorted(texts, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 class SpecialText:
-    """Finds special tokens in a text, leftmost first and the longest of those."""
+    """Finds special tokens in a text: the leftmost, and the longest of those at one place."""
 
     def __init__(self, specials: Mapping[str, Special]) -> None:
         self._specials = specials
         self._pattern = any_of(specials)
 
     def cut(self, parts: Sequence[Part]) -> Iterable[int | tuple[str, bool]]:
-        """The ids of the special tokens in the parts that may hold some, and in between what is left of the text: no
-        empty section, each with whether it starts the text.
+        """Yields the ids of the special tokens, and the sections of ordinary text between them.
+
+        A section is never empty, and comes with a flag that is true if it starts the text. Special tokens are only
+        recognised in parts with `parse_special`.
         """
         text = "".join(part.text for part in parts)
         done = 0
@@ -67,6 +75,6 @@ class SpecialText:
                 yield from self._pattern.finditer(text, start, end)
 
     def encode(self, parts: Sequence[Part], encode: Callable[[str, bool], Sequence[int]]) -> list[int]:
-        """The ids of all parts; `encode` gives those of a section."""
+        """Returns the ids of all parts; `encode` returns the ids of a section of ordinary text."""
         cut = self.cut(parts)
         return [token for item in cut for token in ((item,) if isinstance(item, int) else encode(*item))]

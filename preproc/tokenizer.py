@@ -1,6 +1,6 @@
-"""SentencePiece, tiktoken and Hugging Face tokenizer.json behind one interface.
+"""A common interface to SentencePiece, tiktoken and Hugging Face tokenizer.json tokenizers.
 
-The kind is read from the content, and the bytes that were opened are the bytes an exported file carries.
+The kind is detected from the content of the file. An exported file carries exactly the bytes that were opened.
 """
 
 import base64
@@ -26,7 +26,9 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Llama 3 splits text before merging (meta-llama/llama-models, models/llama3/tokenizer.py)."""
+"""Regular expression by which Llama 3 splits text before merging (meta-llama/llama-models,
+models/llama3/tokenizer.py).
+"""
 
 _LLAMA3_NAMED_SPECIALS = (
     "<|begin_of_text|>",
@@ -49,16 +51,16 @@ LLAMA3_SPECIALS = (
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back.
+    """Interface for converting text to token ids and back.
 
     Attributes:
         kind: one of the kinds named in this module.
-        data: the file's bytes; `from_bytes(data)` gives an equal tokenizer.
-        vocab_size: ids run from 0 to vocab_size - 1.
-        bos_id: the id that starts a text, or None.
-        stop_ids: the ids that end one; may be empty.
-        specials: special token -> its id.
-        fixed: what is not special, and yet a token wherever it stands in a text -> its id.
+        data: bytes of the tokenizer's file; `from_bytes(data)` returns an equal tokenizer.
+        vocab_size: number of ids, which run from 0 to vocab_size - 1.
+        bos_id: id that starts a text, or None.
+        stop_ids: ids that end a text; may be empty.
+        specials: maps each special token to its id.
+        fixed: maps each text that is not a special token, but always becomes a single token, to its id.
     """
 
     kind: str
@@ -70,33 +72,40 @@ class Tokenizer(Protocol):
     fixed: Mapping[str, int]
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """Ids of a text, which no BOS is added to; the text of a special token is only text unless `parse_special`."""
+        """Returns the ids of a text without adding BOS. The text of a special token is ordinary text unless
+        `parse_special`.
+        """
         ...
 
     def encode_parts(self, parts: Sequence[Part]) -> list[int]:
-        """Ids of a text in parts, whose borders do not show: what lies between two special tokens is encoded as one."""
+        """Returns the ids of a text given in parts. Boundaries between parts have no effect on the ids: all text
+        between two special tokens is encoded together.
+        """
         ...
 
     def piece(self, token: int, first: bool) -> bytes:
-        """The bytes one id stands for, as part of a text; empty for control tokens and for ids of no piece, which
-        a model with a padded vocabulary can name.
+        """Returns the bytes of one id within a text.
 
-        `first` says that no text stands before it: SentencePiece's dummy space falls away there.
+        Control tokens and ids outside the vocabulary, which a model with a padded vocabulary can produce, have no
+        bytes.
+
+        Args:
+            first: whether no text comes before this id; SentencePiece's dummy space is then removed.
         """
         ...
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """The text of ids, with invalid UTF-8 as U+FFFD."""
+    """Returns the text of ids, with invalid UTF-8 replaced by U+FFFD."""
     decoder = StreamDecoder(tokenizer)
     return "".join([*(decoder.add(token) for token in ids), decoder.finish()])
 
 
 class StreamDecoder:
-    """Turns ids into text one at a time, never giving out half a UTF-8 character."""
+    """Converts ids to text one at a time, and never returns part of a UTF-8 character."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] = ()) -> None:
-        """Starts behind `prompt`, whose text is not given out; it may end inside a character."""
+        """Starts after the ids of `prompt`, whose text is not returned. The prompt may end within a character."""
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._first = True
@@ -104,13 +113,13 @@ class StreamDecoder:
             self.add(token)
 
     def add(self, token: int) -> str:
-        """The text that `token` completes; empty while a character is still open."""
+        """Returns the text completed by `token`; empty if a character is still incomplete."""
         piece = self._tokenizer.piece(token, self._first)
         self._first = self._first and self._is_control(token)
         return self._utf8.decode(piece)
 
     def finish(self) -> str:
-        """What is left: U+FFFD if a character was never completed."""
+        """Returns the rest of the text: U+FFFD if the last character is incomplete, otherwise empty."""
         return self._utf8.decode(b"", final=True)
 
     def _is_control(self, token: int) -> bool:
@@ -118,7 +127,7 @@ class StreamDecoder:
 
 
 class SentencePieceTokenizer:
-    """SentencePiece's own model file, as of Llama 1 and 2 (google/sentencepiece)."""
+    """A tokenizer in SentencePiece's model format, as used by Llama 1 and 2 (google/sentencepiece)."""
 
     kind = SENTENCEPIECE
 
@@ -146,13 +155,13 @@ class SentencePieceTokenizer:
         if self._model.is_byte(token):
             return bytes([int(self._model.id_to_piece(token)[3:-1], 16)])  # "<0x0A>"
         if self._model.is_unknown(token):
-            return " \N{DOUBLE QUESTION MARK} ".encode()  # what SentencePiece itself writes for <unk>
+            return " \N{DOUBLE QUESTION MARK} ".encode()  # the text that SentencePiece itself returns for <unk>
         text = self._model.id_to_piece(token).replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
         return text.removeprefix(" ").encode() if first else text.encode()
 
 
 class TiktokenTokenizer:
-    """Llama 3's ranks file: one `base64 rank` a line, with the 256 special tokens after them."""
+    """A tokenizer in Llama 3's ranks format: one line `base64 rank` per token, followed by the 256 special tokens."""
 
     kind = TIKTOKEN
 
@@ -188,8 +197,11 @@ class TiktokenTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json, by the tokenizers library. BOS is what its post-processor puts before a text, as transformers
-    has it. Which token ends a text is not in it: files beside it say so, and the checkpoint's configuration.
+    """A tokenizer.json, run by the tokenizers library.
+
+    The BOS id is the one that its post-processor puts before a text, as in transformers. Stop ids are not in the file;
+    files beside it and the checkpoint's configuration have them.
+    """
     """
 
     kind = HUGGING_FACE
@@ -214,19 +226,19 @@ class HuggingFaceTokenizer:
         )
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        self._model.encode_special_tokens = not parse_special  # its name for "as plain text"
+        self._model.encode_special_tokens = not parse_special  # the library's name for treating them as ordinary text
         return self._model.encode(text, add_special_tokens=False).ids
 
     def encode_parts(self, parts: Sequence[Part]) -> list[int]:
         return self._cutter.encode(parts, self._encode_section)
 
     def end_with(self, token: str) -> None:
-        """Makes a token of the vocabulary end a text; any other changes nothing."""
+        """Sets the token that ends a text; if the vocabulary has no such token, none does."""
         number = self._model.token_to_id(token)
         self.stop_ids = () if number is None else (number,)
 
     def _leading(self) -> int | None:
-        """The id that the post-processor puts before a text, if it does."""
+        """Returns the id that the post-processor puts before a text, or None."""
         plain, whole = (self._model.encode("a", add_special_tokens=adds).ids for adds in (False, True))
         return whole[0] if whole[: len(plain)] != plain else None
 
@@ -254,7 +266,7 @@ class HuggingFaceTokenizer:
 
 
 def _user_defined(data: bytes) -> dict[str, int]:
-    """The pieces of a SentencePiece model that it cuts out of any text -> their ids."""
+    """Returns the user-defined pieces of a SentencePiece model, which it never splits, and their ids."""
     pieces = sentencepiece_model.ModelProto.FromString(data).pieces
     return {piece.piece: i for i, piece in enumerate(pieces) if piece.type == piece.USER_DEFINED}
 
@@ -262,7 +274,7 @@ def _user_defined(data: bytes) -> dict[str, int]:
 def _openers(
     pre_tokenizer: tokenizers.pre_tokenizers.PreTokenizer | None,
 ) -> list[tokenizers.pre_tokenizers.Metaspace]:
-    """The stages of a pre-tokenizer that put a space before what starts the text, and only there."""
+    """Returns the stages of a pre-tokenizer that put a space before the first word of a text and nowhere else."""
     is_sequence = isinstance(pre_tokenizer, tokenizers.pre_tokenizers.Sequence)
     stages = list(pre_tokenizer) if is_sequence else [pre_tokenizer]  # type: ignore[call-overload]
     is_opener = (isinstance(stage, tokenizers.pre_tokenizers.Metaspace) for stage in stages)
@@ -283,10 +295,10 @@ def _tiktoken_ranks(data: bytes) -> dict[bytes, int]:
 
 
 def _decoders(data: bytes) -> set[str]:
-    """The kinds of a tokenizer.json's decoder and its parts.
+    """Returns the kinds of a tokenizer.json's decoder and of its steps.
 
     Raises:
-        InputError: one of them changes text in a way that `HuggingFaceTokenizer.piece` does not know.
+        InputError: a step changes text in a way that `HuggingFaceTokenizer.piece` does not implement.
     """
     decoder = json.loads(data).get("decoder") or {}
     kinds = {step.get("type") for step in (decoder, *decoder.get("decoders", ()))} - {None}
@@ -296,7 +308,7 @@ def _decoders(data: bytes) -> set[str]:
 
 
 def _byte_level_alphabet() -> dict[int, str]:
-    """GPT-2's printable character for every byte (openai/gpt-2, src/encoder.py, bytes_to_unicode)."""
+    """Returns GPT-2's printable character for every byte (openai/gpt-2, src/encoder.py, bytes_to_unicode)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
@@ -310,7 +322,12 @@ _KINDS: dict[str, Callable[[bytes], Tokenizer]] = {
 
 
 def _kind_of(data: bytes) -> str:
-    """JSON object, `base64 rank` lines, or SentencePiece's protobuf, whose first field has the tag 0x0A."""
+    """Detects the kind of a tokenizer file: a JSON object, `base64 rank` lines, or SentencePiece's protobuf, whose
+    first field has the tag 0x0A.
+
+    Raises:
+        InputError: the content is none of these.
+    """
     if data.lstrip()[:1] == b"{":
         return HUGGING_FACE
     first_line = data[:512].split(b"\n")[0].split()
@@ -322,10 +339,10 @@ def _kind_of(data: bytes) -> str:
 
 
 def from_bytes(data: bytes, kind: str | None = None) -> Tokenizer:
-    """Opens a tokenizer from its file's bytes; the kind is found from the content unless given.
+    """Opens a tokenizer from the bytes of its file. The kind is detected from the content unless given.
 
     Raises:
-        InputError: the bytes are no tokenizer of a known kind, or damaged.
+        InputError: the bytes are damaged or not a tokenizer of a known kind.
     """
     kind = kind or _kind_of(data)
     try:
@@ -341,7 +358,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     """Opens a tokenizer file of any known kind.
 
     Raises:
-        InputError: the file does not exist or is no tokenizer.
+        InputError: the file does not exist or is not a tokenizer.
     """
     path = Path(path)
     if not path.is_file():
@@ -356,7 +373,9 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _eos_beside(folder: Path) -> str | None:
-    """The token that ends a text by what transformers saves beside a tokenizer.json; the first file that says wins."""
+    """Returns the token that ends a text, from the first of transformers' files beside a tokenizer.json that names one;
+    None if none does.
+    """
     for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
         try:
             said = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}

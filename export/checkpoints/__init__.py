@@ -1,1 +1,1 @@
-"""One module per layout of checkpoint; export.checkpoints.layouts has the table of them."""
+"""Readers of checkpoints, one module per layout; export.checkpoints.layouts has the table of layouts."""

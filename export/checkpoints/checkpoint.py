@@ -1,4 +1,4 @@
-"""What every layout of checkpoint shares: the opened Checkpoint, lazy weights, and the matching of names."""
+"""The parts shared by all checkpoint layouts: the opened Checkpoint, lazy weights, and the matching of weight names."""
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,7 +17,7 @@ from model.model import Llama
 
 
 class LazyWeights(Mapping[str, Tensor]):
-    """Name -> tensor, read from storage each time it is asked for and never kept."""
+    """Maps names to tensors. A tensor is read from storage at each access and never kept."""
 
     def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
         self._readers = readers
@@ -34,11 +34,11 @@ class LazyWeights(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class ChatSource:
-    """What a checkpoint says about talking with it; None where it says nothing.
+    """A checkpoint's settings for chat; each is None if the checkpoint does not give it.
 
     Attributes:
-        template: Jinja that renders messages.
-        bos_token, eos_token: texts that it may ask for.
+        template: Jinja template that renders messages.
+        bos_token, eos_token: texts of these tokens, as variables of the template.
     """
 
     template: str | None = None
@@ -48,20 +48,20 @@ class ChatSource:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that has been opened and checked, its weights still on storage.
+    """A checkpoint that has been opened and checked. Its weights are still on storage.
 
     Attributes:
-        config: the model's dimensions.
-        weights: lazy state dict of `model.model.Llama`, in the file's own dtype.
-        files: what the content consists of, for `digest`.
-        layout: the layout's name.
-        bos_id: the id that starts a text, where the checkpoint says so.
-        adds_bos: whether one does, where the checkpoint says so.
-        stop_ids: the ids that end a text, where the checkpoint says so.
-        tokenizer: the tokenizer that belongs to it, where there is one: its file, or what makes the bytes of one.
-        chat: how messages become a text.
-        sampling: what it recommends of SAMPLING.
-        warnings: what a person should know before.
+        config: dimensions and features of the model.
+        weights: lazy state dict of `model.model.Llama`, in the dtype of the file.
+        files: the files that make up the checkpoint, for `digest`.
+        layout: name of the layout.
+        bos_id: id that starts a text, or None if the checkpoint does not say.
+        adds_bos: whether a text starts with BOS, or None if the checkpoint does not say.
+        stop_ids: ids that end a text; empty if the checkpoint does not say.
+        tokenizer: the checkpoint's tokenizer: its file, a function that returns the bytes of such a file, or None.
+        chat: the checkpoint's settings for chat.
+        sampling: recommended sampling options, a subset of SAMPLING.
+        warnings: messages for the user before the export.
     """
 
     config: ModelConfig
@@ -77,7 +77,7 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
 
     def digest(self) -> str:
-        """XXH3-128 over the content of all files, in hex: equal checkpoints have equal digests wherever they lie."""
+        """Returns the XXH3-128 hash of the content of all files, in hex. It does not depend on their paths."""
         state = xxhash.xxh3_128()
         for file in self.files:
             with file.open("rb") as stream:
@@ -86,9 +86,10 @@ class Checkpoint:
         return state.hexdigest()
 
     def build(self) -> Llama:
-        """The eager float32 model. float32 weights that need no reordering stay mapped.
+        """Returns the eager float32 model. float32 weights that are not reordered remain memory-mapped.
 
-        A tied head is a parameter of its own over the embedding's memory: a graph can then hand it to a backend.
+        A tied head becomes a separate parameter that shares the embedding's memory, so that a graph can hand it to a
+        backend.
         """
         with torch.device("meta"):
             model = Llama(self.config)
@@ -100,7 +101,7 @@ class Checkpoint:
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight that a checkpoint of this config must hold."""
+    """Returns the name and shape of every weight that a checkpoint of this config must contain."""
     with torch.device("meta"):
         state = Llama(config).state_dict()
     return {name: tuple(t.shape) for name, t in state.items() if not (config.tied and name == "head.output.weight")}
@@ -108,7 +109,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def half_split(weight: Tensor, n_heads: int, rotated: int) -> Tensor:
     """Reorders the first `rotated` rows of each head of wq or wk, [n*Dh, D], from interleaved rotary pairs (2i, 2i + 1)
-    to (i, i + P).
+    to half-split pairs (i, i + P).
     """
     heads = weight.view(n_heads, weight.shape[0] // n_heads, -1)
     pairs = heads[:, :rotated].reshape(n_heads, rotated // 2, 2, -1).transpose(1, 2).reshape(n_heads, rotated, -1)
@@ -116,12 +117,14 @@ def half_split(weight: Tensor, n_heads: int, rotated: int) -> Tensor:
 
 
 Index = tuple[slice, ...]
-"""Names a part of a tensor; () is all of it."""
+"""Index of a part of a tensor; () is the whole tensor."""
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """A tensor on storage: its shape, how to read a part of it, and whether it holds floats of a plain format."""
+    """A tensor on storage: its shape, a function that reads a part of it, and whether it holds floats in a plain
+    format.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[Index], Tensor]
@@ -130,15 +133,16 @@ class TensorSource:
 
 @dataclass(frozen=True)
 class Storage:
-    """How a layout stores weights: under which names, and in what they differ from the model's.
+    """Description of how a layout stores weights: their names, and the differences from the model's weights.
 
     Attributes:
-        names: our name -> the layout's, stars standing for numbers. Weights of ours that share one of its names are
-            rows of one tensor, in the order of this table.
-        turns: how often they take turns in it: 2 has half the rows of each, then the other halves.
-        transposed: whether the blocks' matrices are stored [in, out].
+        names: maps our name of a weight to the layout's, with stars for numbers. If several weights have the same name
+            in the layout, they are rows of one tensor, in the order of this table.
+        turns: number of parts into which each of these weights is divided within the tensor. With 2, the tensor has the
+            first half of the rows of each weight, then the second halves.
+        transposed: whether the blocks' matrices are stored as [in, out].
         interleaved: whether rotary pairs are rows (2i, 2i + 1), see `half_split`.
-        norm_offset: what the norms' weights lack.
+        norm_offset: number to add to the norms' weights.
     """
 
     names: Mapping[str, str]
@@ -149,28 +153,31 @@ class Storage:
 
 
 def starred(name: str) -> str:
-    """The name with a star for each number."""
+    """Returns the name with each number replaced by a star."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def renamed(name: str, table: Mapping[str, str]) -> str:
-    """Translates a weight's name by a table in which stars stand for numbers, either way round."""
+    """Translates a weight's name in either direction, by a table in which stars stand for numbers."""
     numbers = (part for part in name.split(".") if part.isdigit())
     return ".".join(next(numbers) if part == "*" else part for part in table[starred(name)].split("."))
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's values are weights as they stand: not integers, nor floats that want a scale beside them."""
+    """Returns whether a tensor's values are usable as weights directly: neither integers nor floats that require a
+    scale.
+    """
     return tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """One tensor of a layout, and the weights of ours that are its rows.
+    """One tensor of a layout, and the model weights that are its rows.
 
     Attributes:
-        parts: our names and shapes, in order.
-        transposed: whether it is stored [in, out].
+        name: name of the tensor in the layout.
+        parts: names and shapes of the model weights, in order.
+        transposed: whether the tensor is stored as [in, out].
     """
 
     name: str
@@ -184,7 +191,11 @@ class _Stored:
         return joined[::-1] if self.transposed else joined
 
     def indices(self, turns: int) -> dict[str, list[Index]]:
-        """Our name -> the parts of the tensor that make it up."""
+        """Returns the parts of the tensor that make up each model weight.
+
+        Raises:
+            InputError: the rows of a weight cannot be divided into `turns` equal parts.
+        """
         if len(self.parts) == 1:
             return {name: [()] for name in self.parts}
         found: dict[str, list[Index]] = {name: [] for name in self.parts}
@@ -204,11 +215,11 @@ def match(
     """Finds every weight of the model among the sources.
 
     Args:
-        path: the checkpoint, for messages.
-        spare: names that may be there and are not weights of the model.
+        path: path of the checkpoint, for messages.
+        spare: names that may be present although they are not weights of the model.
 
     Raises:
-        InputError: a weight is missing, unknown or misshapen; lists the names.
+        InputError: a weight is missing, unknown, quantised, or has the wrong shape. The message lists the names.
     """
     wanted = _wanted(config, storage)
     if missing := wanted.keys() - sources.keys():
@@ -233,7 +244,7 @@ def match(
 
 
 def _wanted(config: ModelConfig, storage: Storage) -> dict[str, _Stored]:
-    """The layout's name -> what is to be found under it."""
+    """Returns the tensors that the layout must contain, by their names."""
     order = {pattern: place for place, pattern in enumerate(storage.names)}
     wanted: dict[str, _Stored] = {}
     for name, shape in sorted(expected_shapes(config).items(), key=lambda item: order[starred(item[0])]):
@@ -246,7 +257,7 @@ def _wanted(config: ModelConfig, storage: Storage) -> dict[str, _Stored]:
 def _read(
     name: str, source: TensorSource, indices: list[Index], transposed: bool, layout: tuple[ModelConfig, Storage]
 ) -> Tensor:
-    """One weight of ours, as the model has it."""
+    """Reads one weight of the model and converts it to the model's layout."""
     config, storage = layout
     pieces = [source.read(index) for index in indices]
     tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=int(transposed))
@@ -258,16 +269,18 @@ def _read(
 
 
 def rotary_order(name: str, weight: Tensor, config: ModelConfig) -> Tensor:
-    """The weight with its rotary pairs half-split, where it is a wq or wk that has them interleaved."""
+    """Returns the weight with half-split rotary pairs if it is a wq or wk with interleaved ones, otherwise
+    unchanged.
+    """
     heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2])
     return half_split(weight, heads, config.rotated) if heads else weight
 
 
 def token_ids(value: Any, name: str, path: Path, vocab_size: int) -> tuple[int, ...]:
-    """The ids that a configuration gives under `name`: one, a list, or none.
+    """Returns the token ids that a configuration gives under `name`: one, a list, or none.
 
     Raises:
-        InputError: an id is no whole number within the vocabulary.
+        InputError: an id is not a whole number within the vocabulary.
     """
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
@@ -277,14 +290,15 @@ def token_ids(value: Any, name: str, path: Path, vocab_size: int) -> tuple[int, 
 
 
 SAMPLING: dict[str, type] = {"temperature": float, "top_k": int, "top_p": float, "repetition_penalty": float}
-"""What a checkpoint may recommend for choosing tokens, as `runtime.text.sampler.SamplingOptions` has it."""
+"""Sampling options that a checkpoint may recommend, as in `runtime.text.sampler.SamplingOptions`, and their types."""
 
 
 def recommended(settings: Mapping[str, Any], path: Path) -> dict[str, float]:
-    """What a generation_config.json recommends. Where it asks for the likeliest token, only the penalty.
+    """Returns the sampling options recommended by a generation_config.json. With do_sample false, only the repetition
+    penalty is taken.
 
     Raises:
-        InputError: a value is no number.
+        InputError: a value is not a valid number.
     """
     found = {}
     for name, kind in SAMPLING.items():
@@ -298,7 +312,7 @@ def recommended(settings: Mapping[str, Any], path: Path) -> dict[str, float]:
 
 
 def read_head(path: Path, size: int) -> bytes:
-    """A file's first bytes; fewer where it is shorter, and none where the path is no file."""
+    """Returns the first bytes of a file: fewer if it is shorter, and none if the path is not a file."""
     if not path.is_file():
         return b""
     with path.open("rb") as stream:
@@ -306,13 +320,13 @@ def read_head(path: Path, size: int) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Returns the object in a JSON file.
 
     Raises:
-        InputError: it holds none.
+        InputError: the file is not JSON or contains something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors write a mark before it
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # utf-8-sig: editors on Windows may write a BOM
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); give the checkpoint with a whole one") from error
     if not isinstance(content, dict):

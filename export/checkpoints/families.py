@@ -1,7 +1,8 @@
-"""The model families of Hugging Face checkpoints: a table of what sets each apart, by the architecture's name.
+"""The model families of Hugging Face checkpoints, by the name of the architecture.
 
-A family is what its keys in config.json mean, what they are where left out, what all its models share, and how its
-weights are stored. Names, defaults and meanings are those of transformers' configuration and modelling modules.
+A family defines the meaning of its keys in config.json, their default values, the features common to all its models,
+and the storage of its weights. Names, defaults and meanings are those of transformers' configuration and modelling
+modules.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import Any
 from export.checkpoints.checkpoint import Storage
 
 Settings = Mapping[str, Any]
-"""What config.json holds."""
+"""The content of config.json."""
 
 
 def _without(settings: Settings, layer: int) -> bool:
@@ -36,7 +37,9 @@ def _unrotated(settings: Settings, layer: int) -> bool:
 
 
 def rotates(settings: Settings, layer: int) -> bool:
-    """Whether a block has rotary embedding: all but every fourth of SmolLM 3, or as listed."""
+    """Returns whether a block has rotary embedding. In SmolLM 3, every fourth block has none, unless the config lists
+    them.
+    """
     if "no_rope_layer_interval" not in settings:
         return True
     listed = settings["no_rope_layers"]
@@ -44,23 +47,23 @@ def rotates(settings: Settings, layer: int) -> bool:
 
 
 Key = str | tuple[str, Callable[[Any], Any]]
-"""A key of config.json, and what makes the field of its value where that is not the field's own."""
+"""A key of config.json, alone or with a function that converts its value to that of the ModelConfig field."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What sets a family apart.
+    """The differences between one model family and the others.
 
     Attributes:
-        keys: field of ModelConfig -> key of config.json.
-        storage: how the weights are stored.
-        defaults: key -> what holds where config.json leaves it out.
-        features: fields of ModelConfig that all models of the family share.
-        only: key -> the values that are computed here; any other would change the result.
-        local: whether a block sees only the window, where no `layer_types` says so.
-        sections: keys whose objects hold further keys.
-        rope_kinds: what the family calls a kind of rope scaling -> the kind.
-        prefix: what names of weights start with, unless all of them lack it.
+        keys: maps fields of ModelConfig to keys of config.json.
+        storage: storage of the weights: their names and layout.
+        defaults: default values of keys that config.json omits.
+        features: values of ModelConfig fields that all models of the family share.
+        only: the supported values of each key; any other value would change the result, and is refused.
+        local: returns whether a block attends only to the sliding window, if `layer_types` does not say.
+        sections: keys whose values are objects with further keys.
+        rope_kinds: maps the family's names of rope scaling kinds to ours.
+        prefix: prefix of the weight names, unless it is missing from all of them.
     """
 
     keys: Mapping[str, Key]
@@ -85,11 +88,13 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
 }
-"""transformers' name of an activation -> ours. Its three ways to write GELU by tanh differ in rounding only."""
+"""Maps transformers' names of activations to ours. Its three implementations of GELU by tanh differ only in
+rounding.
+"""
 
 
 def _both(ours: str, theirs: str) -> dict[str, str]:
-    """The weight of a layer, and the bias that it may have."""
+    """Returns the table entries for a layer's weight and its optional bias."""
     return {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
 
 
@@ -109,7 +114,7 @@ HUGGING_FACE_NAMES = {
     "head.norm.weight": "model.norm.weight",
     "head.output.weight": "lm_head.weight",
 }
-"""Our name -> Llama's, which most families keep."""
+"""Maps our weight names to those of Hugging Face's Llama, which most families use."""
 
 _MIXTRAL_NAMES = HUGGING_FACE_NAMES | {
     "layers.*.feed_forward.router.weight": "model.layers.*.block_sparse_moe.gate.weight",
@@ -215,7 +220,7 @@ _QWEN_WINDOWS = {
     "layer_types": None,
 }
 _GEMMA_SCALE: dict[str, Key] = {"embedding_scale": ("hidden_size", math.sqrt)}
-_GEMMA_ACTIVATIONS = ACTIVATIONS | {"gelu": "gelu_tanh"}  # its first configurations say gelu and mean the one by tanh
+_GEMMA_ACTIVATIONS = ACTIVATIONS | {"gelu": "gelu_tanh"}  # the first Gemma configs say gelu where the tanh form is used
 _CAUSAL = {"use_bidirectional_attention": (None, False)}
 
 _GPT_KEYS: dict[str, Key] = {
@@ -372,4 +377,4 @@ FAMILIES = {
         prefix="transformer.",
     ),
 }
-"""Architecture, as config.json names it -> family. Code Llama, TinyLlama, SmolLM 2 and XGen are LlamaForCausalLM."""
+"""Maps the architecture in config.json to its family. Code Llama, TinyLlama, SmolLM 2 and XGen are LlamaForCausalLM."""

@@ -1,4 +1,4 @@
-"""GGUF files of the `llama` architecture; quantised tensors are dequantised as they are read."""
+"""Reader of GGUF files of the `llama` architecture. Quantised tensors are dequantised as they are read."""
 
 import struct
 from functools import partial
@@ -39,19 +39,23 @@ GGUF_NAMES = {
     "head.norm.weight": "output_norm.weight",
     "head.output.weight": "output.weight",
 }
-"""Our name -> GGUF's, a star standing for the layer's number."""
+"""Maps our weight names to GGUF's, with a star for the layer's number."""
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _NO_WEIGHTS = {GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")}
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file starts with GGUF's magic number."""
+    """Returns whether the file starts with GGUF's magic number."""
     return read_head(path, len(MAGIC)) == MAGIC
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Opens the file. Its rotary pairs are interleaved; wq and wk are reordered as they are read."""
+    """Opens a GGUF file. Rotary pairs are interleaved in the file; wq and wk are reordered as they are read.
+
+    Raises:
+        InputError: the file is damaged, incomplete, or cannot be exported.
+    """
     try:
         file = read_gguf(path)
     except InputError as error:
@@ -140,10 +144,11 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, GGUFTensor]) 
 
 
 def _linear(path: Path, fields: dict[str, Any], context: int) -> RopeScaling | None:
-    """The linear scaling that fields ask for, under the key of today or that of the first files, as llama.cpp does.
+    """Returns the linear scaling given in the fields, under the current key or that of the first GGUF files, as
+    llama.cpp does.
 
     Raises:
-        InputError: they ask for another kind.
+        InputError: the fields give another kind of scaling.
     """
     factor = float(fields.get("llama.rope.scaling.factor") or fields.get("llama.rope.scale_linear") or 1)
     kind = fields.get("llama.rope.scaling.type", "linear")
@@ -153,7 +158,7 @@ def _linear(path: Path, fields: dict[str, Any], context: int) -> RopeScaling | N
 
 
 def _scaling(path: Path, tensor: GGUFTensor, theta: float) -> RopeScaling:
-    """Llama 3.1's scaling, which GGUF stores as the divisor of each frequency: [Dh/2], 1 up to the factor.
+    """Returns Llama 3.1's scaling, which GGUF stores as a divisor of each frequency, [Dh/2], from 1 to the factor.
 
     Raises:
         InputError: the divisors are not those of Llama 3.1's formula.

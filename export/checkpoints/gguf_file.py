@@ -1,6 +1,6 @@
-"""The GGUF format, versions 2 and 3 (ggml-org/ggml, docs/gguf.md): fields, and where each tensor lies.
+"""Parser of the GGUF format, versions 2 and 3 (ggml-org/ggml, docs/gguf.md): fields, and the location of each tensor.
 
-The gguf package reads it too, but takes ten seconds to list the 400,000 strings of a Llama 3 vocabulary.
+The gguf package is not used for this, because it takes ten seconds to list the 400,000 strings of a Llama 3 vocabulary.
 """
 
 import math
@@ -21,7 +21,7 @@ MAGIC = b"GGUF"
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-"""The types of a field's value; numbers by struct's letter."""
+"""Types of a field's value; for numbers, with the letter of the struct module."""
 
 
 _REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"} | {
@@ -29,12 +29,15 @@ _REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"
     37: "IQ4_NL_4_8",
     38: "IQ4_NL_8_8",
 }
-"""Types of tensors that ggml had, and has no more (ggml-org/ggml, include/ggml.h)."""
+"""Tensor types that were removed from ggml (ggml-org/ggml, include/ggml.h)."""
 
 
 def _kind(number: int) -> GGMLQuantizationType:
-    """Raises:
-    InputError: the type is known to exist no longer.
+    """Returns the tensor type of a number.
+
+    Raises:
+        InputError: the type has been removed from ggml.
+        ValueError: the number is not a known type.
     """
     if number in _REMOVED:
         raise InputError(
@@ -46,7 +49,7 @@ def _kind(number: int) -> GGMLQuantizationType:
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor: its shape, outermost dimension first, and where and how its values are stored."""
+    """A tensor's shape, outermost dimension first, and the location and type of its values in the file."""
 
     path: Path
     shape: tuple[int, ...]
@@ -55,12 +58,12 @@ class GGUFTensor:
 
     @property
     def size(self) -> int:
-        """Bytes on storage."""
+        """Size on storage, in bytes."""
         per_block, block_bytes = GGML_QUANT_SIZES[self.kind]
         return math.prod(self.shape) // per_block * block_bytes
 
     def read(self) -> np.ndarray:
-        """Its values as float32."""
+        """Returns the values as float32."""
         data = np.memmap(self.path, np.uint8, mode="c", offset=self.offset, shape=(self.size,))
         rows = data.reshape(*self.shape[:-1], -1)
         return np.ascontiguousarray(dequantize(rows, self.kind), dtype=np.float32).reshape(self.shape)
@@ -68,17 +71,18 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """What a file holds: fields and tensors by name."""
+    """The content of a GGUF file: fields and tensors by name."""
 
     fields: dict[str, Any]
     tensors: dict[str, GGUFTensor]
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Reads all but the tensors' values.
+    """Reads everything except the values of tensors.
 
     Raises:
-        ValueError: the file is cut, damaged, or of another version.
+        InputError: a tensor's type has been removed from ggml.
+        ValueError: the file is truncated, damaged, or of another version.
     """
     with path.open("rb") as stream, mmap(stream.fileno(), 0, access=ACCESS_READ) as data:
         return _parsed(path, _Cursor(data))
@@ -103,7 +107,7 @@ def _parsed(path: Path, cursor: "_Cursor") -> GGUFFile:
 
 
 class _Cursor:
-    """Reads values one after another."""
+    """Reads consecutive values from the file."""
 
     def __init__(self, data: mmap) -> None:
         self._data = data
@@ -126,7 +130,7 @@ class _Cursor:
         return self.take(self.number("Q")).decode()
 
     def value(self, kind: int, depth: int = 0) -> Any:
-        """A field's value; arrays become lists."""
+        """Returns a field's value; arrays become lists."""
         if kind in _NUMBERS:
             return self.number(_NUMBERS[kind])
         if kind == _STRING:
@@ -140,7 +144,9 @@ class _Cursor:
         return [read() for _ in range(count)]
 
     def tensor(self) -> tuple[tuple[int, ...], GGMLQuantizationType, int]:
-        """Shape, which GGUF counts from the innermost dimension, storage, and offset behind the header."""
+        """Returns a tensor's shape, type, and offset from the end of the header. GGUF lists dimensions from the
+        innermost; the result is reversed.
+        """
         shape = self.numbers("Q", self.number("I"))[::-1]
         kind, offset = _kind(self.number("I")), self.number("Q")
         if not 0 < math.prod(shape) < 1 << 48 or not shape or shape[-1] % GGML_QUANT_SIZES[kind][0]:

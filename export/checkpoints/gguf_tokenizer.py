@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file, as the bytes of a file that `preproc.tokenizer` opens.
+"""Conversion of the tokenizer in a GGUF file to the bytes of a file that `preproc.tokenizer` can open.
 
-GGUF holds lists of pieces with scores and types, or with merges. Of the first a SentencePiece model is made, of the
-second a tokenizer.json, whose splitting of text GGUF only names.
+GGUF stores lists of tokens with scores and types, or with merges. The former are converted to a SentencePiece model,
+the latter to a tokenizer.json. GGUF only names the rules by which text is split.
 """
 
 import json
@@ -14,13 +14,13 @@ from model.errors import InputError, listed
 from preproc.tokenizer import LLAMA3_PATTERN
 
 TOKENIZER = "tokenizer.ggml."
-_CONTROL, _USER_DEFINED = 3, 4  # GGUF's types of tokens are SentencePiece's
+_CONTROL, _USER_DEFINED = 3, 4  # GGUF's token types have the same numbers as SentencePiece's
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 
 def _split_by(pattern: str) -> dict[str, Any]:
-    """A pattern's matches, then bytes as printable characters."""
+    """Returns a pre-tokenizer that splits text by a pattern and represents bytes as printable characters."""
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, _BYTE_LEVEL | {"use_regex": False}]}
 
@@ -45,21 +45,22 @@ SPLITTINGS = {
     "qwen2": _QWEN2,
     "smollm": _SMOLLM,
 }
-"""What GGUF calls a way to split text -> what a tokenizer.json says for it: those of GPT-2, Llama 3, Qwen 2 and SmolLM
-(ggml-org/llama.cpp, src/llama-vocab.cpp, and the tokenizer.json of each)."""
+"""Maps GGUF's names of splitting rules to the equivalent settings of a tokenizer.json: those of GPT-2, Llama 3, Qwen 2
+and SmolLM (ggml-org/llama.cpp, src/llama-vocab.cpp, and the tokenizer.json of each).
+"""
 
 STARTS_TEXTS = ("llama-bpe", "llama3", "llama-v3")
-"""The splittings whose texts start with BOS where the file does not say whether they do."""
+"""The splitting rules with which a text starts with BOS if the file does not say."""
 
 
 def tokenizer_bytes(fields: Mapping[str, Any]) -> bytes:
-    """The tokenizer that a file's fields describe.
+    """Returns the tokenizer described by a file's fields, as the bytes of a tokenizer file.
 
     Args:
-        fields: the file's, by their full names.
+        fields: the fields of the file, by their full names.
 
     Raises:
-        InputError: there is none, or one that cannot be made exactly.
+        InputError: the file has no tokenizer, or one that cannot be converted exactly.
     """
     if isinstance(whole := fields.get("tokenizer.huggingface.json"), str):
         return whole.encode()
@@ -76,7 +77,9 @@ def tokenizer_bytes(fields: Mapping[str, Any]) -> bytes:
 
 
 def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> bytes:
-    """A BPE model, whose text is not normalised where nothing says so, as those of Llama 1 and 2."""
+    """Returns a SentencePiece BPE model. Without other settings in the fields, text is not normalised, as in Llama 1
+    and 2.
+    """
     scores = fields.get(f"{TOKENIZER}scores") or []
     if len(scores) != len(tokens):
         raise InputError(f"its tokenizer has {len(tokens)} tokens and {len(scores)} scores; give --tokenizer FILE")
@@ -99,8 +102,8 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], types: Sequ
 
 
 def _tokenizer_json(fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> bytes:
-    """A byte-level BPE."""
-    splitting = fields.get(f"{TOKENIZER}pre", "gpt-2")  # llama.cpp's own choice for files from before there was the key
+    """Returns the tokenizer.json of a byte-level BPE model."""
+    splitting = fields.get(f"{TOKENIZER}pre", "gpt-2")  # llama.cpp's default for files without this key
     if splitting not in SPLITTINGS:
         raise InputError(
             f"its tokenizer splits text as {splitting!r}, and known are {listed(SPLITTINGS, len(SPLITTINGS))}; "

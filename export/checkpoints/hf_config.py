@@ -1,4 +1,4 @@
-"""config.json -> ModelConfig, by the table of families."""
+"""Conversion of config.json to ModelConfig, by the table of families."""
 
 import math
 from dataclasses import fields, replace
@@ -13,16 +13,18 @@ _ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 _LAYER_TYPES = {"sliding_attention": True, "full_attention": False}
 
 _NULLS = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads")
-"""Keys whose null says something. Elsewhere it is as if the key were left out, as transformers has had it."""
+"""Keys for which null has a meaning. For any other key, null is treated as if the key were missing, as in
+transformers.
+"""
 
 _WHOLE = {field.name for field in fields(ModelConfig) if field.type in (int, int | None)}
 
 
 def family_of(settings: Settings, path: Path) -> Family:
-    """The family that config.json names.
+    """Returns the family named in config.json.
 
     Raises:
-        InputError: it names none of those known, or several.
+        InputError: config.json names no known architecture, or several.
     """
     architectures = settings.get("architectures") or []
     if not isinstance(architectures, list) or len(architectures) != 1 or str(architectures[0]) not in FAMILIES:
@@ -31,11 +33,11 @@ def family_of(settings: Settings, path: Path) -> Family:
 
 
 def config_of(settings: Settings, path: Path) -> ModelConfig:
-    """The model that config.json describes.
+    """Returns the ModelConfig described by config.json.
 
     Raises:
-        InputError: a key is missing, damaged, or asks for what cannot be exported.
-        ValueError: the dimensions are impossible together.
+        InputError: a key is missing, damaged, or has a value that cannot be exported.
+        ValueError: the dimensions are inconsistent.
     """
     family = family_of(settings, path)
     settings = _completed(settings, family, path)
@@ -62,10 +64,10 @@ def config_of(settings: Settings, path: Path) -> ModelConfig:
 
 
 def _completed(settings: Settings, family: Family, path: Path) -> dict[str, Any]:
-    """All keys, those of sections and those left out among them.
+    """Returns all keys, including those of sections and the defaults of missing ones.
 
     Raises:
-        InputError: one has a value that would change the result in a way that is not computed here.
+        InputError: a key has a value that would change the result in a way that is not implemented.
     """
     found = dict(settings)
     for section in family.sections:
@@ -89,12 +91,14 @@ def _value(settings: Settings, key: Key) -> Any:
 
 
 def _whole(value: Any) -> Any:
-    """A whole number as such, where JSON's 32768.0 stands for it."""
+    """Returns an int if the value is a whole number written as a float, such as JSON's 32768.0; otherwise the value
+    itself.
+    """
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _local_layers(settings: Settings, family: Family, n_layers: int, path: Path) -> tuple[int, ...]:
-    """The blocks that see only the window."""
+    """Returns the blocks that attend only to the sliding window."""
     types = settings["layer_types"] if "layer_types" in family.defaults else None
     if types is None:
         windowed = settings.get("sliding_window") is not None
@@ -105,7 +109,9 @@ def _local_layers(settings: Settings, family: Family, n_layers: int, path: Path)
 
 
 def _rope(settings: Settings, family: Family, head_dim: int, path: Path) -> dict[str, Any]:
-    """Reads both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling`."""
+    """Returns the rotary fields of ModelConfig. Both formats are read: `rope_parameters` (transformers 5), and
+    `rope_theta` with `rope_scaling`.
+    """
     rope: Any = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise InputError(f"{path} describes its rotary scaling as {rope!r}, which is no flat object; give another")

@@ -1,4 +1,4 @@
-"""Checkpoints by their name on the Hugging Face hub, org/name: downloaded into its cache, and opened from there."""
+"""Download of checkpoints by their Hugging Face hub name, org/name, into the hub's cache."""
 
 import argparse
 import re
@@ -10,31 +10,34 @@ _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer*", "chat_template*")
 _SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
-"""Files of a checkpoint; repositories hold others too, such as the same weights in other layouts."""
+"""Patterns of the files of a checkpoint. Repositories may hold other files, such as the same weights in other
+layouts.
+"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `download`."""
+    """Adds the flags for `download`."""
     add = parser.add_argument
     add("--hub-token", metavar="TOKEN", help="for private and gated models on the hub (default: HF_TOKEN)")
     add("--cache-dir", type=Path, metavar="FOLDER", help="where downloads are kept (default: the hub's own cache)")
 
 
 def is_hub_name(checkpoint: Path) -> bool:
-    """Whether a checkpoint can only be meant as a name on the hub: it looks like one, and no such path exists."""
+    """Returns whether a checkpoint's path is a name on the hub: it has the form org/name, and no such path exists."""
     return not checkpoint.exists() and _NAME.fullmatch(checkpoint.as_posix()) is not None
 
 
 def download(name: Path, token: str | None = None, cache: Path | None = None) -> Path:
-    """The folder of a checkpoint on the hub, downloaded unless the cache has it. Without a network the cache is enough.
+    """Returns the folder of a checkpoint on the hub, which is downloaded unless it is in the cache. A cached checkpoint
+    does not require a network.
 
     Args:
         name: org/name.
-        token: for private and gated ones; None takes HF_TOKEN, or what `hf auth login` has stored.
-        cache: where downloads are kept; None takes the hub's own place, HF_HOME.
+        token: access token for private and gated models; None for HF_TOKEN, or the token stored by `hf auth login`.
+        cache: folder for downloads; None for the hub's default, set by HF_HOME.
 
     Raises:
-        InputError: there is no such checkpoint, or it cannot be had.
+        InputError: there is no such checkpoint, or it cannot be downloaded.
     """
     folder = _snapshot(name, token, cache, (*_SETTINGS, *_SAFETENSORS))
     if not any(folder.glob("model*.safetensors")):
@@ -43,7 +46,7 @@ def download(name: Path, token: str | None = None, cache: Path | None = None) ->
 
 
 def _snapshot(name: Path, token: str | None, cache: Path | None, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import errors, snapshot_download  # half a second that most exports do not need
+    from huggingface_hub import errors, snapshot_download  # takes half a second to import; most exports do not use it
 
     try:
         return Path(snapshot_download(str(name), token=token, cache_dir=cache, allow_patterns=list(patterns)))
@@ -61,6 +64,6 @@ def _snapshot(name: Path, token: str | None, cache: Path | None, patterns: tuple
             f"{name} is no path here, the Hugging Face hub cannot be reached, and its cache does not hold all of it; "
             "give a path, or try again with a network"
         ) from error
-    except Exception as error:  # the errors of its HTTP client as well, which are of no common kind
+    except Exception as error:  # errors of the HTTP client have no common base class
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{name} could not be downloaded from the Hugging Face hub ({reason}); try again") from error

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json, and weights in one or more .safetensors or pytorch_model.bin files."""
+"""Reader of Hugging Face folders: config.json, and weights in .safetensors or pytorch_model.bin files."""
 
 import itertools
 from collections.abc import Callable, Iterable
@@ -29,24 +29,24 @@ from model.errors import InputError, listed
 from preproc.tokenizer import from_bytes
 
 _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attn.causal_mask")
-"""How the names of tensors end that old checkpoints carry, and that follow from the configuration."""
+"""Suffixes of the names of tensors in old checkpoints that are derived from the configuration and are not weights."""
 
 
 def is_folder(path: Path) -> bool:
-    """Whether the path is a folder with a config.json."""
+    """Returns whether the path is a folder with a config.json."""
     return path.is_dir() and (path / "config.json").is_file()
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the file starts as safetensors do: a length, and an object of JSON."""
+    """Returns whether the file starts like a safetensors file: a length and a JSON object."""
     return read_head(path, 9)[8:] == b"{"
 
 
 def open_file(path: Path) -> Checkpoint:
-    """Opens a file of weights with the configuration that lies beside it.
+    """Opens a file of weights, with the configuration in the same folder.
 
     Raises:
-        InputError: there is none, or as `open_folder`.
+        InputError: the folder has no config.json, or as in `open_folder`.
     """
     if not is_folder(path.parent):
         raise InputError(f"{path} is weights alone; put the checkpoint's config.json beside it")
@@ -54,10 +54,13 @@ def open_file(path: Path) -> Checkpoint:
 
 
 def open_folder(path: Path, alone: Path | None = None) -> Checkpoint:
-    """Opens the folder.
+    """Opens a Hugging Face folder.
 
     Args:
-        alone: the file to take weights from, unless it is one of several that belong together.
+        alone: file from which to read all weights, unless it is one of several files of a checkpoint.
+
+    Raises:
+        InputError: the folder is incomplete, damaged, or cannot be exported.
     """
     settings = read_json(path / "config.json")
     _check_unquantised(path, settings)
@@ -86,7 +89,7 @@ def open_folder(path: Path, alone: Path | None = None) -> Checkpoint:
     )
     stop.append(_named(chat.eos_token, path, said, config.vocab_size))
     tokenizer = _tokenizer(path, said)
-    decides = isinstance(tokenizer, Path) and tokenizer.suffix == ".json"  # whether a text starts with BOS
+    decides = isinstance(tokenizer, Path) and tokenizer.suffix == ".json"  # it then decides if a text starts with BOS
     return Checkpoint(
         config,
         weights,
@@ -102,8 +105,10 @@ def open_folder(path: Path, alone: Path | None = None) -> Checkpoint:
 
 
 def _check_unquantised(path: Path, settings: dict[str, Any]) -> None:
-    """Raises:
-    InputError: the configuration says that the weights are quantised; names the method.
+    """Checks that the weights are not quantised.
+
+    Raises:
+        InputError: the configuration says that they are. The message names the method.
     """
     theirs, mlx = settings.get("quantization_config"), settings.get("quantization")
     method = theirs.get("quant_method", "by an unnamed method") if isinstance(theirs, dict) else "mlx" if mlx else None
@@ -112,8 +117,8 @@ def _check_unquantised(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _is_tied(sources: dict[str, TensorSource], embedding: str, head: str) -> bool:
-    """Whether one matrix is embedding and head. The one that is there stands for both; where both are there and differ,
-    each is its own, as in transformers.
+    """Returns whether embedding and head share one matrix. If only one of them is stored, it serves as both. If both
+    are stored and differ, they are separate, as in transformers.
     """
     if embedding not in sources and head in sources:
         sources[embedding] = sources[head]
@@ -125,12 +130,14 @@ def _is_tied(sources: dict[str, TensorSource], embedding: str, head: str) -> boo
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """What a file of JSON holds that need not be there."""
+    """Returns the object in a JSON file, or an empty one if there is no such file."""
     return read_json(path) if path.is_file() else {}
 
 
 def _named(token: str | None, path: Path, said: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """The id of a token, by the vocabularies that name it: tokenizer.json, or tokenizer_config.json's added tokens."""
+    """Returns the id of a token as a tuple, empty if unknown. It is looked up in tokenizer.json, or without one in the
+    added tokens of added_tokens.json and tokenizer_config.json.
+    """
     if token is None:
         return ()
     whole = _object(path / "tokenizer.json")
@@ -145,7 +152,7 @@ def _named(token: str | None, path: Path, said: dict[str, Any], vocab_size: int)
 
 
 def _added_tokens(path: Path, said: dict[str, Any]) -> dict[int, str]:
-    """What added_tokens.json and tokenizer_config.json add to the tokenizer's own vocabulary: id -> text."""
+    """Returns the id and text of the tokens that added_tokens.json and tokenizer_config.json add to the vocabulary."""
     found = {number: text for text, number in _object(path / "added_tokens.json").items() if type(number) is int}
     listed_there = said.get("added_tokens_decoder")
     for number, token in listed_there.items() if isinstance(listed_there, dict) else ():
@@ -156,7 +163,9 @@ def _added_tokens(path: Path, said: dict[str, Any]) -> dict[int, str]:
 
 
 def _tokenizer(path: Path, said: dict[str, Any]) -> Path | Callable[[], bytes] | None:
-    """The tokenizer's file. One that would give other ids than transformers fails once it is asked for."""
+    """Returns the tokenizer's file, or a function that returns its bytes. If transformers would produce other ids than
+    the file, that function raises InputError.
+    """
     whole, pieces = path / "tokenizer.json", path / "tokenizer.model"
     if whole.is_file():
         return whole
@@ -169,10 +178,10 @@ def _tokenizer(path: Path, said: dict[str, Any]) -> Path | Callable[[], bytes] |
 
 
 def _pieces(file: Path, added: dict[int, str]) -> bytes:
-    """The bytes of a tokenizer.model.
+    """Returns the bytes of a tokenizer.model.
 
     Raises:
-        InputError: tokens have been added to it that it does not hold.
+        InputError: the checkpoint adds tokens that the file does not contain.
     """
     data = file.read_bytes()
     size = from_bytes(data).vocab_size
@@ -188,7 +197,9 @@ def _refuse(what: str) -> NoReturn:
 
 
 def _chat(path: Path, said: dict[str, Any]) -> ChatSource:
-    """From tokenizer_config.json, over whose template a chat_template.jinja wins, as in transformers."""
+    """Returns the chat settings in tokenizer_config.json. As in transformers, chat_template.jinja takes precedence over
+    its template.
+    """
     alone = path / "chat_template.jinja"
     template = said.get("chat_template")
     if isinstance(template, list):
@@ -202,14 +213,19 @@ def _chat(path: Path, said: dict[str, Any]) -> ChatSource:
 
 
 def _token_text(value: Any) -> str | None:
-    """A token of tokenizer_config.json: its text, or an object with its text as content."""
+    """Returns the text of a token in tokenizer_config.json, given as a string or as an object with the text as
+    content.
+    """
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None
 
 
 def _weight_files(path: Path, alone: Path | None) -> list[Path]:
-    """The safetensors files, or the pickled ones where there are none: a single file, or those that an index names.
-    One that is given alone and that no index names is the only one.
+    """Returns the safetensors files, or the pickled files if there are none: a single file, or those listed in an
+    index. If `alone` is given and not listed in an index, it is the only one.
+
+    Raises:
+        InputError: there are no weights, or a listed file is missing.
     """
     named = [name for index in path.glob("*.index.json") for name in _indexed_names(index)]
     if alone is not None and alone.name not in named:

@@ -1,7 +1,8 @@
-"""open_checkpoint(path): any known layout becomes a ModelConfig and a lazy state dict with model.Llama's names.
+"""open_checkpoint, which opens a checkpoint of any known layout as a ModelConfig and a lazy state dict with the names
+of model.Llama.
 
-A layout is one entry of LAYOUTS: how to recognise it from content, and how to open it. Nothing is guessed from a
-file's name, and a weight that is unknown, missing or misshapen is an error that lists the names.
+A layout is one entry of LAYOUTS: functions that recognise it by its content and that open it. Unknown, missing or
+misshapen weights are an error, which lists their names.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ BUILT_IN = Path(__file__).parents[2] / "model" / "tiny"
 
 @dataclass(frozen=True)
 class Layout:
-    """How to recognise a layout from content, and how to open it."""
+    """A checkpoint layout: a function that recognises it by its content, and one that opens it."""
 
     name: str
     matches: Callable[[Path], bool]
@@ -43,12 +44,12 @@ def open_checkpoint(path: str | Path, hub_token: str | None = None, cache_dir: P
     """Opens a checkpoint of any known layout, reading only its headers.
 
     Args:
-        path: of a file or folder, or org/name on the Hugging Face hub.
-        hub_token, cache_dir: for a name on the hub, see `export.checkpoints.hub.download`.
+        path: path of a file or folder, or org/name on the Hugging Face hub.
+        hub_token, cache_dir: settings for a name on the hub, see `export.checkpoints.hub.download`.
 
     Raises:
-        InputError: the path does not exist, is of no known layout, or its content is damaged or unsupported; or what
-            has that name on the hub cannot be had.
+        InputError: the path does not exist, has no known layout, or its content is damaged or unsupported; or the model
+            cannot be downloaded from the hub.
     """
     path = Path(path)
     if is_hub_name(path):
@@ -64,6 +65,6 @@ def open_checkpoint(path: str | Path, hub_token: str | None = None, cache_dir: P
                 return layout.open(path)
             except InputError:
                 raise
-            except ValueError as error:  # ModelConfig and RopeScaling refuse impossible dimensions
+            except ValueError as error:  # raised by ModelConfig and RopeScaling for impossible dimensions
                 raise InputError(f"{path}: {error}") from error
     raise InputError(f"{path} is no known checkpoint; known are: {', '.join(layout.name for layout in LAYOUTS)}")

@@ -1,4 +1,4 @@
-"""llama2.c's .bin: a header and float32 tensors one after another, in two versions."""
+"""Reader of llama2.c's .bin files: a header followed by float32 tensors, in two versions."""
 
 import struct
 from collections.abc import Iterable
@@ -41,13 +41,13 @@ _VERSION_1_ORDER = (
 
 
 def is_version_1(path: Path) -> bool:
-    """Whether the file starts with version 1's magic number."""
+    """Returns whether the file starts with the magic number of version 1."""
     head = read_head(path, 8)
     return len(head) == 8 and struct.unpack("<I", head[:4])[0] == _VERSION_1_MAGIC
 
 
 def is_legacy(path: Path) -> bool:
-    """Seven plausible dimensions at the start: the legacy layout has no magic number."""
+    """Returns whether the file starts with seven plausible dimensions. The legacy layout has no magic number."""
     head = read_head(path, _LEGACY_HEADER)
     if len(head) < _LEGACY_HEADER:
         return False
@@ -57,7 +57,11 @@ def is_legacy(path: Path) -> bool:
 
 
 def open_version_1(path: Path) -> Checkpoint:
-    """Opens version 1: magic, version and dimensions in 256 bytes."""
+    """Opens a file of version 1, whose header of 256 bytes contains magic number, version and dimensions.
+
+    Raises:
+        InputError: the file is truncated, too long, or of another version.
+    """
     head = read_head(path, _VERSION_1_HEADER)
     if len(head) < _VERSION_1_HEADER:
         raise InputError(f"{path} is truncated: {len(head)} bytes hold no llama2.c header; copy the file again")
@@ -69,7 +73,11 @@ def open_version_1(path: Path) -> Checkpoint:
 
 
 def open_legacy(path: Path) -> Checkpoint:
-    """Opens the legacy layout: dimensions in 28 bytes."""
+    """Opens a file of the legacy layout, whose header of 28 bytes contains only dimensions.
+
+    Raises:
+        InputError: the file is truncated or too long.
+    """
     dims = struct.unpack("<7i", read_head(path, _LEGACY_HEADER))
     return _open(path, _config(dims, tied=dims[5] > 0), _LEGACY_ORDER, _LEGACY_HEADER)
 
@@ -90,7 +98,11 @@ def _config(dims: tuple[int, ...], tied: bool) -> ModelConfig:
 
 
 def _open(path: Path, config: ModelConfig, order: Iterable[str], header: int) -> Checkpoint:
-    """float32 tensors one after another in `order`, a starred name once per layer."""
+    """Opens consecutive float32 tensors in the given order, in which a starred name stands for one tensor per layer.
+
+    Raises:
+        InputError: the file's size does not match its dimensions.
+    """
     shapes = expected_shapes(config)
     offset, offsets = header, {}
     for pattern in order:
@@ -111,6 +123,6 @@ def _open(path: Path, config: ModelConfig, order: Iterable[str], header: int) ->
         mapped = np.memmap(path, np.float32, mode="c", offset=offsets[name], shape=shapes[name])
         return rotary_order(name, torch.from_numpy(mapped), config)
 
-    # llama2.c was trained with BOS between stories and stops there; its tokenizers have BOS 1 and EOS 2.
+    # llama2.c models are trained with BOS between stories and stop there. Their tokenizers have BOS 1 and EOS 2.
     weights = LazyWeights({name: partial(read, name) for name in shapes})
     return Checkpoint(config, weights, (path,), "llama2.c", bos_id=1, stop_ids=(1, 2))

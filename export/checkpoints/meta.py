@@ -1,4 +1,4 @@
-"""Meta's own folder: params.json, and consolidated.NN.pth, one file per tensor-parallel rank."""
+"""Reader of Meta's folders: params.json, and one consolidated.NN.pth file per tensor-parallel rank."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,18 +36,22 @@ META_NAMES = {
     "head.norm.weight": "norm.weight",
     "head.output.weight": "output.weight",
 }
-"""Our name -> Meta's, a star standing for the layer's number."""
+"""Maps our weight names to Meta's, with a star for the layer's number."""
 
-_SPARE = {"rope.freqs", "freqs_cos", "freqs_sin"}  # Llama 1 and 2 and llama2.c carry them; they follow from settings
+_SPARE = {"rope.freqs", "freqs_cos", "freqs_sin"}  # buffers of Llama 1 and 2 and llama2.c, derived from the settings
 
 
 def is_folder(path: Path) -> bool:
-    """Whether the path is a folder with params.json and a first consolidated file."""
+    """Returns whether the path is a folder with params.json and a first consolidated file."""
     return (path / "params.json").is_file() and (path / "consolidated.00.pth").is_file()
 
 
 def open_folder(path: Path) -> Checkpoint:
-    """Opens the folder. Its rotary pairs are interleaved; wq and wk are reordered as they are read."""
+    """Opens a Meta folder. Rotary pairs are interleaved in the files; wq and wk are reordered as they are read.
+
+    Raises:
+        InputError: files are missing, damaged, or inconsistent.
+    """
     files = _shard_files(path)
     shards = [load_tensors(file) for file in files]
     if uneven := {name for shard in shards for name in shard.keys() ^ shards[0].keys()}:
@@ -56,7 +60,7 @@ def open_folder(path: Path) -> Checkpoint:
 
 
 def _open(path: Path, settings: dict[str, Any], shards: list[dict[str, Tensor]], files: tuple[Path, ...]) -> Checkpoint:
-    """The checkpoint of weights and settings that were read."""
+    """Returns the checkpoint of settings and weights that have been loaded."""
     config = _config(settings, shards, path)
     shapes = {renamed(name, META_NAMES): shape for name, shape in expected_shapes(config).items()}
     sources = {
@@ -73,11 +77,13 @@ def _open(path: Path, settings: dict[str, Any], shards: list[dict[str, Tensor]],
 
 
 def open_file(path: Path) -> Checkpoint:
-    """Opens a single torch file: Meta's, or llama2.c's ckpt.pt, with the settings in it or in a params.json beside it;
-    or weights of a Hugging Face checkpoint with config.json beside it.
+    """Opens a single torch file.
+
+    The file is Meta's or llama2.c's ckpt.pt, with settings in the file or in a params.json beside it; or it holds
+    weights of a Hugging Face checkpoint with a config.json beside it.
 
     Raises:
-        InputError: there are no settings, or they are another's.
+        InputError: there are no settings, or they belong to another model.
     """
     beside = path.parent / "params.json"
     if path.name.startswith("consolidated.") and is_folder(path.parent):
@@ -88,9 +94,9 @@ def open_file(path: Path) -> Checkpoint:
     if not trained and not beside.is_file():
         raise InputError(f"{path} holds weights without settings; put the checkpoint's params.json beside it")
     said = read_json(beside) if beside.is_file() else {}
-    settings = {"norm_eps": 1e-5} | said | trained  # llama2.c's epsilon, which it does not write
+    settings = {"norm_eps": 1e-5} | said | trained  # llama2.c does not store this value
     found = _open(path, settings, [state], (path, beside) if said else (path,))
-    return replace(found, bos_id=1, stop_ids=(1, 2)) if trained else found  # as llama2.c trains and ends texts
+    return replace(found, bos_id=1, stop_ids=(1, 2)) if trained else found  # BOS and stop ids of llama2.c's texts
 
 
 def _shard_files(path: Path) -> list[Path]:
@@ -102,7 +108,9 @@ def _shard_files(path: Path) -> list[Path]:
 
 
 def _config(settings: dict[str, Any], shards: list[dict[str, Tensor]], path: Path) -> ModelConfig:
-    """Dimensions from params.json; what Llama 2's leaves open (vocabulary, feed-forward) from the tensors."""
+    """Returns the dimensions in params.json. Those that Llama 2's params.json omits (vocabulary, feed-forward) are
+    taken from the tensors.
+    """
     try:
         dim, heads = settings["dim"], settings["n_heads"]
         theta = float(settings.get("rope_theta", 10000.0))
@@ -127,8 +135,9 @@ def _config(settings: dict[str, Any], shards: list[dict[str, Tensor]], path: Pat
 
 
 def _context(settings: dict[str, Any], theta: float) -> int:
-    """What the models were trained for; params.json does not say, but they differ in the base of their rotary angles:
-    Llama 3.1 and later are scaled, Llama 3 has 500,000, Code Llama 1,000,000, and Llama 2 the original's 10,000.
+    """Returns the number of positions for which the model was trained, which params.json does not contain. It is
+    derived from the rotary settings: Llama 3.1 and later have scaling; the base is 500,000 in Llama 3, 1,000,000 in
+    Code Llama, and 10,000 in Llama 2.
     """
     if settings.get("use_scaled_rope"):
         return 131072
@@ -136,16 +145,18 @@ def _context(settings: dict[str, Any], theta: float) -> int:
 
 
 def _scaling(settings: dict[str, Any], dim: int) -> RopeScaling:
-    """Llama 3.1 stretches by 8; Llama 3.2's small models, narrower than any 3.1, by 32."""
+    """Returns the rope scaling. The default factor is 8, as in Llama 3.1, or 32 for models narrower than any Llama 3.1,
+    as in the small models of Llama 3.2.
+    """
     factor = settings.get("rope_scaling_factor") or (32.0 if dim < 4096 else 8.0)
     return RopeScaling("llama3", factor, original_context=8192)
 
 
 def _joined(name: str, parts: list[Tensor], shape: tuple[int, ...] | None) -> TensorSource:
-    """One tensor over all ranks: split along the dimension in which the parts fall short of `shape`.
+    """Joins the parts of a tensor from all ranks, along the dimension in which the parts are smaller than `shape`.
 
-    Column-parallel matrices are split by rows, row-parallel ones by columns, Llama 2's embedding by columns and Llama
-    3's by rows; norms are whole on every rank.
+    Column-parallel matrices are split by rows, row-parallel ones by columns. The embedding is split by columns in Llama
+    2 and by rows in Llama 3. Norms are complete on every rank.
     """
     first, plain = tuple(parts[0].shape), all(map(is_plain, parts))
     same_shape = all(part.shape == parts[0].shape for part in parts)

@@ -1,4 +1,4 @@
-"""torch.save files, read as data: mapped, and with nothing in them executed."""
+"""Reader of torch.save files. They are memory-mapped where possible, and no code in them is executed."""
 
 import pickle
 from collections.abc import Mapping
@@ -18,22 +18,23 @@ _WRAPPERS = ("module.", "_orig_mod.", "language_model.")
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor, as in `load_model`."""
+    """Returns the tensors of a file by name, as in `load_model`."""
     return load_model(path)[0]
 
 
 def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Name -> tensor, mapped from the file where its format allows it (zip, since torch 1.6), and the model's settings
-    where training has written them beside (llama2.c's ckpt.pt).
+    """Returns the tensors of a file by name, and the model's settings if the file contains them (llama2.c's ckpt.pt).
+
+    Tensors are memory-mapped if the file's format allows it (zip, since torch 1.6).
 
     Raises:
-        InputError: the file is truncated, holds anything but tensors, or asks for code to be run.
+        InputError: the file is truncated, contains anything but tensors, or would require code to be executed.
     """
     try:
         state = _load(path)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} holds more than tensors and is refused, as loading it could run code") from error
-    except Exception as error:  # damage surfaces as almost anything
+    except Exception as error:  # damage can raise almost any exception
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} is truncated or no torch file ({reason}); download it again") from error
     if not isinstance(state, dict):
@@ -47,13 +48,13 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether the file starts as torch.save starts one: a zip, or a pickle of protocol 2."""
+    """Returns whether the file starts like a torch.save file: a zip, or a pickle of protocol 2."""
     return read_head(path, 4) in (_ZIP, b"\x80\x02\x8a\x0a")
 
 
 def without_wrappers(tensors: Mapping[str, T]) -> dict[str, T]:
-    """The same by their names without what wrappers (torch.compile, DataParallel, a model of several kinds of input)
-    put before all of them.
+    """Returns the tensors with the prefixes of wrappers removed from their names, if all names have the prefix.
+    Wrappers are torch.compile, DataParallel, and models with several kinds of input.
     """
     found = dict(tensors)
     while prefix := next((p for p in _WRAPPERS if found and all(name.startswith(p) for name in found)), None):

@@ -1,1 +1,1 @@
-"""Traced, lowered by a backend, put together and written."""
+"""The stages from the eager model to the file: tracing, lowering for a backend, assembly and writing."""

@@ -1,4 +1,4 @@
-"""assemble: the model is put together from lowered blocks, each with weights of its own, and traced as a whole."""
+"""Assembly of a model from lowered blocks with their weights, and tracing of the result as a whole."""
 
 import functools
 import hashlib
@@ -29,7 +29,7 @@ from runtime.pte.metadata import MethodSpec, Requirements
 from runtime.pte.parts import session_methods
 
 ALIGNMENT = 16
-"""Of weights in the file, in bytes: XNNPACK's for constant tensors."""
+"""Alignment of weights in the file, in bytes, which is XNNPACK's for constant tensors."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,10 @@ class Assembled:
     """Programs ready to be written.
 
     Attributes:
-        requirements: what a runtime needs to run them.
-        delegates: how many parts of them a backend runs.
-        shared: name of a backend's data -> the constant of the programs that it is.
+        edge: the lowered programs.
+        requirements: backends and operators that a runtime needs to run them.
+        delegates: number of parts of the programs that a backend runs.
+        shared: maps the name of a backend's data to the constant of the programs with the same bytes.
     """
 
     edge: EdgeProgramManager
@@ -56,11 +57,11 @@ def assemble(
     backend: str,
     identity: str,
 ) -> Assembled:
-    """Puts a shard's or slice's methods together. Weights of lowered pieces stay on storage until the file is written.
+    """Assembles the methods of a shard or slice. Weights of lowered pieces stay on storage until the file is written.
 
     Args:
-        identity: of the export, different where any weight may be: XNNPACK takes weights of one name for the same, in
-            all the files that a process has open.
+        identity: string that differs between exports if any weight may differ. XNNPACK treats weights with the same
+            name as equal, in all files that a process has open.
     """
     programs = dict[str, ExportedProgram]()
     first, *_ = session_methods(methods)
@@ -92,26 +93,30 @@ def assemble(
 
 
 def part_of(source: WeightSource, identity: str, method: MethodSpec) -> tuple[WeightSource, str]:
-    """The weight source and identity of the slice that a method is of; those of the model where it is not sliced."""
+    """Returns the weight source and identity for a method's slice; those of the whole model if the method is not
+    sliced.
+    """
     if method.slices == 1:
         return source, identity
     return SlicedSource(source, method.slice, method.slices), f"{identity} {method.slice}"
 
 
 def operators(program: ExportedProgram) -> Iterator[str]:
-    """Names of the kernels that a lowered graph calls outside its delegates, such as `aten::embedding.out`."""
+    """Yields the names of the kernels that a lowered graph calls outside its delegates, such as
+    `aten::embedding.out`.
+    """
     for node in program.graph.nodes:
-        operator = getattr(node.target, "_op", None)  # of sizes, those are Python's own, and the runtime's too
+        operator = getattr(node.target, "_op", None)  # operators on sizes are Python's and part of every runtime
         if node.op == "call_function" and isinstance(operator, OpOverload):
             out, _ = to_out_variant(operator)
             yield f"{out._schema.name}.{out._schema.overload_name}"
 
 
 class LoweredPiece(nn.Module):
-    """A block or head that is a backend's code: the arguments and results of what it stands for."""
+    """A block or head as a backend's code, with the same arguments and results as the original module."""
 
     def __init__(self, name: str, code: Code, data: "_Data") -> None:
-        """Gives a copy of `code` the weights of the piece `name`."""
+        """Copies `code` and gives the copy the weights of the piece `name`."""
         super().__init__()
         self.code = _with_weights(name, code, data)
         self.results = code.results
@@ -129,7 +134,7 @@ class LoweredPiece(nn.Module):
 
 
 class _Data:
-    """What the backend stores of each weight, made when it is asked for."""
+    """The data that the backend stores for each weight, produced only when it is requested."""
 
     def __init__(self, source: WeightSource, identity: str, embedding: nn.Module | None) -> None:
         self.source = source
@@ -139,11 +144,11 @@ class _Data:
         self._last: tuple[str, list[Tensor]] = ("", [])
 
     def weight(self, piece: str, role: str) -> Tensor:
-        """A parameter of a piece, as it is on storage."""
+        """Returns a parameter of a piece, as it is on storage."""
         return self.source.weight(parameter_name(self.source.config, piece, role))
 
     def constant(self, name: str, number: int, nbytes: int) -> Tensor | None:
-        """The embedding's tensor that a part of a parameter is, byte for byte, if it is one."""
+        """Returns the embedding's tensor that has the same bytes as a part of a parameter, or None if there is none."""
         is_here = self._constants and is_shared(self.source.config, self.source.scheme)
         if name != "head.output.weight" or not is_here:
             return None
@@ -151,7 +156,9 @@ class _Data:
         return constant if constant.nbytes == nbytes else None
 
     def part(self, name: str, number: int) -> bytes:
-        """A part of a parameter. Parts of one parameter are asked for one after another: the last one's are kept."""
+        """Returns the bytes of one part of a parameter. The parts of the last parameter are kept, because a parameter's
+        parts are requested consecutively.
+        """
         if self._last[0] != name:
             self._last = (name, self._parts(name))
         return to_bytes(self._last[1][number])
@@ -162,7 +169,7 @@ class _Data:
 
 
 def _with_weights(name: str, code: Code, data: _Data) -> LoweredBackendModule:
-    """A copy of the code in which each weight has a name of its own; the weights themselves are read when written."""
+    """Copies the code, with a unique name for each weight. The weights themselves are read when the file is written."""
     payload, buffers, entries = code.payload, list[Deferred](), dict[str, DataEntry]()
     for part in code.data:
         parameter = parameter_name(data.source.config, name, part.parameter)
@@ -177,18 +184,18 @@ def _with_weights(name: str, code: Code, data: _Data) -> LoweredBackendModule:
             buffers.append(Deferred(key, part.nbytes, make))
         else:
             data.shared[key] = constant
-            buffers.append(Deferred(key, 1, lambda: bytes(1)))  # stands for it until the file is written
+            buffers.append(Deferred(key, 1, lambda: bytes(1)))  # placeholder until the file is written
     store = NamedDataStoreOutput(buffers, entries, {})
     return LoweredBackendModule(code.stand_in, code.backend_id, payload, code.compile_specs, store)
 
 
 def weight_digest(identity: str, parameter: str, number: int) -> str:
-    """What the name of a part of a parameter ends with, in the file."""
+    """Returns the digest that ends the name of a part of a parameter in the file."""
     return hashlib.sha256(f"{identity} {parameter}.{number}".encode()).hexdigest()
 
 
 class Deferred(FileBackedData):  # type: ignore[misc]  # ExecuTorch's exir is not typed
-    """Data of a known size that is made when the file is written, and not kept."""
+    """Data of a known size that is produced when the file is written, and not kept."""
 
     def __init__(self, identity: str, size: int, make: Callable[[], bytes]) -> None:
         self._identity = hashlib.sha256(identity.encode()).digest()
@@ -199,11 +206,13 @@ class Deferred(FileBackedData):  # type: ignore[misc]  # ExecuTorch's exir is no
         return self._size
 
     def prefix(self, size: int) -> bytes:
-        """Stands for the first bytes where data is compared: equal for equal names only."""
+        """Returns a substitute for the first bytes in comparisons of data: the digest of the name, equal only for equal
+        names.
+        """
         return self._identity[:size]
 
     def sha256(self) -> bytes:
-        """Stands for the digest of the data, like `prefix`."""
+        """Returns a substitute for the digest of the data, like `prefix`."""
         return self._identity
 
     def to_bytes(self) -> bytes:
@@ -215,4 +224,4 @@ class Deferred(FileBackedData):  # type: ignore[misc]  # ExecuTorch's exir is no
         outfile.write(self.to_bytes())
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing, because no file is open."""

@@ -1,4 +1,4 @@
-"""backends: what `--backend` takes: how each takes a graph, what it needs for that, and what it cannot take."""
+"""The backends available to `--backend`: how each lowers a graph, the packages it requires, and its limits."""
 
 import logging
 import os
@@ -17,19 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run a graph.
+    """A backend that can run a graph.
 
     Attributes:
-        runtime: the name in ExecuTorch, in a file's requirements and in what `inspect` prints; empty for ExecuTorch's
-            own kernels, which every runtime has.
-        partitioners: makes those that choose what the backend takes, in the order they are to be tried. It imports what
-            it needs when it is called: some take seconds, or a package that is not installed.
-        by_block: whether it takes a block whole and names the weights in its code, so that a block is lowered once.
-        attention: which forms of it, see `export.lowering.trace.GraphOptions`, its graphs may have; the first is
-            chosen unasked.
-        quantised: whether it runs linear layers of low-bit weights, whose inputs are rounded as they come.
-        packages: what lowering imports beyond our own dependencies, all in the extra that has the backend's name.
-        refusal: why it cannot be lowered for, as the rest of a sentence that begins with its name.
+        runtime: the backend's name in ExecuTorch, in a file's requirements and in the output of `inspect`; empty for
+            ExecuTorch's own kernels, which every runtime has.
+        partitioners: creates the partitioners that select the parts of a graph for the backend, in the order in which
+            they are tried. Imports are done in the call, because some take seconds or fail without an optional package.
+        by_block: whether it takes a whole block and refers to weights by name in its code, so that equal blocks are
+            lowered once.
+        attention: supported forms of attention, see `export.lowering.trace.GraphOptions`. The first one is the default.
+        quantised: whether it runs linear layers with low-bit weights, whose inputs are quantised at run time.
+        packages: packages that lowering imports beyond the project's own dependencies, all in the extra of the
+            backend's name.
+        refusal: reason why lowering for it is not possible, as the rest of a sentence that begins with its name.
     """
 
     runtime: str = ""
@@ -66,7 +67,7 @@ def _coreml() -> "list[Partitioner]":
     from executorch.backends.apple.coreml.partition import CoreMLPartitioner
 
     specs = CoreMLBackend.generate_compile_specs(
-        minimum_deployment_target=coremltools.target.iOS18,  # the first in which several methods share their weights
+        minimum_deployment_target=coremltools.target.iOS18,  # the first that shares weights between methods
         compute_precision=coremltools.precision.FLOAT32,  # squares of activations overflow float16
     )
     return [CoreMLPartitioner(compile_specs=specs)]
@@ -93,19 +94,21 @@ BACKENDS = {
     ),
     "nxp": Backend(refusal="needs NXP's eIQ Neutron SDK, which is not on PyPI but on NXP's eIQ site"),
 }
-"""What `--backend` takes. Portable runs every operator by ExecuTorch's own kernels: slow, and everywhere."""
+"""The backends available to `--backend`. portable runs every operator with ExecuTorch's own kernels, which are slow but
+available everywhere.
+"""
 
 
 def lowering() -> list[str]:
-    """Names of those that can be lowered for, be it with a package more."""
+    """Returns the names of the backends that can be lowered for, including those that need an additional package."""
     return [name for name, backend in BACKENDS.items() if not backend.refusal]
 
 
 def check(name: str, quantised: bool = False) -> None:
-    """Whether a model can be lowered for a backend on this machine.
+    """Checks that a model can be lowered for a backend on this machine.
 
     Args:
-        quantised: whether the model has linear layers of low-bit weights.
+        quantised: whether the model has linear layers with low-bit weights.
 
     Raises:
         InputError: it cannot.
@@ -129,10 +132,10 @@ def check(name: str, quantised: bool = False) -> None:
 
 
 def partitioners(name: str) -> "list[Partitioner]":
-    """A backend's, new.
+    """Creates a backend's partitioners.
 
     Raises:
-        InputError: see `check`.
+        InputError: as in `check`.
     """
     check(name)
     return BACKENDS[name].partitioners()
@@ -140,7 +143,7 @@ def partitioners(name: str) -> "list[Partitioner]":
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keeps what partitioners and their compilers print and log away from the user; errors are raised all the same."""
+    """Suppresses the output and log messages of partitioners and their compilers. Errors are still raised."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

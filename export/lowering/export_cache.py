@@ -1,8 +1,9 @@
-"""export_cache: what backends made of blocks, kept in a folder, so that a second export of a shape need not lower it.
+"""A folder of lowered blocks and verification results, so that a second export of the same shape reuses them.
 
-An entry holds a backend's code of one kind of block. It depends on dimensions, methods and scheme, never on weights.
-Or it says that files of certain bytes have passed verification, see `export.quality.verification.verify_once`.
-The entry's name is a digest of what it depends on, of this project's sources and of the versions of what lowers.
+An entry holds a backend's code for one kind of block, which depends on dimensions, methods and scheme, but not on
+weights. Other entries record that files with certain bytes have passed verification, see
+`export.quality.verification.verify_once`. The name of an entry is a digest of everything it depends on, including this
+project's sources and the versions of the packages used.
 """
 
 import functools
@@ -23,20 +24,22 @@ _CHECKSUM_BYTES = 16
 
 
 def default_folder() -> Path:
-    """Returns `llama-pte` in the user's cache folder (XDG Base Directory Specification)."""
+    """Returns the folder `llama-pte` in the user's cache folder (XDG Base Directory Specification)."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "llama-pte"
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Returns package -> version, of all that has a part in what an export writes."""
+    """Returns the version of each package that affects the content of an exported file."""
     return {name: version(name) for name in ("llama-pte", "torch", "executorch", "torchao")}
 
 
 @functools.cache
 def source_digest() -> str:
-    """Digests our own code: a file made by other code is another export, whatever its version number says."""
+    """Returns a digest of the project's own code, so that a change of the code invalidates the cache even if the
+    version is the same.
+    """
     digest = hashlib.sha256()
     for package in ("model", "preproc", "export", "runtime/pte"):
         for file in sorted((Path(__file__).parents[2] / package).rglob("*.py")):
@@ -45,17 +48,17 @@ def source_digest() -> str:
 
 
 class ExportCache:
-    """Entries by what they depend on. A damaged entry, or a folder that cannot be written to, is as good as none."""
+    """Cache entries by their keys. A damaged entry or an unusable folder is treated as a missing entry."""
 
     def __init__(self, folder: Path | None) -> None:
-        """Keeps entries in `folder`, which need not exist; with None it keeps nothing."""
+        """Uses `folder`, which is created when needed; None disables the cache."""
         self._folder = folder
 
     def get(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Returns what was put under an equal key, or None.
+        """Returns the entry stored under an equal key, or None.
 
         Args:
-            key: JSON of what the entry depends on, beside sources and versions.
+            key: JSON object with everything the entry depends on, besides sources and versions.
         """
         try:
             data = self._path(key).read_bytes() if self._folder else b""
@@ -67,7 +70,7 @@ class ExportCache:
         return torch.load(io.BytesIO(body), weights_only=True)
 
     def put(self, key: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
-        """Keeps an entry, which appears whole or not at all.
+        """Stores an entry, completely or not at all.
 
         Args:
             entry: plain values and tensors.
@@ -87,7 +90,7 @@ class ExportCache:
                 except BaseException:
                     Path(file.name).unlink(missing_ok=True)
                     raise
-        except OSError:  # a full or read-only disk: the export itself goes on without
+        except OSError:  # full or read-only disk: continue without the cache
             return
 
     def _path(self, key: Mapping[str, Any]) -> Path:

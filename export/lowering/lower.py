@@ -1,4 +1,6 @@
-"""lower: each kind of block becomes a backend's code, once; the weights are named, so that others can be put in."""
+"""Lowering of each kind of block to a backend's code, once. Weights are named in the code, so that they can be
+replaced.
+"""
 
 import dataclasses
 import hashlib
@@ -39,10 +41,10 @@ class Part:
     """A part of a parameter in a backend's code.
 
     Attributes:
-        key: the name in the code: a prefix, and 64 hexadecimal digits.
-        parameter: the piece's parameter.
-        number: which of its `parts`.
-        nbytes: of the data.
+        key: name in the code: a prefix, and 64 hexadecimal digits.
+        parameter: name of the parameter within the piece.
+        number: index in the list returned by `parts`.
+        nbytes: size of the data, in bytes.
     """
 
     key: str
@@ -53,15 +55,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Code:
-    """A block or head as a backend runs it, with random weights, for one method.
+    """A block or head, lowered for a backend with random weights, for one method.
 
     Attributes:
         backend_id, payload, compile_specs: the backend's code, in which data is named by its SHA-256.
-        arguments: what the code takes: a number for an argument of the piece, a name for one of its parameters, or a
-            constant.
-        results: which of the code's results the piece returns, in order.
-        data: what the code holds by name.
-        stand_in: a graph with the code's arguments and results, for when only their shapes matter.
+        arguments: arguments of the code: a number for an argument of the piece, a name for one of its parameters, or a
+            constant tensor.
+        results: indices of the code's results that the piece returns, in order.
+        data: the parameter parts to which the code refers by name.
+        stand_in: graph with the code's arguments and results, used where only their shapes matter.
     """
 
     backend_id: str
@@ -74,7 +76,7 @@ class Code:
 
 
 Codes = Mapping[tuple[str, str], Code]
-"""(method, kind of `export.lowering.trace.pieces`) -> its code."""
+"""Maps (method, kind of `export.lowering.trace.pieces`) to the lowered code."""
 
 
 @known_operators()
@@ -85,10 +87,11 @@ def lower(
     scheme: Scheme,
     cache: ExportCache = NO_CACHE,
 ) -> Codes:
-    """The code of each kind of piece that shards or slices have, once; none if the backend does not work by block.
+    """Lowers each kind of piece in the shards or slices once. The result is empty if the backend does not work by
+    block.
 
     Args:
-        cache: where codes are found that were made before, and kept for the next time.
+        cache: cache from which earlier results are read, and to which new ones are written.
     """
     codes = dict[tuple[str, str], Code]()
     for methods in shards if BACKENDS[backend].by_block else ():
@@ -107,12 +110,12 @@ def lower(
                     entry = _lowered(trace_piece(part, name, module, spec), BACKENDS[backend], module)
                     cache.put(key, entry)
                 codes[spec.name, kind] = _code(entry, spec)
-    is_same_node.cache_clear()  # it would hold every graph compared, with its weights, for good
+    is_same_node.cache_clear()  # otherwise it keeps every compared graph, with its weights
     return codes
 
 
 def parts(weight: Tensor) -> list[tuple[str, Tensor]]:
-    """What XNNPACK stores of a parameter, in its own form: (prefix of the key that names it, data)."""
+    """Returns the data that XNNPACK stores for a parameter, as pairs of key prefix and tensor."""
     if not isinstance(weight, IntxUnpackedToInt8Tensor):
         return [("", weight.detach().contiguous())]
     codes, scale = weight.qdata, weight.scale
@@ -122,18 +125,18 @@ def parts(weight: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def _packed(codes: Tensor) -> Tensor:
-    """4-bit integers, two to a byte: the first in the lower half, offset by 8."""
+    """Packs 4-bit integers into bytes with an offset of 8, the first of each two in the lower half."""
     flat = codes.to(torch.uint8).add_(8).view(-1)
     return (flat[1::2] << 4).bitwise_or_(flat[::2]).view(codes.shape[0], -1)
 
 
 def to_bytes(tensor: Tensor) -> bytes:
-    """A contiguous tensor's memory."""
+    """Returns the bytes of a contiguous tensor."""
     return tensor.view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def delegates(program: ExportedProgram) -> list[LoweredBackendModule]:
-    """The parts of a lowered graph that a backend runs."""
+    """Returns the parts of a lowered graph that a backend runs."""
     return [module for _, module, _ in get_lowered_submodules(program.graph_module)]
 
 
@@ -160,8 +163,8 @@ def _random_piece(config: ModelConfig, span: range, name: str, scheme: Scheme) -
 
 
 class _PairsSwapped(nn.Linear):
-    """Takes a weight whose columns 0 and 1, 2 and 3 and so on are swapped: as 4-bit pairs, it is byte for byte what the
-    embedding looks up.
+    """A linear layer whose weight has columns 0 and 1, 2 and 3 and so on swapped. As packed 4-bit pairs, such a weight
+    is byte for byte equal to the embedding's.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,7 +173,7 @@ class _PairsSwapped(nn.Linear):
 
 
 def _key(config: ModelConfig, spec: MethodSpec, backend: str, scheme: Scheme) -> dict[str, Any]:
-    """What a code depends on, beside its kind."""
+    """Returns the part of a cache key that does not depend on the kind of piece."""
     return {
         "config": dataclasses.asdict(config),
         "method": dataclasses.asdict(spec),
@@ -180,7 +183,7 @@ def _key(config: ModelConfig, spec: MethodSpec, backend: str, scheme: Scheme) ->
 
 
 def _lowered(graph: ExportedProgram, backend: Backend, module: nn.Module) -> dict[str, Any]:
-    """What makes up the code of a graph, in plain values and tensors."""
+    """Lowers a graph and returns the content of its `Code`, as plain values and tensors for the cache."""
     with no_patterns():
         lowered = to_edge_transform_and_lower(graph, partitioner=backend.partitioners()).exported_program()
     (delegate,) = delegates(lowered)
@@ -200,7 +203,7 @@ def _lowered(graph: ExportedProgram, backend: Backend, module: nn.Module) -> dic
 
 
 def _code(entry: Mapping[str, Any], spec: MethodSpec) -> Code:
-    """The code that `_lowered` described."""
+    """Returns the code from a result of `_lowered`."""
     return Code(
         backend_id=entry["backend_id"],
         payload=to_bytes(entry["payload"]),
@@ -223,7 +226,7 @@ def _argument(program: ExportedProgram, node: Node, inputs: list[str]) -> int | 
 
 
 def _data(delegate: LoweredBackendModule, module: nn.Module) -> tuple[Part, ...]:
-    """Finds every parameter's parts in the code by their content."""
+    """Finds the parts of every parameter in the code, by their content."""
     stored = delegate.named_data_store_output.pte_data
     found = []
     for name, parameter in module.named_parameters():
@@ -236,7 +239,7 @@ def _data(delegate: LoweredBackendModule, module: nn.Module) -> tuple[Part, ...]
 
 
 class _Shapes(nn.Module):
-    """Results of these kinds, whose sizes are those of the arguments."""
+    """A module that returns empty tensors of the given specs, with sizes taken from the arguments."""
 
     def __init__(self, arguments: list[TensorSpec], results: list[TensorSpec]) -> None:
         super().__init__()
@@ -259,14 +262,18 @@ def _stand_in(takes: Sequence[Any], gives: Sequence[Any], spec: MethodSpec) -> E
 
 
 def _rows(graph: ExportedProgram) -> str | None:
-    """The symbol of the number of rows in a head's graph, whose `select` alone has a last size that is not fixed."""
+    """Returns the symbol for the number of rows in a head's graph, or None. Only `select` has a last dimension that is
+    not fixed, and its second dimension is the number of rows.
+    """
     inputs = set(graph.graph_signature.user_inputs)
     shapes = [node.meta["val"].shape for node in graph.graph.nodes if node.op == "placeholder" and node.name in inputs]
     return next((str(shape[1]) for shape in shapes if not isinstance(shape[-1], int)), None)
 
 
 def _shape(value: Tensor, rows: str | None) -> tuple[list[int | str], str]:
-    """Sizes and dtype. Any size that is not fixed is the step's length, but for that of the symbol `rows`."""
+    """Returns sizes and dtype. A size that is not fixed is "R" for the symbol `rows`, otherwise "L", the length of the
+    step.
+    """
     sizes: list[int | str] = [
         size if isinstance(size, int) else "R" if str(size) == rows else "L" for size in value.shape
     ]

@@ -1,4 +1,4 @@
-"""shortcuts: spares lowering what torch and ExecuTorch work out again and again, or in vain; files stay the same."""
+"""Patches of torch and ExecuTorch that avoid repeated or unneeded work in lowering, without changing the result."""
 
 import typing
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from torch.export import decomp_utils, exported_program
 
 @contextmanager
 def known_operators() -> Iterator[None]:
-    """Goes through torch's operators once where every decomposition does so once for each of their 40 namespaces.
+    """Lists torch's operators once per decomposition, instead of once for each of their 40 namespaces.
 
-    Beside that, a decomposition writes 10,000 annotations, of which `typing` keeps the value and `collections.abc` does
-    not.
+    It also replaces collections.abc.Callable by typing.Callable in torch._ops: a decomposition evaluates 10,000
+    annotations, and only `typing` caches them.
     """
     materialize, collect = utils._materialize_cpp_cia_ops, utils._collect_all_valid_cia_ops
 
@@ -33,10 +33,10 @@ def known_operators() -> Iterator[None]:
 
 @contextmanager
 def no_patterns() -> Iterator[None]:
-    """Spares XNNPACK the tracing of two patterns that no block has.
+    """Skips the tracing of two XNNPACK patterns that do not occur in any block.
 
-    A Llama enlarges no picture, and its attention has scores of the cache and of new tokens side by side, which is
-    another pattern than `scaled_dot_product_attention`.
+    A Llama model does not resize images. Its attention concatenates the scores of the cache and of the new tokens,
+    which does not match `scaled_dot_product_attention`.
     """
     from executorch.backends.xnnpack.partition.graphs import bilinear_2d, sdpa
 

@@ -1,4 +1,4 @@
-"""slices: which part of a model is a slice's: its dimensions, its methods, and its share of every matrix."""
+"""Slices for tensor parallelism: the dimensions, methods and weights of each slice of a model."""
 
 import dataclasses
 import math
@@ -25,15 +25,19 @@ _UNABLE: dict[str, Callable[[ModelConfig], bool]] = {
     "a mixture of experts": lambda config: config.n_experts > 0,
     "ALiBi": lambda config: config.positions == "alibi",
 }
-"""What a model may not have, whose halves of a block are not sums over heads and hidden units, or not yet."""
+"""Features that cannot be sliced: the halves of a block are then not sums over heads and hidden units, or it is not
+implemented.
+"""
 
 
 def sliced(config: ModelConfig, count: int) -> ModelConfig:
-    """The dimensions of one slice of `count`, the same for all: what of the last ones' is past the model's is zeros.
-    Where heads of several slices share a KV head, each has a copy.
+    """Returns the dimensions of one slice of `count`, which are the same for all slices.
+
+    Parts of the last slices beyond the model's dimensions are filled with zeros. If heads in several slices share a KV
+    head, each of these slices has a copy of it.
 
     Raises:
-        InputError: the model cannot be dealt out to so many.
+        InputError: the model cannot be divided into this many slices.
     """
     if count == 1:
         return config
@@ -53,8 +57,10 @@ def sliced(config: ModelConfig, count: int) -> ModelConfig:
 
 
 def kv_heads(config: ModelConfig, number: int, count: int) -> list[int]:
-    """The KV heads of slice `number`: one for as many of its heads in a row as share one in every slice. Heads past the
-    model's have KV heads past the model's: so many in a row are all the model's, or none.
+    """Returns the KV heads of slice `number`, one per run of query heads that share a KV head.
+
+    All slices use runs of the same length, the greatest one that works for every slice. Padding heads beyond the
+    model's have KV heads beyond the model's; a run never mixes the two.
     """
     heads, group = ceil_share(config.n_heads, count), config.n_heads // config.n_kv_heads
     first = number * heads
@@ -62,10 +68,12 @@ def kv_heads(config: ModelConfig, number: int, count: int) -> list[int]:
 
 
 def check_groups(config: ModelConfig, scheme: Scheme, count: int) -> None:
-    """Whether each slice has whole groups of the weights that share a scale, where the model has such groups.
+    """Checks that each slice has whole groups of weights that share a scale, for matrices that are stored in such
+    groups.
 
     Raises:
-        InputError: it has not; or only with its zeros it would have.
+        InputError: a slice would have incomplete groups, or whole groups although the rows of the whole matrix are not
+            whole groups.
     """
     whole = matrices(config)
     for name, (_, columns) in matrices(sliced(config, count)).items():
@@ -84,8 +92,9 @@ def check_groups(config: ModelConfig, scheme: Scheme, count: int) -> None:
 
 
 def slices(config: ModelConfig, options: GraphOptions, kv_dtype: str, count: int) -> tuple[tuple[MethodSpec, ...], ...]:
-    """The methods of each slice, in the order in which they are run: `forward.embed`, `forward.attend.0`,
-    `forward.feed.0`, ..., `forward.head`; see `model.tensor_parallel`. Each but the last returns a part of a sum.
+    """Returns the methods of each slice, in the order in which they run: `forward.embed`, `forward.attend.0`,
+    `forward.feed.0`, ..., `forward.head`; see `model.tensor_parallel`. Each method but the last returns a part of a
+    sum.
     """
     part = sliced(config, count)
     (whole,) = signatures(part, options, kv_dtype)
@@ -96,7 +105,7 @@ def slices(config: ModelConfig, options: GraphOptions, kv_dtype: str, count: int
 
 
 def _halves(config: ModelConfig, whole: MethodSpec) -> Iterator[MethodSpec]:
-    """The halves of a method."""
+    """Yields the methods of a slice, which are halves of blocks, from the method of the whole slice."""
     found = {spec.name: spec for spec in (*whole.inputs, *whole.outputs)}
     found[STREAM] = TensorSpec(STREAM, (*found["tokens"].shape, config.dim), "float32")
 
@@ -117,19 +126,21 @@ def _halves(config: ModelConfig, whole: MethodSpec) -> Iterator[MethodSpec]:
 
 
 class SlicedSource(WeightSource):
-    """The weights of one slice: a view of the whole's. Matrices are quantised whole and then dealt out, so that the
-    slices' weights are the whole's.
+    """The weights of one slice, as a view of the whole model's weights. Matrices are quantised whole and then divided,
+    so that the slices have the same quantised weights as the whole model.
     """
 
     def __init__(self, whole: WeightSource, number: int, count: int) -> None:
-        """Takes what the whole is made from, and which slice this is of how many."""
+        """Takes the source of the whole model, the number of this slice, and the count of slices."""
         super().__init__(sliced(whole.config, count), {}, whole.scheme)
         self._whole = whole
         self._number = number
         self._count = count
 
     def weight(self, name: str) -> Tensor:
-        """The slice's share of a parameter: rows or columns, all of it, or zeros where slice 0 alone adds it."""
+        """Returns the slice's share of a parameter: its rows or columns, the whole parameter, or zeros if only slice 0
+        adds it.
+        """
         found = self._whole.weight(name)
         axis, of_first = _axis(name), name.endswith((".wo.bias", ".w2.bias", "pos_embeddings.weight"))
         if of_first and self._number > 0:
@@ -137,7 +148,7 @@ class SlicedSource(WeightSource):
         return found if axis is None else self._share(found, name, axis)
 
     def stored(self, name: str) -> Tensor:
-        """The slice's share of a matrix as the scheme has it."""
+        """Returns the slice's share of a matrix in the scheme's format."""
         found, axis = self._whole.stored(name), _axis(name)
         assert axis is not None, f"{name} is no matrix"
         if not isinstance(found, IntxUnpackedToInt8Tensor):
@@ -145,11 +156,11 @@ class SlicedSource(WeightSource):
         form = self.scheme.format(name, found.shape[1])
         codes, scale = self._share(found.qdata, name, axis), found.scale
         if axis == 0 or form.group_size:
-            scale = self._share(scale, name, axis, padding=1.0)  # XNNPACK takes no scale of 0
+            scale = self._share(scale, name, axis, padding=1.0)  # XNNPACK does not accept a scale of 0
         return from_parts(codes, scale, form)
 
     def _share(self, whole: Tensor, name: str, axis: int, padding: float = 0.0) -> Tensor:
-        """Of the rows or columns, the slice's, by whole heads; of KV heads, those that its heads look at."""
+        """Returns the slice's rows or columns, in whole heads; of KV heads, those used by the slice's query heads."""
         config, role = self._whole.config, name.split(".")[-2]
         if role in ("wk", "wv"):
             heads = kv_heads(config, self._number, self._count)
@@ -162,7 +173,9 @@ class SlicedSource(WeightSource):
         return _reaching(found, axis, size, padding)
 
     def sliced(self, made: Mapping[str, nn.Module]) -> SlicedLlama:
-        """The slice in halves, of embeddings, and of blocks and head or of `export.lowering.trace.half_pieces`."""
+        """Builds the slice from its modules: embeddings, and either blocks and head, or lowered pieces as named by
+        `export.lowering.trace.half_pieces`.
+        """
         pieces = {name for name in made if name.startswith(("attend.", "feed."))}
         model = SlicedLlama(self.model({name: made[name] for name in made.keys() - pieces}), self._number)
         for name in pieces:
@@ -171,13 +184,13 @@ class SlicedSource(WeightSource):
 
 
 def _reaching(found: Tensor, axis: int, size: int, padding: float) -> Tensor:
-    """The tensor, with `padding` behind it on an axis where it has less than `size`."""
+    """Returns the tensor, padded at the end of an axis with `padding` if it has fewer than `size` elements there."""
     lacking = max(size - found.shape[axis], 0)
     return F.pad(found, [0, 0] * (found.dim() - 1 - axis) + [0, lacking], value=padding) if lacking else found
 
 
 def _axis(name: str) -> int | None:
-    """Along which of its axes a parameter is dealt out: rows 0, columns 1; None for none."""
+    """Returns the axis along which a parameter is divided: 0 for rows, 1 for columns; None if it is not divided."""
     role, kind = name.split(".")[-2:]
     if role in BY_ROWS:
         return 0

@@ -1,4 +1,4 @@
-"""trace: the eager model becomes one torch.export graph per method, with its signature written down."""
+"""Tracing of the eager model to one torch.export graph per method, and the signatures of the methods."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,18 +19,20 @@ from runtime.pte.metadata import CACHES, K_CACHE, K_ROWS, ROWS, STREAM, V_ROWS, 
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """What the graphs take and give.
+    """Options that determine the inputs and outputs of the graphs.
 
     Attributes:
-        max_seq_len: positions of a text, and the capacity of the caches (T); local blocks' have the window's.
-        prefill_chunk: L of `prefill`; 1 for none.
-        attention: "aten", plain operators on whole caches: static, and for every backend; or "fused", one operator that
-            reads as much of the caches as is filled: one method for any number of tokens.
+        max_seq_len: maximum number of positions in a text, and the capacity of the caches (T). In local blocks, the
+            capacity is at most the window.
+        prefill_chunk: number of tokens (L) of `prefill`; with 1, there is no such method.
+        attention: "aten" for plain operators on whole caches, in a static graph that every backend supports; or "fused"
+            for one operator that reads only the filled part of the caches, in one method for any number of tokens.
         kv_cache: whether the methods take and extend caches; otherwise each step takes the whole text.
-        hidden_states: whether they also return what the last block does, normalised.
-        batch_size: texts that a step extends at once (B), each at a position of its own; more than 1 where attention is
-            fused.
-        max_rows: the most rows of logits that a step returns of each text; more than 1 where attention is fused.
+        hidden_states: whether the methods also return the normalised output of the last block.
+        batch_size: number of texts that a step extends at once (B), each at its own position; more than 1 requires
+            fused attention.
+        max_rows: maximum number of rows of logits that a step returns for each text; more than 1 requires fused
+            attention.
     """
 
     max_seq_len: int
@@ -43,20 +45,21 @@ class GraphOptions:
 
 
 def trace(model: Llama | FusedLlama | SlicedLlama, methods: Iterable[MethodSpec]) -> dict[str, ExportedProgram]:
-    """The whole model as one graph per method; of a slice, each half. See tests/bench/NOTES.md for what was tried.
+    """Traces the whole model to one graph per method; of a slice, each half. See tests/bench/NOTES.md for alternatives.
 
-    Parts of the model may be lowered already: they are then calls in the graph.
+    Parts of the model may already be lowered. They become calls in the graph.
     """
     return {spec.name: _export(_Flat(model, spec), spec.inputs, spec) for spec in methods}
 
 
 def pieces(config: ModelConfig, span: range, fused: bool, careful: Collection[int] = ()) -> dict[str, str]:
-    """The parts of a shard that a backend can take as one: name -> kind, equal where only the weights differ.
+    """Returns the parts of a shard that a backend can take as one. The result maps names to kinds, which are equal for
+    pieces that differ only in their weights.
 
     Args:
         span: the shard's blocks.
-        fused: whether attention is an operator of its own, between segments.
-        careful: blocks whose weights are stored in another format than the others'.
+        fused: whether attention is a separate operator between segments.
+        careful: blocks whose weights are stored in another format than those of the other blocks.
     """
     found = dict[str, str]()
     for number in range(span.start, span.stop + fused):
@@ -73,12 +76,12 @@ def pieces(config: ModelConfig, span: range, fused: bool, careful: Collection[in
 
 
 def kinds(config: ModelConfig, spec: MethodSpec, careful: Collection[int]) -> dict[str, str]:
-    """The pieces of what a method runs."""
+    """Returns the pieces that a method runs, see `pieces`."""
     return half_pieces(config, careful) if spec.slices > 1 else pieces(config, spec.span, spec.is_fused, careful)
 
 
 def half_pieces(config: ModelConfig, careful: Collection[int] = ()) -> dict[str, str]:
-    """The same of a slice, and for attention as an operator of its own."""
+    """Returns the pieces of a slice, with attention as a separate operator; see `pieces`."""
     found = dict[str, str]()
     for layer in range(config.n_layers):
         careful_too = " careful" if layer in careful else ""
@@ -88,7 +91,7 @@ def half_pieces(config: ModelConfig, careful: Collection[int] = ()) -> dict[str,
 
 
 def parameter_name(config: ModelConfig, piece: str, role: str) -> str:
-    """What a parameter of a piece is called in the model: layers.3.attention.wo.weight."""
+    """Returns the name in the model of a piece's parameter, such as layers.3.attention.wo.weight."""
     if piece.startswith(("attend.", "feed.")):
         return f"layers.{piece.split('.')[1]}.{role.removeprefix('block.')}"
     if not piece.startswith("segments."):
@@ -99,7 +102,7 @@ def parameter_name(config: ModelConfig, piece: str, role: str) -> str:
 
 
 def trace_piece(config: ModelConfig, name: str, module: nn.Module, spec: MethodSpec) -> ExportedProgram:
-    """The graph of one of `pieces`, as `spec` calls it.
+    """Traces one of `pieces`, with the shapes that it has in the method `spec`.
 
     Args:
         module: the Block, Head, Segment, Project, Merge or Feed.
@@ -130,7 +133,9 @@ def _export(module: nn.Module, inputs: Sequence[TensorSpec], spec: MethodSpec) -
 
 
 def dynamic_shapes(name: str, inputs: Sequence[TensorSpec], spec: MethodSpec) -> dict[str, Any] | None:
-    """For torch.export, of a module whose forward takes *name: each tensor's axes whose size is not fixed."""
+    """Returns the dynamic_shapes argument of torch.export for a module whose forward takes *name: each tensor's axes of
+    variable size. None if all sizes are fixed.
+    """
     axes = [{axis: size for axis, size in enumerate(tensor.shape) if isinstance(size, str)} for tensor in inputs]
     if not any(axes):
         return None
@@ -143,13 +148,16 @@ def dynamic_shapes(name: str, inputs: Sequence[TensorSpec], spec: MethodSpec) ->
 def signatures(
     config: ModelConfig, options: GraphOptions, kv_dtype: str = "float32", span: range | None = None
 ) -> tuple[MethodSpec, ...]:
-    """`decode` (one token) and, unless the chunk is one token, `prefill` (prefill_chunk tokens). Only `forward` where
-    attention is fused (up to prefill_chunk tokens), and without caches (max_seq_len tokens). All return the logits of
-    one row of each text, and where attention is fused of up to max_rows.
+    """Returns the methods of a model or shard.
+
+    With plain attention, these are `decode` (one token) and, unless the chunk is one token, `prefill` (prefill_chunk
+    tokens). With fused attention there is only `forward` (1 to prefill_chunk tokens), and without caches only `forward`
+    (max_seq_len tokens). All methods return the logits of one row of each text; with fused attention, of up to
+    max_rows.
 
     Args:
-        span: the blocks of a shard, whose methods take and return the stream [B, L, D] between blocks where the model
-            does not begin or end there; None for the whole model.
+        span: the blocks of a shard, or None for the whole model. A shard that does not contain the beginning or end of
+            the model takes or returns the stream [B, L, D] between blocks instead.
     """
     if options.attention == "fused" or not options.kv_cache:
         lengths = {"forward": options.prefill_chunk if options.kv_cache else options.max_seq_len}
@@ -166,7 +174,7 @@ def signature(
     kv_dtype: str = "float32",
     span: range | None = None,
 ) -> MethodSpec:
-    """One method of `signatures`, for `length` tokens, or up to so many where attention is fused."""
+    """Returns one method of `signatures`, for `length` tokens; with fused attention, for 1 to `length` tokens."""
     span = range(config.n_layers) if span is None else span
     is_fused = options.attention == "fused" and options.kv_cache
     B = options.batch_size
@@ -206,14 +214,14 @@ def signature(
 
 
 def _length(length: int, is_fused: bool) -> int | Literal["L"]:
-    """L, in a shape."""
+    """Returns L as it is written in a shape: the symbol "L" if it is variable, otherwise the number."""
     return "L" if is_fused and length > 1 else length
 
 
 def _position_inputs(
     config: ModelConfig, span: range, length: int, options: GraphOptions, is_fused: bool
 ) -> list[TensorSpec]:
-    """Those of `preproc.position_inputs` that a shard's blocks ask for."""
+    """Returns the position inputs that a shard's blocks take, see `preproc.position_inputs`."""
     B, L, pairs = options.batch_size, _length(length, is_fused), config.rotated // 2
     found = {
         "positions": TensorSpec("positions", (B, L), "int64"),
@@ -230,7 +238,7 @@ def _position_inputs(
 
 
 def step(model: Llama | FusedLlama, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Runs the model on inputs by the names of a `signature`, and returns its outputs by theirs."""
+    """Runs the model on inputs named as in a `signature`, and returns its outputs by name."""
     span, select, positions = model.span, inputs.get("select"), inputs.get("positions")
     x = inputs["tokens" if model.begins else STREAM]
     angles = (inputs["cos"], inputs["sin"]) if "cos" in inputs else None
@@ -250,7 +258,7 @@ def step(model: Llama | FusedLlama, inputs: Mapping[str, Tensor]) -> dict[str, T
 
 
 def half_step(half: nn.Module, layer: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same of a half of a slice, which is of block `layer`."""
+    """Runs a half of a slice, of block `layer`, on inputs by name, and returns its outputs by name."""
     if isinstance(half, Embed):
         return {STREAM: half(inputs["tokens"], inputs.get("positions"))}
     stream = inputs[STREAM]
@@ -267,7 +275,7 @@ def half_step(half: nn.Module, layer: int, inputs: Mapping[str, Tensor]) -> dict
 
 
 class _Flat(nn.Module):
-    """The model, or a half of a slice, with the flat arguments and results of a `signature`."""
+    """A wrapper of the model, or of a half of a slice, with the flat arguments and results of a `signature`."""
 
     def __init__(self, model: Llama | FusedLlama | SlicedLlama, spec: MethodSpec) -> None:
         super().__init__()
@@ -286,7 +294,9 @@ class _Flat(nn.Module):
 
 
 class _FlatPiece(nn.Module):
-    """A piece with flat arguments; a block's are x, cos and sin if there are any, and the others in their order."""
+    """A wrapper of a piece with flat arguments. A block takes x, then cos and sin if it has them, then its other
+    arguments.
+    """
 
     def __init__(self, module: nn.Module, rotated: bool) -> None:
         super().__init__()

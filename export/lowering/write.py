@@ -1,4 +1,4 @@
-"""write: lowered programs and their metadata become one file, which appears whole or not at all."""
+"""Writing of lowered programs and their metadata to one file."""
 
 import struct
 from collections.abc import Callable, Mapping
@@ -16,9 +16,9 @@ from runtime.pte.trailer import Trailer
 
 
 def write_program(assembled: Assembled, metadata: Metadata, path: Path) -> None:
-    """Writes program, metadata and trailer to `path`.
+    """Writes the program, its metadata and the trailer to `path`.
 
-    Inputs and outputs of the methods are not memory-planned: the runtime points them at buffers of its own.
+    Memory for the inputs and outputs of the methods is not planned, because the runtime provides its own buffers.
     """
     edge = assembled.edge
     programs = {name: edge.exported_program(name) for name in edge.methods}
@@ -35,26 +35,27 @@ def write_program(assembled: Assembled, metadata: Metadata, path: Path) -> None:
 
 
 SEGMENTS, _CONSTANTS, NAMED = 4, 5, 7
-"""Fields of a program in the order of executorch/schema/program.fbs."""
+"""Field numbers of a program, in the order of executorch/schema/program.fbs."""
 
 
 def _sharing(program: bytes, shared: Mapping[str, tuple[int, int]]) -> bytes:
-    """The first piece of a file, all but its data, in which named data is the same bytes of the file as a constant.
+    """Returns the first piece of a file, which contains everything but the data, changed so that named data refers to
+    the bytes of a constant in the file.
 
     Args:
-        shared: name -> the constant's number and size.
+        shared: maps the name of the data to the constant's number and size.
     """
     made = bytearray(program)
     root = Table(made, *struct.unpack_from("<I", made))
 
     def field(table: Table, number: int) -> int:
-        """Where it starts."""
+        """Returns the offset at which a field starts."""
         return int(table.Pos + table.Offset(4 + 2 * number))
 
     def item(table: Table, number: int, index: int) -> Table:
         return Table(made, table.Indirect(table.Vector(table.Offset(4 + 2 * number)) + 4 * index))
 
-    constants = Table(made, root.Indirect(field(root, _CONSTANTS)))  # these are the first segment, so they start at 0
+    constants = Table(made, root.Indirect(field(root, _CONSTANTS)))  # the first segment, so it starts at 0
     offsets = constants.Vector(constants.Offset(6))
     for index in range(root.VectorLen(root.Offset(4 + 2 * NAMED)) if shared else 0):
         data = item(root, NAMED, index)
@@ -68,10 +69,12 @@ def _sharing(program: bytes, shared: Mapping[str, tuple[int, int]]) -> bytes:
 
 
 class _Checked:
-    """A stream that works out the trailer while it is written to."""
+    """A stream that computes the trailer from the data written to it."""
 
     def __init__(self, stream: BinaryIO, program: Callable[[bytes], bytes]) -> None:
-        """Takes what becomes of the first piece, which is all but the data."""
+        """Takes the output stream, and a function that is applied to the first piece written, which contains everything
+        but the data.
+        """
         self._stream = stream
         self._program: Callable[[bytes], bytes] | None = program
         self.trailer = Trailer()

@@ -1,1 +1,1 @@
-"""What an export will do, worked out before it does any of it."""
+"""Planning of an export: everything is decided and checked before any of it is done."""

@@ -1,7 +1,7 @@
-"""What the C++ runner cannot do of a tokenizer.json, told when a file is made and not first on the device.
+"""Checks a tokenizer.json for features that the C++ runner does not support, so that this is known at export time.
 
-The same list is cpp_runner/src/tokenizer/normalizers.cpp, pre_tokenizers.cpp, token_model.cpp and regex_pattern.cpp;
-tests/integration/test_cpp_tokenizer_kinds.py holds the two together.
+The supported features are those of cpp_runner/src/tokenizer/normalizers.cpp, pre_tokenizers.cpp, token_model.cpp and
+regex_pattern.cpp. tests/integration/test_cpp_tokenizer_kinds.py checks that both sides agree.
 """
 
 import json
@@ -104,7 +104,9 @@ _PROPERTIES = frozenset(
 
 
 def unsupported_in_cpp(data: bytes) -> str | None:
-    """The first part of a tokenizer.json that llama_runner refuses; None where it takes all, or for another kind."""
+    """Returns the first part of a tokenizer.json that llama_runner does not support; None if it supports all, or for a
+    tokenizer of another kind.
+    """
     if data.lstrip()[:1] != b"{":
         return None
     file = json.loads(data)
@@ -154,17 +156,17 @@ _FOLDED_PAIRS = frozenset(("ss", "st", "ff", "fi", "fl"))
 
 
 class _Pattern:
-    """Reads a pattern as regex_pattern.cpp does, up to what that refuses."""
+    """Parser of regular expressions that accepts the same patterns as regex_pattern.cpp."""
 
     def __init__(self, pattern: str) -> None:
         self._pattern = pattern
         self._at = 0
-        self._groups = [(False, False, True)]  # whether case does not count, it looks behind, it may be repeated
+        self._groups = [(False, False, True)]  # per open group: caseless, lookbehind, repeatable
         self._may_repeat = False
         self._letter = ""
 
     def first_unknown(self) -> int | None:
-        """Where what is refused starts; None where nothing is."""
+        """Returns the offset of the first part that is not supported; None if all of the pattern is."""
         while self._at < len(self._pattern):
             start = self._at
             if not self._next() or len(self._groups) > 64:
@@ -231,7 +233,9 @@ class _Pattern:
         return self._passed(False)
 
     def _set(self) -> bool | None:
-        r"""Whether a set such as \p{L} is known; None where there is none. Moves on behind a known one."""
+        r"""Returns whether a set such as \p{L} is supported; None if there is no set here. Moves past a
+        supported set.
+        """
         found = _SET.match(self._pattern, self._at)
         if found is None:
             return None
@@ -256,7 +260,7 @@ class _Pattern:
         return self._letter + letter not in _FOLDED_PAIRS and self._passed(True, letter)
 
     def _bracket(self, depth: int) -> bool:
-        """A class; moves on behind it if all of it is known."""
+        """Returns whether a character class is supported, and moves past it if so."""
         self._at += 1
         self._at += self._starts("^")
         if depth > 64 or self._starts("]"):
@@ -302,5 +306,7 @@ class _Pattern:
 
 
 def _is_wide(literal: str) -> bool:
-    """Whether it is no ASCII character written as itself, so that other characters may differ from it by case."""
+    """Returns whether a literal is not a plain ASCII character, so that other characters may be equal to it except for
+    case.
+    """
     return not literal.isascii() or literal.startswith(("\\x", "\\u", "\\v"))

@@ -1,6 +1,6 @@
-"""chosen(...): the chat template that a file carries; reduced(...): one in Jinja becomes data, for any runner.
+"""Selection of the chat template for a file, and reduction of Jinja templates to data for runners without Jinja.
 
-Data is proven to make the same texts, on conversations of every kind of content and of random ones.
+The data form is tested against the Jinja template on many conversations, with contents of every kind and random ones.
 """
 
 import random
@@ -33,7 +33,7 @@ NO_TEMPLATE = "none"
 _FIX = f"give --chat-template {', '.join(NAMED)}, FILE.jinja or {NO_TEMPLATE}"
 
 _WORDS = {SYSTEM: "Zumpango", USER: "Quixotry", ASSISTANT: "Fjordlund"}
-"""Contents of the first conversations. A template is split at them, so they are nothing that one would hold."""
+"""Contents of the first conversations, at which the rendered text is split. They do not occur in any template."""
 
 _SPACE = "\n \n"
 
@@ -47,22 +47,24 @@ _CONTENTS = (
     "<think>\nWhy?\n</think>\n\nBecause.",
     '{"name": "f", "parameters": {"x": 1}}',
 )
-"""Contents of the conversations that a reduced template is tried on."""
+"""Contents of the conversations on which a reduced template is tested."""
 
 
 _THOUGHTS = (("", ""), ("</think>", "\n"), ("</think>", ""), ("</think>", " \t\n\r\v\f"))
-"""What templates leave out of earlier answers: nothing, or all up to an end, with what falls away behind it."""
+"""Ways in which templates shorten earlier answers: not at all, or by removing everything up to an end marker and the
+given characters after it.
+"""
 
 _DAYS = (datetime(2024, 7, 6, 5, 4, 3), datetime(2031, 12, 25, 16, 17, 18))
-"""Times at which a reduced template is tried."""
+"""Times at which a reduced template is tested."""
 
 
 _PIECES = (*_CONTENTS, "\n", " ", "\t", "a", "Z", "é", "<think>", "</think>", "\n\n", "日", "|", "</s>", "```", "{%")
-"""What random contents are put together of."""
+"""Pieces from which random contents are put together."""
 
 
 class _Format:
-    """A clock that gives back the format itself, marked."""
+    """A clock whose strftime returns the format itself between marks."""
 
     @staticmethod
     def strftime(form: str) -> str:
@@ -70,10 +72,10 @@ class _Format:
 
 
 def reduced(jinja: JinjaTemplate) -> ChatTemplate:
-    """The template as data, of which other conversations have shown that it makes the same texts.
+    """Reduces a template to data, and tests on other conversations that both give the same texts.
 
     Raises:
-        InputError: it cannot be reduced; names what differs.
+        InputError: the template cannot be reduced. The message names a difference.
     """
     template = _derived(replace(jinja, clock=_Format))
     differences = []
@@ -87,7 +89,7 @@ def reduced(jinja: JinjaTemplate) -> ChatTemplate:
 
 
 def _differences(jinja: JinjaTemplate, template: ChatTemplate) -> Iterator[str]:
-    """What differs where both make a text of the same messages, in words."""
+    """Yields differences between the texts of both templates for the same messages, in words."""
     for now in _DAYS:
         timed = replace(jinja, clock=partial(_same, now))
         for messages in _conversations(with_system=template.system is not None):
@@ -101,7 +103,7 @@ def _same(now: datetime) -> datetime:
 
 
 def _text(jinja: JinjaTemplate, messages: Sequence[Message]) -> str | None:
-    """The text of messages; None where the template refuses them."""
+    """Returns the text of messages; None if the template rejects them."""
     try:
         return jinja.text(messages)
     except RefusalError:
@@ -109,7 +111,7 @@ def _text(jinja: JinjaTemplate, messages: Sequence[Message]) -> str | None:
 
 
 def _derived(jinja: JinjaTemplate) -> ChatTemplate:
-    """What the contents of the first conversations lie between."""
+    """Derives a template from the texts around the contents of the first conversations."""
     opening, ask = _around(jinja, [USER])
     first, answer, again, last = _around(jinja, [USER, ASSISTANT, USER])
     if (first, last) != (opening, ask):
@@ -128,7 +130,7 @@ def _derived(jinja: JinjaTemplate) -> ChatTemplate:
 
 
 def _system(jinja: JinjaTemplate, opening: str, again: str, strips_user: bool) -> SystemPlace | None:
-    """How a system message is given; None where the template refuses it or leaves it out."""
+    """Returns the placement of a system message; None if the template rejects it or leaves it out."""
     text = _text(jinja, _probe([SYSTEM, USER]))
     if text is None or _WORDS[SYSTEM] not in text:
         return None
@@ -159,11 +161,14 @@ def _probe(roles: Sequence[str], spaced: str | None = None) -> list[Message]:
 def _around(
     jinja: JinjaTemplate, roles: Sequence[str], spaced: str | None = None, order: Sequence[str] | None = None
 ) -> list[str]:
-    """What the contents of messages of such roles lie between.
+    """Returns the texts before, between and after the contents of messages with the given roles.
 
     Args:
-        spaced: the role whose contents have white space around them.
-        order: that of the contents in the text, where it is another.
+        spaced: role whose contents are surrounded by white space.
+        order: order of the contents in the text, if it differs from that of the roles.
+
+    Raises:
+        InputError: the template rejects the messages, or leaves out or moves a content.
     """
     text = _text(jinja, _probe(roles, spaced))
     if text is None:
@@ -178,7 +183,12 @@ def _around(
 
 
 def _strips(role: str, plain: Sequence[str], spaced: Sequence[str]) -> bool:
-    """Whether white space around a role's content falls away, by what lies around it without and with some."""
+    """Returns whether white space around a role's content is removed, judged by the text around it without and with
+    white space.
+
+    Raises:
+        InputError: the white space is neither kept nor removed.
+    """
     if list(spaced) == list(plain):
         return True
     before, behind = plain
@@ -188,7 +198,9 @@ def _strips(role: str, plain: Sequence[str], spaced: Sequence[str]) -> bool:
 
 
 def _conversations(with_system: bool) -> Iterator[list[Message]]:
-    """Of 1 to 4 turns: each content in each place, different ones together, and random ones."""
+    """Yields conversations of 1 to 4 turns: each content in each place, different contents together, and random
+    contents.
+    """
     chance = random.Random(0)
     for turns in range(1, 5):
         for shift in range(len(_CONTENTS)):
@@ -205,7 +217,7 @@ def _talk(system: str | None, contents: Sequence[str]) -> list[Message]:
 
 
 def _difference(messages: Sequence[Message], theirs: str | None, ours: str) -> str:
-    """What differs, in words."""
+    """Describes the difference between two texts of the same messages."""
     told = ", ".join(f"{role} {content!r}" for role, content in messages)
     if theirs is None:
         return f"it refuses the messages {told}"
@@ -216,12 +228,12 @@ def _difference(messages: Sequence[Message], theirs: str | None, ours: str) -> s
 
 @dataclass(frozen=True)
 class Chosen:
-    """The template that a file is to carry.
+    """The chat template selected for a file.
 
     Attributes:
-        file: what the file holds of it, see `preproc.jinja_template.to_file`; None where it carries none.
+        file: JSON object for the file, see `preproc.jinja_template.to_file`; None if it has no template.
         template: the template itself.
-        warnings: what a person should know before.
+        warnings: messages for the user before the export.
     """
 
     file: dict[str, Any] | None = None
@@ -230,10 +242,11 @@ class Chosen:
 
 
 def chosen(option: str | None, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Chosen:
-    """The template that --chat-template names, or the checkpoint's own. Of that, what is wrong is only a warning.
+    """Returns the template named by --chat-template, or the checkpoint's own. Errors in the checkpoint's template are
+    only warnings.
 
     Raises:
-        InputError: there is none of the option's name, or its file holds none.
+        InputError: the option names no template, its file has no valid one, or there is no tokenizer.
     """
     if option == NO_TEMPLATE or (option is None and (tokenizer is None or checkpoint.chat.template is None)):
         return Chosen()
@@ -259,9 +272,10 @@ def chosen(option: str | None, checkpoint: Checkpoint, tokenizer: Tokenizer | No
 
 
 def _check_parts(template: ChatTemplate, tokenizer: Tokenizer) -> None:
-    """
+    """Checks that a text encoded in parts has the same ids as the whole text.
+
     Raises:
-        InputError: the ids of a text in parts are others than those of the whole.
+        InputError: the ids differ.
     """
     specials = tuple(tokenizer.specials)
     now = _DAYS[0]
@@ -286,7 +300,7 @@ def _source(option: str | None, checkpoint: Checkpoint) -> str:
 
 
 def _tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[str, str]:
-    """The texts of BOS and EOS: those that the checkpoint names, or those of the ids."""
+    """Returns the texts of BOS and EOS: those given by the checkpoint, otherwise those of the ids."""
     texts = {i: text for text, i in tokenizer.specials.items()}
     bos_id = tokenizer.bos_id if checkpoint.bos_id is None else checkpoint.bos_id
     stop_ids = checkpoint.stop_ids or tokenizer.stop_ids

@@ -1,4 +1,4 @@
-"""How much memory a file takes, worked out from its dimensions."""
+"""Memory required to run a file, computed from its dimensions."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,18 @@ from model.kv_row_format import row_bytes
 from runtime.pte.metadata import Metadata, MethodSpec
 
 FLOAT = 4
-"""Bytes of a float32."""
+"""Size of a float32 in bytes."""
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of memory of the process's own that running a file takes, beside the runtime itself.
+    """Private memory of a process that runs a file, in bytes, without the runtime itself.
 
-    The file itself is mapped: its pages can be dropped and read again, and are not counted.
+    The file is memory-mapped. Its pages can be dropped and read again, and are not included.
 
     Attributes:
-        weights: matrices as the backend packs them at load, once for all methods. 0 where they are used as mapped.
+        weights: matrices as the backend packs them when the file is loaded, once for all methods; 0 if they are used in
+            the mapped file.
         caches: KV caches for all max_seq_len positions.
         activations: an upper estimate of the intermediate results of the longest step.
     """
@@ -29,12 +30,12 @@ class MemoryUse:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return self.weights + self.caches + self.activations
 
 
 def memory_use(metadata: Metadata) -> MemoryUse:
-    """Works the memory out from the file's dimensions."""
+    """Returns the memory computed from the file's dimensions."""
     packed = "XnnpackBackend" in metadata.requirements.backends
     return MemoryUse(
         weights=packed * metadata.matrix_bytes,
@@ -44,20 +45,25 @@ def memory_use(metadata: Metadata) -> MemoryUse:
 
 
 def cache_bytes(config: ModelConfig, positions: int, kv_dtype: str = "float32") -> int:
-    """KV caches of one sequence: keys and values of every layer."""
+    """Returns the size of the KV caches of one sequence: keys and values of every layer."""
     slots = sum(config.slots(layer, positions) for layer in range(config.n_layers))
     return 2 * config.n_kv_heads * slots * row_bytes(config.head_dim, kv_dtype)
 
 
 def matrix_bytes(config: ModelConfig, scheme: Scheme, span: range | None = None) -> int:
-    """The matrices that a step multiplies by, or a shard's part of it: all of the blocks', and the head."""
+    """Returns the size of the matrices that a step multiplies by, in the whole model or in the shard of the blocks
+    `span`.
+    """
     return sum(matrix_sizes(config, scheme, span).values())
 
 
 def activation_bytes(config: ModelConfig, method: MethodSpec, positions: int) -> int:
-    """The larger of attention's and the feed-forward's working set for a method's tokens of one sequence, the logits,
-    and every layer's new cache rows; where attention is not fused also its scores, the mask, and the packed copy of one
-    layer's caches that a product takes. The halves of a slice are methods of their own, and each keeps its set.
+    """Returns an upper estimate of a method's intermediate results for one sequence.
+
+    It is the sum of the larger working set of attention and feed-forward, the logits, and the new cache rows of every
+    layer. Without fused attention, attention includes its scores, the mask, and the packed copy of one layer's caches
+    for a product. In a slice, each half of a block is a separate method with its own working set, so these are added
+    up.
     """
     length = method.max_length
     attention = length * (4 * config.n_heads * config.head_dim + 2 * config.dim)

@@ -1,4 +1,4 @@
-"""plan: what is asked for and what is on storage become everything that an export will do, before it does any of it."""
+"""Planning of an export from its options and the files to read, before any of it is done."""
 
 import copy
 import functools
@@ -38,43 +38,43 @@ from runtime.pte.metadata import FORMAT_VERSION, NO_TOKENIZER, Metadata, MethodS
 from runtime.pte.parts import session_methods
 
 DEFAULT_CONTEXT = 2048
-"""The longest max-seq-len that is chosen without being asked for: caches grow with it."""
+"""Maximum of the default max_seq_len, because the size of the caches grows with it."""
 
 MAX_ROWS = 8
-"""Logits of so many tokens can be had at once: what checks a guess of several tokens asks for."""
+"""Maximum number of rows of logits that a step returns. Speculative decoding checks drafted tokens with them."""
 
 DEFAULT_CHUNK = 128
-"""Tokens that prefill takes at once: with fewer, weights are read more often; with more, activations outgrow caches."""
+"""Default prefill chunk. Smaller chunks read the weights more often; activations of larger ones exceed CPU caches."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export and how.
+    """Options of an export.
 
     Attributes:
-        checkpoint: a file or folder of any layout that `export.checkpoints.layouts` knows, or a name on the Hugging
-            Face hub.
-        tokenizer: a tokenizer file; None takes the checkpoint's own, "none" exports without one.
-        output: the .pte to write, or the folder of shards or slices; None names it after the checkpoint, and is in the
-            current folder.
-        max_seq_len: capacity of the KV cache; None takes the checkpoint's context, at most DEFAULT_CONTEXT.
-        prefill_chunk: tokens that prefill takes at once; None takes DEFAULT_CHUNK, or max_seq_len where that is less.
+        checkpoint: file or folder in any layout of `export.checkpoints.layouts`, or a name on the Hugging Face hub.
+        tokenizer: tokenizer file; None for the checkpoint's own, "none" for an export without a tokenizer.
+        output: the .pte to write, or the folder of shards or slices; None for a path in the current folder named after
+            the checkpoint.
+        max_seq_len: capacity of the KV cache; None for the checkpoint's context, at most DEFAULT_CONTEXT.
+        prefill_chunk: number of tokens per prefill step; None for DEFAULT_CHUNK, or max_seq_len if that is less.
         backend: one of `export.lowering.backends.BACKENDS`.
-        attention: one of the backend's; None takes its first, or "aten" without a KV cache.
-        quantize: how weights are stored, one of `export.weights.scheme.SCHEMES`.
-        group_size, embedding_bits, head_bits, rounding: what differs from it, see `export.weights.scheme.adjusted`.
-        calibrate: a text by which the linear layers' weights are rounded, see `export.quality.gptq`.
-        batch_size: texts that are extended at once, see `runtime.batch`.
-        sharding: into shards or slices, each a file in the folder `output`.
-        kv_dtype: of the KV caches, one of `model.kv_row_format.KV_DTYPES`.
+        attention: one of the backend's forms; None for its first, or "aten" without a KV cache or with experts.
+        quantize: storage scheme of weights, one of `export.weights.scheme.SCHEMES`.
+        group_size, embedding_bits, head_bits, rounding: changes of the scheme, see `export.weights.scheme.adjusted`.
+        calibrate: text on which the linear layers' weights are calibrated, see `export.quality.gptq`.
+        batch_size: number of texts that are extended at once, see `runtime.batch`.
+        sharding: division into shards or slices, each a file in the folder `output`.
+        kv_dtype: dtype of the KV caches, one of `model.kv_row_format.KV_DTYPES`.
         kv_cache: whether the methods take and extend a KV cache; otherwise each step takes the whole text.
-        hidden_states: whether the methods also return the last block's result, normalised.
-        original_context: keep to the context that the model had before it was extended.
-        auto: choose the smallest scheme that passes, in place of `quantize`.
-        chat_template: a name or file, see `export.planning.jinja_reduction.chosen`; None takes the checkpoint's own.
-        eval_text, max_ppl_increase: what a quantised model is held to, see `export.quality.perplexity.Gate`.
-        hub_token, cache_dir: for a name on the hub, see `export.checkpoints.hub.download`.
-        force: export even if the output is already what would be made.
+        hidden_states: whether the methods also return the normalised output of the last block.
+        original_context: whether to use the context that the model had before it was extended.
+        auto: whether to select the smallest scheme that passes, instead of `quantize`.
+        chat_template: name or file, see `export.planning.jinja_reduction.chosen`; None for the checkpoint's own.
+        eval_text, max_ppl_increase: test of a quantised model, see `export.quality.perplexity.Gate`.
+        hub_token, cache_dir: settings for a name on the hub, see `export.checkpoints.hub.download`.
+        force: whether to export even if the output is up to date.
+        cache: whether to use the cache of lowered blocks and verifications.
     """
 
     checkpoint: Path = BUILT_IN
@@ -135,18 +135,18 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """An export, worked out.
+    """An export with all its details decided.
 
     Attributes:
-        source: the model's weights.
-        graph: what the methods take and give.
-        sharding: into which shards or slices.
-        tokenizer: what the first shard and each slice will carry, or None.
-        provenance: all that decides what is written: files made from equal provenance are equal.
-        output: the file or folder to write.
-        summary: the checkpoint in words.
-        warnings: what a person should know before.
-        texts: tokens to calibrate with; none where the scheme does without.
+        source: weights of the model.
+        graph: options of the methods' inputs and outputs.
+        sharding: division into shards or slices.
+        tokenizer: tokenizer for the first shard or for each slice, or None.
+        provenance: everything that determines the output: files with equal provenance are equal.
+        output: file or folder to write.
+        summary: description of the checkpoint.
+        warnings: messages for the user before the export.
+        texts: token ids for calibration; empty if the scheme is not calibrated.
     """
 
     source: WeightSource
@@ -160,7 +160,7 @@ class Plan:
     texts: Sequence[Sequence[int]] = ()
 
     def with_scheme(self, quantize: str, scheme: Scheme) -> "Plan":
-        """The same export with another scheme, by its name in SCHEMES and what differs from that."""
+        """Returns the same export with another scheme, given the name of its base in SCHEMES and the scheme itself."""
         graph = _with_rows(self.graph, self.source.config, scheme, self.sharding)
         provenance = copy.deepcopy(self.provenance)
         provenance["options"] |= asdict(graph) | {"quantize": quantize, "scheme": scheme.to_json()}
@@ -168,12 +168,12 @@ class Plan:
 
     @functools.cached_property
     def shards(self) -> tuple[tuple[MethodSpec, ...], ...]:
-        """The methods of each shard or slice; of one, where the model is not cut."""
+        """Methods of each shard or slice; a single entry if the model is not divided."""
         return self.sharding.methods(self.source.config, self.graph, self.source.scheme)
 
     @property
     def outputs(self) -> tuple[Path, ...]:
-        """The file of each shard or slice."""
+        """Path of each shard's or slice's file."""
         if self.sharding.is_whole:
             return (self.output,)
         count = len(self.shards)
@@ -181,11 +181,11 @@ class Plan:
 
     @property
     def identity(self) -> str:
-        """Equal for exports that are the same byte for byte."""
+        """String that is equal for exports that are equal byte for byte."""
         return export_identity(self.provenance)
 
     def metadata(self, assembled: Assembled, methods: tuple[MethodSpec, ...]) -> Metadata:
-        """What the file of one of the shards or slices carries beside graph and weights."""
+        """Returns the metadata of a shard's or slice's file: everything it contains besides graph and weights."""
         config, max_seq_len = self.source.config, self.graph.max_seq_len
         part = sliced(config, methods[0].slices)
         span = range(methods[0].start_layer, methods[-1].end_layer)
@@ -215,7 +215,7 @@ class Plan:
 
 
 def plan(options: ExportOptions) -> Plan:
-    """Opens what is to be read and checks that it fits together.
+    """Opens the files to read, and checks them and the options.
 
     Raises:
         InputError: checkpoint, tokenizer or options cannot be used.
@@ -279,7 +279,7 @@ def _tokenizer(checkpoint: Checkpoint, options: ExportOptions) -> Tokenizer | No
 
 
 def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
-    """Sizes of the graphs, checked against the model and this machine."""
+    """Returns the options of the graphs, checked against the model and this machine."""
     scaling = config.rope_scaling
     if options.original_context and scaling is None:
         raise InputError("--original-context needs a model whose context was extended; this one's was not")
@@ -313,20 +313,20 @@ def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
 
 
 def _with_rows(graph: GraphOptions, config: ModelConfig, scheme: Scheme, sharding: Sharding) -> GraphOptions:
-    """The same for as many rows of logits as its head can give."""
+    """Returns the options with the maximum number of rows of logits that the head supports."""
     last = sharding.spans(config, scheme)[-1]
     return replace(graph, max_rows=1 if graph.attention == "aten" or swaps_pairs(config, last, scheme) else MAX_ROWS)
 
 
 def _attention(config: ModelConfig, options: ExportOptions) -> str:
-    """The form that is chosen unasked. What weighs experts is sliced, which backends leave outside if it is dynamic."""
+    """Returns the default form of attention: aten for experts, because backends do not take dynamic slices."""
     is_static = config.n_experts or not options.kv_cache
     return "aten" if is_static else BACKENDS[options.backend].attention[0]
 
 
 def for_length(config: ModelConfig, max_seq_len: int) -> ModelConfig:
-    """Beyond the trained context, a scaling that is stated as a factor is stretched in proportion; the other kinds
-    take the length into account by themselves.
+    """Returns the config for texts of `max_seq_len` tokens. Beyond the trained context, scaling by a factor is
+    stretched in proportion; the other kinds of scaling depend on the length themselves.
     """
     scaling = config.rope_scaling
     if scaling is None or scaling.kind not in ("llama3", "linear", "yarn") or max_seq_len <= config.context:
@@ -355,8 +355,8 @@ def _warnings(
 
 
 def _name(checkpoint: Path) -> str:
-    """A folder's may hold dots of its own, as in Llama-3.2-1B, and one on the hub, too."""
-    path = Path(os.path.abspath(checkpoint))  # not resolved: a link's name says more than its target's
+    """Returns the checkpoint's name for the output. A folder's may contain dots, as in Llama-3.2-1B, and is not cut."""
+    path = Path(os.path.abspath(checkpoint))  # not resolved: a symbolic link keeps its own name
     return path.stem if path.is_file() else path.name
 
 
@@ -384,7 +384,7 @@ def _provenance(
 
 
 def _bos_id(checkpoint: Checkpoint, tokenizer: Tokenizer | None, is_given: bool) -> int | None:
-    """What starts a text: what a tokenizer.json that was given says, then the checkpoint, then any other tokenizer."""
+    """Returns the BOS id of a tokenizer.json given as an option, else of the checkpoint, else of another tokenizer."""
     if tokenizer and is_given and tokenizer.kind == HUGGING_FACE:
         return tokenizer.bos_id
     if checkpoint.adds_bos is False:
@@ -393,7 +393,7 @@ def _bos_id(checkpoint: Checkpoint, tokenizer: Tokenizer | None, is_given: bool)
 
 
 def _chat(chat: Chosen, tokenizer: Tokenizer | None, ids: dict[str, Any]) -> dict[str, Any]:
-    """What a chat template adds to the provenance: itself, and the token that ends an answer, which ends a text."""
+    """Returns a chat template's part of the provenance: the template, and stop ids with the one that ends an answer."""
     if chat.template is None or tokenizer is None:
         return {"chat_template": None}
     stop_ids = chat.template.stop_ids(tokenizer, ids["bos_id"], ids["stop_ids"])

@@ -1,4 +1,4 @@
-"""Schemes that depend on the model, found by measuring: which blocks need more bits, and the fewest that do."""
+"""Selection of schemes by measuring the model: which blocks need more bits, and the smallest scheme that passes."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -17,15 +17,17 @@ from model.config import ModelConfig
 from model.errors import InputError
 
 MIXED = {"mixed": 0.25}
-"""What `--quantize` takes besides -> the share of the blocks that is kept at 8 bits: those that lose most."""
+"""Schemes of `--quantize` that depend on the model, with the share of the blocks, those with the greatest loss, that is
+kept at 8 bits.
+"""
 
 
 DEFAULT_BUDGET = 0.02
-"""Of `--auto`: the largest relative increase of perplexity."""
+"""Default of `--auto` for the largest relative increase of perplexity."""
 
 
 class NothingFitsError(Exception):
-    """No scheme stays inside the budget."""
+    """Raised when no scheme keeps the increase of perplexity within the limit."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Candidate:
 
     Attributes:
         quantize: its name in SCHEMES.
-        careful: the share of the blocks that is kept at 8 bits.
+        scheme: the scheme.
+        careful: share of the blocks that is kept at 8 bits.
     """
 
     quantize: str
@@ -43,7 +46,7 @@ class Candidate:
 
 
 def candidates(rounding: str, kv_dtype: str = "float32") -> list[Candidate]:
-    """Schemes, each with at least the bits of the one before."""
+    """Returns the schemes to try, each with at least the bits of the one before."""
     four = [Format(4, size) for size in (128, 64, 32)]
     finest = four[-1]
     schemes = [Candidate("8da4w", Scheme(form, form, form)) for form in four]
@@ -57,7 +60,7 @@ def candidates(rounding: str, kv_dtype: str = "float32") -> list[Candidate]:
 
 
 def stored_bytes(config: ModelConfig, scheme: Scheme) -> int:
-    """Of all matrices in a file."""
+    """Returns the size in bytes of all matrices in a file."""
     embedding = 0 if is_shared(config, scheme) else embedding_size(config, scheme)
     return sum(matrix_sizes(config, scheme).values()) + embedding
 
@@ -65,8 +68,8 @@ def stored_bytes(config: ModelConfig, scheme: Scheme) -> int:
 def measure_scheme(
     source: WeightSource, texts: Sequence[Sequence[int]], max_seq_len: int
 ) -> tuple[Comparison, tuple[Loss, ...]]:
-    """The quantised model's predictions of texts against float32's, and what each piece loses. What is to be calibrated
-    is rounded as it is without.
+    """Compares the quantised model's predictions of texts with float32's, and returns the comparison and the loss of
+    each piece. Matrices to be calibrated are rounded without calibration.
     """
     source = source.with_scheme(replace(source.scheme, rounding=source.scheme.plain_rounding))
     targets, rows = torch.tensor([token for text in texts for token in text[1:]]), list[Rows]()
@@ -79,14 +82,16 @@ def measure_scheme(
 
 
 def most_sensitive(losses: Collection[Loss], share: float) -> tuple[int, ...]:
-    """The share of the blocks, at least one, whose own loss is largest."""
+    """Returns the given share of the blocks, at least one, with the largest own error."""
     blocks = {int(loss.name.removeprefix("layers.")): loss.own for loss in losses if loss.name.startswith("layers.")}
     ranked = sorted(blocks, key=lambda layer: -blocks[layer])
     return tuple(sorted(ranked[: math.ceil(share * len(blocks))]))
 
 
 def with_careful(planned: Plan, share: float, texts: Sequence[Sequence[int]]) -> Plan:
-    """The plan with a share of the blocks at 8 bits: those that lose most when all have few."""
+    """Returns the plan with a share of the blocks at 8 bits: those with the largest own error under the plan's
+    scheme.
+    """
     options = planned.provenance["options"]
     _, losses = measure_scheme(planned.source, texts, options["max_seq_len"])
     scheme = replace(planned.source.scheme, careful=most_sensitive(losses, share))
@@ -94,15 +99,15 @@ def with_careful(planned: Plan, share: float, texts: Sequence[Sequence[int]]) ->
 
 
 def smallest(planned: Plan, texts: Sequence[Sequence[int]], budget: float, note: Callable[[str], None]) -> Plan:
-    """The plan with the smallest file whose perplexity stays inside the budget.
+    """Returns the plan with the smallest file that keeps the increase of perplexity within the budget.
 
     Args:
-        texts: to measure on.
-        budget: the largest relative increase of perplexity.
-        note: hears of each scheme that is tried.
+        texts: texts on which to measure.
+        budget: largest relative increase of perplexity.
+        note: receives a message for each scheme that is tried.
 
     Raises:
-        NothingFitsError: none does.
+        NothingFitsError: no scheme stays within the budget.
     """
     config, sized = planned.source.config, list[tuple[int, int, Plan]]()
     asked = planned.source.scheme
@@ -127,11 +132,11 @@ def smallest(planned: Plan, texts: Sequence[Sequence[int]], budget: float, note:
 
 
 def choose_scheme(planned: Plan, gate: Gate, auto: bool, note: Callable[[str], None]) -> Plan:
-    """The plan with the scheme that is to be found, for `--auto` and the schemes in MIXED; otherwise as it is.
+    """Returns the plan with a scheme selected by measuring, for `--auto` and the schemes in MIXED; otherwise unchanged.
 
     Raises:
-        InputError: there is no text to measure on.
-        NothingFitsError: as `smallest`.
+        InputError: there is no tokenizer for the text to measure on.
+        NothingFitsError: as in `smallest`.
     """
     quantize, max_seq_len = (planned.provenance["options"][name] for name in ("quantize", "max_seq_len"))
     if not auto and quantize not in MIXED:

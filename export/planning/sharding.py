@@ -1,4 +1,4 @@
-"""Sharding: which blocks go into which shard, such that the largest is as small as it can be; or how many slices."""
+"""Division of a model into shards, so that the largest is as small as possible, or into slices."""
 
 import functools
 from collections.abc import Sequence
@@ -14,12 +14,13 @@ from runtime.pte.metadata import MethodSpec
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model is split.
+    """The division of a model into files.
 
     Attributes:
-        shards: into so many.
-        shard_bytes: or into as few as have at most so many bytes of matrices each; None for the former.
-        slices: or so many times along the matrices, see `export.lowering.slices`.
+        shards: number of shards.
+        shard_bytes: maximum size of each shard's matrices in bytes, for as few shards as possible; None to use
+            `shards`.
+        slices: number of slices, which divide the matrices of every block, see `export.lowering.slices`.
     """
 
     shards: int = 1
@@ -41,12 +42,14 @@ class Sharding:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the model stays in one file."""
+        """Whether the model is stored in one file."""
         return self.shards == 1 and self.shard_bytes is None and self.slices == 1
 
     def check(self, graph: GraphOptions) -> None:
-        """Raises:
-        InputError: slices cannot have such methods.
+        """Checks that the methods are supported for slices.
+
+        Raises:
+            InputError: they are not.
         """
         if self.slices > 1 and graph.attention != "fused":
             raise InputError(
@@ -60,7 +63,7 @@ class Sharding:
             )
 
     def methods(self, config: ModelConfig, graph: GraphOptions, scheme: Scheme) -> tuple[tuple[MethodSpec, ...], ...]:
-        """Those of each shard or slice; of one, where the model is not cut.
+        """Returns the methods of each shard or slice; a single entry if the model is not divided.
 
         Raises:
             InputError: as in `spans`.
@@ -71,10 +74,11 @@ class Sharding:
         return tuple(signatures(config, graph, scheme.kv_dtype, span) for span in spans)
 
     def spans(self, config: ModelConfig, scheme: Scheme) -> tuple[range, ...]:
-        """The blocks of each shard, in order; of slices, all of them.
+        """Returns the blocks of each shard, in order. For slices, it is a single range with all blocks.
 
         Raises:
-            InputError: the model has too few blocks, or cannot be dealt out to so many slices.
+            InputError: the model has too few blocks, a block exceeds shard_bytes, or the model cannot be divided into
+                slices.
         """
         if self.shards > config.n_layers:
             raise InputError(f"--shards {self.shards} is more than the model's {config.n_layers} blocks; give fewer")
@@ -96,7 +100,9 @@ class Sharding:
 
 
 def block_bytes(config: ModelConfig, scheme: Scheme) -> list[int]:
-    """Bytes of the matrices of each block; the embedding's go with the first one's, and the head's with the last's."""
+    """Returns the size in bytes of the matrices of each block. The first block includes the embedding, and the last the
+    head.
+    """
     sizes = [embedding_size(config, scheme)] + [0] * (config.n_layers - 1)
     for name, size in matrix_sizes(config, scheme).items():
         sizes[-1 if name.startswith("head.") else int(name.split(".")[1])] += size
@@ -104,7 +110,7 @@ def block_bytes(config: ModelConfig, scheme: Scheme) -> list[int]:
 
 
 def _balanced(sizes: Sequence[int], count: int) -> tuple[range, ...]:
-    """`count` spans of which the largest is smallest."""
+    """Divides the sizes into `count` consecutive spans, such that the largest sum is as small as possible."""
 
     @functools.cache
     def best(start: int, count: int) -> tuple[int, tuple[range, ...]]:

@@ -1,1 +1,1 @@
-"""What a file computes, against the model it was made from, and what quantising costs."""
+"""Verification: comparison of a file with the model it was made from, and measurement of the cost of quantisation."""

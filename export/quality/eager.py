@@ -1,4 +1,4 @@
-"""eager: the eager model on whole texts, in one pass and without caches."""
+"""Runs of the eager model on whole texts, in one pass and without caches."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from runtime.pte.metadata import ROWS, role_and_layer
 
 
 class Expected(NamedTuple):
-    """What the eager model makes of texts.
+    """Results of the eager model for texts.
 
     Attributes:
-        logits: [rows, V] for each text.
-        rows: keys and values of each text, by the names of a step's results: k_rows.3 -> [K, len(text), Dh].
+        logits: one tensor [rows, V] per text.
+        rows: keys and values of each text, by their names in a step's results: k_rows.3 -> [K, len(text), Dh].
     """
 
     logits: list[Tensor]
@@ -29,10 +29,12 @@ class Expected(NamedTuple):
 def reference(
     model: Llama, texts: Sequence[Sequence[int]], rows: Sequence[int] | None = None, max_seq_len: int | None = None
 ) -> list[Tensor]:
-    """The eager model's logits of texts, without caches: [len(text), V] each, or only the last `rows` of them.
+    """Returns the eager model's logits of texts, computed without caches: [len(text), V] each, or only the last `rows`
+    of them.
 
     Args:
-        max_seq_len: the length that the rotary tables are made for; None for the longest text's.
+        rows: number of last rows to return for each text; None for all.
+        max_seq_len: length for which the rotary tables are made; None for the length of the longest text.
     """
     return expected_of(model, texts, rows, max_seq_len).logits
 
@@ -41,7 +43,7 @@ def reference(
 def expected_of(
     model: Llama, texts: Sequence[Sequence[int]], rows: Sequence[int] | None = None, max_seq_len: int | None = None
 ) -> Expected:
-    """The same, and each block's keys and values."""
+    """Returns the eager model's logits, and each block's keys and values. The arguments are those of `reference`."""
     lengths = [len(text) for text in texts]
     wanted = [range(end - (count or length), end) for end, length, count in _spans(lengths, rows)]
     inputs = packed(model.config, texts, max_seq_len or max(lengths))
@@ -55,8 +57,8 @@ def expected_of(
 
 
 def perturbed(model: Llama) -> Llama:
-    """Changes a model's embeddings, in place, by about a millionth, some bits of a float32: what comes of it then is as
-    right as what came before.
+    """Changes a model's embeddings in place by about one part in a million, a few bits of a float32. The results of the
+    changed model are as accurate as those of the original.
     """
     model.set_submodule("tok_embeddings", _Perturbed(model.tok_embeddings))
     return model
@@ -74,11 +76,11 @@ class _Perturbed(nn.Module):
 
 
 def packed(config: ModelConfig, texts: Sequence[Sequence[int]], max_seq_len: int) -> dict[str, Tensor]:
-    """All inputs of `export.lowering.trace.step` but `select`, for texts that are one sequence, in which none sees
-    another: so each piece of the model is run once.
+    """Returns all inputs of `export.lowering.trace.step` except `select`, for texts packed into one sequence. A mask
+    separates the texts, and each piece of the model is run only once.
 
     Args:
-        max_seq_len: the length that the rotary tables are made for.
+        max_seq_len: length for which the rotary tables are made.
     """
     positions = Positions.of(config, max_seq_len)
     inputs = {"tokens": torch.tensor([[token for text in texts for token in text]])}
@@ -96,7 +98,7 @@ def _spans(lengths: Sequence[int], rows: Sequence[int] | None) -> Iterator[tuple
 
 
 def _apart(masks: Sequence[Tensor]) -> Tensor:
-    """Masks [1 or H, L, L] along the diagonal of one in which they do not see each other."""
+    """Joins masks [1 or H, L, L] along the diagonal of one mask, in which they do not see each other."""
     total, start = sum(mask.shape[-1] for mask in masks), 0
     joined = torch.full((len(masks[0]), total, total), HIDDEN)
     for mask in masks:

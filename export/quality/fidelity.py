@@ -1,7 +1,7 @@
-"""fidelity: what a .pte computes, against the eager model it was made from: logits, and every block's keys and values.
+"""Comparison of a .pte with the eager model it was made from: logits, and the keys and values of every block.
 
-Each block's new keys and values are results of the program, so that a fault shows in the block behind it, before later
-blocks have mixed it with what rounding does to them.
+The new keys and values of each block are results of the program. An error therefore shows in the block after it, before
+later blocks have mixed it with the effects of rounding.
 """
 
 import math
@@ -27,16 +27,20 @@ PROMPTS = (
     "def add(a: int, b: int) -> int:\n    return a + b\n",
 )
 DECODED = 16
-"""Tokens decoded greedily after each prompt."""
+"""Number of tokens decoded greedily after each prompt."""
 CHANNEL, POSITION = "channel", "position"
+<<<<<<< HEAD
 """What an error of cached rows is of: see `Cached`."""
 USUAL = 0.99
 """Share of the tokens that a channel's error is taken over: those that differ least as a whole."""
+=======
+"""Kinds of error of cached rows, see `Cached`."""
+>>>>>>> prose1
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest differences that still pass.
+    """Largest differences that pass.
 
     Attributes:
         error, kl, median_kl: see `Fidelity`.
@@ -50,7 +54,9 @@ class Limits:
     position: float
 
     def widened(self, own: "Fidelity") -> "Limits":
-        """The limits where the reference differs from itself by `own` when its input changes by rounding alone."""
+        """Returns limits widened for a model whose reference differs from itself by `own` after a change of its input
+        by rounding errors.
+        """
         error, kl = max(self.error, 10 * own.error), max(self.kl, 4 * own.kl)
         return replace(self, error=error, kl=kl, median_kl=max(self.median_kl, 2 * own.median_kl))
 
@@ -60,8 +66,9 @@ LIMITS = {
     "float16": Limits(error=2e-2, kl=1e-4, median_kl=1e-5, channel=5e-3, position=5e-2),
     "int8": Limits(error=2.0, kl=2e-2, median_kl=5e-3, channel=3e-2, position=0.3),
 }
-"""Between the file and the eager model, by what activations are rounded to on the way: where one lies between two
-steps, the last bit of a float decides. Deep models with large activations enlarge that, see `Limits.widened`.
+"""Limits of the differences between the file and the eager model, by the format to which activations or cached rows are
+rounded. A value between two rounding steps can go either way, depending on the last bit of a float. In deep models with
+large activations the effect is larger, see `Limits.widened`.
 """
 
 
@@ -70,15 +77,15 @@ class Fidelity:
     """Differences between the file's logits and the eager model's.
 
     Attributes:
-        rows: how many rows of logits were compared.
+        rows: number of rows of logits compared.
         max_abs: largest absolute difference of a logit.
-        error: the same in standard deviations of the eager model's logits in its row.
+        error: largest absolute difference, in standard deviations of the eager model's logits in its row.
         mse: mean squared difference.
         kl: largest KL divergence of a row, KL(eager || file), in nats.
         median_kl: median of the rows' divergences.
-        greedy_agreement: share of the rows whose most likely token is the same.
-        limits: what was allowed.
-        cached: the keys or values that differ most for what is allowed there; None where none are compared.
+        greedy_agreement: share of the rows with the same most likely token.
+        limits: largest differences that pass.
+        cached: keys or values with the largest error relative to its limit; None if none are compared.
     """
 
     rows: int
@@ -93,7 +100,7 @@ class Fidelity:
 
     @property
     def passed(self) -> bool:
-        """Whether every difference is a number and within the limits."""
+        """Whether every difference is a number and within its limit."""
         limits = self.limits
         is_near = self.error <= limits.error and self.kl <= limits.kl and self.median_kl <= limits.median_kl
         return is_near and (self.cached is None or self.cached.error <= self.cached.limit)
@@ -110,10 +117,12 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Cached:
-    """Keys or values of one block, in the channel (head, and number in it) or position that differs most for its limit.
+    """Error of one block's keys or values, in the channel (one number of a head) or at the position where it is largest
+    relative to its limit.
 
     Attributes:
         name: k_rows.3 or v_rows.3.
+<<<<<<< HEAD
         along: what the error is of: CHANNEL or POSITION.
         error: root mean square of a channel's differences over all tokens but the few that differ most as a whole,
             relative to the block's keys or values; or of a token's over all channels, relative to how far the block's
@@ -121,6 +130,15 @@ class Cached:
             position. Now and then one rounding of activations takes a whole token elsewhere; what is wrong with a
             channel is so in every token, and what is wrong with a position in every text.
         limit: what was allowed.
+=======
+        along: CHANNEL or POSITION.
+        error: for a channel, the root mean square of its differences over all tokens, relative to the root mean square
+            of the block's keys or values. For a position, the root mean square of a token's differences over all
+            channels, relative to the spread of the block's keys or values over the tokens, as the median over the texts
+            that have a token at the position. The median is used because a single rounding of activations occasionally
+            changes a whole token, while a faulty position is wrong in every text.
+        limit: largest error that passes.
+>>>>>>> prose1
     """
 
     name: str
@@ -134,14 +152,14 @@ class Cached:
 
 @dataclass(frozen=True)
 class Observed:
-    """What a file was seen to compute.
+    """Results observed by running a file.
 
     Attributes:
-        texts: each prompt, with what the file made of it.
-        logits: [rows, V] for each text: behind the prompt, and each token after it.
-        rows: what the caches held of each text in the end: name such as k_rows.3 -> the positions, [n], and their rows,
-            [K, n, W] as in `model.kv_row_format`; none where the file has no caches, or slices of them.
-        max_seq_len: the length that the rotary tables are made for.
+        texts: each prompt followed by the tokens that the file generated.
+        logits: one tensor [rows, V] per text: the logits after the prompt and after each generated token.
+        rows: final content of the caches for each text. It maps names such as k_rows.3 to positions [n] and their rows,
+            [K, n, W] as in `model.kv_row_format`; empty for a file without caches, or with slices of them.
+        max_seq_len: length for which the rotary tables are made.
     """
 
     texts: list[list[int]]
@@ -155,12 +173,12 @@ def _rounded(scheme: Scheme) -> str:
 
 
 def empty_text(program: Program) -> Session | BatchedText:
-    """An empty text."""
+    """Returns an empty text for the program."""
     return Session(program) if program.metadata.batch_size == 1 else BatchedText(program)
 
 
 def observed(program: Program) -> Observed:
-    """Has the file read prompts and continue them greedily."""
+    """Runs the file on prompts and continues them greedily."""
     texts, logits, cached = list[list[int]](), list[Tensor](), list[dict[str, tuple[Tensor, Tensor]]]()
     session = empty_text(program)
     for prompt in _prompts(program):
@@ -176,7 +194,7 @@ def observed(program: Program) -> Observed:
 
 
 def _cached(session: Session | BatchedText, kv_heads: int, length: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """What the caches hold of a text of `length` tokens, see `Observed.rows`."""
+    """Returns the content of the caches after a text of `length` tokens, see `Observed.rows`."""
     found = {}
     for name, buffer in session.cache.buffers.items():
         if len(buffer) == kv_heads:
@@ -187,8 +205,10 @@ def _cached(session: Session | BatchedText, kv_heads: int, length: int) -> dict[
 
 
 def judge(source: WeightSource, found: Observed) -> Fidelity:
-    """Compares what a file computes with the reference. What exceeds the usual limits is held against how far the
-    reference gets from itself: roundings compound over blocks, in a right file as there.
+    """Compares the results of a file with the reference.
+
+    If the usual limits are exceeded, the limits are widened by the difference of the reference from a perturbed
+    reference, because rounding errors compound over blocks in a correct file as well.
     """
     limits = LIMITS[_rounded(source.scheme)]
     expected = _expected(source, found, is_perturbed=False)
@@ -208,7 +228,7 @@ def _expected(source: WeightSource, found: Observed, is_perturbed: bool) -> Expe
 
 
 def _as_cached(other: Expected, found: Observed) -> list[dict[str, tuple[Tensor, Tensor]]]:
-    """The reference's rows in the place of those found."""
+    """Returns the reference's rows at the positions of the rows found in the caches."""
     return [
         {name: (positions, theirs[name][:, positions]) for name, (positions, _) in ours.items()}
         for ours, theirs in zip(found.rows, other.rows, strict=True)
@@ -238,7 +258,9 @@ def _relative(error: Tensor, size: Tensor) -> Tensor:
 
 
 def _medians(places: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
-    """The median error at each position that several texts have; of two texts the smaller."""
+    """Returns the median error at each position that at least two texts have; for two texts, it is the smaller
+    error.
+    """
     length = 1 + max(int(positions.max()) for positions in places)
     table = torch.full((len(places), length), torch.nan, dtype=torch.float64)
     for row, positions, error in zip(table, places, errors, strict=True):
@@ -249,10 +271,11 @@ def _medians(places: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
 def worst(
     errors: Mapping[tuple[str, str], Tensor], own: Mapping[tuple[str, str], Tensor], limits: Limits
 ) -> Cached | None:
-    """Finds, in what `cached_errors` returns, the error that is largest for its limit. A NaN is the largest.
+    """Finds the error that is largest relative to its limit, in a result of `cached_errors`. A NaN counts as the
+    largest.
 
     Args:
-        own: what the reference differs from itself; it widens the limits of the block that it is of.
+        own: errors of the perturbed reference, which widen the limits of the same block.
     """
     found = list[tuple[float, Cached]]()
     for (name, along), error in errors.items():
@@ -261,7 +284,7 @@ def worst(
         theirs = own.get((name, along), torch.zeros_like(error))
         if along == CHANNEL:
             limit = torch.maximum(theirs, theirs.square().mean().sqrt()).mul(2).clamp(min=limits.channel)
-        else:  # which tokens are rounded another way is chance, so that the block's worst stands for all
+        else:  # which tokens round differently is chance, so the largest error of the block applies to all
             limit = theirs.amax().mul(2.5).clamp(min=limits.position).expand_as(error)
         ratio = torch.where(error.isnan(), torch.inf, error / limit).flatten()
         index = int(ratio.argmax())
@@ -271,7 +294,7 @@ def worst(
 
 
 def compare(found: Sequence[Tensor], expected: Sequence[Tensor], limits: Limits) -> Fidelity:
-    """Measures logits, each [N, V], against the reference's. A NaN on either side stays NaN, and fails."""
+    """Compares logits, [N, V] each, with the reference's. A NaN on either side results in NaN, which does not pass."""
     max_abs, error, squares, agreed, divergences = 0.0, 0.0, 0.0, 0.0, list[Tensor]()
     for ours, theirs in zip(found, expected, strict=True):
         ours, theirs = ours.double(), theirs.double()
@@ -288,11 +311,13 @@ def compare(found: Sequence[Tensor], expected: Sequence[Tensor], limits: Limits)
 
 
 def _larger(a: float, b: Tensor) -> float:
-    return float(torch.maximum(torch.tensor(a, dtype=torch.float64), b))  # a NaN wins
+    return float(torch.maximum(torch.tensor(a, dtype=torch.float64), b))  # a NaN is kept
 
 
 def _prompts(program: Program) -> list[list[int]]:
-    """Texts where there is a tokenizer, and random ids of lengths around the chunk's and, if short, the context's."""
+    """Returns the prompts: random ids of lengths around the chunk's and, if it is short, the context's; and texts if
+    there is a tokenizer.
+    """
     metadata = program.metadata
     chunk, capacity = metadata.chunk, metadata.max_seq_len
     lengths = {1, chunk - 1, chunk, chunk + 1, 2 * chunk + 3} | (

@@ -1,7 +1,7 @@
-"""gptq: matrices are rounded by what a text makes of their inputs, with GPTQ (Frantar et al. 2022,
-https://arxiv.org/abs/2210.17323, algorithm 1): weights that are rounded later make up for the errors of the earlier.
+"""GPTQ calibration (Frantar et al. 2022, https://arxiv.org/abs/2210.17323, algorithm 1): matrices are rounded by means
+of their inputs on a text, and weights that are rounded later compensate for the errors of earlier ones.
 
-It is written here as torchao 0.18 has it for CUDA only, and in other formats than those of `export.weights.scheme`.
+torchao 0.18 has GPTQ only for CUDA, and not for the formats of `export.weights.scheme`.
 """
 
 import functools
@@ -26,46 +26,48 @@ from preproc.position_inputs import Positions, names
 from preproc.tokenizer import Tokenizer
 
 TOKENS = 4096
-"""Of a text that are looked at."""
+"""Number of tokens of a calibration text that are used."""
 
 WINDOW = 256
-"""Tokens that see each other: attention is worked out for all windows at once."""
+"""Number of tokens in a window, within which they attend to each other. Attention is computed for all windows
+at once.
+"""
 
 DAMPING = 0.1
-"""Share of the inputs' mean square that is added to each one's. The paper takes 0.01, which measures alike on small
-models; more is safer where a layer has more inputs than there are tokens.
+"""Damping: the share of the inputs' mean square that is added to the diagonal of the Hessian. The paper uses 0.01,
+which gives the same results on small models; a higher value is safer if a layer has more inputs than there are tokens.
 """
 
 _COLUMNS_AT_ONCE = 128
-"""Columns of which the others hear together where no group is smaller."""
+"""Number of columns that are rounded before the error is applied to the remaining ones, if groups are not smaller."""
 
 _ELEMENTS_AT_ONCE = 1 << 22
-"""Elements of a matrix that are rounded at a time: enough for long columns."""
+"""Number of elements of a matrix that are rounded at a time, enough for long columns."""
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """What `--calibrate` names."""
+    """The text given by `--calibrate`."""
 
     path: Path
     text: str = field(repr=False)
 
     @staticmethod
     def of(path: Path) -> "CalibrationText":
-        """Reads it.
+        """Reads the text of a file.
 
         Raises:
-            InputError: the file is none of text.
+            InputError: the file is not a text file.
         """
         return CalibrationText(path, read_text("--calibrate", path))
 
     @property
     def sha256(self) -> str:
-        """Of the text in UTF-8."""
+        """SHA-256 of the text in UTF-8, in hex."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def check(self, scheme: Scheme) -> None:
-        """Refuses what would have no effect.
+        """Checks that calibration has an effect.
 
         Raises:
             InputError: no matrix of the scheme can be calibrated.
@@ -77,10 +79,10 @@ class CalibrationText:
             )
 
     def windows(self, tokenizer: Tokenizer | None, bos_id: int | None, max_seq_len: int) -> list[list[int]]:
-        """Its first TOKENS tokens in parts of one length.
+        """Returns the first TOKENS tokens of the text in windows of equal length.
 
         Raises:
-            InputError: there is no tokenizer, or no token.
+            InputError: there is no tokenizer, or the text has fewer than two tokens.
         """
         if tokenizer is None:
             raise InputError(f"--calibrate {self.path} needs a tokenizer; give --tokenizer FILE, or leave it out")
@@ -93,13 +95,14 @@ class CalibrationText:
 
 @torch.no_grad()
 def calibrate(source: WeightSource, texts: Sequence[Sequence[int]], max_seq_len: int, folder: Path) -> WeightSource:
-    """Rounds the matrices block by block, each for what the blocks before it, rounded already, make of texts.
+    """Rounds the matrices block by block. The inputs of each block are computed by the blocks before it, whose matrices
+    are already rounded.
 
     Args:
-        source: of a scheme with the rounding CALIBRATED.
-        texts: tokens, of one length.
-        max_seq_len: the length that the rotary tables are made for.
-        folder: where the matrices are kept, for as long as the source returned is used.
+        source: source of the model, whose scheme has the rounding CALIBRATED.
+        texts: token ids of texts of equal length.
+        max_seq_len: length for which the rotary tables are made.
+        folder: folder for the matrices, which is needed as long as the returned source is used.
     """
     assert source.scheme.rounding == CALIBRATED, source.scheme
     found = _Stored(folder, source.scheme)
@@ -112,7 +115,7 @@ def calibrate(source: WeightSource, texts: Sequence[Sequence[int]], max_seq_len:
 
 
 def _side_by_side(config: ModelConfig, texts: Sequence[Sequence[int]], max_seq_len: int) -> dict[str, Tensor]:
-    """All inputs of `export.lowering.trace.step`, for a batch of texts of one length."""
+    """Returns all inputs of `export.lowering.trace.step` for a batch of texts of equal length."""
     positions, length = Positions.of(config, max_seq_len), len(texts[0])
     inputs = {"tokens": torch.tensor(texts), "select": torch.zeros(0)}
     for name in names(config):
@@ -122,13 +125,15 @@ def _side_by_side(config: ModelConfig, texts: Sequence[Sequence[int]], max_seq_l
 
 
 class _Stored(Mapping[str, Tensor]):
-    """Matrices in a folder, a file for each piece of the model, which are mapped when they are asked for."""
+    """Calibrated matrices in a folder, with one file for each piece of the model. They are memory-mapped at each
+    access.
+    """
 
     def __init__(self, folder: Path, scheme: Scheme) -> None:
         self._folder, self._scheme, self._files = folder, scheme, dict[str, Path]()
 
     def save(self, piece: str, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Codes and scales, by name."""
+        """Saves codes and scales of a piece's matrices, by name."""
         path = self._folder / f"{piece}.safetensors"
         parts = {f"{name}.codes": codes for name, (codes, _) in matrices.items()}
         save_file(parts | {f"{name}.scale": scale for name, (_, scale) in matrices.items()}, path)
@@ -147,7 +152,9 @@ class _Stored(Mapping[str, Tensor]):
 
 
 class _Piece(nn.Module):
-    """In the place of a part of the model: rounds its matrices for what comes, and keeps none."""
+    """Takes the place of a part of the model. It rounds the part's matrices for the inputs it receives, and does not
+    keep them in memory.
+    """
 
     def __init__(self, source: WeightSource, name: str, stored: _Stored) -> None:
         super().__init__()
@@ -156,8 +163,8 @@ class _Piece(nn.Module):
         self.last: tuple[Tensor, Tensor] | None = None
 
     def round(self, name: str, bias: Tensor | None, x: Tensor) -> nn.Module:
-        """Rounds a linear layer's matrix for its inputs [..., K], and returns the layer. Layers with the same inputs
-        come one after another, and share what is made of those.
+        """Rounds a linear layer's matrix for its inputs [..., K], and returns the layer. Consecutive layers with the
+        same inputs share their inverse root.
         """
         if self.last is None or self.last[0] is not x:
             self.last = None
@@ -168,14 +175,14 @@ class _Piece(nn.Module):
         return QuantizedLinear(from_parts(*self.found[name], form), bias)
 
     def finish(self) -> None:
-        """Stores what was found."""
+        """Saves the rounded matrices."""
         self.stored.save(self.name, self.found)
         self.found, self.last = {}, None
 
 
 class _Block(_Piece):
     def forward(self, *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
-        """As a block's; the rows for the caches, which nobody wants, are left empty."""
+        """Runs the block. The rows for the caches are not used, and are returned empty."""
         block = self.source.frame(self.name)
         for role, layer in list(block.named_modules()):
             if isinstance(layer, nn.Linear):
@@ -191,7 +198,7 @@ class _Block(_Piece):
 
 class _Head(_Piece):
     def forward(self, x: Tensor, select: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns no logits, of which nobody wants any."""
+        """Rounds the head's matrix. Logits are not used, so the input is returned instead."""
         if self.source.is_calibrated("head.output.weight"):
             norm = self.source.frame("head").get_submodule("norm")
             self.round("head.output.weight", None, norm(x))
@@ -200,7 +207,7 @@ class _Head(_Piece):
 
 
 class _Rounding(nn.Module):
-    """A layer that is made when its inputs are known."""
+    """A layer that is created when its inputs are known."""
 
     def __init__(self, make: Callable[[Tensor], nn.Module]) -> None:
         super().__init__()
@@ -211,9 +218,10 @@ class _Rounding(nn.Module):
 
 
 def inverse_root(x: Tensor) -> Tensor:
-    """The upper triangular U with U^T U = (X^T X + damping)^-1, [K, K], of inputs X, [..., K].
+    """Returns the upper triangular U with U^T U = (X^T X + damping)^-1, [K, K], for inputs X, [..., K].
 
-    With rows and columns reversed, X^T X = L L^T gives U = L^-1: one factorisation, where the paper's way takes three.
+    With rows and columns reversed, X^T X = L L^T gives U = L^-1, which takes one factorisation instead of the paper's
+    three.
     """
     x = x.reshape(-1, x.shape[-1])
     hessian = x.t() @ x
@@ -227,9 +235,9 @@ def inverse_root(x: Tensor) -> Tensor:
 
 
 def gptq(weight: Tensor, root: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a matrix [N, K], given the `inverse_root` of its inputs."""
+    """Returns codes and scales of a matrix [N, K], given the `inverse_root` of its inputs."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a column is little work: threads would wait for each other most of the time
+    torch.set_num_threads(1)  # each column is little work, so threads would mostly wait
     try:
         codes, scale = by_rows(weight, lambda rows: _rounded(rows.float(), root, form), _ELEMENTS_AT_ONCE)
     finally:
@@ -238,8 +246,8 @@ def gptq(weight: Tensor, root: Tensor, form: Format) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(rows: Tensor, root: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """Of some rows; turned, to [K, N], so that a column is in one place. Groups choose their scale when their turn has
-    come.
+    """Returns codes and scales of some rows. They are transposed to [K, N], so that a column is contiguous. The scale
+    of a group is computed when the group is reached, after the corrections for earlier errors.
     """
     left = rows.t().contiguous()
     codes, scales, most = torch.empty(left.shape, dtype=torch.int8), list[Tensor](), 1 << (form.bits or 0) - 1
@@ -255,9 +263,11 @@ def _rounded(rows: Tensor, root: Tensor, form: Format) -> tuple[Tensor, Tensor]:
 
 
 def _round_columns(columns: Tensor, root: Tensor, scale: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Codes of columns [C, N], and errors [C, N] that those behind them are to make up for. Changes the columns."""
+    """Returns codes [C, N] of columns, and the errors [C, N] for which later columns compensate. Changes `columns` in
+    place.
+    """
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
-    steps, inverse = scale.float(), (1 / scale).float()  # the inverse is rounded as the scale is: torchao's
+    steps, inverse = scale.float(), (1 / scale).float()  # inverse in the dtype of the scale, as in torchao
     for i, column in enumerate(columns):
         codes[i] = (column * inverse).round_().clamp_(-most, most - 1)
         errors[i] = (column - codes[i] * steps) / root[i, i]

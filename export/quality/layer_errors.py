@@ -1,6 +1,6 @@
-"""layer_errors: a model in float32 and as it is quantised, run together, piece by piece.
+"""Errors of each piece of a quantised model, measured by running it and the float32 model side by side.
 
-Each piece is read twice, run on what either model gives it, and forgotten, so that neither is ever in memory.
+Each piece of both models is read, run on both streams, and discarded, so that neither model is ever fully in memory.
 """
 
 import functools
@@ -18,23 +18,23 @@ from model.model import Head, Llama
 from model.rotary import Angles
 
 _LOGITS_AT_ONCE = 1 << 23
-"""Elements of logits that are made at a time."""
+"""Number of elements of logits that are computed at a time."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What quantising does to one piece of the model.
+    """Loss caused by quantisation of one piece of the model.
 
-    An error is |wrong - right|^2 / |right|^2 of a token, and the mean over all tokens: a first token that is a thousand
-    times as large as the others, as Llamas have it, does not hide them.
+    An error is |wrong - right|^2 / |right|^2 of a token, averaged over all tokens. In Llama models, the first token can
+    be a thousand times larger than the others; because of the division, it does not hide them.
 
     Attributes:
         name: tok_embeddings, layers.0, head.
-        own: error of what it adds to the stream (an embedding or the head: of its result), given what it is given in
-            float32.
-        stream: error of its result, with all pieces before it quantised as well.
-        mse: mean squared difference of its result's values, not relative, else the same.
-        linears: error of each linear layer's result, given what it is given in float32.
+        own: error of the piece's contribution to the stream, or of its result for an embedding or the head, with the
+            float32 model's input.
+        stream: error of its result if all pieces before it are quantised as well.
+        mse: mean squared difference of its result if all pieces before it are quantised as well, not relative.
+        linears: error of each linear layer's result, with the float32 model's input.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Loss:
 
     @property
     def worst(self) -> str:
-        """The piece, and the linear layer in it whose error is largest: layers.3 (feed_forward.w2)."""
+        """The piece and its linear layer with the largest error, such as layers.3 (feed_forward.w2)."""
         return f"{self.name} ({max(self.linears, key=self.linears.__getitem__)})" if self.linears else self.name
 
 
@@ -53,12 +53,12 @@ class Loss:
 def measure_layer_errors(
     source: WeightSource, inputs: Mapping[str, Tensor], take: Callable[[int, Tensor, Tensor], None]
 ) -> tuple[Loss, ...]:
-    """Runs both and returns the loss of every piece, in the model's order.
+    """Runs both models and returns the loss of every piece, in the model's order.
 
     Args:
-        source: of the quantised model.
-        inputs: of `export.lowering.trace.step` for one sequence of N tokens, but for `select`: all rows are wanted.
-        take: is given the logits a few rows at a time: the first row's number, float32's and the quantised ones.
+        source: source of the quantised model.
+        inputs: inputs of `export.lowering.trace.step` for one sequence of N tokens, except `select`; all rows are used.
+        take: receives the logits, a few rows at a time: number of the first row, float32 logits, and quantised logits.
     """
     losses = list[Loss]()
     hidden = step(_both(source, losses), {**inputs, "select": torch.zeros(0)})["hidden"]
@@ -67,8 +67,9 @@ def measure_layer_errors(
 
 
 def _both(source: WeightSource, losses: list[Loss]) -> Llama:
-    """Both models as one of batch 2: behind the embedding, the first stream is float32's and the second the quantised
-    one's. In the head's place stands what keeps the streams. Each piece that is run appends to `losses`.
+    """Returns both models as one of batch size 2: after the embedding, the first stream is that of the float32 model
+    and the second that of the quantised one. The head is replaced by a module that returns the streams. Each piece
+    appends its loss to `losses` when it is run.
     """
     made: dict[str, nn.Module] = {"head": _Streams()}
     for name in piece_names(source.config):
@@ -90,7 +91,7 @@ class _Pair(nn.Module):
 
 class _Embeddings(_Pair):
     def forward(self, ids: Tensor) -> Tensor:
-        """[1, L] -> [2, L, D]."""
+        """Maps ids [1, L] to the two streams [2, L, D]."""
         exact = self.source.unquantised().weight(f"{self.name}.weight")[ids].float()
         found = self.source.piece(self.name)(ids)
         error = _relative(found - exact, exact)
@@ -100,8 +101,8 @@ class _Embeddings(_Pair):
 
 class _Blocks(_Pair):
     def forward(self, x: Tensor, angles: Angles | None, mask: Tensor, *caches: None) -> tuple[Tensor, Tensor, Tensor]:
-        """[2, L, D] -> [2, L, D], and the quantised block's new rows. It is run on float32's stream as well, for its
-        own error.
+        """Maps the two streams [2, L, D] to the block's results [2, L, D] and the quantised block's new rows. The
+        quantised block is also run on the float32 stream, for its own error.
         """
         block = self.source.piece(self.name)
         exact, linears = self._exact(block, x[:1], angles, mask)
@@ -114,7 +115,9 @@ class _Blocks(_Pair):
     def _exact(
         self, block: nn.Module, x: Tensor, angles: Angles | None, mask: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
-        """What the block makes of x in float32, and the error of each linear layer of `block` on the way."""
+        """Returns the float32 result of the block for x, and the error of each linear layer of `block` for the same
+        inputs.
+        """
         exact, errors = self.source.unquantised().piece(self.name), dict[str, float]()
         for name, layer in exact.named_modules():
             if isinstance(layer, nn.Linear):
@@ -129,7 +132,7 @@ def _compare(
 
 
 def _heads(source: WeightSource, hidden: Tensor, take: Callable[[int, Tensor, Tensor], None]) -> Loss:
-    """Both heads on the streams, [2, N, D], a few rows at a time."""
+    """Runs both heads on the streams, [2, N, D], a few rows at a time, and returns the head's loss."""
     head, exact_head = source.piece("head"), _float32_head(source.unquantised())
     count, start, sums = max(1, _LOGITS_AT_ONCE // source.config.vocab_size), 0, torch.zeros(3, dtype=torch.float64)
     for part in torch.split(hidden, count, dim=1):
@@ -144,13 +147,13 @@ def _heads(source: WeightSource, hidden: Tensor, take: Callable[[int, Tensor, Te
 
 
 def _logits(head: nn.Module, x: Tensor) -> Tensor:
-    """[B, L, D] -> [B*L, V]."""
+    """Maps [B, L, D] to logits [B*L, V]."""
     B, L, _ = x.shape
     return head(x, torch.eye(L).repeat(B, 1, 1))[0].flatten(0, 1)
 
 
 class _InParts(nn.Module):
-    """A linear layer whose weight is as on storage, and becomes float32 a part at a time."""
+    """A linear layer whose weight keeps its dtype on storage, and is converted to float32 a part at a time."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -162,7 +165,7 @@ class _InParts(nn.Module):
 
 
 def _float32_head(source: WeightSource) -> nn.Module:
-    """The head in float32, without a second copy of its matrix, which may be the model's largest."""
+    """Returns the float32 head without a float32 copy of its matrix, which may be the largest of the model."""
     with torch.device("meta"):
         head = Head(source.config)
     state = {role: source.weight(f"head.{role}") for role in head.state_dict()}
@@ -173,7 +176,7 @@ def _float32_head(source: WeightSource) -> nn.Module:
 
 
 def _relative(error: Tensor, right: Tensor) -> float:
-    """See `Loss`; of rows, [..., D]. An error of 0 is 0 whatever is right."""
+    """Returns the mean relative error of rows [..., D], see `Loss`. An error of 0 remains 0 even if `right` is 0."""
     squares, size = error.double().square().sum(-1), right.double().square().sum(-1)
     return float(torch.where(squares == 0, 0.0, squares / size).mean())
 

@@ -1,4 +1,6 @@
-"""perplexity: what quantising costs: a text, as the model predicts it in float32, quantised, and by the file."""
+"""Cost of quantisation, measured by the predictions of a text by the float32 model, the quantised model and the
+file.
+"""
 
 import math
 from collections.abc import Sequence
@@ -19,20 +21,20 @@ from model.errors import InputError
 from preproc.tokenizer import Tokenizer
 
 TEXT = Path(__file__).with_name("eval_text.txt")
-"""Ours: short passages of several kinds, so that any few hundred tokens are a mixture."""
+"""The built-in text: short passages of several kinds, so that any few hundred tokens are a mixture."""
 
 MOST_TOKENS = 512
-"""Of a text that are looked at, for a large model."""
+"""Maximum number of tokens of a text that are used for a large model."""
 
 SPANS = 32
-"""At most, into which positions are put together."""
+"""Maximum number of position ranges in `Quality.spans`."""
 
 
 def read_text(flag: str, path: Path) -> str:
-    """The text that a flag names.
+    """Returns the text of the file that a flag names.
 
     Raises:
-        InputError: the file is none of text.
+        InputError: the file does not exist or is not a text file.
     """
     if not path.is_file():
         raise InputError(f"{flag} {path} is no file; give a text file")
@@ -44,12 +46,12 @@ def read_text(flag: str, path: Path) -> str:
 
 @dataclass(frozen=True)
 class Gate:
-    """What a quantised model is measured on, and held to.
+    """The text on which a quantised model is measured, and the limit that it must meet.
 
     Attributes:
-        text: None takes TEXT.
-        text_name: the name of the text.
-        max_ppl_increase: the largest relative increase of perplexity that passes; None takes the scheme's own.
+        text: the text; None for the built-in TEXT.
+        text_name: name of the text.
+        max_ppl_increase: largest relative increase of perplexity that passes; None for the scheme's default.
     """
 
     text: str | None = None
@@ -58,10 +60,10 @@ class Gate:
 
     @staticmethod
     def of(eval_text: Path | None, max_ppl_increase: float | None) -> "Gate":
-        """From the flags `--eval-text` and `--max-ppl-increase`.
+        """Creates a gate from the flags `--eval-text` and `--max-ppl-increase`.
 
         Raises:
-            InputError: the file is none of text, or the increase is no share.
+            InputError: the file is not a text file, or the increase is negative.
         """
         if max_ppl_increase is not None and not max_ppl_increase >= 0:
             raise InputError(f"--max-ppl-increase {max_ppl_increase} is impossible; give 0 or more, such as 2%")
@@ -70,14 +72,14 @@ class Gate:
         return Gate(read_text("--eval-text", eval_text), eval_text.name, max_ppl_increase)
 
     def read(self) -> str:
-        """The text."""
+        """Returns the text."""
         return TEXT.read_text(encoding="utf-8") if self.text is None else self.text
 
     def check(self, quantised: bool, tokenizer: Tokenizer | None) -> None:
-        """Refuses what would have no effect.
+        """Checks that the settings have an effect on a file.
 
         Raises:
-            InputError: it asks for what cannot be measured of such a file.
+            InputError: the settings cannot be applied to such a file.
         """
         if self.text is None and self.max_ppl_increase is None:
             return
@@ -92,13 +94,13 @@ class Gate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model's predictions of a text against another's, the expected ones.
+    """Comparison of one model's predictions of a text with another's, the expected ones.
 
     Attributes:
-        tokens: how many were predicted.
-        expected_perplexity, perplexity: exp of the mean negative log-likelihood of the tokens; None for random ones.
+        tokens: number of tokens predicted.
+        expected_perplexity, perplexity: exp of the mean negative log-likelihood of the tokens; None for random tokens.
         mean_kl, max_kl: KL(expected || found) of the predicted distributions, in nats.
-        top_1: share of the tokens for which the likeliest prediction is the same.
+        top_1: share of the tokens with the same most likely prediction.
     """
 
     tokens: int
@@ -109,16 +111,16 @@ class Comparison:
     top_1: float
 
     def within(self, limit: float) -> bool:
-        """Whether perplexity grows by no more than `limit`, be it measured or what the mean KL comes to; of text that
-        the expected model wrote itself, it would grow by exp(KL) - 1.
+        """Returns whether perplexity increases by at most `limit`, both as measured and as implied by the mean KL: on
+        text written by the expected model itself, it would increase by exp(KL) - 1.
 
-        On text that is unlike what a model was trained on, perplexity can fall while the model is ruined; KL cannot.
+        On text unlike the training data, the perplexity of a badly damaged model can decrease; KL cannot.
         """
         return self.increase is not None and self.increase <= limit and self.mean_kl <= math.log1p(limit)
 
     @property
     def increase(self) -> float | None:
-        """Of the perplexity, relative to the expected one."""
+        """Increase of the perplexity, relative to the expected one; None for random tokens."""
         if self.perplexity is None or self.expected_perplexity is None:
             return None
         return self.perplexity / self.expected_perplexity - 1
@@ -126,8 +128,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Span:
-    """Means over the positions start to end - 1 of all windows: KL(float32 || quantised), and by how much the negative
-    log-likelihood grows, both in nats; None for random tokens.
+    """Mean errors at the positions start to end - 1 of all windows.
+
+    Attributes:
+        kl: KL(float32 || quantised), in nats.
+        nll_increase: increase of the negative log-likelihood, in nats; None for random tokens.
     """
 
     start: int
@@ -138,18 +143,18 @@ class Span:
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured.
+    """Results of measuring a quantised model.
 
     Attributes:
-        text: the name of the text, or "random tokens".
-        windows: tokens predicted in each part of it; none sees another.
-        quantised: the eager quantised model against float32.
-        file: the .pte against the eager quantised model.
-        file_float32: the .pte against float32.
-        losses: of every piece, in the model's order.
-        spans: the error by position.
-        limit: the largest relative increase of perplexity that passes, be it measured or what the mean KL comes to.
-        finer: flags that lose less, see `export.weights.scheme.finer`.
+        text: name of the text, or "random tokens".
+        windows: number of tokens predicted in each window of the text. Windows are independent of each other.
+        quantised: the eager quantised model compared with float32.
+        file: the .pte compared with the eager quantised model.
+        file_float32: the .pte compared with float32.
+        losses: loss of every piece, in the model's order.
+        spans: errors by position.
+        limit: largest relative increase of perplexity that passes, both as measured and as implied by the mean KL.
+        finer: flags that reduce the loss, see `export.weights.scheme.finer`.
     """
 
     text: str
@@ -164,13 +169,13 @@ class Quality:
 
     @property
     def worst(self) -> tuple[Loss, ...]:
-        """Up to three pieces whose own error is largest, and within a fourth of the largest one's."""
+        """Pieces with the largest own errors: at most three, each with at least a fourth of the largest error."""
         ranked = sorted(self.losses, key=lambda loss: -math.inf if math.isnan(loss.own) else -loss.own)[:3]
         return tuple(loss for loss in ranked if not loss.own < ranked[0].own / 4)
 
     @property
     def failure(self) -> str | None:
-        """Why it does not pass, in a sentence."""
+        """Reason why the model does not pass, in a sentence; None if it passes."""
         if self.quantised.increase is None or self.quantised.within(self.limit):  # a NaN fails
             return None
         worst = ", ".join(loss.worst for loss in self.worst)
@@ -182,17 +187,18 @@ class Quality:
 
     @property
     def _allowing(self) -> str:
-        """The least whole percentage as limit that the quantised model is within."""
+        """Smallest whole percentage that would pass as the limit; "SHARE" if none would."""
         found = self.quantised
         if found.increase is None or not math.isfinite(found.increase + found.mean_kl):
-            return "SHARE"  # a NaN passes none
+            return "SHARE"  # a NaN never passes
         return f"{math.ceil(100 * max(found.increase, math.expm1(found.mean_kl)) + 1e-9)}%"
 
     @property
     def kl_limit(self) -> float:
-        """The largest mean KL that passes: of text that float32 wrote itself, perplexity would grow by exp(KL) - 1.
+        """Largest mean KL that passes. On text written by the float32 model itself, perplexity would increase by
+        exp(KL) - 1.
 
-        On text that is unlike what a model was trained on, perplexity can fall while the model is ruined; this cannot.
+        On text unlike the training data, the perplexity of a badly damaged model can decrease; KL cannot.
         """
         return math.log1p(self.limit)
 
@@ -213,19 +219,21 @@ class Quality:
 
 
 def percent(share: float) -> str:
-    """0.1 -> 10%."""
+    """Formats a share as a percentage: 0.1 -> 10%."""
     return f"{100 * share:.3g}%"
 
 
 def most_tokens(config: ModelConfig) -> int:
-    """Of a text that are looked at: of a small model more, for little, because what a token loses varies widely."""
+    """Returns the maximum number of tokens of a text that are used. It is higher for a small model, which is fast to
+    run, because the loss varies widely between tokens.
+    """
     weights = sum(rows * columns for rows, columns in matrices(config).values())
     return MOST_TOKENS if weights > 1e8 else 4 * MOST_TOKENS
 
 
 def windows(ids: Sequence[int], bos_id: int | None, capacity: int, most: int = MOST_TOKENS) -> list[list[int]]:
-    """A text in parts of up to capacity + 1 tokens, of which each but the last is given and each but the first is
-    predicted; up to `most` of all.
+    """Splits a text into windows of up to capacity + 1 tokens. All tokens of a window but the last are inputs, and all
+    but the first are predicted, at most `most` in total.
     """
     start = [] if bos_id is None else [bos_id]
     found, left, position = list[list[int]](), most, 0
@@ -237,15 +245,15 @@ def windows(ids: Sequence[int], bos_id: int | None, capacity: int, most: int = M
 
 
 def random_windows(vocab_size: int, capacity: int) -> list[list[int]]:
-    """The same of random tokens."""
+    """Returns windows of random tokens, see `windows`."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (2 * MOST_TOKENS,), generator=generator).tolist()
     return windows(ids, None, capacity)
 
 
 class Rows(NamedTuple):
-    """Two models' predictions, token by token, [N] float64 each: negative log-likelihoods, KL(expected || found), and
-    1 where the likeliest token is the same.
+    """Two models' predictions for each token, [N] float64 each: negative log-likelihoods, KL(expected || found), and 1
+    if the most likely token is the same, otherwise 0.
     """
 
     expected_nll: Tensor
@@ -255,7 +263,7 @@ class Rows(NamedTuple):
 
     @staticmethod
     def of(expected: Tensor, found: Tensor, targets: Tensor) -> "Rows":
-        """From logits [N, V] and the tokens that come, [N]."""
+        """Computes the rows from logits [N, V] of both models and the tokens that follow, [N]."""
         p, q = F.log_softmax(expected.double(), dim=-1), F.log_softmax(found.double(), dim=-1)
         chosen = targets.unsqueeze(1)
         agrees = (expected.argmax(-1) == found.argmax(-1)).double()
@@ -263,11 +271,11 @@ class Rows(NamedTuple):
 
     @staticmethod
     def concatenate(parts: Sequence["Rows"]) -> "Rows":
-        """Of one after another."""
+        """Concatenates rows in the given order."""
         return Rows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
     def comparison(self, is_text: bool) -> Comparison:
-        """All in all."""
+        """Returns the comparison over all rows."""
         expected, found = (float(nll.mean().exp()) if is_text else None for nll in (self.expected_nll, self.nll))
         kl, top_1 = self.kl, float(self.agrees.mean())
         return Comparison(len(kl), expected, found, float(kl.mean()), float(kl.max()), top_1)
@@ -281,14 +289,14 @@ def measure(
     text_name: str | None,
     limit: float,
 ) -> Quality:
-    """Measures a quantised model against itself in float32.
+    """Measures a quantised model against the same model in float32.
 
     Args:
         texts: `windows` of a text.
-        file_logits: [M, V], the .pte's behind the first M of the tokens given.
-        max_seq_len: the length that the rotary tables are made for.
-        text_name: the text's name; None for random tokens.
-        limit: the largest relative increase of perplexity that passes.
+        file_logits: [M, V], logits of the .pte after each of the first M input tokens.
+        max_seq_len: length for which the rotary tables are made.
+        text_name: name of the text; None for random tokens.
+        limit: largest relative increase of perplexity that passes.
     """
     rows: tuple[list[Rows], list[Rows], list[Rows]] = ([], [], [])
     targets = torch.tensor([token for text in texts for token in text[1:]])

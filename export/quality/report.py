@@ -1,4 +1,4 @@
-"""report: what verify found of a quantised file, saved beside it as JSON and as one page of HTML."""
+"""Report on the verification of a quantised file, saved beside it as JSON and as an HTML page."""
 
 import json
 import math
@@ -65,17 +65,17 @@ FIELDS = {
     "quality.spans[].kl": "mean KL(float32 || quantised), in nats",
     "quality.spans[].nll_increase": "growth of the negative log-likelihood, in nats; null for random tokens",
 }
-"""What the JSON holds. A number that is not finite is null."""
+"""Fields of the JSON report. A number that is not finite is null."""
 
 WIDTH, HEIGHT = 320, 120
-"""Of a plot's inside."""
+"""Width and height of a plot's drawing area, in SVG units."""
 
 
 def write_report(output: Path, content: Mapping[str, Any]) -> Path:
-    """Writes `<output's stem>.report.json` and `.report.html` beside `output`, and returns the page.
+    """Writes `<output's stem>.report.json` and `.report.html` beside `output`, and returns the path of the HTML page.
 
     Args:
-        content: as FIELDS says.
+        content: the fields described in FIELDS.
     """
     plain = _plain(content)
     paths = [output.with_name(f"{output.stem}.report.{kind}") for kind in ("json", "html")]
@@ -86,7 +86,7 @@ def write_report(output: Path, content: Mapping[str, Any]) -> Path:
 
 
 def page(content: Mapping[str, Any]) -> str:
-    """The page of HTML: one file, no script, nothing from elsewhere."""
+    """Returns the HTML page: a single file without scripts or external resources."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -110,8 +110,8 @@ def page(content: Mapping[str, Any]) -> str:
 
 
 def _plot(series: Sequence[Sequence[float | None]], ends: tuple[Any, Any]) -> dict[str, Any]:
-    """Points of each series in a box of WIDTH and HEIGHT, whose range includes 0; values that are not there are left
-    out.
+    """Returns the points of each series in a box of WIDTH and HEIGHT. The range of values includes 0; missing values
+    are left out.
     """
     values = [value for one in series for value in one if value is not None]
     low, high = min([0.0, *values]), max([0.0, *values])
@@ -127,7 +127,7 @@ def _plot(series: Sequence[Sequence[float | None]], ends: tuple[Any, Any]) -> di
 
 
 def _plain(value: Any) -> Any:
-    """JSON's types, numbers to six digits."""
+    """Converts a value to JSON types, with numbers rounded to six significant digits."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

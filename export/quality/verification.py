@@ -1,4 +1,4 @@
-"""verify(file, source): the .pte against the eager model it was made from, and what quantising costs."""
+"""Verification of a .pte against the eager model it was made from, and of the cost of quantisation."""
 
 import argparse
 from collections.abc import Sequence
@@ -22,29 +22,31 @@ from runtime.engine.program import Program
 from runtime.pte.metadata import Metadata
 
 UNCACHED_TOKENS = 64
-"""Tokens of the text that a file without caches is given, which takes the whole text anew for each."""
+"""Number of tokens of the text that are given to a file without caches, which processes the whole text again for each
+token.
+"""
 
 
 class VerificationError(Exception):
-    """The exported program does not compute what was exported, or not well enough; nothing was written."""
+    """Raised when the exported program does not compute what was exported, or not accurately enough."""
 
 
 MAX_PPL_INCREASE = {8: 0.05, 4: 0.1}
-"""See `Quality.limit`; by `Scheme.fewest_bits`. A sound model of 135 million parameters loses 2 to 3% by 8 bits, as its
-activations are rounded by token; one that is ruined loses tens of percents.
+"""Default of `Quality.limit`, by `Scheme.fewest_bits`. A sound model of 135 million parameters loses 2 to 3% with 8
+bits, because its activations are quantised per token; a badly damaged model loses tens of percent.
 """
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of a file.
+    """Results of verifying a file.
 
     Attributes:
-        metadata: what the file carries.
-        fidelity: whether it computes what was exported.
-        quality: what quantising cost; None for float32.
-        altered: the parameters whose bytes in the file are not those that the scheme makes of the checkpoint's, and the
-            epsilon if it is another.
+        metadata: metadata of the file.
+        fidelity: differences between the file and the eager model.
+        quality: cost of quantisation; None for float32.
+        altered: parameters whose bytes in the file differ from those that the scheme gives for the checkpoint, and
+            `EPSILON` of `export.quality.weight_bytes` if the epsilon of the norms differs.
     """
 
     metadata: Metadata
@@ -54,7 +56,7 @@ class Verdict:
 
     @property
     def failure(self) -> str | None:
-        """Why the file does not pass, in a sentence; None if it does."""
+        """Reason why the file does not pass, in a sentence; None if it passes."""
         if self.altered:
             more = f" and {len(self.altered) - 1} more" if len(self.altered) > 1 else ""
             return f"the file holds other numbers than the checkpoint: {self.altered[0]}{more}"
@@ -67,7 +69,7 @@ class Verdict:
 
     @property
     def outcome(self) -> "Outcome":
-        """What is told and kept of it."""
+        """The verdict in plain values."""
         return Outcome(str(self), self.failure, self._report() if self.quality else None)
 
     def _report(self) -> dict[str, Any]:
@@ -92,9 +94,10 @@ class Outcome:
     """A verdict in plain values.
 
     Attributes:
-        summary: the numbers, in words.
+        summary: measured values, in words.
         failure: see `Verdict.failure`.
-        report: what `export.quality.report` writes of a quantised file, but for the file's name and size.
+        report: content of the report on a quantised file, see `export.quality.report`, without the file's name and
+            size; None for a float32 file.
     """
 
     summary: str
@@ -102,18 +105,20 @@ class Outcome:
     report: dict[str, Any] | None
 
     def save(self, output: Path, size: int) -> Path:
-        """Writes the report of a quantised file beside `output`, which has `size` bytes, and returns the page."""
+        """Writes the report of a quantised file beside `output`, which has `size` bytes, and returns the path of the
+        HTML page.
+        """
         assert self.report, "a float32 file has no report"
         return write_report(output, self.report | {"file": {"name": output.name, "bytes": size}})
 
 
 def verify_once(paths: Sequence[Path], source: WeightSource, gate: Gate, cache: ExportCache) -> Outcome:
-    """Verifies an export, unless files of the same bytes have passed before, on a processor of this kind.
+    """Verifies an export, unless files with the same bytes have passed before on a processor of the same kind.
 
-    Files have the digests of checkpoint and tokenizer in them, and the options. What failed is verified again.
+    The files contain the options and the digests of checkpoint and tokenizer. A failed verification is not cached.
 
     Raises:
-        InputError: as `verify` does.
+        InputError: as in `verify`.
     """
     key = {
         "verified": [_digest(path) for path in paths],
@@ -139,17 +144,17 @@ def _digest(path: Path) -> str:
 
 
 def verify(file: Path | Sequence[Path], source: WeightSource, gate: Gate | None = None) -> Verdict:
-    """Compares the rows after each prompt and each decoded token, and of a quantised file those of a text.
+    """Compares the logits after each prompt and each decoded token; for a quantised file, also those of a text.
 
-    The file is run first and closed before the models, whose pieces are read one after another, take memory.
+    The file is run and closed before the models are run, whose pieces are read one after another, to save memory.
 
     Args:
-        file: the .pte, the folder of its shards, or these.
-        source: what the file was made from.
-        gate: what a quantised model is held to; None for the built-in text and the scheme's limit.
+        file: the .pte, the folder of its shards or slices, or these files.
+        source: source of the model from which the file was made.
+        gate: text and limit for a quantised model; None for the built-in text and the scheme's limit.
 
     Raises:
-        InputError: file and model do not have the same dimensions, or the gate asks for what cannot be measured.
+        InputError: the file and the model have different dimensions, or the gate cannot be applied to the file.
     """
     program, gate = Program(file), gate or Gate()
     metadata = program.metadata
@@ -177,7 +182,7 @@ def check_same(metadata: Metadata, source: WeightSource) -> None:
 
 
 def _parts(program: Program, gate: Gate) -> list[list[int]]:
-    """What the models are to predict, see `windows`; random tokens where there is no tokenizer."""
+    """Returns the windows that the models are to predict, see `windows`; random tokens if there is no tokenizer."""
     metadata = program.metadata
     if program.tokenizer is None:
         return random_windows(metadata.config.vocab_size, metadata.max_seq_len)
@@ -186,7 +191,7 @@ def _parts(program: Program, gate: Gate) -> list[list[int]]:
 
 
 def _followed(program: Program, texts: Sequence[Sequence[int]]) -> Tensor:
-    """The file's logits behind each token that it is given of the texts, one by one, [N, V]."""
+    """Runs the file on the input tokens of the texts, one at a time, and returns its logits after each, [N, V]."""
     given = [(token, not index) for text in texts for index, token in enumerate(text[:-1])]
     if not program.metadata.use_kv_cache:
         given = given[:UNCACHED_TOKENS]
@@ -199,7 +204,7 @@ def _followed(program: Program, texts: Sequence[Sequence[int]]) -> Tensor:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `Gate.of`."""
+    """Adds the flags for `Gate.of`."""
     parser.add_argument(
         "--eval-text",
         type=Path,

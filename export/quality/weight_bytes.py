@@ -1,7 +1,8 @@
-"""weight_bytes: the bytes that a file holds of each parameter, against those that the scheme makes of the checkpoint's.
+"""Comparison of the bytes of each parameter in a file with those that the scheme gives for the checkpoint.
 
-Where activations are rounded to 8 bits, a right file's logits differ from the reference's by as much as a small fault
-in a late block makes, or another epsilon in every norm; its weights and constants do not differ by a bit.
+If activations are quantised to 8 bits, the logits of a correct file differ from the reference's as much as those of a
+file with a small error in a late block, or with another epsilon in every norm. Weights and constants of a correct file
+are equal bit for bit.
 """
 
 import mmap
@@ -29,20 +30,22 @@ from runtime.pte.metadata import Metadata, export_identity
 from runtime.pte.parts import session_methods
 
 EPSILON = "norm_eps"
-"""What `altered` yields where a norm's epsilon is another."""
+"""The name that `altered` yields if the epsilon of the norms differs."""
 
 _HEADER = 8
-"""Where a program's extended header starts, which has the size of the program at 8 and the place of its first segment
-at 16 (executorch/schema/extended_header.h).
+"""Offset of the extended header of a program. The header has the program's size at 8 and the offset of the first
+segment at 16 (executorch/schema/extended_header.h).
 """
 
 
 def altered(path: Path | Sequence[Path], source: WeightSource) -> Iterator[str]:
-    """The parameters whose bytes differ, of those that a backend holds by names of ours, see
-    `export.lowering.assemble`: where blocks were lowered one by one, all matrices but the embedding. Then EPSILON too.
+    """Yields the parameters whose bytes differ, and then EPSILON if the norms' epsilon differs.
+
+    Only parameters that a backend stores under this project's names are compared, see `export.lowering.assemble`. If
+    blocks were lowered one by one, these are all matrices except the embedding.
 
     Args:
-        path: the .pte, the folder of its shards or slices, or these.
+        path: the .pte, the folder of its shards or slices, or these files.
     """
     for each in files(path) if isinstance(path, Path) else path:
         metadata = Shard(each).metadata
@@ -55,8 +58,13 @@ def altered(path: Path | Sequence[Path], source: WeightSource) -> Iterator[str]:
 
 
 def _has_epsilon(program: mmap.mmap, metadata: Metadata, config: ModelConfig) -> bool:
+<<<<<<< HEAD
     """Whether the program has the epsilon of each norm of its blocks among its constants, for each way to run; it has
     more where two parts of a block share a norm.
+=======
+    """Returns whether the program's constants include the epsilon of each norm of its blocks, once for each
+    method that a session runs.
+>>>>>>> prose1
     """
     with torch.device("meta"):
         norms = sum(isinstance(module, Norm) for module in Llama(config, metadata.span).modules())
@@ -66,7 +74,7 @@ def _has_epsilon(program: mmap.mmap, metadata: Metadata, config: ModelConfig) ->
 
 
 def _scalars(program: mmap.mmap) -> list[float]:
-    """The float32 constants of one number each, outside the backends' own code."""
+    """Returns the float32 constants of a single number, outside the backends' code."""
     size, base = struct.unpack_from("<QQ", program, _HEADER + 8)
     tables = _flatbuffer_to_program(program[:size])
     offsets = tables.constant_segment.offsets
@@ -95,7 +103,9 @@ def _altered(program: mmap.mmap, source: WeightSource, identity: str, is_whole: 
 
 
 def _values(source: WeightSource, name: str, is_whole: bool) -> list[Tensor]:
-    """The parts of a parameter, as a file holds them; of a head that is the embedding's matrix, that one's."""
+    """Returns the parts of a parameter, as stored in a file. A head that shares the embedding's matrix has the parts of
+    the embedding.
+    """
     weight = source.weight(name)
     stored = weight.float() if weight.dim() == 1 else source.stored(name)
     found = [value for _, value in parts(stored)]
@@ -106,7 +116,7 @@ def _values(source: WeightSource, name: str, is_whole: bool) -> list[Tensor]:
 
 
 def weight_places(program: mmap.mmap) -> dict[str, tuple[int, int]]:
-    """Where a program has its named data, and of what size, by the digest that the name ends with."""
+    """Returns the offset and size of a program's named data, by the digest that ends each name."""
     root = Table(program, *struct.unpack_from("<I", program))
     (base,) = struct.unpack_from("<Q", program, _HEADER + 16)
 

@@ -1,1 +1,1 @@
-"""How weights are stored, and what makes them so."""
+"""Storage formats of weights, and the conversion of weights to them."""

@@ -1,4 +1,4 @@
-"""quantize: weights become low-bit integers with a scale per group, by torchao; activations when a layer is run."""
+"""Quantisation of weights to low-bit integers with scales, by torchao, and of activations when a layer is run."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -14,11 +14,11 @@ from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_s
 from export.weights.scheme import Format
 
 _ELEMENTS_AT_ONCE = 1 << 18
-"""Elements of a matrix that are quantised at a time: few enough to stay in the processor's caches."""
+"""Number of elements of a matrix that are quantised at a time, few enough to stay in the processor's caches."""
 
 
 def stored(weight: Tensor, form: Format, rounding: str) -> Tensor:
-    """A matrix [rows, columns] in a format: float32, or torchao's integers and scales."""
+    """Returns a matrix [rows, columns] in a format: float32, or torchao's integers and scales."""
     if form.bits is None:
         return weight.float()
     codes, scale = by_rows(weight, lambda rows: ROUNDINGS[rounding](rows.float(), form))
@@ -26,7 +26,7 @@ def stored(weight: Tensor, form: Format, rounding: str) -> Tensor:
 
 
 def random(shape: Sequence[int], form: Format) -> Tensor:
-    """Random values in the form that `stored` gives."""
+    """Returns a random matrix in the same form as `stored`."""
     if form.bits is None:
         return torch.randn(*shape)
     half = 1 << (form.bits - 1)
@@ -35,7 +35,7 @@ def random(shape: Sequence[int], form: Format) -> Tensor:
 
 
 def from_parts(codes: Tensor, scale: Tensor, form: Format) -> IntxUnpackedToInt8Tensor:
-    """torchao's tensor of int8 codes [rows, columns] and a scale for each group, [rows, groups]."""
+    """Returns torchao's tensor of int8 codes [rows, columns] and scales [rows, groups]."""
     scale = scale.to(_scale_dtype(form))
     zero, block = torch.zeros(scale.shape, dtype=torch.int8), (1, form.group_size or codes.shape[1])
     dtype = getattr(torch, f"int{form.bits}")
@@ -47,7 +47,9 @@ def _scale_dtype(form: Format) -> torch.dtype:
 
 
 def nearest(weight: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """Codes and scales of float32 rows: the scale takes in the largest weight of a group, and the nearest code wins."""
+    """Returns codes and scales of float32 rows. The scale of a group covers its largest weight, and each weight is
+    rounded to the nearest code.
+    """
     block, most = (1, form.group_size or weight.shape[1]), 1 << (form.bits or 0) - 1
     scale, _ = choose_qparams_affine(
         weight, MappingType.SYMMETRIC, block, torch.int8, -most, most - 1, zero_point_dtype=torch.int8, keepdim=True
@@ -56,18 +58,22 @@ def nearest(weight: Tensor, form: Format) -> tuple[Tensor, Tensor]:
 
 
 def hqq(weight: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """The scale with the least squared error of a group (half-quadratic quantisation, mobiusml.github.io/hqq_blog)."""
+    """Returns codes and scales with the least squared error of each group (half-quadratic quantisation,
+    mobiusml.github.io/hqq_blog).
+    """
     block, most = [1, form.group_size or weight.shape[1]], 1 << (form.bits or 0) - 1
     _, scale = _choose_qparams_and_quantize_scale_only_hqq(weight, block, -most, most - 1)
     return codes_for(weight, scale, form)
 
 
 ROUNDINGS: dict[str, Callable[[Tensor, Format], tuple[Tensor, Tensor]]] = {"nearest": nearest, "hqq": hqq}
-"""What `--rounding` takes."""
+"""The rounding methods available to `--rounding`."""
 
 
 def codes_for(weight: Tensor, scale: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """The nearest codes where the scales, [rows, groups], are as they are stored."""
+    """Returns the nearest codes for given scales [rows, groups], and the scales in the dtype in which they are
+    stored.
+    """
     scale = scale.to(_scale_dtype(form))
     found = IntxUnpackedToInt8Tensor.from_hp(
         weight,
@@ -82,13 +88,13 @@ def codes_for(weight: Tensor, scale: Tensor, form: Format) -> tuple[Tensor, Tens
 
 
 class QuantizedEmbedding(nn.Module):
-    """An embedding of low-bit rows with a scale each, or one for every group: row = codes * scales."""
+    """An embedding of low-bit rows, with one scale per row or per group: row = codes * scales."""
 
     codes: Tensor
     scales: Tensor
 
     def __init__(self, weight: IntxUnpackedToInt8Tensor) -> None:
-        """Takes what `Scheme.stored` makes of the matrix, [V, D]."""
+        """Takes the quantised matrix, as returned by `stored`, [V, D]."""
         super().__init__()
         self.four = str(weight.target_dtype) == "torch.int4"
         codes, scales = weight.qdata, weight.scale.float()
@@ -96,7 +102,7 @@ class QuantizedEmbedding(nn.Module):
         self.register_buffer("scales", scales if self.four else scales.squeeze(1))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, L] int64 -> [B, L, D]."""
+        """Maps tokens [B, L], int64, to rows [B, L, D]."""
         if torch.compiler.is_exporting():
             lookup, half = torch.ops.quantized_decomposed, 8 if self.four else 128
             operator = lookup.embedding_4bit if self.four else lookup.embedding_byte
@@ -110,7 +116,9 @@ class QuantizedEmbedding(nn.Module):
 
 
 def _pairs(codes: Tensor) -> Tensor:
-    """4-bit integers, two to a byte as embedding_4bit has them: the first in the upper half, offset by 8."""
+    """Packs 4-bit integers into bytes for embedding_4bit with an offset of 8, the first of each two in the
+    upper half.
+    """
     (packed,) = by_rows(codes, lambda rows: [_pack_nibbles(rows)])
     return packed
 
@@ -121,20 +129,24 @@ def _pack_nibbles(rows: Tensor) -> Tensor:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer of low-bit weights, whose inputs are quantised to 8 bits, per token, as they come."""
+    """A linear layer with low-bit weights, whose inputs are quantised to 8 bits per token at run time."""
 
     weight: IntxUnpackedToInt8Tensor
 
     def __init__(self, weight: IntxUnpackedToInt8Tensor, bias: Tensor | None, width: int | None = None) -> None:
-        """Takes a matrix as it is stored, and how many inputs in a row are quantised by themselves; None for all."""
+        """Takes a quantised matrix, and the number of consecutive inputs that share quantisation parameters; None for
+        all inputs.
+        """
         super().__init__()
         self.width = width or weight.shape[1]
         self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]. Exported, it is torchao's pattern, which backends know; run, it is XNNPACK's
-        arithmetic to float rounding, a part of the rows at a time.
+        """Maps [..., in] to [..., out].
+
+        In an export, the layer is torchao's pattern, which backends recognise. In eager mode, it does XNNPACK's
+        arithmetic up to float rounding, on a part of the rows at a time.
         """
         if torch.compiler.is_exporting():
             return F.linear(x, self.weight, self.bias)
@@ -147,13 +159,15 @@ class QuantizedLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
     def _rounded(self, x: Tensor) -> Tensor:
-        """The inputs as they are quantised. The last part may be short: zeros behind it leave its extremes."""
+        """Quantises and dequantises the inputs. A shorter last part is padded with zeros, which do not change its
+        range.
+        """
         parts = F.pad(x, (0, -x.shape[-1] % self.width)).reshape(*x.shape[:-1], -1, self.width)
         return as_8_bits(parts).flatten(-2)[..., : x.shape[-1]]
 
 
 def as_8_bits(x: Tensor) -> Tensor:
-    """Rounds every token of x, [..., D], to 256 steps between its extremes, 0 being one of them (google/XNNPACK,
+    """Rounds every token of x, [..., D], to 256 steps between its extremes, one of which is 0 (google/XNNPACK,
     src/xnnpack/quantization.h, xnn_f32_qd8_asymmetric_quantization_params).
     """
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
@@ -165,11 +179,12 @@ def as_8_bits(x: Tensor) -> Tensor:
 
 
 def quantize(module: nn.Module, stored: Callable[[str], Tensor], widths: Mapping[str, int] | None = None) -> nn.Module:
-    """Gives every linear layer below `module` its weight as it is stored, by its name there, in place.
+    """Replaces the weight of every linear layer below `module` by its stored form, in place.
 
     Args:
-        widths: how many inputs of a layer are quantised by themselves, see `model.tensor_parallel.columns`; all of the
-            others'.
+        stored: returns the stored form of a weight, by its name in `module`.
+        widths: maps the name of a layer to the number of its inputs that share quantisation parameters, see
+            `model.tensor_parallel.columns`. Layers not listed use all inputs.
     """
     for name, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear):
@@ -183,10 +198,11 @@ def quantize(module: nn.Module, stored: Callable[[str], Tensor], widths: Mapping
 
 
 def by_rows(matrix: Tensor, make: Callable[[Tensor], Sequence[Tensor]], at_once: int | None = None) -> list[Tensor]:
-    """What `make` makes of a matrix, given a part of its rows at a time: tensors that have a row for each row.
+    """Applies `make` to a matrix, a part of its rows at a time, and joins the resulting tensors along the rows.
 
     Args:
-        at_once: elements of a part; None for few.
+        make: returns tensors with one row for each row of its argument.
+        at_once: number of elements of a part; None for a small default.
     """
     whole, start = list[Tensor](), 0
     for rows in torch.split(matrix, max(1, at_once // matrix.shape[1])) if at_once else row_chunks(matrix):
@@ -199,8 +215,8 @@ def by_rows(matrix: Tensor, make: Callable[[Tensor], Sequence[Tensor]], at_once:
 
 
 def row_chunks(matrix: Tensor, like: Tensor | None = None) -> Iterator[Tensor]:
-    """A matrix in parts of whole rows, each small beside a large model's matrices; in as many rows as those of `like`
-    are parted.
+    """Yields a matrix in parts of whole rows, each small compared with a large model's matrices. With `like`, the parts
+    have the same numbers of rows as those of `like`.
     """
     columns = (matrix if like is None else like).shape[1]
     yield from torch.split(matrix, max(1, _ELEMENTS_AT_ONCE // columns))

@@ -1,4 +1,4 @@
-"""scheme: how a model's matrices are stored, from what a user asks for to each matrix's format."""
+"""Storage formats: the scheme for a whole model, and the format of each matrix that follows from it."""
 
 import re
 from collections.abc import Mapping
@@ -15,22 +15,24 @@ from model.model import Llama
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is stored.
+    """The storage format of a matrix.
 
     Attributes:
-        bits: of a weight: 8 or 4; None for float32.
-        group_size: consecutive weights of a row that share a scale; None for one scale a row.
+        bits: bits per weight: 8 or 4; None for float32.
+        group_size: number of consecutive weights in a row that share a scale; None for one scale per row.
     """
 
     bits: int | None = None
     group_size: int | None = None
 
     def fits(self, columns: int) -> bool:
-        """Whether a row is whole groups."""
+        """Returns whether a row consists of whole groups."""
         return columns % (self.group_size or 1) == 0
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """Of a matrix: weights, and scales in bfloat16 for groups, the format in which XNNPACK holds them."""
+        """Returns the size of a matrix in bytes: weights and scales. Scales of groups are in bfloat16, as in
+        XNNPACK.
+        """
         if self.bits is None:
             return rows * columns * 4
         scales = rows * 4 if self.group_size is None else rows * columns // self.group_size * 2
@@ -45,20 +47,20 @@ class Format:
 FLOAT = Format()
 BYTE = Format(8)
 CALIBRATED = "gptq"
-"""The rounding of a scheme for which `export.quality.gptq` rounds the matrices."""
+"""Rounding of a scheme whose matrices are calibrated by `export.quality.gptq`."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a model's matrices are stored. Inputs of quantised linear layers are rounded to 8 bits, per token, as they
-    come.
+    """The storage formats of a model's matrices. Inputs of quantised linear layers are quantised to 8 bits per token at
+    run time.
 
     Attributes:
-        linear: of the blocks' linear layers; a matrix whose rows are not whole groups has 8 bits.
-        head, embedding: of these two.
-        careful: blocks whose linear layers have 8 bits nevertheless.
-        rounding: how weights are rounded, as export.weights.quantize.ROUNDINGS has it, or CALIBRATED.
-        kv_dtype: of the KV caches, see `model.kv_row_format`.
+        linear: format of the blocks' linear layers. A matrix whose rows are not whole groups has 8 bits instead.
+        head, embedding: formats of these two matrices.
+        careful: blocks whose linear layers have 8 bits instead.
+        rounding: rounding method of weights, one of export.weights.quantize.ROUNDINGS, or CALIBRATED.
+        kv_dtype: dtype of the KV caches, see `model.kv_row_format`.
     """
 
     linear: Format = FLOAT
@@ -70,30 +72,32 @@ class Scheme:
 
     @staticmethod
     def parse(found: Mapping[str, Any]) -> "Scheme":
-        """The scheme that a file's provenance holds."""
+        """Returns the scheme stored in a file's provenance."""
         formats = {name: Format(**found[name]) for name in ("linear", "head", "embedding")}
         return Scheme(
             **formats, careful=tuple(found["careful"]), rounding=found["rounding"], kv_dtype=found["kv_dtype"]
         )
 
     def to_json(self) -> dict[str, Any]:
-        """For `parse`, as JSON's types."""
+        """Returns the scheme as JSON types, for `parse`."""
         return asdict(self) | {"careful": list(self.careful)}
 
     @property
     def fewest_bits(self) -> int | None:
-        """Of any weight or cached number; None where all have 16 or more."""
+        """The lowest number of bits of any weight or cached number; None if all have 16 or more."""
         cached = 8 if self.kv_dtype == "int8" else None
         bits = (self.linear.bits, self.head.bits, self.embedding.bits, cached)
         return min(filter(None, bits), default=None)
 
     @property
     def plain_rounding(self) -> str:
-        """Of matrices that are not calibrated."""
+        """Rounding method of matrices that are not calibrated."""
         return "hqq" if self.rounding == CALIBRATED else self.rounding
 
     def format(self, name: str, columns: int) -> Format:
-        """Of a matrix by its name in the model, such as layers.3.attention.wq.weight, with rows of `columns`."""
+        """Returns the format of a matrix with rows of `columns`, by its name in the model, such as
+        layers.3.attention.wq.weight.
+        """
         wanted = {"tok_embeddings.weight": self.embedding, "head.output.weight": self.head}.get(name, self.linear)
         if wanted.bits is None:
             return wanted
@@ -109,15 +113,17 @@ SCHEMES = {
     "mixed": Scheme(linear=_FOUR, head=BYTE, embedding=BYTE),
     "8da8w": Scheme(linear=BYTE, head=BYTE, embedding=BYTE),
 }
-"""What `--quantize` takes: 8-bit dynamic activations (8da) with weights of 4 or 8 bits; mixed: of 4, but for the blocks
-that lose most, see `export.planning.scheme_search`.
+"""The schemes available to `--quantize`: 8-bit dynamic activations (8da) with weights of 4 or 8 bits (4w, 8w). `mixed`
+has 4-bit weights except in the blocks with the greatest loss, see `export.planning.scheme_search`.
 """
 
 GROUP_SIZES = (32, 64, 128)
 
 
 def finer(scheme: Scheme) -> list[str]:
-    """Flags that lose less, each by itself and from the smallest file up; what they cost is not measured."""
+    """Returns flags that each reduce the loss of quantisation, in order of increasing file size. Their effect is not
+    measured.
+    """
     formats, found = (scheme.linear, scheme.head, scheme.embedding), list[str]()
     if any((form.group_size or 0) > GROUP_SIZES[0] for form in formats):
         found.append(f"--group-size {GROUP_SIZES[0]}")
@@ -139,10 +145,10 @@ def finer(scheme: Scheme) -> list[str]:
 def adjusted(
     scheme: Scheme, group_size: int | None, embedding_bits: int | None, head_bits: int | None, rounding: str
 ) -> Scheme:
-    """A scheme with what differs from it; None leaves as it is.
+    """Returns a scheme with some settings replaced. None keeps the scheme's own setting.
 
     Raises:
-        InputError: there is no such scheme.
+        InputError: the combination is not possible.
     """
     four = Format(4, group_size or scheme.linear.group_size or GROUP_SIZES[0])
     formats = {4: four, 8: BYTE}
@@ -163,33 +169,35 @@ def adjusted(
 
 
 def matrix_sizes(config: ModelConfig, scheme: Scheme, span: range | None = None) -> dict[str, int]:
-    """Bytes of each of `matrices`, as the scheme has it."""
+    """Returns the size in bytes of each of `matrices` in the scheme's format."""
     return {name: scheme.format(name, shape[1]).nbytes(*shape) for name, shape in matrices(config, span).items()}
 
 
 def embedding_size(config: ModelConfig, scheme: Scheme) -> int:
-    """Bytes of the embedding, of which a step only looks rows up."""
+    """Returns the size of the embedding in bytes. A step reads only some rows of it."""
     return scheme.format("tok_embeddings.weight", config.dim).nbytes(config.vocab_size, config.dim)
 
 
 def is_shared(config: ModelConfig, scheme: Scheme) -> bool:
-    """Whether embedding and head are one matrix in one format, so that it need be stored only once."""
+    """Returns whether embedding and head are one matrix in one format, and are therefore stored only once."""
     roles = ("tok_embeddings.weight", "head.output.weight")
     return config.tied and len({scheme.format(role, config.dim) for role in roles}) == 1
 
 
 def swaps_pairs(config: ModelConfig, span: range, scheme: Scheme) -> bool:
-    """Whether the head takes its input in swapped pairs, because its 4-bit weights are stored in the embedding's order;
-    which they are not where the embedding is in another shard. What swaps them is not for a number of rows that is not
-    fixed.
+    """Returns whether the head takes its input in swapped pairs, because its 4-bit weights are stored in the
+    embedding's order.
+
+    This requires the embedding to be in the same shard. Such a model returns one row of logits at a time, because the
+    swap does not support a variable number of rows.
     """
     is_here = span == range(config.n_layers) and is_shared(config, scheme)
     return is_here and scheme.format("head.output.weight", config.dim).bits == 4
 
 
 def format_exceptions(config: ModelConfig, scheme: Scheme) -> dict[str, Format]:
-    """Matrices of another format than the scheme asks for, as their rows are not whole groups or as they matter more:
-    name -> format.
+    """Returns the matrices whose format differs from the scheme's, because their rows are not whole groups or because
+    they need more precision.
     """
     found = {}
     for name, (_, columns) in matrices(config).items():
@@ -200,7 +208,9 @@ def format_exceptions(config: ModelConfig, scheme: Scheme) -> dict[str, Format]:
 
 
 def matrices(config: ModelConfig, span: range | None = None) -> dict[str, tuple[int, int]]:
-    """Names and shapes [out, in] of what a step multiplies by, or the blocks `span` and what belongs to them."""
+    """Returns names and shapes [out, in] of the matrices that a step multiplies by, in the whole model or in the shard
+    of the blocks `span`.
+    """
     with torch.device("meta"):
         layers = dict(Llama(config, span).named_modules()).items()
     found = {f"{name}.weight": layer.weight.shape for name, layer in layers if isinstance(layer, nn.Linear)}

@@ -1,4 +1,4 @@
-"""WeightSource: the weights that make a model, piece by piece, so that it never has to be in memory as a whole."""
+"""WeightSource, which provides the weights of a model piece by piece, so that the whole model is never in memory."""
 
 from collections.abc import Callable, Mapping
 
@@ -15,12 +15,12 @@ from model.tensor_parallel import columns
 
 
 class WeightSource:
-    """Dimensions, weights on storage, and how they are to be stored in the file.
+    """A model's dimensions, its weights on storage, and their formats in the exported file.
 
     Attributes:
-        config: the model's dimensions.
-        scheme: how weights are stored and multiplied.
-        slices: into so many the model is dealt out, each of which rounds its activations by itself.
+        config: dimensions and features of the model.
+        scheme: storage formats of the weights.
+        slices: number of slices into which the model is divided. Each slice quantises its activations separately.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class WeightSource:
         calibrated: Mapping[str, Tensor] | None = None,
         slices: int = 1,
     ) -> None:
-        """Takes the model's parameters, and matrices that `export.quality.gptq` has rounded, by their names."""
+        """Takes the model's parameters, and the matrices that `export.quality.gptq` has calibrated, by name."""
         self.config = config
         self.scheme = scheme
         self.slices = slices
@@ -39,19 +39,21 @@ class WeightSource:
         self._calibrated = calibrated or {}
 
     def weight(self, name: str) -> Tensor:
-        """A parameter of the model, read from storage, in the checkpoint's dtype."""
+        """Returns a parameter of the model, read from storage, in the checkpoint's dtype."""
         tied = self.config.tied and name == "head.output.weight"
         return self._weights["tok_embeddings.weight" if tied else name]
 
     def stored(self, name: str) -> Tensor:
-        """A matrix as the scheme has it: float32, or torchao's integers and scales."""
+        """Returns a matrix in the scheme's format: float32, or torchao's integers and scales."""
         if self.is_calibrated(name):
             return self._calibrated[name]
         weight = self.weight(name)
         return stored(weight, self.scheme.format(name, weight.shape[1]), self.scheme.plain_rounding)
 
     def is_calibrated(self, name: str) -> bool:
-        """Whether `export.quality.gptq` rounds a matrix: not the embedding, nor a head stored with it as one."""
+        """Returns whether `export.quality.gptq` calibrates a matrix. The embedding is not calibrated, nor is a head
+        that shares its matrix.
+        """
         if name == "head.output.weight":
             form, is_alone = self.scheme.head, not is_shared(self.config, self.scheme)
         else:
@@ -59,19 +61,19 @@ class WeightSource:
         return self.scheme.rounding == CALIBRATED and form.bits is not None and is_alone
 
     def with_scheme(self, scheme: Scheme) -> "WeightSource":
-        """The same model, stored in another way."""
+        """Returns a source of the same model with another scheme."""
         return WeightSource(self.config, self._weights, scheme, slices=self.slices)
 
     def with_calibrated(self, matrices: Mapping[str, Tensor]) -> "WeightSource":
-        """The same with these, by name, for the matrices that are calibrated."""
+        """Returns the same source with calibrated matrices, by name."""
         return WeightSource(self.config, self._weights, self.scheme, matrices, self.slices)
 
     def unquantised(self) -> "WeightSource":
-        """The same model in float32."""
+        """Returns a source of the same model in float32."""
         return self.with_scheme(Scheme())
 
     def piece(self, name: str) -> nn.Module:
-        """A part of the model with its weights, as the scheme has them: tok_embeddings, layers.0, head."""
+        """Returns a part of the model (tok_embeddings, layers.0, head) with its weights in the scheme's formats."""
         if name == "tok_embeddings":
             return _embedding(self.stored("tok_embeddings.weight"))
         widths = columns(self.config, self.slices)
@@ -79,7 +81,7 @@ class WeightSource:
         return made.eval().requires_grad_(False)
 
     def frame(self, name: str) -> nn.Module:
-        """A part of the model with its weights in float32, but for the linear layers' matrices, which it lacks."""
+        """Returns a part of the model with its weights in float32, but without the matrices of its linear layers."""
         with torch.device("meta"):
             piece = Llama(self.config).get_submodule(name)
         matrices = {f"{role}.weight" for role, layer in piece.named_modules() if isinstance(layer, nn.Linear)}
@@ -90,7 +92,7 @@ class WeightSource:
         return piece.eval().requires_grad_(False)
 
     def model(self, made: Mapping[str, nn.Module], span: range | None = None) -> Llama:
-        """The model, or a shard of it, of `piece_names` that are made already, and may be lowered."""
+        """Builds the model, or a shard of it, from modules for its `piece_names`, which may be lowered."""
         with torch.device("meta"):
             model = Llama(self.config, span)
         for name in made:
@@ -98,7 +100,7 @@ class WeightSource:
         return model.eval()
 
     def fused(self, made: Mapping[str, nn.Module], span: range | None = None) -> FusedLlama:
-        """The same with attention as an operator, of such pieces, or of embeddings and segments."""
+        """Builds the model with fused attention, from modules for `piece_names`, or for embeddings and segments."""
         segments = {name for name in made if name.startswith("segments.")}
         model = FusedLlama(self.model({name: made[name] for name in made.keys() - segments}, span))
         for name in segments:
@@ -106,21 +108,21 @@ class WeightSource:
         return model.eval()
 
     def streamed(self) -> Llama:
-        """The whole model, each piece of which is read when it is run, and then forgotten."""
+        """Returns the whole model, in which each piece is read when it is run and discarded afterwards."""
         names = piece_names(self.config)
         made = {name: _OnDemand(lambda name=name: self.piece(name)) for name in names}  # type: ignore[misc]
         return self.model(made)
 
 
 def embedding_names(config: ModelConfig, span: range | None = None) -> list[str]:
-    """Of those parts of a model, or of a shard of it, that no backend takes."""
+    """Returns the names of the embeddings in a model or shard, which no backend takes."""
     if span is not None and span.start > 0:
         return []
     return ["tok_embeddings"] + ["pos_embeddings"] * (config.positions == "learned")
 
 
 def piece_names(config: ModelConfig, span: range | None = None) -> list[str]:
-    """Of all parts of a model, or of a shard of it."""
+    """Returns the names of all parts of a model or shard."""
     span = range(config.n_layers) if span is None else span
     head = ["head"] if span.stop == config.n_layers else []
     return [*embedding_names(config, span), *(f"layers.{layer}" for layer in span), *head]
