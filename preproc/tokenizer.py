@@ -202,7 +202,6 @@ class HuggingFaceTokenizer:
     The BOS id is the one that its post-processor puts before a text, as in transformers. Stop ids are not in the file;
     files beside it and the checkpoint's configuration have them.
     """
-    """
 
     kind = HUGGING_FACE
 

@@ -29,13 +29,9 @@ PROMPTS = (
 DECODED = 16
 """Number of tokens decoded greedily after each prompt."""
 CHANNEL, POSITION = "channel", "position"
-<<<<<<< HEAD
-"""What an error of cached rows is of: see `Cached`."""
-USUAL = 0.99
-"""Share of the tokens that a channel's error is taken over: those that differ least as a whole."""
-=======
 """Kinds of error of cached rows, see `Cached`."""
->>>>>>> prose1
+USUAL = 0.99
+"""Share of the tokens that a channel's error is computed from: those that differ least as a whole."""
 
 
 @dataclass(frozen=True)
@@ -122,23 +118,14 @@ class Cached:
 
     Attributes:
         name: k_rows.3 or v_rows.3.
-<<<<<<< HEAD
-        along: what the error is of: CHANNEL or POSITION.
-        error: root mean square of a channel's differences over all tokens but the few that differ most as a whole,
-            relative to the block's keys or values; or of a token's over all channels, relative to how far the block's
-            keys or values spread over the tokens, and of that the median over the texts that have a token at the
-            position. Now and then one rounding of activations takes a whole token elsewhere; what is wrong with a
-            channel is so in every token, and what is wrong with a position in every text.
-        limit: what was allowed.
-=======
         along: CHANNEL or POSITION.
-        error: for a channel, the root mean square of its differences over all tokens, relative to the root mean square
-            of the block's keys or values. For a position, the root mean square of a token's differences over all
-            channels, relative to the spread of the block's keys or values over the tokens, as the median over the texts
-            that have a token at the position. The median is used because a single rounding of activations occasionally
-            changes a whole token, while a faulty position is wrong in every text.
+        error: for a channel, the root mean square of its differences over all tokens except the 1% that differ most as
+            a whole, relative to the root mean square of the block's keys or values. For a position, the root mean
+            square of a token's differences over all channels, relative to the spread of the block's keys or values over
+            the tokens, as the median over the texts that have a token at the position. A single rounding of activations
+            occasionally changes a whole token, while a faulty channel is wrong in every token and a faulty position in
+            every text.
         limit: largest error that passes.
->>>>>>> prose1
     """
 
     name: str

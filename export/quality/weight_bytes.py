@@ -58,13 +58,8 @@ def altered(path: Path | Sequence[Path], source: WeightSource) -> Iterator[str]:
 
 
 def _has_epsilon(program: mmap.mmap, metadata: Metadata, config: ModelConfig) -> bool:
-<<<<<<< HEAD
-    """Whether the program has the epsilon of each norm of its blocks among its constants, for each way to run; it has
-    more where two parts of a block share a norm.
-=======
     """Returns whether the program's constants include the epsilon of each norm of its blocks, once for each
-    method that a session runs.
->>>>>>> prose1
+    method that a session runs; there are more where two parts of a block share a norm.
     """
     with torch.device("meta"):
         norms = sum(isinstance(module, Norm) for module in Llama(config, metadata.span).modules())
