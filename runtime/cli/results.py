@@ -15,7 +15,7 @@ def print_results(results: Iterable[Result], where: str, known: int = 0) -> int:
     """Prints a JSON object for each result to stdout and the throughput to stderr; returns the command's exit code.
 
     Args:
-        where: description of the texts' or ranks' number, for the line of the throughput.
+        where: how the texts were run, such as "8 at once" or "3 ranks", for the line of the throughput.
         known: number of tokens that an earlier run chose; they do not count towards the throughput.
     """
     start, prompts, count, failed = time.perf_counter(), 0, -known, 0

@@ -9,11 +9,11 @@ from model.errors import InputError
 from runtime.engine.session import Session, Steps, common
 
 WORTH_COPYING = 16
-"""Minimum number of common tokens for which a text is copied; running fewer again is faster."""
+"""Minimum number of common tokens for which a text is copied; fewer are faster to run again."""
 
 
 class SessionPool:
-    """At most `limit` sessions of one program, each of which is idle or taken."""
+    """A pool of at most `limit` sessions of one program, each of which is idle or taken."""
 
     def __init__(self, program: Steps, limit: int) -> None:
         """Starts with one idle session; others are created when needed.

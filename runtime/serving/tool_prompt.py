@@ -47,7 +47,7 @@ Described = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ToolSupport:
-    """The abilities of a template for functions.
+    """The messages and functions that a template renders, and the form of its model's calls.
 
     Attributes:
         form: the form in which its model writes calls.
@@ -64,7 +64,7 @@ class ToolSupport:
 
 @functools.lru_cache(maxsize=4)
 def tool_support(template: Carried) -> ToolSupport:
-    """Finds out a template's abilities for functions by rendering examples."""
+    """Determines what a template renders, by rendering examples."""
     has_system = _tells(template, [{"role": SYSTEM, "content": _NAME}, {"role": USER, "content": _KEY}], None, _NAME)
     if isinstance(template, ChatTemplate):
         return ToolSupport(HERMES, False, False, has_system)

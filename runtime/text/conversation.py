@@ -12,7 +12,9 @@ from runtime.text.generation import GenerationOptions, Step, generate
 from runtime.text.sampler import Rng
 
 ANSWER_SHARE = 4
-"""Part of the context reserved for the answer, as a divisor: at least a fourth, unless the message alone is longer."""
+"""Divisor of the context: capacity // ANSWER_SHARE tokens, or max_new_tokens if that is less, are reserved for an
+answer, unless the message alone is too long for that.
+"""
 
 
 _WORD = "Zumpango"
