@@ -32,7 +32,7 @@ struct SystemPlace {
     bool is_late = false;
     /// Whether white space around it is removed.
     bool strips = false;
-    /// Whether it and the user's content are joined before white space is removed.
+    /// Whether white space is removed only at the end of the system message and the user's content together.
     bool joins = false;
     /// Whether an empty system message counts as none.
     bool skips_empty = false;

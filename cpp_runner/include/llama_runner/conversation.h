@@ -17,7 +17,8 @@ namespace llama_runner {
 
 class Program;
 
-/// Part of the context reserved for the answer, as a divisor: at least a fourth, unless the message alone is longer.
+/// Divisor of the context: capacity / kAnswerShare tokens, or max_new_tokens if that is less, are reserved for an
+/// answer, unless the message alone is too long for that.
 inline constexpr int64_t kAnswerShare = 4;
 
 /// A conversation: each message is answered with the messages before it as context.

@@ -278,7 +278,7 @@ struct Shard::State {
 
     Result<void> load(const BackendOptions& options);
 
-    /// Path of the file of packed weights: in the same folder, named after the export.
+    /// Returns the path of the file of packed weights: the .pte's path followed by the export's identity.
     std::string packed_file() const {
         std::string digits;
         for (const unsigned char byte : metadata.identity) {
