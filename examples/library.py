@@ -16,7 +16,7 @@ from runtime.text.sampler import Rng, SamplingOptions
 
 
 def main(folder: Path) -> None:
-    """Exports to the folder, then prints two continuations of one prompt, which is run only once."""
+    """Exports the model to the folder, then prints two continuations of one prompt, which is run only once."""
     path = export_llama(ExportOptions(max_seq_len=256, quantize="8da8w", output=folder / "tiny.pte"))
     program = Program(path)
     options = GenerationOptions(SamplingOptions(temperature=0.8), max_new_tokens=40, stop_ids=program.metadata.stop_ids)

@@ -1,1 +1,1 @@
-"""Runs an exported .pte from Python."""
+"""The Python runtime, which runs exported .pte files."""

@@ -1,4 +1,4 @@
-"""The command that continues many texts at once.
+"""The command `runtime.batch`, which continues many texts at once.
 
 python -m export.llama --batch-size 8 --output batch.pte
 python -m runtime.batch batch.pte --prompts-file prompts.txt --max-new-tokens 50
@@ -23,8 +23,10 @@ from runtime.text.prompts import read_prompts
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: a JSON object for each prompt to stdout, in their order, and the throughput to stderr; exit code 0,
-    1 where a prompt could not be run, or 2 for bad input.
+    """Runs the command: prints a JSON object for each prompt, in order, to stdout and the throughput to stderr.
+
+    Returns:
+        exit code 0, or 1 if a prompt could not be run; for bad input the command ends with 2.
     """
     options = _parser().parse_args(arguments)
     generation = generation_options(options)

@@ -1,4 +1,6 @@
-"""How fast a .pte runs here: prefill and decode by length and position, load, memory, and the share of the roofline.
+"""The command `runtime.bench`, which measures how fast a .pte runs on this machine.
+
+It measures prefill by prompt length, decode by position and as a share of the roofline, load time, and memory.
 
 python -m runtime.bench tiny.pte
 python -m runtime.bench llama.pte --prefill 512 --decode 16 1000 4000 --format json
@@ -27,18 +29,18 @@ from runtime.engine.program import Program
 from runtime.engine.session import Session
 
 PREFILL = (128, 512, 2048)
-"""Lengths of prompts."""
+"""Default lengths of the prompts for prefill."""
 
 DECODE = (16, 1000, 4000)
-"""Positions."""
+"""Default positions for decode."""
 
 STEPS = 32
-"""Tokens decoded at each position, fewer where the context ends: their median time counts."""
+"""Number of tokens decoded at each position, fewer at the end of the context; the median of their times is reported."""
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """A prompt of `length` tokens."""
+    """The speed of running a prompt of `length` tokens."""
 
     length: int
     tokens_per_second: float
@@ -46,10 +48,10 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Decode:
-    """One token at a time, behind `position` others.
+    """The speed of decoding one token at a time after `position` tokens.
 
     Attributes:
-        roofline: share of the speed at which memory could be read for it: all weights, and the caches up to there.
+        roofline: share of the speed that memory bandwidth allows, if a step reads all weights and the filled caches.
     """
 
     position: int
@@ -59,14 +61,14 @@ class Decode:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of a file.
+    """The measurements of a file.
 
     Attributes:
-        load: seconds until the file was ready.
-        first_token: seconds from there to the first token behind a prompt of 16.
-        bandwidth: bytes a second that all threads together read from memory, afterwards.
-        peak_bytes: the most memory that the process held, the mapped file included.
-        prefill, decode: what the context has room for.
+        load: seconds until the file was loaded.
+        first_token: seconds from then to the logits after a prompt of 16 tokens.
+        bandwidth: bytes a second that all threads together read from memory, measured last.
+        peak_bytes: peak memory of the process, the mapped file included.
+        prefill, decode: results for the lengths and positions that fit in the context.
     """
 
     load: float
@@ -93,7 +95,7 @@ class Measured:
 def measure(
     file: Path, prefill: Sequence[int] = PREFILL, decode: Sequence[int] = DECODE, threads: int | None = None
 ) -> Measured:
-    """Runs a file. Each prompt is run twice, and the faster run counts.
+    """Measures a file. Each prompt is run twice, and the faster run counts.
 
     Raises:
         InputError: the file cannot be run, or its context has room for none of the lengths and positions.
@@ -109,7 +111,7 @@ def measure(
         )
 
     def prefilled(length: int) -> float:
-        """Seconds that a prompt takes from the start of a text."""
+        """Returns the seconds that a prompt takes from the start of a text."""
         prompt = [7919 * index % metadata.config.vocab_size for index in range(length)]
         session.reset()
         return seconds(lambda: session.prefill(prompt))
@@ -121,7 +123,7 @@ def measure(
         prefilled(position)
         steps.append((position, median_seconds(lambda: session.decode(1), min(STEPS, session.capacity - position))))
     peak = peak_memory()
-    bandwidth = read_bandwidth(threads or len(os.sched_getaffinity(0)))  # last: it reads more than a small model holds
+    bandwidth = read_bandwidth(threads or len(os.sched_getaffinity(0)))  # last, because it raises the peak memory
 
     def decoded(position: int, step: float) -> Decode:
         read = metadata.matrix_bytes + session.cache.filled_bytes(position)
@@ -131,7 +133,7 @@ def measure(
 
 
 def plot(measured: Measured, path: Path) -> None:
-    """Draws decoding speed over position.
+    """Plots decoding speed over position.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -148,7 +150,7 @@ def plot(measured: Measured, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: exit code 0, or 2 for bad input."""
+    """Runs the command. Returns exit code 0; for bad input the command ends with 2."""
     options = _parser().parse_args(arguments)
     measured = measure(options.file, options.prefill, options.decode, options.threads)
     print(json.dumps(asdict(measured), indent=2) if options.format == "json" else measured)

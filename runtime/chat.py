@@ -1,4 +1,4 @@
-"""The command that talks with an exported model.
+"""The command `runtime.chat`, which chats with an exported model.
 
 python -m runtime.chat llama.pte
 python -m runtime.chat llama.pte --system "Answer in one sentence." --temperature 0.7 --seed 7
@@ -33,7 +33,11 @@ Ctrl-C ends an answer, and leaves at an empty prompt."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: answers to stdout, all else to stderr; exit code 0, or 2 for bad input."""
+    """Runs the command: prints answers to stdout, and everything else to stderr.
+
+    Returns:
+        exit code 0; for bad input the command ends with 2.
+    """
     options = _parser().parse_args(arguments)
     generation_options(options)
     program = open_program(options, options.file)
@@ -71,12 +75,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _lines() -> Iterator[str]:
-    """What is typed or piped in, line by line."""
+    """Yields the lines that are typed or piped in."""
     if not sys.stdin.isatty():
         for line in sys.stdin:
             yield line.removesuffix("\n").removesuffix("\r")
         return
-    from prompt_toolkit import PromptSession  # which is of no use otherwise
+    from prompt_toolkit import PromptSession  # only needed on a terminal
 
     session = PromptSession[str]()
     while True:
@@ -90,10 +94,10 @@ def _lines() -> Iterator[str]:
 
 
 def _obey(chat: Chat, line: str) -> bool:
-    """Does what a line says that begins with a slash; whether the talk goes on.
+    """Runs a command line that begins with a slash; returns whether the chat continues.
 
     Raises:
-        InputError: nothing is known under that name.
+        InputError: the command is unknown.
     """
     name, _, text = line.strip().partition(" ")
     if name == "/exit":
@@ -110,7 +114,7 @@ def _obey(chat: Chat, line: str) -> bool:
 
 
 def _talk(chat: Chat, line: str) -> None:
-    """Prints the answer to a message. Ctrl-C ends it."""
+    """Prints the answer to a message. Ctrl-C ends the answer."""
     steps = chat.send(line)
     if chat.forgotten:
         turns = "turn was" if chat.forgotten == 1 else f"{chat.forgotten} turns were"
@@ -130,7 +134,7 @@ def _talk(chat: Chat, line: str) -> None:
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Collects what Ctrl-C would raise: a step is to be finished, so that the session stays usable."""
+    """Records Ctrl-C in a list instead of raising, so that the current step ends and the session stays usable."""
     seen = list[int]()
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""The command that runs a .pte.
+"""The command `runtime.generate`, which continues a prompt.
 
 python -m runtime.generate tiny.pte --prompt "Once upon a time"
 python -m runtime.generate tiny.pte --prompt "The dog" --temperature 0.8 --top-p 0.9 --seed 7 --max-new-tokens 100
@@ -35,7 +35,7 @@ from runtime.text.speculative import Draft, Drafter, Lookup
 
 @dataclass
 class Statistics:
-    """What a run took. Seconds unless named otherwise."""
+    """The times, in seconds, and numbers of tokens of a run."""
 
     load: float
     prompt_tokens: int
@@ -85,11 +85,15 @@ def _print_json(prompt: list[int], steps: Iterator[Step], statistics: Statistics
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: text to stdout, statistics to stderr; exit code 0, or 2 for bad input."""
+    """Runs the command: prints the text to stdout and statistics to stderr.
+
+    Returns:
+        exit code 0; for bad input the command ends with 2.
+    """
     options = _parser().parse_args(arguments)
     generation = _generation(options)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+        sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks become "?"
     text = valid(options.prompt)
     if options.prompt_file:
         text = read_text(options.prompt_file).removesuffix("\n").removesuffix("\r")

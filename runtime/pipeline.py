@@ -1,13 +1,14 @@
-"""The command that runs a model on several machines, each of which has some of its blocks or, of slices, a
-part of every block.
+"""The command `runtime.pipeline`, which runs a model on several machines.
+
+Each machine has some of the blocks (shards), or a part of every block (slices).
 
 torchrun --nproc-per-node 2 -m runtime.pipeline llama.shards --prompts-file prompts.txt
 torchrun --nnodes 3 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29400 \
     -m runtime.pipeline llama.shards --prompts-file prompts.txt --journal run.journal
 
-The first rank hands each text's tokens on, the last one chooses the next; several texts are under way, so that all
-ranks have work. Every host has the shards that it is to run, or all; the first has the prompts and prints the results.
-Of slices each rank makes every step, and so chooses the same tokens.
+With shards, the first rank passes each text's tokens on and the last rank chooses the next token. Several texts run at
+the same time, so that all ranks have work. Every host needs the shards that it runs, or all; the first rank reads the
+prompts and prints the results. With slices, every rank takes part in each step, and so chooses the same tokens.
 """
 
 from runtime.cli import command
@@ -38,10 +39,10 @@ from runtime.text.prompts import read_prompts
 
 
 def _texts(program: Program, process_group: ProcessGroup, options: argparse.Namespace) -> tuple[Texts, TokenLog]:
-    """What the first rank was given, on every rank, and its journal; the others keep none.
+    """Returns the first rank's texts on every rank, and the journal, which only the first rank writes.
 
     Raises:
-        InputError: it cannot be used, or the ranks were given different options.
+        InputError: the prompts or the journal cannot be used, or the ranks have different options.
     """
     metadata = program.metadata
     generation = replace(generation_options(options), stop_ids=metadata.stop_ids)
@@ -95,7 +96,7 @@ def _run(options: argparse.Namespace, process_group: ProcessGroup) -> int:
 
 
 def _host(options: argparse.Namespace, process_group: ProcessGroup, threads: int | None, sizes: Sequence[int]) -> Host:
-    """What this rank can do: as the file of hosts says, or as it finds."""
+    """Returns this rank's memory and speed, from the file of hosts or as measured."""
     if options.hosts is None:
         return measure_host(threads or os.cpu_count() or 1, options.memory_budget, sizes)
     hosts = read_hosts(options.hosts, sizes)
@@ -105,8 +106,11 @@ def _host(options: argparse.Namespace, process_group: ProcessGroup, threads: int
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: from the first rank a JSON object for each prompt to stdout, in their order, and the throughput to
-    stderr; exit code 0, 1 where a prompt could not be run, or 2 for bad input or a lost rank.
+    """Runs the command: the first rank prints a JSON object for each prompt, in order, to stdout and the throughput to
+    stderr.
+
+    Returns:
+        exit code 0, or 1 if a prompt could not be run; for bad input or a lost rank the command ends with 2.
     """
     options = _parser().parse_args(arguments)
     generation_options(options)

@@ -1,4 +1,4 @@
-"""The command that says how fast a model in shards would be on several machines, and which of them should have which.
+"""The command `runtime.placement`, which predicts how fast shards run on several machines, and assigns them.
 
 torchrun --nproc-per-node 2 -m runtime.placement llama.shards --measure > hosts.toml
 python -m runtime.placement llama.shards --hosts hosts.toml
@@ -45,7 +45,7 @@ from runtime.pte.parts import join_parts
 
 
 def _measure(paths: Sequence[Path], options: argparse.Namespace) -> None:
-    """Prints the table of each rank's host, which all measure at the same time."""
+    """Prints the table of each rank's host; all ranks measure at the same time."""
     process_group = ProcessGroup()
     threads = pin_cores(options.threads)
     seconds = measure_shards(paths, threads, process_group)
@@ -59,7 +59,11 @@ def _measure(paths: Sequence[Path], options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: a line for each host, and the rates; exit code 0, or 2 for bad input."""
+    """Runs the command: prints a line for each host, and the predicted speeds.
+
+    Returns:
+        exit code 0; for bad input the command ends with 2.
+    """
     options = _parser().parse_args(arguments)
     shards = sorted((Shard(path) for path in files(options.file)), key=lambda shard: shard.metadata.span.start)
     whole = join_parts({shard.path: shard.metadata for shard in shards})

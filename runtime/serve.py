@@ -1,4 +1,4 @@
-"""The command that serves an exported .pte to OpenAI's clients, and to a browser.
+"""The command `runtime.serve`, which serves an exported .pte to OpenAI's clients and to a browser.
 
 python -m runtime.serve llama.pte
 python -m runtime.serve llama.pte --host 0.0.0.0 --port 8080 --api-key SECRET --sessions 8
@@ -34,11 +34,15 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "LLAMA_PTE_API_KEY"
 
 GRACE = 5
-"""Seconds that clients have, once the server ends, to take the end of their answers."""
+"""Seconds that the server waits at shutdown for clients to receive the end of their answers."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: serves until a signal ends it, which is no failure; exit code 0, or 2 for bad input."""
+    """Runs the command: serves until SIGINT or SIGTERM ends it.
+
+    Returns:
+        exit code 0, also after a signal; for bad input the command ends with 2.
+    """
     options = _parser().parse_args(arguments)
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         raise InputError(
@@ -46,13 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if options.api_key == "":
         raise InputError("--api-key '' is impossible; give at least one character, or leave it out")
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns where a client leaves during its answer
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns if a client disconnects during its answer
     model = open_model(options.file, options.chat_template, options.threads)
     scheduler = Scheduler(model.program, options.sessions, options.max_queue)
     try:
         listener = _listener(options.host, options.port)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: None)  # for uvicorn raises them again when it has ended
+            signal.signal(number, lambda number, frame: None)  # because uvicorn raises them again when it has ended
         host = f"[{options.host}]" if ":" in options.host else options.host
         print(f"serving {model.name} at http://{host}:{listener.getsockname()[1]}; Ctrl-C ends", file=sys.stderr)
         create_server(model, scheduler, options.api_key, options.max_body).run([listener])
@@ -62,13 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def open_model(file: Path, template: str | None = None, threads: int | None = None) -> Model:
-    """What is served: a file under its own name.
+    """Opens a file to be served under its own name.
 
     Args:
-        template: the name of a chat template, in place of the file's own.
+        template: the name of a chat template to use instead of the file's own.
 
     Raises:
-        InputError: the file cannot be run, carries no tokenizer, or the template does not go with it.
+        InputError: the file cannot be run or has no tokenizer, or the template does not match the tokenizer.
     """
     program = Program(file, threads=threads)
     tokenizer = program.tokenizer
@@ -81,13 +85,13 @@ def open_model(file: Path, template: str | None = None, threads: int | None = No
 
 
 def create_server(model: Model, scheduler: Scheduler, api_key: str | None, max_body: int) -> "uvicorn.Server":
-    """A server that closes the scheduler when it ends."""
+    """Returns a server that closes the scheduler when it ends."""
     import uvicorn
 
     from runtime.serving.http_app import Access, create_app
 
     class Server(uvicorn.Server):
-        """Ends the answers first: it would wait for them otherwise."""
+        """A server that ends the answers first, because it would wait for them otherwise."""
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             await asyncio.to_thread(scheduler.close)
@@ -101,9 +105,10 @@ def create_server(model: Model, scheduler: Scheduler, api_key: str | None, max_b
 
 
 def _listener(host: str, port: int) -> socket.socket:
-    """
+    """Returns a socket that listens at an address.
+
     Raises:
-        InputError: nothing can listen there.
+        InputError: the address cannot be used.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

@@ -1,1 +1,1 @@
-"""How the built-in model was trained."""
+"""The training of the built-in model."""

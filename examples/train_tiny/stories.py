@@ -1,4 +1,4 @@
-"""Text for training: stories split and repaired, their tokenizer, and rows of tokens."""
+"""Prepares text for training: splits and repairs stories, trains their tokenizer, and makes rows of tokens."""
 
 import io
 import random
@@ -13,7 +13,7 @@ from model.errors import InputError
 BOS, EOS = 1, 2
 SEPARATOR = "<|endoftext|>"
 OPENING = re.compile(r"Once |One day, an? |There (once )?was |In an? |[A-Z]\w+ and [A-Z]\w+ (were|are|like|live)")
-"""How a story begins, for text that marks no ends."""
+"""The beginning of a story, for text without marks between stories."""
 TYPOGRAPHY = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "...", "\u200a": " "})
 
 
@@ -31,7 +31,7 @@ def repair(text: str) -> str:
 
 
 def _windows_1252(character: str) -> bytes:
-    """The character's byte; the five that Windows-1252 leaves undefined pass through. Others give an invalid byte."""
+    """Returns the character's byte in Windows-1252; its five undefined bytes stay, other characters become 0xff."""
     try:
         return character.encode("cp1252")
     except UnicodeEncodeError:
@@ -39,7 +39,7 @@ def _windows_1252(character: str) -> bytes:
 
 
 def split_stories(text: str) -> list[str]:
-    """The finished stories of a text, each as its non-empty lines joined by one newline.
+    """Returns the finished stories of a text, each as its non-empty lines joined by one newline.
 
     `<|endoftext|>` ends a story. A text without that mark is cut before every paragraph that opens like a story.
     """
@@ -61,10 +61,10 @@ def _lines(text: str) -> list[str]:
 
 
 def read_corpus(data: Sequence[Path], valid: Path) -> tuple[list[str], list[str]]:
-    """Training and validation stories, without duplicates and without training stories found in the validation text.
+    """Returns training and validation stories, without duplicates and without training stories in the validation text.
 
     Raises:
-        InputError: a file can't be read or holds no story.
+        InputError: a file cannot be read or contains no story.
     """
     held_out = list(dict.fromkeys(_read_stories(valid)))
     held_out_text = "\n".join(held_out)
@@ -85,7 +85,7 @@ def _read_stories(path: Path) -> list[str]:
 
 
 def train_tokenizer(stories: Iterable[str], vocabulary: int) -> bytes:
-    """A SentencePiece BPE model laid out like Llama 2's: unknown 0, BOS 1, EOS 2, then 256 bytes, then pieces."""
+    """Trains a SentencePiece BPE model with Llama 2's ids: unknown 0, BOS 1, EOS 2, then 256 bytes, then pieces."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -107,12 +107,12 @@ def train_tokenizer(stories: Iterable[str], vocabulary: int) -> bytes:
 
 
 def encode(tokenizer: sentencepiece.SentencePieceProcessor, stories: Iterable[str]) -> list[list[int]]:
-    """Each story as BOS + tokens + EOS."""
+    """Returns each story as BOS + tokens + EOS."""
     return [[BOS, *tokenizer.encode(story), EOS] for story in stories]
 
 
 def pack(stories: Sequence[list[int]], length: int, seed: int) -> Iterator[list[int]]:
-    """Endless rows of length + 1 tokens. A row starts with a story and cuts off its last one; order is random."""
+    """Yields rows of length + 1 tokens without end, in random order. A row starts with a story and cuts its last."""
     order = list(stories)
     shuffle = random.Random(seed).shuffle
     row: list[int] = []

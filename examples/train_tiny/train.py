@@ -33,7 +33,7 @@ from model.model import Block, Llama, Norm
 from preproc import mask, rope
 
 COPY_LIMIT = 30
-"""Tokens in a row that a sample may not share with the training text."""
+"""Number of consecutive tokens in common with the training text that makes a sample a copy."""
 EXAMPLE = """example:
   python -m examples.train_tiny.train --data train-a.txt train-b.txt --valid valid.txt --fast
   python -m examples.train_tiny.train --data train-a.txt train-b.txt --valid valid.txt --evaluate
@@ -42,15 +42,15 @@ EXAMPLE = """example:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How long and how hard to train.
+    """Options of the training.
 
     Attributes:
         steps: optimiser steps.
-        batch: rows of `context` tokens in a step, taken `micro` at a time.
-        learning_rate: peak, reached after `warmup` steps and followed by a cosine down to a twentieth.
+        batch: number of rows of `context` tokens in a step; `micro` rows are run at a time.
+        learning_rate: peak learning rate, reached after `warmup` steps, then a cosine down to a twentieth of it.
         dropout: share of the embedding's and of each block's outputs that is zeroed.
-        every: steps between two reports, each with a validation loss.
-        fast: compiled, with bfloat16 matrix products.
+        every: number of steps between two reports, each with a validation loss.
+        fast: whether to compile the model and multiply matrices in bfloat16.
     """
 
     steps: int
@@ -67,7 +67,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class Preset:
-    """A model's shape and the training that suits it."""
+    """A model's dimensions and the training options for it."""
 
     config: ModelConfig
     options: TrainOptions
@@ -75,7 +75,7 @@ class Preset:
 
 VOCABULARY = 2048
 VALID_SHARE = 6
-"""While training, every sixth validation story is read."""
+"""Step between the validation stories that are read during training: every sixth."""
 PRESETS = {
     "tiny": Preset(
         ModelConfig(192, 5, 6, 3, 32, 512, VOCABULARY, 512, tied=True),
@@ -89,7 +89,7 @@ PRESETS = {
 
 
 class Positions(NamedTuple):
-    """What the model is told of positions 0 .. L-1: cos and sin [L, Dh/2], mask [L, L]."""
+    """The model's inputs for positions 0 .. L-1: cos and sin [L, Dh/2], mask [L, L]."""
 
     cos: Tensor
     sin: Tensor
@@ -100,13 +100,13 @@ class Positions(NamedTuple):
         return cls(*rope.tables(config, config.context), mask.causal(0, config.context, 0))
 
     def batch(self, size: int, length: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """The first `length` positions of `size` rows: angles [B, L, Dh/2] each, and mask [B, L, L]."""
+        """Returns the first `length` positions' inputs for `size` rows: cos and sin [B, L, Dh/2], mask [B, L, L]."""
         cos, sin, causal = self.cos[:length], self.sin[:length], self.mask[:length, :length]
         return (cos.expand(size, -1, -1), sin.expand(size, -1, -1)), causal.expand(size, -1, -1)
 
 
 def row_loss(model: Llama, rows: Tensor, positions: Positions, dropout: float = 0.0) -> Tensor:
-    """Mean cross-entropy in nats of each row's tokens after the first. rows: [B, L+1] int64."""
+    """Returns the mean cross-entropy in nats of each row's tokens after the first. rows: [B, L+1] int64."""
     tokens, targets = rows[:, :-1], rows[:, 1:]
     B, L = tokens.shape
     steps = positions.batch(B, L)
@@ -122,7 +122,7 @@ def row_loss(model: Llama, rows: Tensor, positions: Positions, dropout: float = 
 
 @torch.no_grad()
 def evaluate(model: Llama, stories: Iterable[list[int]]) -> tuple[float, int]:
-    """Sum of the tokens' losses in nats, and their number. Each story is read alone, from its BOS."""
+    """Returns the sum of the tokens' losses in nats, and the number of tokens. Each story is run alone, from BOS."""
     positions = Positions.of(model.config)
     nats, count = 0.0, 0
     for story in stories:
@@ -134,7 +134,7 @@ def evaluate(model: Llama, stories: Iterable[list[int]]) -> tuple[float, int]:
 
 
 def initialise(model: Llama, seed: int) -> None:
-    """Normal weights of deviation 0.02; those that write to the residual stream are smaller the deeper the model."""
+    """Sets normal weights of deviation 0.02, or 0.02 / sqrt(2 * n_layers) if they write to the residual stream."""
     torch.manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
@@ -143,7 +143,7 @@ def initialise(model: Llama, seed: int) -> None:
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
-    """Linear warm-up, then a cosine from the peak to a twentieth of it."""
+    """Returns the learning rate of a step: a linear warm-up, then a cosine from the peak to a twentieth of it."""
     if step < options.warmup:
         return options.learning_rate * (step + 1) / options.warmup
     done = (step - options.warmup) / max(1, options.steps - options.warmup)
@@ -152,7 +152,7 @@ def learning_rate(step: int, options: TrainOptions) -> float:
 
 @dataclass(frozen=True)
 class Progress:
-    """The state after `step` steps: losses in nats a token, speed in tokens a second, time left in seconds."""
+    """The progress after `step` steps: losses in nats a token, speed in tokens a second, remaining time in seconds."""
 
     step: int
     loss: float
@@ -164,7 +164,7 @@ class Progress:
 def train(
     model: Llama, stories: Sequence[list[int]], valid: Sequence[list[int]], options: TrainOptions
 ) -> Iterator[Progress]:
-    """Trains the model in place from fresh weights, with a report every `options.every` steps and at the end."""
+    """Trains the model in place from new weights; yields a report every `options.every` steps and at the end."""
     initialise(model, options.seed)
     matrices = [weight for weight in model.parameters() if weight.dim() == 2]
     gains = [weight for weight in model.parameters() if weight.dim() == 1]
@@ -193,7 +193,7 @@ def train(
 
 
 def _gradients(model: Llama, options: TrainOptions) -> Callable[[list[list[int]]], float]:
-    """A function that adds the gradients of a batch of rows and returns its loss."""
+    """Returns a function that adds the gradients of a batch of rows and returns the batch's loss."""
     positions = Positions.of(model.config)
     loss_of = torch.compile(row_loss) if options.fast else row_loss
 
@@ -211,7 +211,7 @@ def _gradients(model: Llama, options: TrainOptions) -> Callable[[list[list[int]]
 
 
 def hugging_face_config(config: ModelConfig) -> dict[str, object]:
-    """The contents of config.json."""
+    """Returns the contents of config.json."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -237,7 +237,7 @@ def hugging_face_config(config: ModelConfig) -> dict[str, object]:
 
 
 def checkpoint_files(model: Llama, tokenizer: bytes) -> dict[str, bytes]:
-    """The folder's files by name; weights in float16."""
+    """Returns the checkpoint's files by name, with weights in float16."""
     weights = {renamed(name, HUGGING_FACE_NAMES): weight.detach().half() for name, weight in model.named_parameters()}
     return {
         "config.json": (json.dumps(hugging_face_config(model.config), indent=2) + "\n").encode(),
@@ -247,7 +247,7 @@ def checkpoint_files(model: Llama, tokenizer: bytes) -> dict[str, bytes]:
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Replaces the named files of a folder all at once, and keeps its others.
+    """Replaces the named files of a folder all at once, and keeps its other files.
 
     A new folder is written beside the old one and takes its place when it is complete.
     """
@@ -269,7 +269,7 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
 
 @torch.no_grad()
 def sample(model: Llama, seeds: Sequence[int], length: int, temperature: float) -> list[list[int]]:
-    """`length` tokens from BOS on for every seed, running on into further stories; temperature 0 is greedy."""
+    """Returns `length` tokens from BOS for every seed, continuing into further stories; temperature 0 is greedy."""
     B, config = len(seeds), model.config
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     caches = torch.zeros(2, config.n_layers, B * config.n_kv_heads, length, config.head_dim)
@@ -291,7 +291,7 @@ def sample(model: Llama, seeds: Sequence[int], length: int, temperature: float) 
 
 
 def longest_copy(samples: Iterable[Sequence[int]], stories: Iterable[Sequence[int]]) -> int:
-    """Length in tokens of the longest run that a sample shares with the stories, read one after another."""
+    """Returns the length in tokens of the longest run that a sample has in common with the concatenated stories."""
     text = "".join(chr(token) for story in stories for token in story)
     longest = 0
     for tokens in samples:
@@ -303,7 +303,7 @@ def longest_copy(samples: Iterable[Sequence[int]], stories: Iterable[Sequence[in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 when all went well, 2 when the input is at fault."""
+    """Runs the command. Returns exit code 0, or 2 for bad input."""
     args = _parser().parse_args(arguments)
     output = args.output or Path("model", args.preset)
     if args.threads is not None:
@@ -348,7 +348,7 @@ def _positive(text: str) -> int:
 
 
 def _check_output(folder: Path, fast: bool) -> None:
-    """Finds out before the training what would only fail after it."""
+    """Checks the compiler and the output folder before the training, so that it does not fail at its end."""
     if fast and not shutil.which(compiler := os.environ.get("CXX", "g++")):
         raise InputError(f"--fast needs a C++ compiler and {compiler} is not installed: install it or set CXX")
     try:

@@ -1,1 +1,1 @@
-"""What the commands have in common."""
+"""The common parts of the commands."""

@@ -1,4 +1,4 @@
-"""What the commands have in common: how they start, and the help that they give."""
+"""The start, the help and the exit codes of all commands."""
 
 import argparse
 import gc
@@ -19,9 +19,9 @@ SCRIPT = "llama-pte"
 def start(module: str) -> NoReturn:
     """Runs `main` of a module as the command `python -m module`; see `run_command`.
 
-    The module calls this before its own imports, and is imported here: libraries take seconds to load, in which Ctrl-C
-    is to end the command as quietly as later. What they make stays: looking for garbage in it would be a fifth of that
-    time, and in vain.
+    The module, run as __main__, calls this before its other imports; this function then imports it under its own name.
+    Libraries take seconds to load, and Ctrl-C must end the command quietly during that time, too. Garbage collection is
+    off meanwhile, because it would take a fifth of that time and free almost nothing.
     """
     usual = signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
     gc.disable()
@@ -33,11 +33,11 @@ def start(module: str) -> NoReturn:
 
 
 def parser(module: str, description: str, doc: str | None) -> argparse.ArgumentParser:
-    """A parser for the command `python -m module`, which help calls by the name that it was started under.
+    """Returns a parser for the command `python -m module`; its help shows the name under which the command was started.
 
     Args:
-        description: what it does, in a sentence.
-        doc: the module's docstring, whose lines that begin with `python -m` are the examples.
+        description: the purpose of the command in one sentence.
+        doc: the module's docstring; its lines that begin with `python -m` are the examples.
     """
     usual = f"python -m {module}"
     name = sys.argv[0] if sys.argv[0].startswith(f"{SCRIPT} ") else usual
@@ -51,7 +51,7 @@ def parser(module: str, description: str, doc: str | None) -> argparse.ArgumentP
 
 
 def byte_count(text: str) -> int:
-    """A flag's number of bytes, such as 400MB, 1.5GB or 64MiB."""
+    """Reads a number of bytes, such as 400MB, 1.5GB or 64MiB."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT])(i?)B?|B?)", text, re.IGNORECASE)
     if not found:
         raise argparse.ArgumentTypeError(f"{text} is no size; give one such as 400MB or 2GiB")
@@ -62,8 +62,8 @@ def byte_count(text: str) -> int:
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Runs a command's main and exits with its code, with 2 for bad input, or with 128 + n for signal n.
 
-    SIGTERM and SIGHUP unwind the stack like Ctrl-C, so that temporary files are removed. A reader that has seen enough
-    and closed the pipe ends the command without a word.
+    SIGTERM and SIGHUP unwind the stack like Ctrl-C, so that temporary files are removed. A closed output pipe ends the
+    command without a message.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))

@@ -1,4 +1,4 @@
-"""The flags that commands which generate text share, and what they mean."""
+"""The common flags of the commands that generate text."""
 
 import argparse
 import os
@@ -15,10 +15,10 @@ from runtime.text.sampler import SamplingOptions
 
 
 def add_generation_flags(parser: argparse.ArgumentParser, as_recommended: bool = False) -> None:
-    """How to choose tokens and when to end: `generation_options` reads them.
+    """Adds the flags for choosing tokens and ending a text, which `generation_options` reads.
 
     Args:
-        as_recommended: whether what is not given is what the file recommends, where it does.
+        as_recommended: whether the defaults are the values that the file recommends, if any.
     """
     add = parser.add_argument
     usual = SamplingOptions()
@@ -50,7 +50,7 @@ def add_generation_flags(parser: argparse.ArgumentParser, as_recommended: bool =
 
 
 def add_program_flags(parser: argparse.ArgumentParser) -> None:
-    """How to open the file."""
+    """Adds the flags for opening a file, which `open_program` reads."""
     add_threads_flag(parser)
     parser.add_argument("--no-check", action="store_true", help="skip the checksum, which reads the file through once")
     parser.add_argument(
@@ -63,7 +63,7 @@ def add_program_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def open_program(flags: argparse.Namespace, file: Path) -> Program:
-    """The file, as `add_program_flags` says.
+    """Opens a file with the flags of `add_program_flags`.
 
     Raises:
         InputError: see `Program`.
@@ -72,17 +72,17 @@ def open_program(flags: argparse.Namespace, file: Path) -> Program:
 
 
 def add_threads_flag(parser: argparse.ArgumentParser) -> None:
-    """See `runtime.engine.program.Program`."""
+    """Adds the flag for the number of threads; see `runtime.engine.program.Program`."""
     parser.add_argument("--threads", type=int, metavar="N", help="default: one per core, and one for a small model")
 
 
 def generation_options(
     flags: argparse.Namespace, recommendation: Mapping[str, float] = MappingProxyType({})
 ) -> GenerationOptions:
-    """What `add_generation_flags` says.
+    """Returns the options that the flags of `add_generation_flags` set.
 
     Args:
-        recommendation: the file's, which holds where a flag is not given.
+        recommendation: the file's recommended values, used for flags that are not given.
 
     Raises:
         InputError: a value is impossible.
@@ -94,7 +94,7 @@ def generation_options(
 
 
 def valid(text: str) -> str:
-    """As the shell gave it, but valid UTF-8."""
+    """Returns a command-line argument with invalid UTF-8 replaced by U+FFFD."""
     return os.fsencode(text).decode("utf-8", "replace")
 
 

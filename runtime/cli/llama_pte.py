@@ -1,4 +1,4 @@
-"""The command `llama-pte`: one name for all commands, each of which is also `python -m` its module.
+"""The command `llama-pte`, with all commands as sub-commands; each is also `python -m` its module.
 
 llama-pte export --max-seq-len 512
 llama-pte generate tiny.pte --prompt "Once upon a time"
@@ -11,7 +11,7 @@ from runtime.cli import command
 
 
 class SubCommand(NamedTuple):
-    """A command's module, and what it does in a line."""
+    """A command's module, and a one-line summary."""
 
     module: str
     summary: str
@@ -32,7 +32,7 @@ COMMANDS = {
 
 
 def main() -> int:
-    """Hands over to the sub-command that the first argument names, which then sees the others."""
+    """Runs the sub-command that the first argument names, with the remaining arguments."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(_usage())

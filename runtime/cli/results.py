@@ -1,4 +1,4 @@
-"""Results of many texts, as commands print them."""
+"""Prints the results of many texts."""
 
 import json
 import sys
@@ -12,11 +12,11 @@ from runtime.text.generation import steps_to_json
 
 
 def print_results(results: Iterable[Result], where: str, known: int = 0) -> int:
-    """Prints a JSON object for each to stdout, and the throughput to stderr; returns the command's exit code.
+    """Prints a JSON object for each result to stdout and the throughput to stderr; returns the command's exit code.
 
     Args:
-        where: what ran them, for the throughput's line.
-        known: of the tokens, how many an earlier run chose.
+        where: how the texts were run, such as "8 at once" or "3 ranks", for the line of the throughput.
+        known: number of tokens that an earlier run chose; they do not count towards the throughput.
     """
     start, prompts, count, failed = time.perf_counter(), 0, -known, 0
     for result in results:

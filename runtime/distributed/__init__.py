@@ -1,1 +1,1 @@
-"""A model on several machines."""
+"""Runs a model on several machines."""

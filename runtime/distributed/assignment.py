@@ -1,4 +1,4 @@
-"""assignment: which of the files on several hosts each rank is to run."""
+"""Assigns the files on several hosts to the ranks that run them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,16 +18,16 @@ from runtime.pte.trailer import check_file
 
 @dataclass(frozen=True)
 class Part:
-    """A shard or a slice on some host.
+    """A shard or a slice on a host.
 
     Attributes:
-        path: of its file there.
-        identity: of the export, in hexadecimal digits.
-        start, end: a shard's blocks, end excluded.
-        n_layers: the model's.
-        slice, slices: which of how many slices it is; 0 of 1 where it is a shard.
-        matrix_bytes: what a step reads.
-        cache_bytes: of the texts under way.
+        path: path of its file on that host.
+        identity: identity of the export, in hexadecimal digits.
+        start, end: the blocks of a shard, end excluded.
+        n_layers: number of blocks of the whole model.
+        slice, slices: index of the slice and number of slices; 0 and 1 for a shard.
+        matrix_bytes: bytes of the matrices that a step reads.
+        cache_bytes: bytes of the caches of all active texts.
     """
 
     path: str
@@ -42,10 +42,10 @@ class Part:
 
     @staticmethod
     def of(path: Path, under_way: int) -> "Part":
-        """What a file says of itself.
+        """Reads the part that a file has; `under_way` is the number of active texts.
 
         Raises:
-            InputError: it is none of ours.
+            InputError: it is no file of llama-pte.
         """
         check_file(path, checksum=False)
         found = Shard(path).metadata
@@ -63,28 +63,28 @@ class Part:
 
     @property
     def blocks(self) -> range:
-        """From start to end."""
+        """The range of the blocks."""
         return range(self.start, self.end)
 
     @property
     def size(self) -> int:
-        """Bytes that it takes."""
+        """Bytes of memory that the part and its caches take."""
         return int(MARGIN * self.matrix_bytes) + self.cache_bytes
 
 
 def assign_files(
     folder: Path, process_group: ProcessGroup, able: Callable[[Sequence[int]], Host], under_way: int
 ) -> list[Part]:
-    """Those of the shards or slices in this host's folder that this rank is to run.
+    """Returns the shards or slices in this host's folder that this rank runs.
 
-    Shards are given out so that the slowest rank is as fast as it can be; of slices every rank has as many.
+    Shards are assigned so that the slowest rank is as fast as possible; every rank gets the same number of slices.
 
     Args:
-        able: this rank's memory, and the seconds that it takes for shards whose matrices have so many bytes.
-        under_way: texts whose caches it holds.
+        able: takes the bytes of each shard's matrices, and returns this rank's memory and its seconds for each shard.
+        under_way: number of active texts, whose caches each rank holds.
 
     Raises:
-        InputError: what the hosts have does not make one model, or does not fit.
+        InputError: the files on the hosts are not one model, or do not fit.
     """
     mine = process_group.run_everywhere(lambda: [Part.of(path, under_way) for path in files(folder)])
     said = [[Part(*part) for part in parts] for parts in process_group.all_gather([astuple(part) for part in mine])]
@@ -98,10 +98,12 @@ def assign_files(
 
 
 def measure_host(cores: int, budget: int | None, sizes: Sequence[int]) -> Host:
-    """What a rank can do by the speed at which so many cores together read memory.
+    """Estimates a rank's memory and its seconds for each shard, from the speed at which `cores` cores read memory.
 
     Args:
-        budget: bytes that this process may hold; None for all that are free.
+        cores: number of cores that read memory together.
+        budget: bytes that this process may hold; None for all free memory.
+        sizes: bytes of each shard's matrices.
     """
     speed = read_bandwidth(cores)
     free = available_memory() if budget is None else budget - memory()
@@ -109,10 +111,10 @@ def measure_host(cores: int, budget: int | None, sizes: Sequence[int]) -> Host:
 
 
 def _wanted(everywhere: dict[str, Part]) -> list[Part]:
-    """One of each shard in order, of all that there are.
+    """Returns one copy of each shard, in the order of their blocks.
 
     Raises:
-        InputError: they are not the whole model.
+        InputError: the shards are not the whole model.
     """
     first = {part.blocks: (name, part) for name, part in reversed(everywhere.items())}
     parts = sorted((part for _, part in first.values()), key=lambda part: part.start)
@@ -124,7 +126,11 @@ def _wanted(everywhere: dict[str, Part]) -> list[Part]:
 def _shards(
     wanted: Sequence[Part], said: Sequence[Sequence[Part]], able: Sequence[tuple[int, Sequence[float]]]
 ) -> list[list[Part]]:
-    """Each rank's, of what all have said: their shards, and their memory and seconds."""
+    """Returns the shards of each rank, from the files, memory and seconds of all ranks.
+
+    Raises:
+        InputError: see `assign_shards`.
+    """
     found, hosts = [{part.blocks: part for part in parts} for parts in said], []
     for rank, ((free, seconds), held) in enumerate(zip(able, found, strict=True)):
         possible = (time if part.blocks in held else math.inf for part, time in zip(wanted, seconds, strict=True))
@@ -134,7 +140,11 @@ def _shards(
 
 
 def _slices(said: Sequence[Sequence[Part]]) -> list[list[Part]]:
-    """Each rank's, of the slices that all have said."""
+    """Returns the slices of each rank, from the files of all ranks.
+
+    Raises:
+        InputError: the slices cannot be divided evenly, or a rank lacks one of its slices.
+    """
     slices = said[0][0].slices
     if slices % len(said):
         raise InputError(f"{slices} slices cannot be dealt out to {len(said)} ranks; start as many ranks, or a divisor")

@@ -1,4 +1,4 @@
-"""A rank's part of texts that go from rank to rank, and pipeline(), which keeps several under way."""
+"""Stage: a rank's part of texts that pass from rank to rank; and pipeline(), which runs several texts at once."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from runtime.text.sampler import Rng
 
 @dataclass(frozen=True)
 class Task:
-    """A step of one text, as it goes from rank to rank.
+    """A step of one text, as it passes from rank to rank.
 
     Attributes:
-        slot: which caches are its text's.
-        text: its number.
-        start: the position of its first token; 0 begins the text.
-        wanted: whether the token behind it is asked for.
-        tokens: what it appends.
+        slot: index of the caches of the text.
+        text: number of the text.
+        start: position of the step's first token; 0 begins the text.
+        wanted: whether the last rank chooses the next token after this step.
+        tokens: the tokens that it appends.
     """
 
     slot: int
@@ -34,25 +34,25 @@ class Task:
     tokens: tuple[int, ...]
 
     def to_integers(self) -> list[int]:
-        """As a message has it."""
+        """Returns the task as the integers of a message."""
         return [self.slot, self.text, self.start, self.wanted, *self.tokens]
 
     @staticmethod
     def of(integers: Sequence[int]) -> "Task":
-        """The same back."""
+        """Returns the task from the integers of a message."""
         slot, text, start, wanted, *tokens = integers
         return Task(slot, text, start, bool(wanted), tuple(tokens))
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What all ranks know of the texts.
+    """The texts and options that all ranks have.
 
     Attributes:
-        prompts: the ids of each, or why it cannot be run.
-        done: of some, by number: tokens that an earlier run chose.
-        options: how to choose tokens and when to end.
-        seed: of each text's random numbers.
+        prompts: the ids of each prompt, or the error that prevents it.
+        done: text number -> tokens that an earlier run chose; only texts that have some.
+        options: how to choose tokens and when to end a text.
+        seed: seed of each text's random numbers.
     """
 
     prompts: Sequence[Sequence[int] | InputError]
@@ -61,14 +61,14 @@ class Texts:
     seed: int
 
     def given(self, number: int) -> tuple[Sequence[int], list[int]]:
-        """A text's prompt, and the tokens chosen behind it."""
+        """Returns a text's prompt, and the tokens that an earlier run chose after it."""
         prompt = self.prompts[number]
         assert not isinstance(prompt, InputError), f"text {number} cannot be run"
         return prompt, self.done.get(number, [])
 
 
 class Stage:
-    """A rank's part of all texts."""
+    """The part of all texts that one rank runs."""
 
     def __init__(self, program: Program, ring: Ring, texts: Texts) -> None:
         self.metadata, self.tokenizer = program.metadata, program.tokenizer
@@ -77,7 +77,7 @@ class Stage:
         self._ends = program.metadata.methods[0].end_layer == program.metadata.config.n_layers
 
     def run(self, task: Task, stream: Tensor | None = None) -> None:
-        """Runs a step, and tells the next rank what came of it: the first one, behind the last, the token chosen."""
+        """Runs a step and sends its result to the next rank; the last rank sends the chosen token to the first."""
         if task.slot not in self._sessions:
             self._sessions[task.slot] = Session(self._program)
         session = self._sessions[task.slot]
@@ -91,7 +91,7 @@ class Stage:
             self._ring.send([task.text, self._chooser(task).choose(found[0])])
 
     def _chooser(self, task: Task) -> Chooser:
-        """The text's; a new one where its first token is asked for."""
+        """Returns the chooser of the task's text, a new one before the text's first token."""
         prompt, done = self.texts.given(task.text)
         if task.start + len(task.tokens) == len(prompt) + len(done):
             self._choosers[task.slot] = Chooser(prompt, self.texts.options.sampling, Rng(self.texts.seed))
@@ -99,7 +99,7 @@ class Stage:
         return self._choosers[task.slot]
 
     def begin(self, slot: int, number: int) -> int:
-        """Hands a text's prompt on, chunk by chunk, and returns how many tokens it has."""
+        """Runs a text's prompt and earlier tokens, chunk by chunk, and returns their number."""
         prompt, done = self.texts.given(number)
         tokens = (*prompt, *done)
         for start in range(0, len(tokens), self.metadata.chunk):
@@ -108,26 +108,26 @@ class Stage:
         return len(tokens)
 
     def follow(self) -> None:
-        """Runs what the rank before hands on, until it says that there is no more."""
+        """Runs the steps that the previous rank sends, until an empty message ends them."""
         while (message := self._ring.receive())[0]:
             self.run(Task.of(message[0]), message[1])
         self.end()
 
     def end(self) -> None:
-        """Tells the next rank that there is no more, but for the first, which knows."""
+        """Sends the empty message to the next rank, unless that is the first, and closes the ring."""
         if not self._ends:
             self._ring.send([])
         self._ring.close()
 
     def chosen(self) -> tuple[int, int]:
-        """A text's number, and the token that the last rank chose."""
+        """Receives a text's number and the token that the last rank chose for it."""
         (number, token), _ = self._ring.receive()
         return number, token
 
 
 @dataclass
 class _Active:
-    """A text under way: its caches' slot, its length so far, and what it says."""
+    """An active text: its result so far, the slot of its caches, its length, and the builder of its steps."""
 
     result: Result
     slot: int
@@ -136,10 +136,10 @@ class _Active:
 
 
 def pipeline(stage: Stage, under_way: int, token_log: TokenLog) -> Iterator[Result]:
-    """Continues every text from the first rank, `under_way` of them together, and yields the results in their order,
-    each as `generate` would have it with a seed of its own.
+    """Continues every text, `under_way` of them at a time, and yields the results in the texts' order.
 
-    A prompt that cannot be run becomes a result; the others go on.
+    The first rank calls it; with slices, every rank does. Each result equals that of `generate` with the same seed. A
+    prompt that cannot be run becomes a result with an error; the others go on.
 
     Raises:
         LostPeerError: a rank ended, or did not answer in time.
@@ -148,7 +148,7 @@ def pipeline(stage: Stage, under_way: int, token_log: TokenLog) -> Iterator[Resu
 
 
 def _ended(stage: Stage, under_way: int, token_log: TokenLog) -> Iterator[Result]:
-    """The results of `pipeline` as texts end."""
+    """Yields the results of `pipeline` in the order in which texts end."""
     waiting = iter(range(len(stage.texts.prompts)))
     slots, active = list(range(under_way)), dict[int, _Active]()
     while True:
@@ -175,7 +175,7 @@ def _ended(stage: Stage, under_way: int, token_log: TokenLog) -> Iterator[Result
 
 
 def _start(stage: Stage, number: int, slot: int) -> _Active | Result:
-    """Begins a text, or tells what there is to it already."""
+    """Begins a text; returns its result if that is an error or an earlier run has finished the text."""
     prompt, texts = stage.texts.prompts[number], stage.texts
     try:
         if isinstance(prompt, InputError):

@@ -1,4 +1,4 @@
-"""Which machine should have which shards, and how fast they are together."""
+"""Assigns shards to machines, and predicts how fast these are together."""
 
 import argparse
 import math
@@ -26,11 +26,11 @@ else:
     import tomli as tomllib
 
 MESSAGE = 64
-"""Bytes that go with a stream from host to host."""
+"""Bytes that a message between hosts has beside the stream."""
 
 
 STEPS = 64
-"""Tokens by which a shard is measured: their median time counts."""
+"""Number of tokens with which a shard is measured; the median of their times is used."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Host:
     """A machine.
 
     Attributes:
-        name: what it is called.
-        memory: bytes for weights and caches.
-        seconds: that a token takes in each shard; infinite where it does not have one.
-        latency: seconds that a message takes to the next host, however short.
-        link: bytes a second to there.
+        name: name for messages.
+        memory: bytes available for weights and caches.
+        seconds: seconds that a token takes in each shard; infinite for a shard that the machine does not have.
+        latency: seconds that a message of any length takes to the next host, at least.
+        link: bytes a second to the next host.
     """
 
     name: str
@@ -54,14 +54,14 @@ class Host:
 
 @dataclass(frozen=True)
 class Placement:
-    """Which shards are where, and what comes of it.
+    """An assignment of shards to hosts, and its predicted speed.
 
     Attributes:
-        spans: of each host, its shards; none where it is not needed.
-        stages: seconds that a token takes in each.
-        round: seconds of one text from token to token.
-        rate: tokens a second, of all texts together.
-        bottleneck: what it is bound by.
+        spans: the shards of each host; empty for a host that is not needed.
+        stages: seconds that a token takes on each host.
+        round: seconds from one token of a text to its next.
+        rate: tokens a second of all texts together.
+        bottleneck: description of what limits the rate.
     """
 
     spans: tuple[range, ...]
@@ -72,16 +72,16 @@ class Placement:
 
 
 def assign_shards(hosts: Sequence[Host], sizes: Sequence[int], idle: bool = True) -> tuple[range, ...]:
-    """Each host's shards, neighbours in the order of the hosts, so that the slowest host is as fast as it can be.
+    """Assigns consecutive shards to each host, in the hosts' order, so that the slowest host is as fast as possible.
 
     Args:
         sizes: bytes that each shard takes.
-        idle: whether hosts may remain without.
+        idle: whether a host may get no shards.
 
     Raises:
-        InputError: the hosts have too little memory together, or lack a shard.
+        InputError: the hosts have too little memory, or lack a shard.
     """
-    slowest, choices = [0.0, *[math.inf] * len(sizes)], list[list[int]]()  # by how many shards the hosts so far have
+    slowest, choices = [0.0, *[math.inf] * len(sizes)], list[list[int]]()  # index: number of shards on the hosts so far
     for host in hosts:
         following, choice = [math.inf] * len(slowest), [0] * len(slowest)
         for end in range(len(slowest)):
@@ -106,7 +106,7 @@ def assign_shards(hosts: Sequence[Host], sizes: Sequence[int], idle: bool = True
 
 
 def _why_not(hosts: Sequence[Host], sizes: Sequence[int], idle: bool) -> str:
-    """Why shards cannot be assigned."""
+    """Returns the message for shards that cannot be assigned."""
     if len(hosts) > len(sizes) and not idle:
         return f"{len(hosts)} ranks need as many shards, and there are {len(sizes)}; export with --shards {len(hosts)}"
     have = sum(host.memory for host in hosts)
@@ -118,14 +118,14 @@ def _why_not(hosts: Sequence[Host], sizes: Sequence[int], idle: bool) -> str:
 
 
 def place_shards(hosts: Sequence[Host], sizes: Sequence[int], message: int, texts: int | None = None) -> Placement:
-    """The best assignment, and how fast tokens come from it.
+    """Returns the best assignment and its predicted speed.
 
-    A host works on one text at a time, and a link carries one message at a time: what is slowest of these bounds the
-    rate. And so does the way of one text through all of them, of which there are only so many.
+    A host runs one text at a time, and a link carries one message at a time, so the slowest of them bounds the rate.
+    The rate is also at most the number of texts divided by the time of a token through all hosts and links.
 
     Args:
         message: bytes that pass from host to host for a token.
-        texts: in flight together; None for two on each host that is needed.
+        texts: number of texts that run at once; None for two on each host that is needed.
 
     Raises:
         InputError: see `assign_shards`.
@@ -144,7 +144,10 @@ def place_shards(hosts: Sequence[Host], sizes: Sequence[int], message: int, text
 
 
 def measure_shards(paths: Sequence[Path], threads: int | None, process_group: ProcessGroup) -> tuple[float, ...]:
-    """Seconds that a token takes in each shard here, in the middle of the context, while all ranks measure the same."""
+    """Measures the seconds that a token takes in each shard on this host, while all ranks measure the same shard.
+
+    The token's position is the middle of the context.
+    """
     found = []
     for path in paths:
         program = Program([path], threads=threads, check=False, partial=True)
@@ -165,18 +168,18 @@ def measure_shards(paths: Sequence[Path], threads: int | None, process_group: Pr
 
 
 def available_memory() -> int:
-    """Bytes of memory that are free on this host, shared by its ranks."""
+    """Returns this rank's share of the free memory of its host, in bytes."""
     return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def read_hosts(path: Path, sizes: Sequence[int]) -> list[Host]:
-    """The hosts in a file of them; see the top of `runtime.placement`.
+    """Reads a file of hosts; see the top of `runtime.placement`.
 
     Args:
         sizes: bytes of each shard's matrices.
 
     Raises:
-        InputError: it cannot be read, or says something else.
+        InputError: the file cannot be read, or has another form.
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))["hosts"]
@@ -206,7 +209,7 @@ def _hosts(table: Mapping[str, Any], sizes: Sequence[int]) -> list[Host]:
 
 
 def to_toml(host: Host) -> str:
-    """A host's table, as `read_hosts` reads it."""
+    """Returns a host's table in the form that `read_hosts` reads."""
     lines = ["[[hosts]]", f'name = "{host.name}"', f'memory = "{host.memory}B"']
     lines.append(f"seconds = [{', '.join(f'{seconds:.3g}' for seconds in host.seconds)}]")
     if math.isfinite(host.link):

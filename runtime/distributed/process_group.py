@@ -1,7 +1,7 @@
-"""process_group: the processes that run one model together, on one host or several, and what they tell each other.
+"""The processes that run one model together, on one host or several, and their communication.
 
-They are started by `torchrun`, which gives each its rank, and find each other by torch.distributed with gloo. A process
-alone is a peer without others.
+`torchrun` starts the processes and gives each its rank; torch.distributed with gloo connects them. A single process is
+a group of one.
 """
 
 import json
@@ -25,36 +25,36 @@ from torch import Tensor
 from model.errors import InputError
 
 START = timedelta(minutes=30)
-"""How long peers wait for each other before the first step: one may have gigabytes to read."""
+"""Maximum time for which ranks wait for each other before the first step; one may have gigabytes to read."""
 
 LARGE = 1 << 20
-"""Bytes by which a link's speed is measured."""
+"""Bytes of the message that measures a link's speed."""
 
 T = TypeVar("T")
 
 
 class LostPeerError(ConnectionError):
-    """Another process ended, or did not answer in time."""
+    """Raised if another process ended or did not answer in time."""
 
 
 class ProcessGroup:
-    """A process among its peers.
+    """The group of processes that run one model, seen from this process.
 
     Attributes:
-        rank: which it is, from 0.
-        count: how many there are.
-        timeout: how long a step waits for a peer.
+        rank: index of this process, from 0.
+        count: number of processes.
+        timeout: maximum time for which a step waits for another rank.
     """
 
     def __init__(self, timeout: float = 60.0) -> None:
-        """Waits until all are there.
+        """Connects to the other processes, and waits until all are connected.
 
         Args:
-            timeout: in seconds.
+            timeout: maximum time for which a step waits for another rank, in seconds.
 
         Raises:
             InputError: the timeout is impossible.
-            LostPeerError: they do not come.
+            LostPeerError: the processes do not connect in time.
         """
         if not timeout > 0:
             raise InputError(f"--timeout {timeout} is impossible; give more than 0 seconds")
@@ -65,15 +65,15 @@ class ProcessGroup:
                 dist.init_process_group("gloo", timeout=START)
 
     def close(self) -> None:
-        """Leaves the others."""
+        """Leaves the group."""
         if self.count > 1:
             dist.destroy_process_group()
 
     def all_gather(self, value: Any) -> list[Any]:
-        """What each rank says, in their order: values of JSON's types.
+        """Returns the values that all ranks pass, in their order; all ranks call it. Values are of JSON types.
 
         Raises:
-            LostPeerError: a rank says nothing.
+            LostPeerError: a rank ended or did not answer in time.
         """
         if self.count == 1:
             return [value]
@@ -87,11 +87,11 @@ class ProcessGroup:
         return [json.loads(text.numpy()[: int(length)].tobytes()) for text, length in zip(found, lengths, strict=True)]
 
     def run_everywhere(self, call: Callable[[], T]) -> T:
-        """What `call` returns here, if it succeeds everywhere.
+        """Calls `call` on every rank and returns its result on this one, if it succeeds on all; all ranks call it.
 
         Raises:
-            InputError: it fails at some rank, which is named.
-            LostPeerError: a rank ended meanwhile.
+            InputError: it fails on a rank; the message names the rank.
+            LostPeerError: a rank ended or did not answer in time.
         """
         failure, result = None, list[T]()
         try:
@@ -104,10 +104,12 @@ class ProcessGroup:
         return result[0]
 
     def link(self) -> tuple[float, float]:
-        """Seconds that a small message takes to the next rank, and bytes a second of a large one; all ranks call it.
+        """Measures the seconds that a small message takes to the next rank, and the bytes a second of a large one.
+
+        All ranks call it.
 
         Raises:
-            LostPeerError: a rank is gone.
+            LostPeerError: a rank ended or did not answer in time.
         """
         found = (0.0, math.inf)
         for rank in range(self.count if self.count > 1 else 0):
@@ -120,7 +122,10 @@ class ProcessGroup:
         return found
 
     def _there_and_back(self, rank: int, other: int, size: int) -> float:
-        """Seconds; the second-shortest of some, as the first ones open connections."""
+        """Measures the seconds of a message from one rank to another and back.
+
+        Returns the second-shortest of eight times, because the first ones open connections.
+        """
         message, times = torch.zeros(size, dtype=torch.uint8), list[float]()
         for _ in range(8):
             start = time.perf_counter()
@@ -135,12 +140,17 @@ class ProcessGroup:
 
 
 def pin_cores(threads: int | None) -> int | None:
-    """Keeps this process to the cores that the environment variable LLAMA_PTE_DEVICE names, such as cpu:0-3 or cpu:2,
-    and returns how many threads it should use: one for each; without the variable as many as asked for, and by default
-    a share of the cores where several ranks are on one host.
+    """Binds this process to the cores that the environment variable LLAMA_PTE_DEVICE names, such as cpu:0-3 or cpu:2.
+
+    Args:
+        threads: number of threads that the user gave, or None.
+
+    Returns:
+        the number of threads to use: `threads` if given; else one for each named core; else, without named cores, a
+        share of the cores if several ranks are on the host, or None.
 
     Raises:
-        InputError: the variable names something else.
+        InputError: the variable does not name cores of this machine.
     """
     device, here = os.environ.get("LLAMA_PTE_DEVICE"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device is None or device == "cpu":
@@ -158,22 +168,22 @@ def pin_cores(threads: int | None) -> int | None:
 
 
 class Ring:
-    """Messages from each rank to the next one, and from the last to the first. Each is some integers and, it may be, a
-    stream [1, L, D].
+    """The connection from each rank to the next one, and from the last to the first.
 
-    They go over sockets of its own, whose buffers are the system's: what is sent is on its way while this process
-    computes. gloo's is not, as a thread has to wake for it where all cores compute; see tests/bench/NOTES.md.
+    A message has integers and may have a stream [1, L, D]. Messages use their own sockets, because the operating system
+    sends them while this process computes. gloo would need a thread to wake up while all cores compute; see
+    tests/bench/NOTES.md.
     """
 
     def __init__(self, process_group: ProcessGroup, dim: int, alone: bool = False) -> None:
         """Connects the ranks.
 
         Args:
-            dim: D.
-            alone: this rank is a ring by itself, as it is where there are no others.
+            dim: width of the stream (D).
+            alone: whether this rank sends only to itself, as it does if it is the only one.
 
         Raises:
-            LostPeerError: a rank does not come.
+            LostPeerError: a rank does not connect in time.
         """
         self._timeout, self._dim = process_group.timeout, dim
         self._before, self._behind = (
@@ -186,7 +196,7 @@ class Ring:
             self._sockets = self._connected(process_group)
 
     def _connected(self, process_group: ProcessGroup) -> tuple[socket.socket, socket.socket]:
-        """Sockets to the rank before and the one behind. Who connects must know what only ranks were told."""
+        """Returns sockets to the previous and the next rank. A connection must send a key that only ranks have."""
         with socket.create_server(("", 0)) as server:
             server.settimeout(self._timeout.total_seconds())
             said = process_group.all_gather([_address(), server.getsockname()[1], secrets.token_hex(16)])
@@ -205,10 +215,10 @@ class Ring:
         return before, behind
 
     def send(self, integers: Sequence[int], stream: Tensor | None = None) -> None:
-        """To the next rank.
+        """Sends a message to the next rank.
 
         Raises:
-            LostPeerError: it is gone, or took too long over earlier messages.
+            LostPeerError: the rank ended, or did not receive earlier messages in time.
         """
         if self._sockets is None:
             self._to_itself.append((list(integers), stream))
@@ -219,10 +229,10 @@ class Ring:
             self._sockets[1].sendall(head.tobytes() + floats.tobytes())
 
     def receive(self) -> tuple[list[int], Tensor | None]:
-        """The next message of the rank before.
+        """Receives the next message from the previous rank.
 
         Raises:
-            LostPeerError: it does not come in time.
+            LostPeerError: the message does not arrive in time.
         """
         if self._sockets is None:
             return self._to_itself.popleft()
@@ -235,23 +245,23 @@ class Ring:
         return integers, torch.from_numpy(floats).view(1, -1, self._dim)
 
     def close(self) -> None:
-        """Ends it; what was sent still arrives."""
+        """Closes the sockets; messages already sent still arrive."""
         for each in self._sockets or ():
             each.close()
 
 
 def _address() -> str:
-    """By which other ranks find this host: its own on the way to the first rank's."""
+    """Returns this host's address for other ranks: the one that it uses to reach the first rank."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as found:
         found.connect((os.environ["MASTER_ADDR"], 1))  # sends nothing
         return str(found.getsockname()[0])
 
 
 def _read(source: socket.socket, size: int) -> bytearray:
-    """So many bytes.
+    """Reads exactly `size` bytes.
 
     Raises:
-        ConnectionError: it was closed.
+        ConnectionError: the connection was closed.
     """
     found = bytearray(size)
     rest = memoryview(found)
@@ -264,26 +274,26 @@ def _read(source: socket.socket, size: int) -> bytearray:
 
 
 class Sums:
-    """What slices of a model tell each other, see `runtime.engine.tensor_parallel`."""
+    """The group of processes that have the slices of a model; see `runtime.engine.tensor_parallel`."""
 
     def __init__(self, process_group: ProcessGroup) -> None:
         self._count, self._timeout = process_group.count, process_group.timeout
 
     def summed(self, tensor: Tensor) -> Tensor:
-        """The sum of all ranks' tensors of this shape.
+        """Returns the sum of all ranks' tensors, which have the same shape; overwrites `tensor`.
 
         Raises:
-            LostPeerError: a rank's does not come in time.
+            LostPeerError: a rank's tensor does not arrive in time.
         """
         with _lost("all ranks", self._timeout):
             _started(dist.all_reduce(tensor, async_op=True)).wait(self._timeout)
         return tensor
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """All ranks' tensors of this shape, [..., n], one behind the other: [..., count * n].
+        """Returns all ranks' tensors, [..., n] each, joined to [..., count * n] in the ranks' order.
 
         Raises:
-            LostPeerError: a rank's does not come in time.
+            LostPeerError: a rank's tensor does not arrive in time.
         """
         found = [torch.empty_like(tensor) for _ in range(self._count)]
         with _lost("all ranks", self._timeout):
@@ -298,10 +308,10 @@ def _started(work: dist.Work | None) -> dist.Work:
 
 @contextmanager
 def _lost(who: str, timeout: timedelta) -> Iterator[None]:
-    """Says whose fault it is that nothing came."""
+    """Turns errors of gloo and sockets into LostPeerError, whose message names the rank."""
     try:
         yield
-    except (RuntimeError, OSError) as error:  # gloo's, and a socket's
+    except (RuntimeError, OSError) as error:  # from gloo, and from sockets
         reason = str(error).split("] ", 1)[-1].splitlines()[0]
         raise LostPeerError(
             f"{who} ended or did not answer within {timeout.total_seconds():g} s ({reason}); start all of them again, "

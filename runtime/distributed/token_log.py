@@ -1,4 +1,4 @@
-"""TokenLog: the tokens of many texts, kept as they come, so that a run that was cut off can go on from the last one."""
+"""TokenLog: a file of chosen tokens, from which an interrupted run can continue."""
 
 import json
 from collections.abc import Mapping
@@ -9,20 +9,20 @@ from model.errors import InputError
 
 
 class TokenLog:
-    """A file with a line that says what is run, and then, for each token, one with its text's number and the token.
+    """A file whose first line describes the run; each other line has a text's number and one of its tokens.
 
     Attributes:
-        tokens: those of each text, by its number.
+        tokens: text number -> the tokens that were in the file when it was opened.
     """
 
     def __init__(self, path: Path | None, run: Mapping[str, Any]) -> None:
-        """Reads what is there, and goes on behind it; without a path it keeps nothing.
+        """Reads the file and opens it for appending; without a path nothing is read or written.
 
         Args:
-            run: what decides which tokens come, in JSON's types.
+            run: everything that determines the tokens, in JSON types.
 
         Raises:
-            InputError: the file is another run's, or none of ours; or it cannot be written.
+            InputError: the file is from another run, is no journal, or cannot be written.
         """
         self.tokens = dict[int, list[int]]()
         self._file = None
@@ -33,7 +33,7 @@ class TokenLog:
             self._file = path.open("a+b")
             self._file.seek(0)
             content = self._file.read()
-            whole = content[: content.rfind(b"\n") + 1]  # what follows was cut off with its writer
+            whole = content[: content.rfind(b"\n") + 1]  # the rest is an incomplete line
             if not (content.startswith(first) or first.startswith(content)):
                 raise InputError(
                     f"--journal {path} is not of this run, with its model, prompts and options; give another"
@@ -48,7 +48,7 @@ class TokenLog:
             self.tokens.setdefault(number, []).append(token)
 
     def add(self, number: int, token: int) -> None:
-        """Keeps a text's next token; the system has it when this returns."""
+        """Appends a text's next token; the operating system has it when this returns."""
         self._write(f"{number} {token}\n".encode())
 
     def _write(self, line: bytes) -> None:

@@ -1,1 +1,1 @@
-"""A file's methods run, and the caches of the texts they run on."""
+"""Runs a file's methods, and keeps the caches of the texts."""

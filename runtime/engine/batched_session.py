@@ -1,4 +1,4 @@
-"""BatchedSession: several texts in the making, extended together by a program that was exported for so many."""
+"""BatchedSession: several texts, extended together by a program that was exported with that batch size."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,10 +11,10 @@ from runtime.engine.session import Binding, Steps, check_prompt
 
 
 class BatchedSession:
-    """As many texts as the program has room for, each at a position of its own.
+    """Several texts, one in each lane of the program, each at its own position.
 
-    One step takes tokens of any of them: weights are read once for all. A lane with fewer tokens than another is
-    padded; what pads it is neither committed nor looked at.
+    One step appends tokens to any of them, so that weights are read once for all. A lane with fewer tokens than another
+    is padded; the results of padding are ignored.
     """
 
     def __init__(self, program: Steps) -> None:
@@ -27,39 +27,41 @@ class BatchedSession:
 
     @property
     def chunk(self) -> int:
-        """How many tokens of a text a step takes."""
+        """Maximum number of tokens of a text in one step."""
         return self._program.metadata.chunk
 
     @property
     def capacity(self) -> int:
-        """How many tokens each text can have."""
+        """Maximum number of tokens in each text."""
         return self._cache.capacity
 
     def __len__(self) -> int:
         return len(self.caches)
 
     def reset(self, lane: int) -> None:
-        """Starts a new text there."""
+        """Starts a new text in a lane."""
         self.caches[lane].rewind(0)
 
     def is_full(self, lane: int) -> bool:
-        """Whether its text can have no more tokens."""
+        """Returns whether a lane's text has the maximum number of tokens."""
         return self.caches[lane].position == self.capacity
 
     def check(self, prompt: Sequence[int]) -> None:
-        """Raises:
-        InputError: an empty lane has no room for it, it is empty, or a token is not in the vocabulary.
+        """Checks a prompt for an empty lane.
+
+        Raises:
+            InputError: the prompt is empty or too long, or a token is not in the vocabulary.
         """
         check_prompt(prompt, self._program.metadata)
 
     def step(self, texts: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
-        """Appends tokens to some of the texts, and returns the logits after the last of each, [V] float32.
+        """Appends tokens to some of the texts and returns the logits after each text's last token, [V] float32.
 
         Args:
-            texts: lane -> the tokens, at most `chunk`.
+            texts: lane -> the tokens to append, at least one and at most `chunk`.
 
         Raises:
-            InputError: tokens do not fit in a lane, there are none, or one is not in the vocabulary.
+            InputError: a lane's tokens are none or do not fit, or one is not in the vocabulary.
         """
         for lane, tokens in texts.items():
             check_prompt(tokens, self._program.metadata, self.caches[lane].position)
@@ -77,12 +79,12 @@ class BatchedSession:
         return {lane: torch.from_numpy(outputs["logits"].numpy()[lane, 0].copy()) for lane in texts}
 
     def _rows(self, outputs: Mapping[str, Tensor], lane: int) -> dict[str, Tensor]:
-        """New cache rows of one lane."""
+        """Returns the new cache rows of one lane."""
         return {name: outputs[name].chunk(len(self))[lane] for name in self._added}
 
 
 class BatchedText:
-    """The last of a program's lanes, to be used like a session where one text is enough."""
+    """A single text in the last lane of a batched program, with the interface of a session."""
 
     def __init__(self, program: Steps) -> None:
         self._session = BatchedSession(program)
@@ -91,12 +93,12 @@ class BatchedText:
 
     @property
     def cache(self) -> KVCache:
-        """Keys and values of the text so far."""
+        """The KV cache of the text."""
         return self._session.caches[self._number]
 
     @property
     def position(self) -> int:
-        """How many tokens the text has."""
+        """Number of tokens in the text."""
         return self.cache.position
 
     def reset(self) -> None:

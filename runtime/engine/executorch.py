@@ -1,5 +1,6 @@
-"""Shard: one .pte as ExecuTorch runs it, and what this process's ExecuTorch has and lacks; nothing else knows its
-bindings.
+"""Shard: one .pte, run by ExecuTorch; also ExecuTorch's threads, backends and operators in this process.
+
+No other module uses ExecuTorch's bindings.
 """
 
 import ctypes
@@ -11,16 +12,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401  before ExecuTorch's bindings, which need its libraries loaded
-from executorch.extension.pybindings import _C  # the bindings alone: portable_lib imports all of exir, 140 MB and 2 s
+import torch  # noqa: F401  first, because ExecuTorch's bindings need its libraries
+from executorch.extension.pybindings import _C  # not portable_lib, which imports all of exir: 140 MB and 2 s
 from torch import Tensor
 
 from model.errors import InputError, listed
 from runtime.engine.kv_cache import copied
 from runtime.pte.metadata import Metadata, Requirements, from_constants
 
-# Kernels register themselves. Unlike the C++ libraries, the bindings come without those of low-bit weights; attention
-# is ours (setup.py).
+# Loading a library registers its kernels. The bindings include no kernels for low-bit weights, unlike ExecuTorch's C++
+# libraries; the attention kernel is this project's own (setup.py).
 _LIBRARIES = Path(_C.__file__).parents[2] / "lib"
 _EXECUTORCH, _THREADPOOL, _ = (
     ctypes.CDLL(str(_LIBRARIES / f"lib{name}.so"))
@@ -31,14 +32,14 @@ _OPERATORS = find_spec("runtime._operators")
 _OURS = ctypes.CDLL(str(_OPERATORS.origin)) if _OPERATORS else None
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-"""glibc's, which keeps what is freed for later unless it is told not to."""
+"""glibc's malloc_trim, which returns freed memory to the system; None with another C library."""
 
 _set_without_threads = _THREADPOOL._ZN10executorch9extension10threadpool17NoThreadPoolGuard11set_enabledEb
 _set_without_threads.argtypes = [ctypes.c_bool]
 
 
 class _BackendOption(ctypes.Structure):
-    """executorch/runtime/backend/options.h: a key, and a variant whose first kind is bool."""
+    """BackendOption of executorch/runtime/backend/options.h: a key and a variant; kind 0 is bool."""
 
     _fields_ = (("key", ctypes.c_char * 64), ("value", ctypes.c_char * 256), ("kind", ctypes.c_uint32))
 
@@ -48,7 +49,7 @@ class _Options(ctypes.Structure):
 
 
 def _share_packed_weights() -> None:
-    """XNNPACK packs each weight once for all methods, not once for each: half the memory, and less time to load."""
+    """Makes XNNPACK pack each weight once for all methods, which halves the memory and shortens loading."""
     set_option = _EXECUTORCH._ZN10executorch7runtime10set_optionEPKcNS0_4SpanINS0_13BackendOptionEEE
     set_option.argtypes = [ctypes.c_char_p, _Options]
     option = _BackendOption(key=b"weight_cache_enabled", value=b"\1", kind=0)
@@ -60,11 +61,11 @@ _share_packed_weights()
 
 
 class Shard:
-    """One file: some blocks of a model, or all.
+    """One file with some or all blocks of a model.
 
     Attributes:
-        path: of the file.
-        metadata: all that it carries beside graph and weights.
+        path: path of the file.
+        metadata: the contents of the file other than graph and weights.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,17 +76,17 @@ class Shard:
         self._methods = dict[str, Any]()
 
     def load(self) -> None:
-        """Loads its methods, which takes the memory for its weights."""
+        """Loads the methods, which allocates the memory for the weights."""
         self._methods = {name: self._program.load_method(name) for name in self._specs}
 
     def read_ahead(self) -> None:
-        """Has the system read the file while something else is computed."""
+        """Asks the operating system to read the file into the page cache in the background."""
         if hasattr(os, "posix_fadvise"):
             with self.path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def run_once(self, method: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Loads the methods, runs one of them as `run` does, and gives their memory back."""
+        """Loads the methods, runs one of them as `run` does, and frees their memory."""
         self.load()
         outputs = {name: copied(tensor) for name, tensor in self.run(method, inputs).items()}
         self._methods.clear()
@@ -94,17 +95,17 @@ class Shard:
         return outputs
 
     def run(self, method: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Runs one method on those of the inputs that it takes, as `Program.step` does."""
+        """Runs one method, as `Program.step` does; inputs that it does not take are ignored."""
         spec = self._specs[method]
         outputs = self._methods[method].call([inputs[each.name] for each in spec.inputs], clone_outputs=False)
         return {each.name: tensor for each, tensor in zip(spec.outputs, outputs, strict=True)}
 
 
 def _open(path: Path) -> tuple[Any, Metadata]:
-    """ExecuTorch's program and what it carries.
+    """Opens a file in ExecuTorch and reads its metadata.
 
     Raises:
-        InputError: ExecuTorch does not take it, or it lacks something that it should carry.
+        InputError: ExecuTorch cannot open the file, or a metadata field is missing.
     """
     try:
         program = _C._load_program(str(path))
@@ -122,7 +123,11 @@ def _open(path: Path) -> tuple[Any, Metadata]:
 
 
 def start_threads(threads: int | None) -> None:
-    """Starts ExecuTorch's thread pool, which at its start logs what it finds missing on machines that are not ARM."""
+    """Starts ExecuTorch's thread pool, and discards the warnings that it logs on machines that are not ARM.
+
+    Raises:
+        InputError: the number of threads is less than 1.
+    """
     if threads is not None and threads < 1:
         raise InputError(f"--threads {threads} is impossible; give 1 or more")
     with stderr_closed():
@@ -133,7 +138,7 @@ def start_threads(threads: int | None) -> None:
 
 @contextmanager
 def threads_off(wanted: bool = True) -> Iterator[None]:
-    """Has the caller's thread compute alone."""
+    """Makes ExecuTorch compute in the caller's thread only, if `wanted`."""
     if wanted:
         _set_without_threads(True)
     try:
@@ -145,7 +150,7 @@ def threads_off(wanted: bool = True) -> Iterator[None]:
 
 @contextmanager
 def stderr_closed() -> Iterator[None]:
-    """Keeps what native code logs from the user."""
+    """Discards what native code writes to stderr."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -157,8 +162,8 @@ def stderr_closed() -> Iterator[None]:
 
 
 def lacking(backends: Iterable[str]) -> set[str]:
-    """Those of ExecuTorch's backends that cannot be run here."""
-    with stderr_closed():  # they log what they looked for
+    """Returns the backends that ExecuTorch does not have here."""
+    with stderr_closed():  # backends log what they search for
         return {name for name in backends if name and not _is_available(name)}
 
 
@@ -168,9 +173,10 @@ def _is_available(backend: str) -> bool:
 
 
 def _find_openvino() -> None:
-    """Tells ExecuTorch where pip put OpenVINO, if it did, which is loaded when a file asks for it.
+    """Sets the path at which ExecuTorch loads OpenVINO, if pip has installed it.
 
-    It would compute in bfloat16 where the processor can, and ExecuTorch has no option to forbid it.
+    Also limits OpenVINO's instruction set: on processors with bfloat16 it would compute in bfloat16, and ExecuTorch has
+    no option against that.
     """
     found = find_spec("openvino")
     for folder in (found.submodule_search_locations or ()) if found else ():
@@ -180,10 +186,15 @@ def _find_openvino() -> None:
 
 
 _BEFORE = {"OpenvinoBackend": _find_openvino}
-"""What ExecuTorch's backends want done before they are asked for."""
+"""Backend -> a function to call before ExecuTorch looks the backend up."""
 
 
 def check_requirements(path: Path, needed: Requirements) -> None:
+    """Checks that this process has the backends and operators that a file needs.
+
+    Raises:
+        InputError: one is missing.
+    """
     backends = lacking(needed.backends)
     operators = {name for name in needed.operators if not name.startswith("executorch_prim::")}
     operators -= set(_C._get_operator_names())
@@ -197,7 +208,11 @@ def check_requirements(path: Path, needed: Requirements) -> None:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes a second that so many threads together read from memory: what decoding cannot be faster than."""
+    """Measures the bytes a second that `threads` threads together read from memory, which bounds decoding speed.
+
+    Raises:
+        InputError: the project's own kernels were not compiled.
+    """
     if _OURS is None:
         raise InputError(_NOT_COMPILED)
     _OURS.llama_pte_read_bandwidth.restype = ctypes.c_double

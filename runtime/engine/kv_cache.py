@@ -1,4 +1,4 @@
-"""KVCache: one session's keys and values, allocated once; its bookkeeping is integers."""
+"""KVCache: the keys and values of one session, allocated once."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -12,25 +12,25 @@ from runtime.pte.metadata import MethodSpec, TensorSpec
 
 
 def copied(tensor: Tensor) -> Tensor:
-    """By numpy: PyTorch would start threads for it, which then spin for a while where ExecuTorch's are to compute."""
+    """Returns a copy, made by numpy: PyTorch would start threads, whose busy waiting slows down ExecuTorch's."""
     return torch.from_numpy(tensor.numpy().copy())
 
 
 class KVCache:
-    """Every layer's keys and values for `capacity` positions, of which the first `position` are filled.
+    """The keys and values of every layer for `capacity` positions, of which the first `position` are filled.
 
-    A position p lies in slot p % slots of a buffer. One with fewer slots than `capacity`, of a block that sees only a
-    window, is thereby a ring of the latest rows.
+    Position p is stored in slot p % slots of a buffer. A block with sliding-window attention has fewer slots than
+    `capacity`, so its buffer is a ring of the latest rows.
 
-    A step is planned, run and committed: `plan` answers whether the new rows fit, the graph reads the buffers in place,
-    and `commit` writes the rows that it returned. Rows past `position` weigh nothing: the graph does not look at them.
+    A step has three parts: `plan` checks that the new rows fit, the graph reads the buffers in place, and `commit`
+    writes the rows that the graph returned. The graph ignores rows from `position` on.
 
     Attributes:
         buffers: the graph's inputs by name, k_cache.0 ... v_cache.n, each [B*K, slots, W], rows as in
-            `model.kv_row_format`; none where the methods take no cache.
-        specs: what the methods say of each.
-        capacity: positions that a text may have.
-        position: positions filled so far.
+            `model.kv_row_format`; empty if the methods take no cache.
+        specs: the spec of each buffer, by name.
+        capacity: maximum number of positions in a text.
+        position: number of positions filled so far.
     """
 
     def __init__(self, method: MethodSpec, capacity: int) -> None:
@@ -38,19 +38,22 @@ class KVCache:
         shapes = {name: spec.sizes(0) for name, spec in self.specs.items()}
         (dtype,) = {spec.dtype for spec in self.specs.values()} or {"float32"}
         self.buffers = dict[str, Tensor]()
-        self._groups = list[tuple[Tensor, list[str]]]()  # those of one shape lie in one tensor, and are written at once
+        self._groups = list[tuple[Tensor, list[str]]]()  # buffers of one shape share a tensor and are written at once
         for shape in dict.fromkeys(shapes.values()):
             names = [name for name in shapes if shapes[name] == shape]
-            group = torch.from_numpy(np.zeros((len(names), *shape), dtype))  # by numpy, which touches no memory yet
+            group = torch.from_numpy(np.zeros((len(names), *shape), dtype))  # numpy's zeros touch no memory yet
             self.buffers |= dict(zip(names, group, strict=True))
             self._groups.append((group, [self.specs[name].rows for name in names]))
         self.capacity = capacity
         self.position = 0
         self._ring = min((shape[1] for shape in shapes.values()), default=capacity)
-        self._first = 0  # the earliest position that a ring still holds
+        self._first = 0  # the earliest position that the rings still hold
 
     def lane(self, number: int, of: int) -> "KVCache":
-        """The cache of one text among `of` that a step extends at once: in this one's memory, at its own position."""
+        """Returns the cache of one of `of` texts that a step extends together.
+
+        It shares this cache's memory and has its own position.
+        """
         other = copy.copy(self)
 
         def part(rows: int) -> slice:
@@ -61,14 +64,14 @@ class KVCache:
         return other
 
     def filled_bytes(self, position: int) -> int:
-        """Bytes of the rows of a text of `position` tokens: what a step reads there."""
+        """Returns the bytes of the rows of a text of `position` tokens, which a step reads."""
         return sum(b.nbytes // b.shape[1] * min(position, b.shape[1]) for b in self.buffers.values())
 
     def plan(self, length: int) -> int:
-        """The position at which `length` new rows would start.
+        """Returns the position at which `length` new rows would start.
 
         Raises:
-            InputError: they do not fit.
+            InputError: the rows do not fit.
         """
         if length < 1 or self.position + length > self.capacity:
             raise InputError(
@@ -78,12 +81,12 @@ class KVCache:
         return self.position
 
     def commit(self, outputs: Mapping[str, Tensor], length: int) -> None:
-        """Appends the first `length` rows of k_rows.* and v_rows.*, [B*K, L, W] each; what follows them is padding."""
+        """Appends the first `length` rows of k_rows.* and v_rows.*, [B*K, L, W] each; the other rows are padding."""
         start = self.plan(length)
         end = start + length
         for group, names in self._groups:
             slots = group.shape[2]
-            buffers = group.numpy()  # whose slices cost a tenth of a tensor's
+            buffers = group.numpy()  # slicing numpy arrays takes a tenth of the time
             rows = np.stack([outputs[name].numpy() for name in names])
             position = max(start, end - slots)
             while position < end:
@@ -96,7 +99,7 @@ class KVCache:
         self._first = max(self._first, end - self._ring)
 
     def filled(self) -> list[np.ndarray]:
-        """The part of each buffer that a text of `position` tokens may have written, [B*K, count, W]: a view."""
+        """Returns a view of the filled part of each buffer, [B*K, count, W]."""
 
         def count(slots: int) -> int:
             wrapped = slots < self.capacity and self._first > 0
@@ -106,27 +109,28 @@ class KVCache:
 
     @property
     def state(self) -> tuple[int, int]:
-        """What says, with the buffers, what is cached."""
+        """The position and the earliest position that a ring still holds; with the buffers, the whole state."""
         return self.position, self._first
 
     def restore(self, state: tuple[int, int]) -> list[np.ndarray]:
-        """Takes another cache's state over, and returns what it fills, which is to be written; see `filled`."""
+        """Sets the state of another cache, and returns the views that the caller must fill; see `filled`."""
         self.position, self._first = state
         return self.filled()
 
     def room(self, keep: int) -> int:
-        """How many positions behind the first `keep` can be taken out by `slide`; fewer than 1 where a ring, which no
-        longer holds the first, would see them then.
+        """Returns the maximum number of positions after the first `keep` that `slide` can remove.
+
+        It is less than 1 if the window would then reach back to the first positions, which a ring no longer holds.
         """
         seen = self._ring - 1 if self._ring < self.capacity else 0
         return self.position - keep - seen
 
     def slide(self, keep: int, count: int, moved: Callable[[TensorSpec, np.ndarray], np.ndarray]) -> None:
-        """Takes out `count` positions behind the first `keep`: what follows them moves to earlier ones.
+        """Removes `count` positions after the first `keep`, and moves the later rows forward into their place.
 
         Args:
-            count: at most `room`.
-            moved: given a buffer's spec and rows [B*K, n, W], returns these as they are `count` positions earlier.
+            count: at most `room(keep)`.
+            moved: given a buffer's spec and rows [B*K, n, W], returns the rows for `count` positions earlier.
         """
         assert count <= self.room(keep), f"{count} positions cannot be taken out"
         for name, buffer in self.buffers.items():
@@ -138,10 +142,10 @@ class KVCache:
         self.position -= count
 
     def rewind(self, position: int) -> None:
-        """Forgets everything from `position` on.
+        """Removes everything from `position` on.
 
         Raises:
-            InputError: position is outside [0, self.position], or a ring no longer holds what is seen from there.
+            InputError: position is outside [0, self.position], or a ring no longer holds the window before it.
         """
         if not 0 <= position <= self.position:
             raise InputError(f"cannot rewind to position {position}: the cache holds positions 0 to {self.position}")

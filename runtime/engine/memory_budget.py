@@ -1,26 +1,25 @@
-"""Which shards of a model stay in memory, where not all of them may."""
+"""Chooses the shards of a model that stay in memory if not all fit."""
 
 from collections.abc import Sequence
 
 from model.errors import InputError
 
 MARGIN = 1.04
-"""What a loaded shard takes, to the bytes of its matrices: norms, scales and the runtime's own structures."""
+"""Ratio of a loaded shard's memory to its matrices' bytes; the rest is norms, scales and the runtime's structures."""
 
 
 def choose_resident(sizes: Sequence[int], room: int) -> frozenset[int]:
-    """The shards that stay once they are loaded. Each of the others is loaded when its turn comes, every time anew, and
-    alone.
+    """Returns the shards that stay loaded. Each of the others is loaded alone for each step, when it runs.
 
-    The first stays before others, as much of its file is an embedding, of which a step reads a row; then the largest,
-    so that those that come and go need less room.
+    The first shard is chosen first, because much of its file is an embedding, of which a step reads only a row; then
+    the largest, so that the shards loaded for each step need less room.
 
     Args:
-        sizes: bytes that each takes, in order.
+        sizes: memory of each shard in bytes, in order.
         room: bytes that all may take together.
 
     Raises:
-        InputError: there is no room for the largest.
+        InputError: there is no room for the largest shard.
     """
     order = sorted(range(len(sizes)), key=lambda number: (number > 0, -sizes[number]))
     found, taken = set[int](), 0

@@ -1,4 +1,4 @@
-"""Program: an opened .pte, checked before it is believed; immutable, and shared by any number of sessions."""
+"""Program: an opened and checked .pte; immutable, and shared by any number of sessions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,15 +15,16 @@ from runtime.pte.parts import join_parts
 from runtime.pte.trailer import check_file
 
 SMALL = 16_000_000
-"""Bytes of matrices below which waking another thread takes longer than it saves; see tests/bench/NOTES.md."""
+"""Bytes of matrices below which several threads are slower than one; see tests/bench/NOTES.md."""
 
 
 class Program:
-    """A model of ours, ready to be run: a .pte and its methods; the shards of one, each of which runs its blocks; or
-    slices, each of which runs a part of every block.
+    """A model that llama-pte exported, ready to run.
+
+    It is one .pte, or several shards, which run some blocks each, or slices, which run a part of every block each.
 
     Attributes:
-        metadata: all that the file carries beside graph and weights; of shards or slices, what the whole would.
+        metadata: the file's contents other than graph and weights; for shards or slices, those of the whole model.
         tokenizer: the tokenizer inside the file, or None.
     """
 
@@ -37,22 +38,22 @@ class Program:
         partial: bool = False,
         group: Group | None = None,
     ) -> None:
-        """Opens the file, the folder of shards or slices, or these: checks them, reads their metadata, and loads their
-        methods.
+        """Opens a file, a folder of shards or slices, or several files: checks them, reads their metadata, and loads
+        their methods.
 
         Args:
-            threads: how many threads ExecuTorch uses, in the whole process; None leaves its choice, one per core,
-                and runs a model of less than SMALL bytes in the caller's.
-            check: compare the checksum, which reads the file through once.
-            memory_budget: bytes that this process may hold, with one session. Shards for which there is no room are
-                loaded for each step; see `runtime.engine.memory_budget`. None keeps all.
-            partial: these may be some neighbours among the shards of a model, see `Session.pass_on`.
-            group: of the processes that have the other slices, where these are not all; None where they are. The caches
-                then have only these slices' heads.
+            threads: number of ExecuTorch's threads, in the whole process. None means one per core, and only the
+                caller's thread for a model of less than SMALL bytes.
+            check: whether to compare the checksum, which reads the file through once.
+            memory_budget: bytes that this process may hold, with one session. Shards that do not fit are loaded for
+                each step; see `runtime.engine.memory_budget`. None keeps all in memory.
+            partial: whether the files may be only some neighbouring shards of a model, see `Session.pass_on`.
+            group: the processes that have the other slices; None if all slices are here. With a group, the caches have
+                only the heads of the slices here.
 
         Raises:
-            InputError: the budget is too little, or for slices; not a whole file of ours, shards or slices that do not
-                make one model, or this runtime lacks what it needs.
+            InputError: a file is damaged or not by llama-pte, the files are not one model, this runtime lacks a backend
+                or operator, the memory budget is too small, or there is one for slices.
         """
         paths = files(Path(path)) if isinstance(path, str | Path) else path
         for each in paths:
@@ -72,7 +73,7 @@ class Program:
     def _loaded(
         self, shards: Sequence[Shard], memory_budget: int | None, group: Group | None
     ) -> SequentialShards | ParallelSlices:
-        """What runs them."""
+        """Loads the shards or slices and returns the object that runs them."""
         path, count = shards[0].path, shards[0].metadata.slices
         if count == 1 and group is not None:
             raise InputError(f"{path} is no slice, as those of a group of processes are; export with --tensor-parallel")
@@ -91,27 +92,27 @@ class Program:
 
     @property
     def bytes_loaded(self) -> int:
-        """Bytes of matrices that are loaded anew for each step."""
+        """Bytes of matrices that are loaded again for each step."""
         return self._parts.bytes_loaded
 
     def step(self, method: MethodSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Runs one method once.
 
         Args:
-            inputs: contiguous tensors by the names of `method.inputs`, read in place.
+            inputs: contiguous tensors by the names of `method.inputs`; they are read in place.
 
         Returns:
-            outputs by the names of `method.outputs`, valid only until the next step of this program.
+            the outputs by the names of `method.outputs`, valid only until the next step of this program.
         """
         with threads_off(self._is_small):
             return self._parts.step(method, inputs)
 
 
 def files(path: Path) -> list[Path]:
-    """The .pte, or those in a folder of shards or slices.
+    """Returns the path of a .pte itself, or the .pte files in a folder of shards or slices.
 
     Raises:
-        InputError: the folder has none.
+        InputError: the folder has no .pte files.
     """
     if not path.is_dir():
         return [path]
@@ -121,11 +122,12 @@ def files(path: Path) -> list[Path]:
 
 
 def read_metadata(path: str | Path) -> Metadata:
-    """Reads what a file carries, or what the whole would whose shards or slices a folder has, without loading
-    its methods.
+    """Reads the metadata of a file, or of the whole model whose shards or slices are in a folder.
+
+    Does not load the methods.
 
     Raises:
-        InputError: not a whole file of ours, or shards or slices that do not make one model.
+        InputError: a file is damaged or not by llama-pte, or the shards or slices are not one model.
     """
     found = {}
     for each in files(Path(path)):

@@ -1,4 +1,4 @@
-"""SequentialShards: a model's one file, or its shards, which run one after another."""
+"""SequentialShards: the single file of a model, or its shards, which run one after another."""
 
 from collections.abc import Iterable, Mapping
 
@@ -11,21 +11,21 @@ from runtime.pte.metadata import STREAM, Metadata, MethodSpec
 
 
 class SequentialShards:
-    """Shards in the order of their blocks, of which some may be loaded for each step."""
+    """The shards of a model in the order of their blocks; some of them may be loaded again for each step."""
 
     def __init__(self, shards: Iterable[Shard], whole: Metadata, memory_budget: int | None) -> None:
-        """Loads those that stay.
+        """Loads the shards that stay in memory.
 
         Raises:
-            InputError: the budget is too little.
+            InputError: the memory budget is too small.
         """
         self._shards = sorted(shards, key=lambda shard: shard.metadata.span.start)
         self._resident = self._choose_resident(whole, memory_budget)
-        for shard in sorted(self._resident, key=lambda shard: -shard.metadata.matrix_bytes):  # is twice there meanwhile
+        for shard in sorted(self._resident, key=lambda shard: -shard.metadata.matrix_bytes):  # loading takes twice that
             shard.load()
 
     def _choose_resident(self, whole: Metadata, memory_budget: int | None) -> list[Shard]:
-        """The shards that stay."""
+        """Returns the shards that stay in memory."""
         if memory_budget is None:
             return self._shards
         taken = memory() + whole.activation_bytes + whole.cache_bytes
@@ -34,7 +34,7 @@ class SequentialShards:
 
     @property
     def bytes_loaded(self) -> int:
-        """Bytes of matrices that are loaded anew for each step."""
+        """Bytes of matrices that are loaded again for each step."""
         return sum(shard.metadata.matrix_bytes for shard in self._shards if shard not in self._resident)
 
     def step(self, method: MethodSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Session: one text in the making: its tokens, its caches, and the ways to extend, shorten, copy and keep it."""
+"""Session: one text, with its tokens and caches, which can be extended, shortened, copied and saved."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +17,8 @@ from runtime.engine.kv_cache import KVCache, copied
 from runtime.pte.metadata import K_CACHE, STREAM, Metadata, MethodSpec, TensorSpec
 
 SINKS = 4
-"""Tokens at the start of a text that `Session.slide` keeps, because attention falls back on them (StreamingLLM,
-https://arxiv.org/abs/2309.17453, section 3.2).
+"""Number of tokens at the start of a text that `Session.slide` keeps, because much attention goes to them
+(StreamingLLM, https://arxiv.org/abs/2309.17453, section 3.2).
 """
 
 
@@ -26,7 +26,7 @@ _NOTHING: tuple[Sequence[int], dict[str, Tensor], Tensor | None] = ((), {}, None
 
 
 class Steps(Protocol):
-    """What a session needs of a program: `runtime.engine.program.Program`, or an eager model in its place."""
+    """The part of a program that a session uses; `runtime.engine.program.Program` or an eager model implements it."""
 
     metadata: Metadata
 
@@ -36,22 +36,22 @@ class Steps(Protocol):
 
 
 class Session:
-    """A mutable position in a text, over an immutable program. Sessions of one program are independent.
+    """A text that is extended by an immutable program. Sessions of one program are independent.
 
-    After an error the session stands where the last whole step left it.
+    After an error the session is in the state after the last complete step.
 
     Attributes:
-        cache: keys and values of the text so far; without buffers where the program's method takes the whole text.
-        tokens: the ids of the text so far; to be read only.
-        hidden: what the last block returned for each token of the latest prefill or decode, normalised, [n, D]
-            float32; None before the first and after a failure, and where the program does not return it.
+        cache: the keys and values of the text; without buffers if the program's method takes the whole text.
+        tokens: the ids of the text; read-only.
+        hidden: the last block's output for each token of the latest prefill or decode, normalised, [n, D] float32;
+            None before the first, after a failure, and if the program does not return it.
     """
 
     def __init__(self, program: Steps) -> None:
         """Starts an empty text.
 
         Raises:
-            InputError: the program extends several texts at once.
+            InputError: the program was exported for several texts at once.
         """
         metadata = program.metadata
         if metadata.batch_size > 1:
@@ -69,12 +69,12 @@ class Session:
 
     @property
     def position(self) -> int:
-        """How many tokens the text has."""
+        """Number of tokens in the text."""
         return self.cache.position
 
     @property
     def capacity(self) -> int:
-        """How many tokens it can have."""
+        """Maximum number of tokens in the text."""
         return self.cache.capacity
 
     def reset(self) -> None:
@@ -82,12 +82,12 @@ class Session:
         self.rewind(0)
 
     def rewind(self, position: int) -> None:
-        """Forgets the tokens from `position` on; see `KVCache.rewind`."""
+        """Removes the tokens from `position` on; see `KVCache.rewind`."""
         self.cache.rewind(position)
         del self.tokens[position:]
 
     def shorten(self, position: int) -> None:
-        """Forgets the tokens from `position` on, or all where a ring no longer holds what is seen from there."""
+        """Removes the tokens from `position` on, or all if a ring buffer no longer holds the window before it."""
         try:
             self.rewind(position)
         except InputError:
@@ -97,7 +97,7 @@ class Session:
         """Appends a prompt, chunk by chunk, and returns the logits after its last token, [V] float32.
 
         Raises:
-            InputError: the prompt is empty, does not fit behind the present position, or holds an id that is none.
+            InputError: the prompt is empty or does not fit after the present position, or has an unknown id.
         """
         return self.extend(tokens)[0]
 
@@ -108,7 +108,7 @@ class Session:
     def extend(self, tokens: Sequence[int], rows: int = 1) -> Tensor:
         """Appends tokens, chunk by chunk, and returns the logits after each of the last `rows` of them, [rows, V].
 
-        Up to `MethodSpec.max_rows` of them come out of one step.
+        One step returns at most `MethodSpec.max_rows` of them.
 
         Raises:
             InputError: as in `prefill`.
@@ -130,25 +130,26 @@ class Session:
 
     @property
     def chunk(self) -> int:
-        """How many tokens a step takes."""
+        """Maximum number of tokens in one step."""
         return self._program.metadata.chunk
 
     def pass_on(self, tokens: Sequence[int], stream: Tensor | None = None) -> Tensor:
-        """Appends at most `chunk` tokens by one step of a part of a model, as `runtime.pipeline` has it.
+        """Appends at most `chunk` tokens by one step of a part of a model; see `runtime.pipeline`.
 
         Args:
-            stream: [1, L, D], what the part before returned; None where the model begins here.
+            stream: the output of the preceding part, [1, L, D]; None for the first part.
 
         Returns:
-            [1, L, D], what the part behind takes; where the model ends here, the logits after the last token, [1, V].
+            the input of the following part, [1, L, D]; for the last part, the logits after the last token, [1, V].
         """
         outputs, _ = self._run(self._binding_for(len(tokens)), tokens, 1, stream)
         self._commit(outputs, tokens)
         return copied(outputs[STREAM] if STREAM in outputs else outputs["logits"][0])
 
     def propose(self, tokens: Sequence[int]) -> Tensor:
-        """The logits after each of a few tokens that may come next, at most `max_rows`, [n, V]: of the text as if they
-        were appended. `accept` then appends as many of them as are right.
+        """Returns the logits after each of some guessed next tokens, [n, V], without appending the tokens.
+
+        `accept` then appends as many of the tokens as are correct. At most `max_proposed` tokens may be proposed.
 
         Raises:
             InputError: as in `prefill`.
@@ -161,7 +162,7 @@ class Session:
         return copied(outputs["logits"][0])
 
     def accept(self, count: int) -> None:
-        """Appends the first `count` of the tokens just proposed, 1 or more."""
+        """Appends the first `count` of the tokens of the latest `propose`, at least 1."""
         tokens, rows, hidden = self._proposed
         assert 1 <= count <= len(tokens), f"of {len(tokens)} proposed tokens {count} cannot be accepted"
         self._commit(rows, tokens[:count])
@@ -170,19 +171,21 @@ class Session:
 
     @property
     def max_proposed(self) -> int:
-        """How many tokens `propose` takes; 1 where guessing does not pay."""
+        """Maximum number of tokens for `propose`; 1 if the program cannot check guesses."""
         return max(binding.method.max_rows for binding in self._bindings)
 
     def restart(self, prompt: Sequence[int]) -> Tensor:
-        """Makes the text a prompt, and returns the logits after it, as `prefill` does. Of what the prompt begins with,
-        as much as the text began with, too, is not run again.
+        """Replaces the text by a prompt and returns the logits after it, as `prefill` does.
+
+        The beginning that text and prompt have in common is not run again.
         """
         self.shorten(common(self.tokens, prompt[:-1]))
         return self.prefill(prompt[self.position :])
 
     def fork(self) -> "Session":
-        """A session of its own that stands where this one does. Only what is filled of the caches is copied: memory
-        behind it is not touched before it is used.
+        """Returns an independent session with the same text.
+
+        Only the filled part of the caches is copied; the rest of their memory is not touched before it is used.
         """
         other = Session(self._program)
         for copy, original in zip(other.cache.restore(self.cache.state), self.cache.filled(), strict=True):
@@ -191,33 +194,33 @@ class Session:
         return other
 
     def save(self, path: str | Path) -> None:
-        """Keeps the session in a file, which is as large as what is filled of the caches; see
-        `runtime.engine.session_file`.
+        """Saves the session to a file as large as the filled part of the caches; see `runtime.engine.session_file`.
 
         Raises:
-            InputError: it cannot be written.
+            InputError: the file cannot be written.
         """
         identity = self._program.metadata.identity
         session_file.write(Path(path), identity, self.cache.state, self.tokens, self.cache.filled())
 
     def load(self, path: str | Path) -> None:
-        """Makes the session what was saved, with this model, in Python or C++.
+        """Restores a session that was saved with this model, by Python or C++.
 
         Raises:
-            InputError: the file is none, damaged, or another model's; the session is then as it was.
+            InputError: the file is no saved session, is damaged, or is for another model; the session is unchanged.
         """
         self.tokens = session_file.read(Path(path), self._program.metadata.identity, self.capacity, self.cache.restore)
         self.hidden = None
 
     def slide(self) -> int:
-        """Makes room: forgets the older half of the text, but for its first tokens, and moves the rest to earlier
-        positions, as if those had never been. Keys that were rotated for a position are turned back by the difference.
+        """Makes room: removes the older half of the text, except the first SINKS tokens.
+
+        The later tokens move to earlier positions; keys with rotary embedding are rotated back by the difference.
 
         Returns:
-            how many tokens it forgot.
+            the number of removed tokens.
 
         Raises:
-            InputError: positions are learned; or the model sees so much of its context that nothing can be spared.
+            InputError: positions are learned, or the window covers so much of the context that none can be removed.
         """
         config = self._program.metadata.config
         if config.positions == "learned" and self.cache.buffers:
@@ -241,12 +244,12 @@ class Session:
         return count
 
     def _binding_for(self, length: int) -> "Binding":
-        """The shortest method that takes `length` tokens at once, otherwise the longest."""
+        """Returns the binding of the shortest method that takes `length` tokens at once, or else of the longest."""
         fits = (binding for binding in self._bindings if binding.method.max_length >= length)
         return next(fits, self._bindings[-1])
 
     def _step(self, binding: "Binding", tokens: Sequence[int], rows: int, hidden: list[Tensor]) -> Tensor:
-        """Runs up to max_length tokens and returns the logits of the last `rows`; hidden states go to `hidden`."""
+        """Appends up to max_length tokens and returns the logits of the last `rows`; adds hidden states to `hidden`."""
         outputs, span = self._run(binding, tokens, rows)
         self._commit(outputs, tokens)
         if "hidden" in outputs:
@@ -256,19 +259,21 @@ class Session:
     def _run(
         self, binding: "Binding", tokens: Sequence[int], rows: int, stream: Tensor | None = None
     ) -> tuple[dict[str, Tensor], slice]:
-        """Runs up to max_length tokens, and returns the outputs and which of their rows are these tokens'."""
+        """Runs up to max_length tokens; returns the outputs, and the range of their rows that are for these tokens."""
         inputs, span = binding.place(self.cache.plan(len(tokens)), tokens, rows, self.tokens)
         return self._program.step(binding.method, inputs if stream is None else {**inputs, STREAM: stream}), span
 
     def _commit(self, outputs: Mapping[str, Tensor], tokens: Sequence[int]) -> None:
-        """Appends the first tokens of a step that was run."""
+        """Appends tokens, the first ones of a step, and their cache rows."""
         self.cache.commit(outputs, len(tokens))
         self.tokens.extend(tokens)
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
-    """Raises:
-    InputError: there are none, or one that is not in the vocabulary.
+    """Checks the ids of a prompt.
+
+    Raises:
+        InputError: there are none, or one is not in the vocabulary.
     """
     if not tokens:
         raise InputError("the prompt is empty; give at least one token")
@@ -277,13 +282,15 @@ def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
 
 
 class TooLongError(InputError):
-    """The error of a prompt that does not fit."""
+    """Raised if a prompt does not fit in the context."""
 
 
 def check_prompt(tokens: Sequence[int], metadata: Metadata, position: int = 0) -> None:
-    """Raises:
-    InputError: they are empty, or one is not in the vocabulary.
-    TooLongError: they do not fit behind `position`.
+    """Checks the ids and the length of a prompt.
+
+    Raises:
+        InputError: there are no tokens, or one is not in the vocabulary.
+        TooLongError: they do not fit after `position` tokens.
     """
     check_tokens(tokens, metadata.config.vocab_size)
     free = metadata.max_seq_len - position
@@ -295,15 +302,15 @@ def check_prompt(tokens: Sequence[int], metadata: Metadata, position: int = 0) -
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
+    """Returns the length of the common beginning of two texts, in tokens."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class Binding:
-    """A method and its inputs for one text, which are allocated once and written anew for each step.
+    """A method and its inputs for one text, which are allocated once and overwritten for each step.
 
-    With caches, a step's tokens stand at the start of the input `tokens`, and the caches hold those before them.
-    Without, `tokens` holds the text so far, and a step's stand behind it.
+    With caches, the input `tokens` has only the step's tokens; the caches have the earlier ones. Without caches,
+    `tokens` has the text so far, followed by the step's tokens.
     """
 
     def __init__(self, method: MethodSpec, metadata: Metadata, cache: KVCache) -> None:
@@ -318,10 +325,10 @@ class Binding:
         self._positions = PositionInputs(metadata.positions, widths, length)
         self._whole = inputs | self._positions.tensors
         self._inputs = dict[tuple[int, int], tuple[dict[str, Tensor], np.ndarray]]()
-        self._ids = self._tokens.numpy()[0]  # which costs less to write
+        self._ids = self._tokens.numpy()[0]  # faster to write to than the tensor
 
     def _inputs_of(self, length: int, rows: int) -> tuple[dict[str, Tensor], np.ndarray]:
-        """By name, for a step: the beginnings of whole inputs where the length is not fixed; and `select`'s rows."""
+        """Returns a step's inputs by name, cut to `length` where the length is not fixed, and the rows of `select`."""
         if (length, rows) not in self._inputs:
             dynamic = {spec.name for spec in self.method.inputs if "L" in spec.shape} - {"select", STREAM}
             inputs = self._whole | {name: self._whole[name][:, :length] for name in dynamic}
@@ -332,14 +339,14 @@ class Binding:
     def place(
         self, position: int, tokens: Sequence[int], rows: int, before: Sequence[int], length: int = 0
     ) -> tuple[dict[str, Tensor], slice]:
-        """Makes the inputs those of `tokens` at `position`, the last `rows` of which are selected; zeros pad them.
+        """Writes the inputs for `tokens` at `position`, padded with zeros; logits are for the last `rows` tokens.
 
         Args:
             before: the text so far.
-            length: of the step, at least; there may be no tokens then.
+            length: minimum length of the step; with it, `tokens` may be empty.
 
         Returns:
-            the inputs by name, and the tokens' rows in the outputs.
+            the inputs by name, and the range of the tokens' rows in the outputs.
         """
         start = 0 if self._cached else position
         end = start + len(tokens)

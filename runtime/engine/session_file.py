@@ -1,8 +1,8 @@
-"""session_file: a session in a file, equal in both runtimes: what the text is, and all that is cached of it.
+"""The file format of a saved session, the same in Python and C++: the text's ids and its caches.
 
 Little-endian: magic "llamakvs", version (uint32), zero (uint32), the model's identity (16 bytes, see
 `runtime.pte.metadata.Metadata.identity`), position and first (int64 each, see `KVCache.state`), the text's ids (int64
-each), every cache's filled rows in the order of the method's inputs, and XXH3-64 of all that (uint64).
+each), the filled rows of every cache in the order of the method's inputs, and XXH3-64 of all that (uint64).
 """
 
 import os
@@ -28,10 +28,10 @@ _CHECKSUM = struct.Struct("<Q")
 def write(
     path: Path, identity: bytes, state: tuple[int, int], tokens: Sequence[int], rows: Sequence[np.ndarray]
 ) -> None:
-    """Writes a file that is whole, or as it was before.
+    """Writes a session file completely, or leaves the earlier file unchanged.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     header, heads = _HEADER.pack(_MAGIC, VERSION, 0, identity, *state), (head for each in rows for head in each)
     checksum = xxhash.xxh3_64()
@@ -54,17 +54,18 @@ def write(
 def read(
     path: Path, identity: bytes, capacity: int, restore: Callable[[tuple[int, int]], Sequence[np.ndarray]]
 ) -> list[int]:
-    """Reads a file back. Nothing is restored unless the whole of it is right.
+    """Reads a session file. Nothing is restored unless the whole file is correct.
 
     Args:
-        identity: of the model that it must be for.
-        restore: is given the state, and returns the rows that are to be filled.
+        identity: identity of the model for which the file must be.
+        capacity: maximum number of tokens in the text.
+        restore: takes the state, and returns the arrays to fill.
 
     Returns:
         the text's ids.
 
     Raises:
-        InputError: it is no such file, or a damaged one, or another model's.
+        InputError: the file is no session file, is damaged, or is for another model.
     """
     try:
         with path.open("rb") as stream:
@@ -81,7 +82,7 @@ def read(
 
 
 def _checked_header(stream: BinaryIO, path: Path, identity: bytes, capacity: int) -> tuple[int, int]:
-    """The state; the stream stands behind it."""
+    """Checks the file and returns the state; the stream is then at the ids."""
     size = os.fstat(stream.fileno()).st_size
     header = stream.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):

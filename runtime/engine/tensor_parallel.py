@@ -1,4 +1,4 @@
-"""ParallelSlices: some of a model's slices, or all, whose halves run side by side; see `model.tensor_parallel`."""
+"""ParallelSlices: some or all slices of a model, whose halves run in parallel; see `model.tensor_parallel`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
@@ -12,46 +12,49 @@ from runtime.pte.metadata import STREAM, Metadata, MethodSpec, TensorSpec
 
 
 class Group(Protocol):
-    """The processes that together have all slices, in the order of these; each calls the same in the same order."""
+    """The processes that together have all slices, in the slices' order.
+
+    All processes must make the same calls in the same order.
+    """
 
     def summed(self, tensor: Tensor) -> Tensor:
-        """The sum of what all give, of one shape: float32 [B, L, D], contiguous, which may be written over."""
+        """Returns the sum of all processes' tensors, float32 [B, L, D] each, contiguous; may overwrite `tensor`."""
         ...
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """What all give, side by side: float32 [B, R, v] each, contiguous -> [B, R, sum of v]."""
+        """Returns all processes' tensors, float32 [B, R, v] each, contiguous, joined to [B, R, sum of v]."""
         ...
 
 
 class Alone:
-    """The group of a process that has all slices."""
+    """The group of a single process that has all slices."""
 
     def summed(self, tensor: Tensor) -> Tensor:
-        """What it is given."""
+        """Returns `tensor`."""
         return tensor
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """What it is given."""
+        """Returns `tensor`."""
         return tensor
 
 
 class ParallelSlices:
-    """Slices that follow one another, in this process, and what it needs of the others.
+    """The consecutive slices of a model in this process, run together with the slices of other processes.
 
-    Sums are numpy's: PyTorch would start threads for them; see `runtime.engine.kv_cache.copied`.
+    Sums are computed by numpy, because PyTorch would start threads; see `runtime.engine.kv_cache.copied`.
 
     Attributes:
-        bytes_loaded: of matrices that are loaded anew for each step: none.
+        bytes_loaded: bytes of matrices that are loaded again for each step; always 0.
     """
 
     bytes_loaded = 0
 
     def __init__(self, slices: Iterable[Shard], whole: Metadata, group: Group) -> None:
-        """Loads them.
+        """Loads the slices.
 
         Args:
-            whole: what they carry together.
-            group: of the processes that have the other slices.
+            whole: their joined metadata.
+            group: the processes that have the other slices.
         """
         self._slices = sorted(slices, key=lambda each: each.metadata.slice)
         self._halves = self._slices[0].metadata.methods
@@ -62,9 +65,9 @@ class ParallelSlices:
             each.load()
 
     def step(self, method: MethodSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Runs one method once, as `runtime.engine.program.Program.step` does, by its halves.
+        """Runs one method once, half after half, as `runtime.engine.program.Program.step` does.
 
-        What a half returns is good until it is run again, in the next step: each has results of its own.
+        The outputs of a half stay valid until it runs again in the next step.
         """
         parts = [self._share(inputs, number) for number in range(len(self._slices))]
         outputs, stream = dict[str, Tensor](), None
@@ -80,7 +83,7 @@ class ParallelSlices:
         return outputs
 
     def _share(self, inputs: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-        """What one slice takes: of the caches, its own heads."""
+        """Returns the inputs of one slice, with only its own heads of the caches."""
 
         def own(cache: Tensor) -> Tensor:
             heads = len(cache) // len(self._slices)
@@ -89,7 +92,7 @@ class ParallelSlices:
         return {**inputs, **{name: own(inputs[name]) for name in self._caches}}
 
     def _whole(self, spec: TensorSpec, parts: Sequence[Tensor]) -> Tensor:
-        """An output of all slices: rows one slice's after another's, logits side by side, and the rest equal in all."""
+        """Joins an output of all slices: rows along the heads, logits along the vocabulary; others are equal in all."""
         if spec.name == "logits":
             return self._group.gathered(_concatenate(parts, axis=-1))[..., : self._vocab_size]
         return _concatenate(parts, axis=0) if spec.is_rows else parts[0]

@@ -1,1 +1,1 @@
-"""What a file carries: the contract between export and the runtimes."""
+"""The contents of a file: the contract between export and the runtimes."""

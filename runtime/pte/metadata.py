@@ -1,8 +1,8 @@
-"""The contract between export and the runtimes: what a file carries, under which names, in which format version.
+"""The contract between export and the runtimes: the metadata in a file, its names, and the format version.
 
-Everything is data inside the program, one constant method per line of FIELDS, so that any ExecuTorch runtime can read
-it. Behind the program stands a trailer of 32 bytes, which tells a whole file of ours from a truncated, damaged or
-newer one before anything else is believed.
+All metadata is data inside the program, one constant method per line of FIELDS, so that any ExecuTorch runtime can read
+it. The program is followed by a trailer of 32 bytes, which shows whether a file is complete, undamaged and of a known
+version before anything else is read.
 """
 
 import dataclasses
@@ -51,27 +51,27 @@ FIELDS: dict[str, tuple[str, str]] = {
     ),
     "get_sampling": ("JSON", "what the checkpoint recommends: temperature, top_k, top_p, repetition_penalty, or less"),
 }
-"""Constant method -> its type and meaning: all that a file carries beside graph and weights."""
+"""Constant method -> its type and meaning: all contents of a file other than graph and weights."""
 
 NO_TOKENIZER = "none"
 
 STREAM = "stream"
-"""The residual stream between two blocks, which a shard hands to the next; or a slice's part of what is added to it."""
+"""The residual stream between two blocks, which a shard passes to the next; or a slice's summand of it."""
 
 K_CACHE, V_CACHE = CACHES = ("k_cache", "v_cache")
-"""The roles of a layer's keys and values so far."""
+"""The roles of a layer's cached keys and values."""
 
 K_ROWS, V_ROWS = ROWS = ("k_rows", "v_rows")
-"""The roles of the keys and values that a step adds to them."""
+"""The roles of the keys and values that a step adds to the caches."""
 
 
 def of_layer(role: str, layer: int) -> str:
-    """The name of a layer's tensor."""
+    """Returns the name of a layer's tensor, such as k_cache.3."""
     return f"{role}.{layer}"
 
 
 def role_and_layer(name: str) -> tuple[str, int | None]:
-    """The same back; None where a tensor is no layer's."""
+    """Splits a tensor's name into role and layer; the layer is None if the tensor belongs to no layer."""
     role, _, layer = name.partition(".")
     return role, int(layer) if layer else None
 
@@ -81,10 +81,10 @@ class TensorSpec:
     """One input or output of a method.
 
     Attributes:
-        name: its role, and the layer where it is one's: tokens, select, logits, hidden; what depends on the position,
-            see `preproc.position_inputs`; k_cache.3, v_cache.3, k_rows.3, v_rows.3 for layer 3; and STREAM.
-        shape: sizes; "L" stands for the length of a step, and "R" for its rows of logits, where they are not fixed.
-        dtype: float32 or int64.
+        name: the role, and the layer if it belongs to one: tokens, select, logits, hidden; inputs that depend on the
+            position, see `preproc.position_inputs`; k_cache.3, v_cache.3, k_rows.3, v_rows.3 for layer 3; and STREAM.
+        shape: sizes; "L" is the length of a step, and "R" its rows of logits, where they are not fixed.
+        dtype: name of the torch dtype, such as float32 or int64.
     """
 
     name: str
@@ -93,59 +93,59 @@ class TensorSpec:
 
     @property
     def role(self) -> str:
-        """What it is, such as k_cache, of whichever layer."""
+        """The role without the layer, such as k_cache."""
         return role_and_layer(self.name)[0]
 
     @property
     def layer(self) -> int | None:
-        """Whose it is; None where it is no layer's."""
+        """The layer to which the tensor belongs; None if it belongs to no layer."""
         return role_and_layer(self.name)[1]
 
     @property
     def is_cache(self) -> bool:
-        """Whether it is a KV cache."""
+        """Whether the tensor is a KV cache."""
         return self.role in CACHES
 
     @property
     def is_rows(self) -> bool:
-        """Whether it is what a step adds to a KV cache."""
+        """Whether the tensor is the rows that a step adds to a KV cache."""
         return self.role in ROWS
 
     @property
     def rows(self) -> str:
-        """The name of what a step adds to this cache."""
+        """The name of the rows that a step adds to this cache, such as k_rows.3."""
         role, layer = role_and_layer(self.name)
         assert layer is not None, f"{self.name} is no cache"
         return of_layer(dict(zip(CACHES, ROWS, strict=True))[role], layer)
 
     def sizes(self, length: int, rows: int = 1) -> tuple[int, ...]:
-        """The shape of a step."""
+        """Returns the shape for a step of `length` tokens and `rows` rows of logits."""
         return tuple({"L": length, "R": rows}[size] if isinstance(size, str) else size for size in self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Of one whose size does not depend on the step."""
+        """Size in bytes of a tensor whose shape does not depend on the step."""
         return math.prod(self.sizes(1)) * int(getattr(torch, self.dtype).itemsize)
 
     def zeros(self, length: int, rows: int = 1) -> Tensor:
-        """A tensor of this kind."""
+        """Returns a tensor of zeros with this shape and dtype."""
         return torch.zeros(self.sizes(length, rows), dtype=getattr(torch, self.dtype))
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """One method of the program: a range of layers for a range of lengths.
+    """One method of the program: it runs a range of layers for a range of lengths.
 
-    A runtime fills inputs by name, so a file may leave out or add inputs without changing the format: a mask per kind
-    of attention, position ids in place of a mask, hidden states between shards.
+    A runtime fills inputs by name, so a file may omit or add inputs without changing the format: a mask per kind of
+    attention, position ids instead of a mask, hidden states between shards.
 
     Attributes:
-        name: the ExecuTorch method.
-        min_length, max_length: the L it takes; equal where the graph is static.
-        max_rows: the most rows of logits (R) that it returns of each sequence; 1 or more.
-        start_layer, end_layer: the blocks it runs, end excluded.
-        inputs, outputs: in the order of the method's arguments and results.
-        slice, slices: which slice of the model it is of, from 0, and of how many; see `model.tensor_parallel`.
+        name: name of the ExecuTorch method.
+        min_length, max_length: the range of lengths L; equal if the graph is static.
+        max_rows: maximum number of rows of logits (R) for each sequence; 1 or more.
+        start_layer, end_layer: the blocks that it runs, end excluded.
+        inputs, outputs: the specs in the order of the method's arguments and results.
+        slice, slices: index of its slice of the model, from 0, and number of slices; see `model.tensor_parallel`.
     """
 
     name: str
@@ -161,35 +161,36 @@ class MethodSpec:
 
     @property
     def half(self) -> str:
-        """What of a slice it runs, see `model.tensor_parallel.SlicedLlama`: embed, attend.3, feed.3 or head; of all
-        else, "".
+        """The part of a slice that it runs: embed, attend.3, feed.3 or head; "" if the model is not sliced.
+
+        See `model.tensor_parallel.SlicedLlama`.
         """
         return self.name.partition(".")[2]
 
     @property
     def whole(self) -> str:
-        """The name of the method that it is a half of; of all else, its own."""
+        """The name of the method of which it is a half; its own name if the model is not sliced."""
         return self.name.partition(".")[0]
 
     @property
     def caches(self) -> list[TensorSpec]:
-        """The KV caches that it takes."""
+        """The specs of the KV caches that the method takes."""
         return [spec for spec in self.inputs if spec.is_cache]
 
     @property
     def span(self) -> range:
-        """The blocks it runs."""
+        """The blocks that it runs."""
         return range(self.start_layer, self.end_layer)
 
     @property
     def is_fused(self) -> bool:
-        """Whether attention is one operator, which is told where a step starts in place of a mask."""
+        """Whether attention is one operator, whose input is the step's start position instead of a mask."""
         return any(spec.name == "start" for spec in self.inputs)
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a runtime must offer before it may load the program."""
+    """The ExecuTorch version that made the program, and the backends and operators that a runtime needs to load it."""
 
     executorch: str
     backends: tuple[str, ...]
@@ -198,7 +199,7 @@ class Requirements:
 
 @dataclass(frozen=True)
 class Metadata:
-    """All that a file carries beside graph and weights, as in FIELDS; bos_id is None where there is no BOS."""
+    """The contents of a file other than graph and weights, as in FIELDS; bos_id is None if there is no BOS."""
 
     config: ModelConfig
     matrix_bytes: int
@@ -221,27 +222,27 @@ class Metadata:
 
     @property
     def identity(self) -> bytes:
-        """16 bytes, equal for files that were made in the same way from the same checkpoint."""
+        """A digest of 16 bytes, equal for files that were exported with the same options from the same checkpoint."""
         return xxhash.xxh3_128_digest(_json(self.provenance).encode())
 
     @property
     def span(self) -> range:
-        """The blocks that the methods run: fewer than config.n_layers in a shard."""
+        """The blocks that the methods run; in a shard, fewer than config.n_layers."""
         return range(self.methods[0].start_layer, self.methods[-1].end_layer)
 
     @property
     def slice(self) -> int:
-        """Which slice of the model the file is, from 0."""
+        """Index of the file's slice of the model, from 0; 0 if the model is not sliced."""
         return self.methods[0].slice
 
     @property
     def slices(self) -> int:
-        """Of how many; 1 where the model is not sliced."""
+        """Number of slices; 1 if the model is not sliced."""
         return self.methods[0].slices
 
     @property
     def cache_bytes(self) -> int:
-        """Of the KV caches."""
+        """Size of the KV caches in bytes."""
         return sum(spec.nbytes for spec in self.caches)
 
     @property
@@ -256,23 +257,23 @@ class Metadata:
 
     @property
     def chunk(self) -> int:
-        """How many tokens a step takes, at most."""
+        """Maximum number of tokens in one step."""
         return max(method.max_length for method in self.methods)
 
     @property
     def positions(self) -> Positions:
-        """What the inputs that depend on the position are made from."""
+        """The tables from which the inputs that depend on the position are made."""
         slopes = self.alibi_slopes if self.config.positions == "alibi" else torch.zeros(0)
         return Positions(self.rope_cos, self.rope_sin, slopes, self.config.sliding_window, self.max_seq_len)
 
 
 def export_identity(provenance: Mapping[str, Any]) -> str:
-    """Equal for exports that are the same byte for byte."""
+    """Returns a digest in hexadecimal digits that is equal for exports that are the same byte for byte."""
     return hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()
 
 
 def to_constants(metadata: Metadata) -> dict[str, Any]:
-    """The constant methods that carry `metadata`: exactly the names in FIELDS."""
+    """Returns the values of the constant methods, by the names in FIELDS."""
     return {
         "get_max_seq_len": metadata.max_seq_len,
         "get_max_context_len": metadata.max_seq_len,
@@ -301,7 +302,7 @@ def to_constants(metadata: Metadata) -> dict[str, Any]:
 
 
 def from_constants(call: Callable[[str], Sequence[Any]]) -> Metadata:
-    """Reads the metadata back; `call` runs a constant method and returns its values.
+    """Reads the metadata from constant methods; `call` runs one of them and returns its values.
 
     Raises:
         InputError: a value has the wrong form.

@@ -1,6 +1,4 @@
-"""parts: what several files carry that make one model: shards, which run one after another, or slices, which run
-side by side.
-"""
+"""Joins the metadata of one model's files: shards, which run one after another, or slices, which run in parallel."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,16 +9,17 @@ from runtime.pte.metadata import STREAM, Metadata, MethodSpec, Requirements, Ten
 
 
 def join_parts(files: Mapping[Path, Metadata], partial: bool = False) -> Metadata:
-    """What the whole carries of which these are the shards or slices, whose order does not matter; of one file, what it
-    carries. The caches of slices have the heads of one after those of another: more than the model has where slices
-    share heads.
+    """Returns the metadata of the whole model from its shards or slices, in any order, or from its only file.
+
+    The caches of joined slices have the heads of one slice after those of another; that is more heads than in the model
+    if slices share heads.
 
     Args:
-        partial: they may be some neighbours among the shards: their methods then take and return the stream; or some of
-            the slices: their caches then have only these ones' heads.
+        partial: whether the files may be only some neighbouring shards, whose methods then take and return the stream,
+            or only some slices, whose caches then have only these slices' heads.
 
     Raises:
-        InputError: names the file that is not of the same export, is there twice, or is missing.
+        InputError: a file is from another export, occurs twice, or is missing; the message names it.
     """
     parts = sorted(files.values(), key=lambda part: (part.span.start, part.slice))
     first, *others = parts
@@ -34,7 +33,7 @@ def join_parts(files: Mapping[Path, Metadata], partial: bool = False) -> Metadat
 
 
 def _united(parts: Sequence[Metadata], methods: tuple[MethodSpec, ...], activation_bytes: int) -> Metadata:
-    """With the methods of all, and what they need together."""
+    """Returns the first part's metadata with these methods and activation bytes, and all parts' requirements."""
     requirements = [part.requirements for part in parts]
     return dataclasses.replace(
         parts[0],
@@ -50,10 +49,10 @@ def _united(parts: Sequence[Metadata], methods: tuple[MethodSpec, ...], activati
 
 
 def check_shards(shards: Mapping[str, tuple[bytes, range]], wanted: range) -> None:
-    """Checks that shards are the blocks `wanted` of one model.
+    """Checks that shards are exactly the blocks `wanted` of one model.
 
     Args:
-        shards: where each is -> its identity and its blocks.
+        shards: path of each shard -> its identity and its blocks.
 
     Raises:
         InputError: as in `join_parts`.
@@ -73,10 +72,10 @@ def check_shards(shards: Mapping[str, tuple[bytes, range]], wanted: range) -> No
 
 
 def check_same_export(identities: Sequence[tuple[str, bytes]]) -> tuple[str, bytes]:
-    """Checks that files are of one export, and returns the first.
+    """Checks that all files are from one export, and returns the path and identity of the first.
 
     Args:
-        identities: where each is, and its identity.
+        identities: path and identity of each file.
 
     Raises:
         InputError: as in `join_parts`.
@@ -91,7 +90,7 @@ def check_same_export(identities: Sequence[tuple[str, bytes]]) -> tuple[str, byt
 
 
 def _check_slices(slices: Mapping[Path, Metadata], partial: bool) -> None:
-    """Whether every slice is there once, or none twice."""
+    """Checks that every slice occurs exactly once; if `partial`, that none occurs twice."""
     ordered = sorted(slices.items(), key=lambda each: each[1].slice)
     place, _ = check_same_export([(str(path), part.identity) for path, part in ordered])
     count, seen = ordered[0][1].slices, set[int]()
@@ -104,7 +103,7 @@ def _check_slices(slices: Mapping[Path, Metadata], partial: bool) -> None:
 
 
 def _across(slices: Sequence[Metadata]) -> MethodSpec:
-    """The method that runs the halves of these: with the caches' heads one slice after another, and whole logits."""
+    """Returns the spec of the method that runs the halves of all slices, with joined cache heads and whole logits."""
     count, vocab_size, one = len(slices), slices[0].config.vocab_size, compose_methods(slices[0].methods)
 
     def whole(tensor: TensorSpec) -> TensorSpec:
@@ -119,15 +118,15 @@ def _across(slices: Sequence[Metadata]) -> MethodSpec:
 
 
 def session_methods(methods: Sequence[MethodSpec]) -> tuple[MethodSpec, ...]:
-    """What of a file a session calls: each method, or the halves of a slice as one."""
+    """Returns the methods that a session calls: each method, or one that joins the halves of a slice."""
     return (compose_methods(methods),) if methods[0].slices > 1 else tuple(methods)
 
 
 def compose_methods(specs: Sequence[MethodSpec]) -> MethodSpec:
-    """The method that runs these one after another: what it takes and gives, but for what is handed between them."""
+    """Returns the spec of the method that runs several one after another, without the stream passed between them."""
 
     def union(found: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
-        """As in a whole file, all keys stand behind the rest, and all values behind them."""
+        """Returns the specs without duplicates, in a whole file's order: keys and then values after all others."""
         specs = {spec.name: spec for spec in found}.values()
         return tuple(sorted(specs, key=lambda spec: "" if spec.layer is None else spec.role))
 

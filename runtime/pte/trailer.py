@@ -1,4 +1,4 @@
-"""The trailer: 32 bytes behind the program, which tell a whole file of ours from a truncated, damaged or newer one."""
+"""The trailer: 32 bytes after the program, which show whether a file is complete, undamaged and of a known version."""
 
 import struct
 from pathlib import Path
@@ -14,8 +14,8 @@ _MAGIC = b"llamapte"
 
 
 class Trailer:
-    """The 32 bytes that follow the program, little-endian: magic "llamapte", format version (uint32), zero (uint32),
-    length of the program in bytes (uint64), XXH3-64 of the program (uint64).
+    """The 32 bytes after the program, little-endian: magic "llamapte", format version (uint32), zero (uint32), bytes of
+    the program (uint64), XXH3-64 of the program (uint64).
     """
 
     def __init__(self) -> None:
@@ -23,23 +23,23 @@ class Trailer:
         self._length = 0
 
     def add(self, piece: bytes) -> None:
-        """Takes the next piece of the program."""
+        """Adds the next piece of the program."""
         self._checksum.update(piece)
         self._length += len(piece)
 
     def pack(self) -> bytes:
-        """The trailer of what was added."""
+        """Returns the trailer for the pieces added so far."""
         return _TRAILER.pack(_MAGIC, FORMAT_VERSION, 0, self._length, self._checksum.intdigest())
 
 
 def check_file(path: Path, *, checksum: bool = True) -> None:
-    """Refuses what is not a whole file of ours in a format this version reads.
+    """Checks that a file is a complete file of llama-pte in the format version that this version reads.
 
     Args:
-        checksum: also read the file through and compare its checksum (about 0.1 s per GB in the page cache).
+        checksum: whether to read the file through and compare its checksum (about 0.1 s per GB in the page cache).
 
     Raises:
-        InputError: names the file, what is wrong and what to do.
+        InputError: it is not; the message names the file, the problem and the fix.
     """
     if not path.is_file():
         raise InputError(f"{path} is no file; export one with `python -m export.llama`")
@@ -71,7 +71,7 @@ def check_file(path: Path, *, checksum: bool = True) -> None:
 
 
 def checksum_of(stream: BinaryIO, length: int) -> int:
-    """XXH3-64 of the next `length` bytes, or of as many as there are."""
+    """Returns XXH3-64 of the next `length` bytes, or of fewer if the file ends earlier."""
     found, left = xxhash.xxh3_64(), length
     while left > 0 and (piece := stream.read(min(left, 1 << 22))):
         found.update(piece)

@@ -1,1 +1,1 @@
-"""OpenAI's interface over HTTP."""
+"""Serves a model over OpenAI's HTTP API."""

@@ -1,4 +1,4 @@
-"""The web application: OpenAI's endpoints over a scheduler, and the page to chat in."""
+"""The web application: OpenAI's endpoints over a scheduler, and a chat page."""
 
 import asyncio
 import hmac
@@ -27,7 +27,7 @@ from runtime.serving.request_values import RequestError
 from runtime.serving.scheduler import ClosedError, Scheduler
 
 RETRY_AFTER = "1"
-"""Seconds after which one who found the queue full may ask again."""
+"""Value of the Retry-After header, in seconds, if the queue is full."""
 
 PAGE = Path(__file__).with_name("chat.html")
 
@@ -43,16 +43,16 @@ _PAGES: dict[str, Any] = {
     "allow_methods": ["GET", "POST"],
     "allow_headers": ["*"],
 }
-"""Pages that may ask from a browser: those of this machine. Others could make it work for anybody."""
+"""CORS settings: in a browser only pages from this machine may send requests, so that no website can use the server."""
 
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask what.
+    """Limits on requests.
 
     Attributes:
-        api_key: what requests must bring; None lets everybody in.
-        max_body: bytes that a request may have.
+        api_key: the key that requests must have; None for no key.
+        max_body: maximum size of a request's body in bytes.
     """
 
     api_key: str | None
@@ -60,7 +60,7 @@ class Access:
 
 
 def create_app(model: Model, scheduler: Scheduler, access: Access) -> Starlette:
-    """The application. Who runs it closes the scheduler."""
+    """Returns the application. The caller must close the scheduler."""
     service = _Service(model, scheduler, access)
     routes = [
         Route("/", service.page),
@@ -84,7 +84,7 @@ def create_app(model: Model, scheduler: Scheduler, access: Access) -> Starlette:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events of some jobs, which are cancelled when it ends, however it does."""
+    """A stream of server-sent events; its jobs are cancelled when it ends for any reason."""
 
     def __init__(self, events: AsyncIterator[str], jobs: Jobs) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -149,9 +149,10 @@ class _Service:
         return JSONResponse(reply.whole())
 
     async def _body(self, request: Request) -> bytes:
-        """
+        """Reads the request's body.
+
         Raises:
-            RequestError: it is too large.
+            RequestError: the body is too large.
         """
         limit, body = self._access.max_body, bytearray()
         async for piece in request.stream():
@@ -162,7 +163,7 @@ class _Service:
 
 
 async def _watch(request: Request, jobs: Jobs) -> None:
-    """Ends the jobs' steps when the client is gone."""
+    """Ends the jobs' steps when the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     jobs.fail(ClientDisconnect())
@@ -175,7 +176,7 @@ async def _events(jobs: Jobs, reply: Reply) -> AsyncIterator[str]:
         async for number, step in jobs:
             for chunk in reply.chunks(number, step):
                 yield _event(chunk)
-    except Exception as error:  # the status is sent already
+    except Exception as error:  # the HTTP status was already sent
         if not isinstance(error, InputError | ClosedError):
             logging.getLogger(__name__).error("a request failed", exc_info=error)
         yield _event(_client_error(error).content)
@@ -190,7 +191,7 @@ def _event(content: dict[str, Any]) -> str:
 
 
 def _client_error(error: Exception) -> RequestError:
-    """What a client is told of an error. Of one that is ours it learns nothing but that."""
+    """Returns the error to send to a client. It has no details of an internal error."""
     if isinstance(error, InputError):
         return RequestError(400, str(error))
     if isinstance(error, ClosedError):
@@ -220,7 +221,7 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 class _KeyCheck:
-    """Lets only those to /v1 who bring the key. The page is open: a browser cannot bring one before it is there."""
+    """Middleware that requires the key for paths under /v1. The chat page needs none, as a browser cannot send it."""
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self._app = app

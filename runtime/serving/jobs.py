@@ -1,4 +1,4 @@
-"""Jobs: the texts that a request asks for, made by a scheduler side by side."""
+"""Jobs: the texts of one request, which a scheduler generates in parallel."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,23 +13,24 @@ RESTARTED = "the server ends; ask again when it is back"
 
 
 class Jobs:
-    """A request's jobs, and their steps as they come. Who is done with them, or no longer wants them, cancels.
+    """The jobs of one request, and an iterator over their steps. The caller must call `cancel` when it has finished.
 
-    At most as many are under way as the scheduler has sessions. Of one prompt, the others begin when the first has run
-    it, so that they need not run it again.
+    At most as many jobs are submitted at a time as the scheduler has sessions. If several jobs have the same prompt,
+    the first runs it, and the others begin afterwards and reuse its cache.
     """
 
     def __init__(self, request: CompletionRequest, scheduler: Scheduler) -> None:
-        """
+        """Submits the first jobs.
+
         Raises:
-            RequestError: the scheduler takes no more.
+            RequestError: the queue is full, or the scheduler is closed.
         """
         self._loop = asyncio.get_running_loop()
         self._items = asyncio.Queue[tuple[int, Step] | Exception]()
         self._scheduler, self._tries = scheduler, request.tries
         self._jobs = [self._job(request, number) for number in range(len(request.texts))]
         self._submitted = self._ended = 0
-        self._begun = set[int]()  # places of prompts that have been run
+        self._begun = set[int]()  # indices of prompts that have been run
         self._is_cancelled = False
         try:
             self._go_on()
@@ -40,25 +41,25 @@ class Jobs:
 
     @property
     def cached(self) -> int:
-        """How many tokens of the prompts were not run; known with the last step."""
+        """Number of prompt tokens that were not run because they were cached; known after the last step."""
         return sum(job.cached for job in self._jobs[:: self._tries])
 
     def scored(self, prompt: int) -> list[Step]:
-        """A prompt's own steps, where they were asked for; known with the first step behind it."""
+        """Returns the steps of a prompt's own tokens, if requested; known after the prompt's first new token."""
         return self._jobs[prompt * self._tries].scored
 
     def fail(self, error: Exception) -> None:
-        """Ends the steps by an error."""
+        """Ends the iteration over steps with an error."""
         self._items.put_nowait(error)
 
     def cancel(self) -> None:
-        """Gives up what is not done."""
+        """Cancels the jobs that have not finished."""
         self._is_cancelled = True
         for job in self._jobs[: self._submitted]:
             self._scheduler.cancel(job)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Step]]:
-        """The steps as they come, each with the place of its text."""
+        """Yields steps as they are generated, each with the index of its text."""
         while self._ended < len(self._jobs) or not self._items.empty():
             item = await self._items.get()
             if isinstance(item, Exception):
@@ -70,14 +71,14 @@ class Jobs:
         scores = request.logprobs if request.scores_prompts and number % request.tries == 0 else None
 
         def deliver(item: Step | Exception) -> None:
-            if not self._loop.is_closed():  # else nobody is left who waits
+            if not self._loop.is_closed():  # a closed loop has no waiting request
                 self._loop.call_soon_threadsafe(self._take, number, item)
 
         prompt = request.prompts[text.prompt]
         return Job(prompt, request.options, Rng(text.seed), text.constraint, deliver, scores)
 
     def _take(self, number: int, item: Step | Exception) -> None:
-        """What a job delivers."""
+        """Takes a step or an error from a job."""
         if isinstance(item, Exception):
             self.fail(item)
             return
@@ -91,7 +92,7 @@ class Jobs:
                 self.fail(error)
 
     def _go_on(self) -> None:
-        """Submits what can be under way now."""
+        """Submits the jobs that can run now."""
         while self._submitted < min(len(self._jobs), self._ended + self._scheduler.sessions):
             prompt, place = divmod(self._submitted, self._tries)
             if place and prompt not in self._begun:

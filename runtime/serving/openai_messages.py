@@ -1,4 +1,4 @@
-"""Messages, and the functions that a model may call, in OpenAI's form, read and checked."""
+"""Reads and checks messages and tools (functions that a model may call) in OpenAI's form."""
 
 import json
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ _FORM = '{"type": "function", "function": {"name": "..."}}'
 
 @dataclass(frozen=True)
 class Tools:
-    """What may be called.
+    """The functions that a model may call.
 
     Attributes:
-        given: the functions, as OpenAI's API describes them; there may be none.
-        required: those of which one must be called; None where the model chooses whether to call any.
+        given: the functions, as OpenAI's API describes them; may be empty.
+        required: the functions of which one must be called; None if the model may choose to call none.
         several: whether an answer may have more than one call.
     """
 
@@ -27,12 +27,12 @@ class Tools:
 
     @property
     def names(self) -> list[str]:
-        """The functions' names."""
+        """The names of the functions."""
         return [str(tool["function"]["name"]) for tool in self.given]
 
 
 def read_tools(values: Values) -> Tools:
-    """The functions of a request, and which of them to call.
+    """Reads the tools of a request and its tool choice.
 
     Raises:
         RequestError: they are malformed.
@@ -62,7 +62,7 @@ def read_tools(values: Values) -> Tools:
 
 
 def read_messages(values: Values) -> list[Described]:
-    """The messages of a request.
+    """Reads the messages of a request.
 
     Raises:
         RequestError: they are malformed.
@@ -74,7 +74,7 @@ def read_messages(values: Values) -> list[Described]:
 
 
 def _name(value: Any) -> str | None:
-    """The name of the function that an object is about, where it is about one."""
+    """Returns the name of the function in an object {"type": "function", ...}, or None if it is no such object."""
     if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(value.get("function"), dict):
         return None
     name = value["function"].get("name")
@@ -82,7 +82,7 @@ def _name(value: Any) -> str | None:
 
 
 def _tool(value: Any) -> Described:
-    """A function that may be called."""
+    """Checks one tool and returns it."""
     name = _name(value)
     if name is None:
         refuse("tools", f"tools has {shown(value)}, which describes no function; give {_FORM}")
@@ -95,7 +95,7 @@ def _tool(value: Any) -> Described:
 
 
 def _message(value: Any) -> Described:
-    """One message; a content may come as a list of texts, and beside calls not at all."""
+    """Reads one message. Its content may be a list of texts, and may be missing if there are calls."""
     role = value.get("role") if isinstance(value, dict) else None
     if not isinstance(role, str):
         refuse("messages", f"the message {shown(value)} has no role; give system, user or assistant")
@@ -116,14 +116,14 @@ def _message(value: Any) -> Described:
 
 
 def _call(value: Any) -> dict[str, Any]:
-    """A call that was made, its arguments as an object, as templates want them."""
+    """Reads a call in an earlier message, and returns it with its arguments as an object, the form for templates."""
     name = _name({"type": "function"} | value) if isinstance(value, dict) else None
     if name is None:
         refuse("messages", f"tool_calls has {shown(value)}, which calls no function; give {_FORM}")
     arguments = value["function"].get("arguments") or {}
     try:
         found = json.loads(arguments) if isinstance(arguments, str) else arguments
-        json.dumps(found, ensure_ascii=False).encode()  # which half a surrogate pair fails
+        json.dumps(found, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):

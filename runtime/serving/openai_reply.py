@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form: Reply turns steps into JSON, whole or in chunks."""
+"""Reply: turns the steps of an answer into OpenAI's JSON, as one object or in chunks."""
 
 import secrets
 import time
@@ -18,9 +18,10 @@ class Reply:
     """The answer to one request."""
 
     def __init__(self, request: CompletionRequest, model: Model, jobs: Jobs) -> None:
-        """
+        """Starts an empty answer.
+
         Args:
-            jobs: those of the request, whose steps are given to `take` or `chunks`.
+            jobs: the jobs of the request, whose steps are passed to `take` or `chunks`.
         """
         self._request, self._model, self._jobs = request, model, jobs
         self._id = f"{'chatcmpl' if request.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
@@ -30,11 +31,11 @@ class Reply:
         self._texts = [_Choice(request, number, names) for number in range(len(request.texts))]
 
     def take(self, number: int, step: Step) -> None:
-        """Takes the next step of the text at that place."""
+        """Adds the next step of text `number`."""
         self._texts[number].steps.append(step)
 
     def whole(self) -> dict[str, Any]:
-        """All in one object."""
+        """Returns the whole answer as one object."""
         choices = [
             {"index": index, **text.whole(self._jobs.scored(text.prompt))} for index, text in enumerate(self._chosen())
         ]
@@ -42,25 +43,25 @@ class Reply:
         return self._object(kind, choices) | {"usage": self._usage()}
 
     def opening(self) -> Iterator[dict[str, Any]]:
-        """What a stream begins with."""
+        """Yields the first chunks of a stream."""
         if self._request.is_chat:
             for index in range(len(self._texts)):
                 yield self._chunk(index, {"delta": {"role": ASSISTANT, "content": ""}})
 
     def chunks(self, number: int, step: Step) -> Iterator[dict[str, Any]]:
-        """What a stream tells of a step: what it says, if anything, and then that it was the last, if it was."""
+        """Yields the chunks of a step: its text or calls, if any, and the finish reason, if it is the last step."""
         self.take(number, step)
         text = self._texts[number]
         for content, logprobs, finish_reason in text.latest(self._jobs.scored(text.prompt)):
             yield self._chunk(number, content, logprobs, finish_reason)
 
     def closing(self) -> Iterator[dict[str, Any]]:
-        """What a stream ends with."""
+        """Yields the last chunks of a stream."""
         if self._request.include_usage:
             yield self._object(self._chunk_kind, []) | {"usage": self._usage()}
 
     def _chosen(self) -> Iterator["_Choice"]:
-        """The likeliest texts of each prompt: all, or those whose tokens' mean log-probability is highest."""
+        """Yields the texts for the answer: all of each prompt, or those with the highest mean log-probability."""
         request = self._request
         for start in range(0, len(self._texts), request.tries):
             texts = self._texts[start : start + request.tries]
@@ -105,27 +106,27 @@ class Reply:
 
 
 class _Choice:
-    """One text, and what has been told of it.
+    """One text of the answer, and the state of its output.
 
     Attributes:
-        steps: all until now.
-        prompt: the place of its prompt.
+        steps: all steps so far.
+        prompt: index of its prompt.
     """
 
     def __init__(self, request: CompletionRequest, number: int, names: "_Names") -> None:
         self._request, self._names = request, names
         self.prompt = request.texts[number].prompt
         self.steps = list[Step]()
-        self._length = 0  # of what logprobs were told of
+        self._length = 0  # characters of the tokens whose logprobs were output
         self._calls = 0
         self._reader = CallReader(request.form, request.names) if request.form else None
 
     def likelihood(self) -> float:
-        """The mean log-probability of its tokens."""
+        """Returns the mean log-probability of the text's tokens."""
         return sum(step.logprob or 0.0 for step in self.steps) / len(self.steps)
 
     def whole(self, scored: Sequence[Step]) -> dict[str, Any]:
-        """A choice of an answer that comes as a whole."""
+        """Returns the choice object of an answer that is not streamed; `scored` are the prompt's own steps."""
         logprobs = self._logprobs(scored, self.steps)
         if not self._request.is_chat:
             text = self._echo() + "".join(map(self._text, self.steps))
@@ -138,7 +139,7 @@ class _Choice:
         return {"message": message, "logprobs": logprobs, "finish_reason": self._finish_reason()}
 
     def latest(self, scored: Sequence[Step]) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None, str | None]]:
-        """The chunks of the latest step: what it says, logprobs and why the text ended, each if any."""
+        """Yields the chunks of the latest step: content, logprobs and finish reason, the last two possibly None."""
         step, is_chat = self.steps[-1], self._request.is_chat
         if len(self.steps) == 1 and self._request.echoes:
             yield {"text": self._echo()}, self._logprobs(scored, []), None
@@ -168,7 +169,7 @@ class _Choice:
         return "tool_calls" if reason == "stop" and self._calls else reason
 
     def _read(self, step: Step) -> Sequence[str | Call]:
-        """What is certain of an answer now: texts, none of them empty, and calls."""
+        """Returns the non-empty texts and the calls that a step makes certain."""
         if self._reader is None:
             return [step.text] if step.text else []
         said = self._reader.add(step.text)
@@ -181,7 +182,7 @@ class _Choice:
         return {"id": self._request.form.new_id(), "type": "function", "function": function}
 
     def _logprobs(self, scored: Sequence[Step], steps: Sequence[Step]) -> dict[str, Any] | None:
-        """Those of the prompt, and of the steps whose tokens are part of the text."""
+        """Returns the logprobs object for the prompt's steps and for the steps other than stop tokens."""
         if self._request.logprobs is None:
             return None
         made = [] if self._request.is_silent else steps
@@ -201,13 +202,13 @@ class _Choice:
 
 
 class _Names:
-    """What tokens are called."""
+    """The names of tokens in OpenAI's logprobs objects."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     def of(self, token: int) -> str:
-        """A token's text, or what OpenAI writes for one that is no whole text."""
+        """Returns a token's text, or its bytes in hexadecimal, as OpenAI does, if it is not valid UTF-8 alone."""
         piece = self._bytes(token)
         try:
             return piece.decode()
@@ -215,14 +216,14 @@ class _Names:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
     def likeliest(self, step: Step) -> dict[str, float]:
-        """The likeliest tokens in a step's place; of several with one text, the likelier."""
+        """Returns the likeliest tokens in a step's place: text -> log-probability, the highest if texts are equal."""
         found = dict[str, float]()
         for token, value in step.top_logprobs:
             found.setdefault(self.of(token), value)
         return found
 
     def entry(self, step: Step) -> dict[str, Any]:
-        """A step's tokens as chats have them."""
+        """Returns the entry of a step in a chat's logprobs."""
         own = self._likely(step.token, step.logprob)
         return own | {"top_logprobs": [self._likely(token, value) for token, value in step.top_logprobs]}
 

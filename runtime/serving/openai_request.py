@@ -1,7 +1,7 @@
-"""Requests in OpenAI's form (https://platform.openai.com/docs/api-reference): JSON -> CompletionRequest, checked.
+"""Reads and checks requests in OpenAI's form (https://platform.openai.com/docs/api-reference).
 
-Beside OpenAI's parameters, requests may have the sampler's others: top_k, min_p, repetition_penalty, penalty_window.
-What is unknown is ignored. What would have to change the answer, and cannot, is refused.
+Requests may also have the sampler's parameters that OpenAI lacks: top_k, min_p, repetition_penalty, penalty_window.
+Unknown parameters are ignored. Known ones that would change the answer but are not supported are refused.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from runtime.text.prompts import prompt_ids
 from runtime.text.sampler import SamplingOptions
 
 COMPLETION_TOKENS = 16
-"""How many tokens /v1/completions gives unless asked for more, as OpenAI's does."""
+"""Default maximum number of new tokens of /v1/completions, the same as OpenAI's."""
 
 MOST_STOPS, MOST_BIASES, MOST_LOGPROBS, MOST_CHOICES, MOST_TEXTS = 16, 1024, 20, 16, 256
 
 LIKELIEST = 1e-9
-"""What top_p 0 stands for: a probability that the likeliest token alone reaches."""
+"""The value used for top_p 0: a probability that the likeliest token alone reaches."""
 
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
@@ -41,22 +41,22 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
 }
-"""Parameters that cannot be honoured, with the values that ask for nothing; null does so, too."""
+"""Unsupported parameter -> its values that have no effect and are accepted; null is accepted, too."""
 
 _ONLY_TEXTS: dict[str, tuple[Any, ...]] = {"tools": ([],)}
 _ONLY_MESSAGES: dict[str, tuple[Any, ...]] = {"echo": (False,), "best_of": (0, 1)}
-"""The same, of one of the endpoints."""
+"""Further unsupported parameters of only one of the endpoints."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is served.
+    """The served model.
 
     Attributes:
-        name: that requests call it by.
-        created: when the file was made, in seconds since 1970.
-        program, tokenizer: of the file.
-        template: how messages become a text; None where nothing says.
+        name: its name in requests.
+        created: modification time of the file, in seconds since 1970.
+        program, tokenizer: the opened file and its tokenizer.
+        template: the chat template; None if there is none.
     """
 
     name: str
@@ -67,17 +67,17 @@ class Model:
 
     @property
     def metadata(self) -> Metadata:
-        """All that the file carries beside graph and weights."""
+        """The contents of the file other than graph and weights."""
         return self.program.metadata
 
 
 @dataclass(frozen=True)
 class Text:
-    """One text that is to be made.
+    """One text to generate.
 
     Attributes:
-        prompt: the place of its prompt in the request.
-        seed: of its own.
+        prompt: index of its prompt in the request.
+        seed: seed of its random numbers.
         constraint: see `runtime.text.generation.generate`.
     """
 
@@ -88,20 +88,20 @@ class Text:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """What a request asks for.
+    """A checked request.
 
     Attributes:
-        is_chat: whether the answer is a message in place of a text.
-        prompts: the ids of each; they fit in the context.
-        texts: what is to be made: of the first prompt, then of the second, as many of each.
-        choices: how many of each prompt's texts the answer has: the likeliest, where it is not all.
+        is_chat: whether the answer is a chat message rather than a text.
+        prompts: the ids of each prompt; they fit in the context.
+        texts: the texts to generate, the same number for each prompt, in the prompts' order.
+        choices: number of each prompt's texts in the answer; if fewer than generated, the likeliest.
         options: see `runtime.text.generation.generate`.
-        logprobs: of how many of the likeliest tokens the answer tells the probability; None to tell none's.
-        stream: whether the answer is told step by step.
-        include_usage: whether the end of a stream tells how many tokens there were.
-        echoes: the prompts as texts, where the answer begins with its own; empty otherwise.
-        is_silent: whether nothing is to be told but the prompt: the one token that is made is not.
-        form, names: how calls of functions are written, and which there are; None where there are none.
+        logprobs: number of likeliest tokens whose probability the answer reports; None for no probabilities at all.
+        stream: whether the answer is streamed.
+        include_usage: whether a stream ends with the numbers of tokens.
+        echoes: the prompts as texts, if each answer begins with its prompt; empty otherwise.
+        is_silent: whether the answer has only the prompt; one token is generated but not output.
+        form, names: how calls of functions are written, and the functions' names; None and empty without functions.
     """
 
     is_chat: bool
@@ -119,12 +119,12 @@ class CompletionRequest:
 
     @property
     def tries(self) -> int:
-        """How many texts are made of each prompt."""
+        """Number of texts to generate for each prompt."""
         return len(self.texts) // len(self.prompts)
 
     @property
     def scores_prompts(self) -> bool:
-        """Whether the answer tells how likely the prompts' own tokens are."""
+        """Whether the answer reports probabilities of the prompts' own tokens."""
         return bool(self.echoes) and self.logprobs is not None
 
 
@@ -177,14 +177,14 @@ def read_chat(raw: bytes, model: Model) -> CompletionRequest:
 
 
 class _Grammar(NamedTuple):
-    """What an answer must be like, and the parameter that says so."""
+    """A grammar that the answer must follow, and the parameter that sets it."""
 
     param: str
     text: str
 
 
 class _Request(Values):
-    """A body's values, and what they say of a model."""
+    """The values of a request's body, checked for a model."""
 
     def __init__(self, raw: bytes, model: Model, harmless: Mapping[str, tuple[Any, ...]]) -> None:
         super().__init__(raw)
@@ -200,14 +200,17 @@ class _Request(Values):
                 refuse(param, f"{param} {shown(self.get(param))} is not possible here; {fix}", "unsupported_value")
 
     def limit(self, names: Sequence[str], usual: int | None) -> int | None:
-        """A number of tokens, by the first of the names that is given; -1, as with llama.cpp, is as many as fit."""
+        """Returns the token limit from the first given parameter of `names`; -1 is no limit, as with llama.cpp.
+
+        `usual` is the limit if none is given; None is no limit.
+        """
         name = next((name for name in names if name in self), None)
         if name is None:
             return usual
         return None if self.get(name) == -1 else self.whole(name, 1)
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, each a text or ids."""
+        """Returns the prompts, each a text or ids."""
         value = self.get("prompt")
         is_list = isinstance(value, list) and bool(value) and all(isinstance(each, str | list) for each in value)
         given = value if is_list else [value]
@@ -218,11 +221,11 @@ class _Request(Values):
         return given
 
     def ids(self, prompt: str | list[int]) -> Sequence[int]:
-        """A prompt's ids."""
+        """Returns the ids of a prompt, which must fit in the context."""
         return self._fitting("prompt", prompt_ids(self._model.program, prompt) if isinstance(prompt, str) else prompt)
 
     def tries(self, choices: int) -> int:
-        """How many texts are made of each prompt."""
+        """Number of texts to generate for each prompt."""
         best_of = self.whole("best_of", 0, MOST_CHOICES) or choices
         if best_of < choices:
             refuse("best_of", f"best_of {best_of} is less than n {choices}; give at least as many, or leave it out")
@@ -231,7 +234,7 @@ class _Request(Values):
         return best_of
 
     def conversation(self, tools: Tools) -> tuple[Sequence[int], Carried]:
-        """The messages' ids, and the template that made them."""
+        """Returns the ids of the messages, and the chat template."""
         template = self._model.template
         if template is None:
             refuse(
@@ -251,7 +254,7 @@ class _Request(Values):
         stop_ids: tuple[int, ...],
         shown_ids: tuple[int, ...] = (),
     ) -> GenerationOptions:
-        """How tokens are chosen, where nothing is asked for as the checkpoint recommends, and when the text ends."""
+        """Returns the options for choosing tokens and ending a text; defaults are the checkpoint's recommendations."""
         given: dict[str, Any] = {"temperature": 1.0, **self._model.metadata.sampling}
         for field in fields(SamplingOptions):
             if field.name in self:
@@ -267,7 +270,7 @@ class _Request(Values):
     def texts(
         self, prompts: Sequence[Sequence[int]], each: int, options: GenerationOptions, grammar: _Grammar | None
     ) -> list[Text]:
-        """What is to be made, so many of each prompt."""
+        """Returns the texts to generate, `each` for each prompt."""
         if len(prompts) * each > MOST_TEXTS:
             message = f"prompt has {len(prompts)} texts, of which {each} each are wanted; give fewer: {MOST_TEXTS} are"
             refuse("prompt", f"{message} the most that a request may have")
@@ -284,12 +287,12 @@ class _Request(Values):
         return texts
 
     def grammar(self) -> _Grammar | None:
-        """That of the answer's JSON, where it must be some."""
+        """Returns the grammar of an answer that must be JSON, or None."""
         schema = self._schema()
         return None if schema is None else _Grammar("response_format", json_grammar(schema))
 
     def grammar_with(self, form: Form, tools: Tools) -> _Grammar | None:
-        """That of an answer which must call a function, or may in place of the JSON that it has to be."""
+        """Returns the grammar of an answer that must call a function or, if it must be JSON, may call one; or None."""
         schema = None if tools.required else self._schema()
         if schema is None and not tools.required:
             return None
@@ -302,7 +305,7 @@ class _Request(Values):
         return _Grammar("response_format", rules(f"start: calls | json\njson: {json_rule(schema)}\n{calls}"))
 
     def streaming(self) -> tuple[bool, bool]:
-        """Whether the answer is told step by step, and the number of tokens at its end."""
+        """Returns whether the answer is streamed, and whether a stream ends with the numbers of tokens."""
         stream, usage = self.flag("stream"), self.entries("stream_options").get("include_usage", False)
         if "stream_options" in self and not stream:
             refuse("stream_options", "stream_options are of no use without stream; add stream: true, or leave them out")
@@ -313,14 +316,14 @@ class _Request(Values):
         with blamed_on(param):
             try:
                 check_prompt(ids, metadata)
-            except TooLongError:  # whose advice is for who exports
+            except TooLongError:  # whose message is about exporting
                 message = f"the {param} has {len(ids)} tokens, and the context only {metadata.max_seq_len}; shorten it"
                 refuse(param, message, "context_length_exceeded")
         return ids
 
     def _option(self, name: str) -> float | int | dict[int, float]:
-        """A value of SamplingOptions."""
-        if name == "top_k" and self.get(name) == -1:  # as vLLM says for all
+        """Returns a value for SamplingOptions."""
+        if name == "top_k" and self.get(name) == -1:  # vLLM's value for all tokens
             return 0
         if name in ("top_k", "penalty_window"):
             return self.whole(name) or 0
@@ -348,7 +351,7 @@ class _Request(Values):
         return tuple(stops)
 
     def _schema(self) -> dict[str, Any] | None:
-        """That of the answer's JSON, where it must be some."""
+        """Returns the JSON schema of an answer that must be JSON, or None."""
         wanted = self.entries("response_format")
         kind = wanted.get("type", "text")
         if kind == "text":
@@ -376,13 +379,13 @@ def _are_ids(value: Any) -> bool:
 
 
 def _said(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of a prompt, but for a character that ends behind it."""
+    """Returns the text of a prompt, without an incomplete character at its end."""
     decoder = StreamDecoder(tokenizer)
     return "".join(decoder.add(token) for token in ids)
 
 
 def _seed(seed: int, index: int) -> int:
-    """The seed of a request's text by its place: the first has the request's, the others one made of it."""
+    """Returns the seed of text `index`: the request's seed for the first, a hash of seed and index for the others."""
     if index == 0:
         return seed
     return int.from_bytes(hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest(), "big")

@@ -1,4 +1,4 @@
-"""Values: a request's JSON object, each value checked as it is taken, and RequestError, what is wrong with one."""
+"""Values: a request's JSON object, whose values are checked when read; and RequestError, for wrong ones."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from model.errors import InputError
 
 
 class RequestError(Exception):
-    """A request that gets no answer but an error in OpenAI's form.
+    """Raised for a request that is answered with an error in OpenAI's form.
 
     Attributes:
         status: the HTTP status.
@@ -25,15 +25,17 @@ class RequestError(Exception):
 
 
 def refuse(param: str | None, message: str, code: str | None = None) -> NoReturn:
-    """Raises:
-    RequestError: with status 400.
+    """Refuses a request because of a parameter.
+
+    Raises:
+        RequestError: always, with status 400.
     """
     raise RequestError(400, message, param, code)
 
 
 @contextmanager
 def blamed_on(param: str) -> Iterator[None]:
-    """What the library refuses is a parameter's fault."""
+    """Turns an InputError of the library into a RequestError that names a parameter."""
     try:
         yield
     except InputError as error:
@@ -41,12 +43,13 @@ def blamed_on(param: str) -> Iterator[None]:
 
 
 class Values:
-    """A body's values. One that is null counts as none, as with OpenAI."""
+    """The values of a body. A null value counts as missing, as with OpenAI."""
 
     def __init__(self, raw: bytes) -> None:
-        """
+        """Reads a body.
+
         Raises:
-            RequestError: the body is no object of JSON.
+            RequestError: the body is no JSON object.
         """
         self._values = {name: value for name, value in _object(raw).items() if value is not None}
 
@@ -54,11 +57,11 @@ class Values:
         return name in self._values
 
     def get(self, name: str, usual: Any = None) -> Any:
-        """A value as it is, or what it usually is."""
+        """Returns a value without checking it, or `usual` if it is missing."""
         return self._values.get(name, usual)
 
     def whole(self, name: str, low: int | None = None, high: int | None = None) -> int | None:
-        """A whole number."""
+        """Returns a whole number from `low` to `high`, or None if it is missing."""
         value = self.get(name)
         if value is None:
             return None
@@ -70,14 +73,14 @@ class Values:
         return value
 
     def flag(self, name: str, usual: bool = False) -> bool:
-        """True or false."""
+        """Returns true or false, or `usual` if it is missing."""
         value = self.get(name, usual)
         if not isinstance(value, bool):
             refuse(name, f"{name} {shown(value)} is neither true nor false; give one of them")
         return value
 
     def entries(self, name: str) -> Mapping[str, Any]:
-        """An object's, empty unless given."""
+        """Returns the entries of an object, which is empty if it is missing."""
         value = self.get(name, {})
         if not isinstance(value, dict):
             refuse(name, f"{name} {shown(value)} is no object; give one")
@@ -85,7 +88,7 @@ class Values:
 
 
 def number(name: str, value: Any) -> float:
-    """A number, of the parameter of that name."""
+    """Checks that the value of parameter `name` is a number, and returns it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         refuse(name, f"{name} {shown(value)} is no number; give one")
     try:
@@ -95,16 +98,16 @@ def number(name: str, value: Any) -> float:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
+    """Returns a value as JSON for a message, shortened if it is long."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _object(raw: bytes) -> dict[str, Any]:
-    """A body's JSON object."""
+    """Parses a body as a JSON object."""
     try:
         values = json.loads(raw, parse_constant=no_number)
-        json.dumps(values, ensure_ascii=False).encode()  # which half a surrogate pair fails
+        json.dumps(values, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     except (ValueError, RecursionError) as error:
         refuse(None, f"the body is no JSON ({error}); send an object with Content-Type: application/json")
     if not isinstance(values, dict):
@@ -113,7 +116,7 @@ def _object(raw: bytes) -> dict[str, Any]:
 
 
 def no_number(text: str) -> NoReturn:
-    """Refuses NaN and the infinities, which Python's json reads: JSON has none.
+    """Refuses NaN and the infinities, which Python's json reads although JSON has none.
 
     Raises:
         ValueError: always.

@@ -1,4 +1,4 @@
-"""Scheduler: the one thread that runs a program, for several texts in turns, and the queue in front of it."""
+"""Scheduler: the single thread that runs a program for several texts in turn, and its queue of jobs."""
 
 import threading
 from collections import deque
@@ -15,26 +15,28 @@ from runtime.text.sampler import Rng
 
 
 class QueueFullError(Exception):
-    """As many wait as may."""
+    """Raised if the queue is full."""
 
 
 class ClosedError(Exception):
-    """The scheduler has ended, or ends."""
+    """Raised if the scheduler is closed."""
 
 
 @dataclass(eq=False)
 class Job:
-    """A text to be generated.
+    """A text to generate.
 
     Attributes:
-        prompt: its ids, which fit in the context.
+        prompt: the ids of the prompt, which fit in the context.
         options, rng, constraint: see `generate`.
-        deliver: is given each step, of which the last has a finish_reason, or what went wrong instead of it. It is
-            called by the scheduler's thread, or by `Scheduler.close`, and returns at once.
-        scores: of how many of the likeliest tokens the prompt's own are compared with, see `score`; None not to.
-        scored: the prompt's steps, where they were asked for; complete with the first step.
-        cached: how many of the prompt's tokens were not run, because a session began with them; known with the first
-            step.
+        deliver: called with each step, the last of which has a finish_reason, or with the error that ended the job. The
+            caller is the scheduler's thread or `Scheduler.close`; it must return at once.
+        scores: number of likeliest tokens to report for each of the prompt's own tokens, see `score`; None for no
+            scores.
+        scored: the steps of the prompt's own tokens, if `scores` is set; complete when the first step is delivered.
+        cached: number of prompt tokens that were not run because a session had them cached; known when the first step
+            is delivered.
+        cancelled: whether the job was cancelled, so that nothing more is delivered.
     """
 
     prompt: Sequence[int]
@@ -50,7 +52,7 @@ class Job:
 
 @dataclass(eq=False)
 class _Active:
-    """A job that has a session, and its next steps: None where a part of the prompt was run."""
+    """A job that has a session, and an iterator over its steps; None stands for a part of the prompt."""
 
     job: Job
     session: Session
@@ -58,23 +60,23 @@ class _Active:
 
 
 class Scheduler:
-    """Takes jobs first come, first served; those that have a session go on in turns, a step of each.
+    """A queue of jobs, started in order of arrival, and a thread that runs one step of each active job in turn.
 
-    A step is a token, or a part of a prompt as long as the program takes at once. So a long prompt holds nobody up.
+    A step is one token, or a chunk of a prompt. So a long prompt does not block the other jobs.
 
     Attributes:
-        sessions: how many jobs can be active.
+        sessions: maximum number of active jobs.
     """
 
     def __init__(self, program: Program, sessions: int, max_queue: int) -> None:
         """Starts the thread.
 
         Args:
-            sessions: how many texts are kept, and as many jobs are active at a time.
-            max_queue: how many more may wait.
+            sessions: maximum number of sessions, and so of active jobs.
+            max_queue: maximum number of waiting jobs.
 
         Raises:
-            InputError: the program takes no sessions, or so many are impossible.
+            InputError: the program was exported for several texts at once, or the number of sessions is impossible.
         """
         self._program, self._room = program, sessions + max_queue
         self.sessions = sessions
@@ -88,18 +90,18 @@ class Scheduler:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many jobs are active and how many wait, and how many sessions there are."""
+        """Numbers of active jobs, waiting jobs and sessions."""
         with self._changed:
             return {"active": len(self._active), "waiting": len(self._waiting), "sessions": len(self._pool)}
 
     def submit(self, job: Job, is_more: bool = False) -> None:
-        """Puts a job behind those that wait.
+        """Appends a job to the queue.
 
         Args:
-            is_more: whether it belongs to one that was taken, so that there is a place.
+            is_more: whether an earlier job of the same request was accepted; then the limit does not apply.
 
         Raises:
-            QueueFullError: there is no place.
+            QueueFullError: the queue is full.
             ClosedError: `close` was called.
         """
         with self._changed:
@@ -111,14 +113,14 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Gives a job up, be it waiting, active or done; an active one after the step that it is in."""
+        """Cancels a waiting or active job; an active one ends after its current step. Ignores a finished one."""
         job.cancelled = True
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
 
     def close(self) -> None:
-        """Ends: those that have jobs here are told, and the thread ends after the step that it is in."""
+        """Ends the thread after its current step, and delivers a ClosedError to all jobs."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -134,8 +136,9 @@ class Scheduler:
                 self._advance(active)
 
     def _admit(self) -> bool:
-        """Gives sessions to those that wait, as long as there are some, and waits where nothing is to be done; whether
-        to go on.
+        """Waits until there are jobs, and starts waiting jobs while sessions are free.
+
+        Returns False if the scheduler is closed.
         """
         with self._changed:
             while not (self._closed or self._waiting or self._active):
@@ -146,15 +149,15 @@ class Scheduler:
 
     def _activate(self, job: Job) -> None:
         try:
-            session = self._pool.take(job.prompt if job.scores is None else job.prompt[:1])  # all of which is run
-        except Exception as error:  # memory may be short
+            session = self._pool.take(job.prompt if job.scores is None else job.prompt[:1])  # scores need a full run
+        except Exception as error:  # for example out of memory
             _deliver(job, error)
             return
         job.cached = session.position
         self._active.append(_Active(job, session, self._steps(job, session)))
 
     def _steps(self, job: Job, session: Session) -> Iterator[Step | None]:
-        """What a job takes: its prompt in parts but for the last, and then its tokens."""
+        """Yields None for each chunk of the prompt except the last, and then the steps of the new tokens."""
         if job.scores is not None:
             for part in score(session, job.prompt, job.scores, self._program.tokenizer):
                 job.scored += part
@@ -165,10 +168,10 @@ class Scheduler:
         yield from generate(session, job.prompt, job.options, job.rng, self._program.tokenizer, job.constraint)
 
     def _advance(self, active: _Active) -> None:
-        """Runs the next step of a job and delivers it; ends the job after its last, or where it was cancelled."""
+        """Runs the next step of a job and delivers it; ends the job after its last step or if it was cancelled."""
         try:
             step = None if active.job.cancelled else next(active.steps)
-        except Exception as error:  # whatever it is, the other jobs go on
+        except Exception as error:  # no error may stop the other jobs
             self._end(active, failed=not isinstance(error, InputError))
             _deliver(active.job, error)
             return

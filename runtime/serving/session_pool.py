@@ -1,6 +1,6 @@
-"""SessionPool: sessions that keep their texts, so that a prompt which begins like one of them is not run anew.
+"""SessionPool: sessions that keep their texts, so that a prompt with the same beginning need not be run again in full.
 
-Not for several threads: who runs the program owns the pool.
+The pool is not thread-safe; only the thread that runs the program may use it.
 """
 
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from model.errors import InputError
 from runtime.engine.session import Session, Steps, common
 
 WORTH_COPYING = 16
-"""Tokens that a prompt shares with a text before the text is copied for them; fewer are sooner run again."""
+"""Minimum number of common tokens for which a text is copied; fewer are faster to run again."""
 
 
 class SessionPool:
-    """Up to `limit` sessions of one program. One is idle, or taken by one who extends it."""
+    """A pool of at most `limit` sessions of one program, each of which is idle or taken."""
 
     def __init__(self, program: Steps, limit: int) -> None:
-        """Starts with one idle session, and makes the others when they are needed.
+        """Starts with one idle session; others are created when needed.
 
         Raises:
-            InputError: limit is impossible, or the program takes no sessions.
+            InputError: the limit is impossible, or the program was exported for several texts at once.
         """
         if limit < 1:
             raise InputError(f"--sessions {limit} is impossible; give 1 or more")
@@ -28,7 +28,7 @@ class SessionPool:
         self._taken = list[Session]()
 
     def __len__(self) -> int:
-        """How many sessions there are."""
+        """Returns the number of sessions, idle and taken."""
         return len(self._idle) + len(self._taken)
 
     @property
@@ -37,11 +37,12 @@ class SessionPool:
         return len(self._taken) < self._limit
 
     def take(self, prompt: Sequence[int]) -> Session:
-        """A session whose text is what the prompt begins with, as far as one that is here began like it.
+        """Takes a session whose text is the longest cached beginning of the prompt.
 
-        A session that would lose nothing comes first; then a new one, which copies what it can of another's text; then
-        the idle one with the longest beginning in common, of several the least recently used; or, where one that is
-        taken has much more in common, a copy of that, in place of the least recently used.
+        It is usually the idle session with the longest common beginning, the least recently used of several. If that
+        session would lose tokens, or none is idle, and the limit allows it, a new session is created with a copy of the
+        text that has the longest common beginning. If a taken session has at least WORTH_COPYING more tokens in common,
+        a copy of it replaces the least recently used idle session.
         """
         assert self.has_room, f"all {self._limit} sessions are taken"
 
@@ -62,10 +63,10 @@ class SessionPool:
         return session
 
     def give_back(self, session: Session) -> None:
-        """Ends a `take`: the session keeps its text, for prompts to come."""
+        """Returns a taken session to the pool; it keeps its text for later prompts."""
         self._taken.remove(session)
         self._idle.append(session)
 
     def discard(self, session: Session) -> None:
-        """Ends a `take` after a failure: nothing of the session stays."""
+        """Removes a taken session from the pool after a failure."""
         self._taken.remove(session)

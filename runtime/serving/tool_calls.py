@@ -1,4 +1,4 @@
-"""Calls of functions in what a model says: the forms that checkpoints write them in, read, written and as a grammar."""
+"""Function calls in a model's answer: reads and writes them in the forms of several checkpoints, and makes grammars."""
 
 import json
 import secrets
@@ -11,10 +11,10 @@ from runtime.serving.request_values import no_number
 from runtime.text.constraint import json_rule
 
 _BETWEEN = " \t\r\n;,"
-"""What may stand between calls."""
+"""Characters that may separate calls."""
 
 _NOTHING: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-"""The arguments of a function that says of none."""
+"""The schema of a function without parameters."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Call:
     """A call of a function.
 
     Attributes:
-        name: the function's.
-        arguments: an object, as JSON.
+        name: name of the function.
+        arguments: a JSON object, as text.
     """
 
     name: str
@@ -32,15 +32,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Form:
-    """How calls are written: objects of JSON with a name and arguments.
+    """The form in which a model writes calls: JSON objects with a name and arguments.
 
     Attributes:
-        opening: what stands before one, or before all where they are listed.
-        closing: what stands behind one; empty for nothing.
-        key: what the arguments are called.
-        is_listed: whether calls are a list behind one opening, which ends the answer.
-        is_bare: whether an answer may be a call without an opening.
-        id_length: of the ids that calls are given, letters and digits; None for OpenAI's.
+        opening: text before a call, or before the list of all calls.
+        closing: text after a call; empty for none.
+        key: key of the arguments in the object.
+        is_listed: whether calls are written as one list after a single opening, at the end of the answer.
+        is_bare: whether a call may be written without an opening.
+        id_length: number of letters and digits in a call's id; None for ids like OpenAI's.
     """
 
     opening: str
@@ -51,13 +51,13 @@ class Form:
     id_length: int | None = None
 
     def new_id(self) -> str:
-        """A call's id, which is none's that was before."""
+        """Returns a new random id for a call."""
         if self.id_length is None:
             return f"call_{secrets.token_hex(12)}"
         return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(self.id_length))
 
     def render(self, calls: Sequence[tuple[str, Any]]) -> str:
-        """Calls, each a name and its arguments, as a model of this form says them."""
+        """Returns the text of calls, each given as a name and arguments, in this form."""
         objects = [json.dumps({"name": name, self.key: given}, ensure_ascii=False) for name, given in calls]
         if self.is_listed:
             return f"{self.opening}[{', '.join(objects)}]{self.closing}"
@@ -66,37 +66,38 @@ class Form:
         return "\n".join(f"{self.opening}\n{each}\n{self.closing}" for each in objects)
 
     def shown_ids(self, specials: Mapping[str, int]) -> tuple[int, ...]:
-        """The special tokens that stand for opening and closing: the text must show them to be read."""
+        """Returns the special tokens for opening and closing, which must appear in the text for calls to be found."""
         return tuple(specials[text] for text in (self.opening, self.closing) if text in specials)
 
 
 HERMES = Form("<tool_call>", "</tool_call>")
-"""Of Hermes 2 Pro, Qwen 2.5 and 3, and SmolLM; and of checkpoints that were taught none."""
+"""The form of Hermes 2 Pro, Qwen 2.5 and 3, and SmolLM; also used for checkpoints that were not trained on calls."""
 
 LLAMA3 = Form("<|python_tag|>", key="parameters", is_bare=True)
-"""Of Llama 3.1, 3.2 and 3.3."""
+"""The form of Llama 3.1, 3.2 and 3.3."""
 
 MISTRAL = Form("[TOOL_CALLS]", is_listed=True, id_length=9)
-"""Of Mistral v0.3 and Nemo, whose templates refuse ids of another length."""
+"""The form of Mistral v0.3 and Nemo, whose templates refuse ids of another length."""
 
 GRANITE = Form("<|tool_call|>", "<|/tool_call|>", is_listed=True)
-"""Of Granite 3 and, with the closing, Phi-4-mini."""
+"""The form of Granite 3 and, with the closing, Phi-4-mini."""
 
 
 def form_of(source: str) -> Form:
-    """The form that a template's text speaks of; Hermes' where it speaks of none."""
-    if '"parameters": dictionary' in source:  # as Llama 3.2 is told, whose other tags depend on the turn
+    """Returns the form whose opening occurs in a template's source, or Hermes' form if none does."""
+    if '"parameters": dictionary' in source:  # in Llama 3.2's template, where the opening depends on the turn
         return LLAMA3
     return next((form for form in (MISTRAL, GRANITE, LLAMA3) if form.opening in source), HERMES)
 
 
 def call_rules(form: Form, functions: Sequence[Mapping[str, Any]], several: bool, specials: Mapping[str, int]) -> str:
-    """The rule `calls` of a grammar, in llguidance's Lark, with those that it needs: one call of one of some functions,
-    or several.
+    """Returns the rule `calls` of a grammar in llguidance's Lark, with the rules that it uses.
+
+    It matches one call, or several if `several`. The arguments must match the function's parameters.
 
     Args:
-        functions: as OpenAI's API describes them; arguments are as their parameters say.
-        specials: of the tokenizer, which an opening may be one of.
+        functions: the functions that may be called, as OpenAI's API describes them.
+        specials: the tokenizer's special tokens, which may include the opening and closing.
     """
     opening = f"<[{specials[form.opening]}]>" if form.opening in specials else json.dumps(form.opening)
     closing = f"<[{specials[form.closing]}]>" if form.closing in specials else json.dumps(form.closing)
@@ -117,15 +118,17 @@ def call_rules(form: Form, functions: Sequence[Mapping[str, Any]], several: bool
 
 
 class CallReader:
-    """Reads an answer piece by piece: what is text, and what are calls.
+    """A reader that splits an answer into text and calls, piece by piece.
 
-    What may be the beginning of a call is held back until it is certain. What turns out to be none is text.
+    Text that may be the beginning of a call is held back until that is certain. Text that is no valid call is output as
+    text.
     """
 
     def __init__(self, form: Form, names: Collection[str]) -> None:
-        """
+        """Starts an empty answer.
+
         Args:
-            names: of the functions; a call without an opening is one only of these.
+            names: names of the functions; a call without an opening is only read as a call if it names one of them.
         """
         self._form, self._names = form, names
         self._held = ""
@@ -134,12 +137,12 @@ class CallReader:
         self._calls = 0
 
     def add(self, text: str) -> list[str | Call]:
-        """Takes the next piece; what is certain now."""
+        """Adds the next piece and returns the texts and calls that are certain now."""
         self._held += text
         return list(self._certain())
 
     def finish(self) -> list[str | Call]:
-        """Ends the answer; what was held back."""
+        """Ends the answer and returns the texts and calls that were held back."""
         held, self._held = self._held, ""
         if self._is_open:
             return list(self._parse(held))
@@ -168,7 +171,7 @@ class CallReader:
                 return
 
     def _plain(self) -> str:
-        """Takes what cannot belong to an opening off what is held: white space before one falls away."""
+        """Removes from the held text, and returns, what cannot belong to an opening or to white space before one."""
         held, opening = self._held, self._form.opening
         begun = max(len(held) - len(opening) + 1, 0)
         while begun < len(held) and not opening.startswith(held[begun:]):
@@ -183,7 +186,7 @@ class CallReader:
             yield text
 
     def _end(self) -> int | None:
-        """Where the call ends that is held; None where that is not known yet."""
+        """Returns the index at which the held call ends, or None if that is not known yet."""
         opening, closing = self._form.opening, self._form.closing
         if not closing or self._form.is_listed:
             return None
@@ -197,7 +200,7 @@ class CallReader:
         return first + len(closing)
 
     def _parse(self, text: str) -> Iterator[str | Call]:
-        """The calls of a text that has been opened, and what is behind them; or the text, where there are none."""
+        """Yields the calls at the beginning of a text and then the rest of it; only the text, if there are no calls."""
         calls, rest = self._read(text)
         self._calls += len(calls)
         self._is_bare = False
@@ -206,7 +209,7 @@ class CallReader:
             yield rest
 
     def _read(self, text: str) -> tuple[list[Call], str]:
-        """The calls that a text begins with, and what is behind them."""
+        """Returns the calls at the beginning of a text, and the text after them."""
         calls, is_bare = list[Call](), not text.lstrip().startswith(self._form.opening) and self._form.is_bare
         while rest := self._unmarked(text):
             try:
@@ -219,15 +222,16 @@ class CallReader:
         return calls, ""
 
     def _unmarked(self, text: str) -> str:
-        """The text without what stands before the next call."""
+        """Returns the text without separators, closings and openings before the next call."""
         for mark in (self._form.closing, self._form.opening):
             text = text.lstrip(_BETWEEN).removeprefix(mark)
         return text.lstrip(_BETWEEN)
 
     def _call(self, value: Any, is_bare: bool) -> Call:
-        """
+        """Returns the call that a JSON value describes.
+
         Raises:
-            ValueError: it is none.
+            ValueError: the value is no call.
         """
         name = value.get("name") if isinstance(value, dict) else None
         if not isinstance(name, str) or not name or (is_bare and name not in self._names):
@@ -238,12 +242,12 @@ class CallReader:
         if not isinstance(given, dict):
             raise ValueError(f"{given} are no arguments")
         arguments = json.dumps(given, ensure_ascii=False, allow_nan=False)
-        (name + arguments).encode()  # which half a surrogate pair fails
+        (name + arguments).encode()  # fails for half of a surrogate pair
         return Call(name, arguments)
 
 
 def _is_in_a_string(text: str) -> bool:
-    """Whether JSON ends inside a string."""
+    """Returns whether a JSON text ends inside a string."""
     try:
         _JSON.decode(text.strip())
     except json.JSONDecodeError as error:

@@ -1,6 +1,6 @@
-"""Functions that a model may call, and calls made before, in the messages that it is given.
+"""Encodes messages with the functions that a model may call and with earlier calls.
 
-A checkpoint's own template tells of them where it can. Where it cannot, texts in its place do, in Hermes' form.
+A checkpoint's own template renders them if it can. Otherwise they are added to the messages as texts in Hermes' form.
 """
 
 import functools
@@ -16,7 +16,7 @@ from preproc.tokenizer import Tokenizer
 from runtime.serving.tool_calls import HERMES, Form, form_of
 
 TOOL = "tool"
-"""The role of messages that tell what came of a call."""
+"""The role of messages with the result of a call."""
 
 DESCRIPTION = """\
 # Tools
@@ -32,28 +32,28 @@ For each function call, return a json object with function name and arguments wi
 <tool_call>
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
-"""What Hermes 2 Pro and Qwen were taught with."""
+"""The description of functions with which Hermes 2 Pro and Qwen were trained."""
 
 _NAME, _CALLED, _KEY, _RESULT = "Zumpango", "Vexillary", "Quixotry", "Fjordlund"
-"""Texts that no template holds."""
+"""Words that no template contains, to find out what a template renders."""
 
 _TOOLS = [{"type": "function", "function": {"name": _NAME, "description": _KEY, "parameters": {"type": "object"}}}]
 
 _CALL = {"id": "Zumpango9", "type": "function", "function": {"name": _CALLED, "arguments": {_KEY: _KEY}}}
 
 Described = Mapping[str, Any]
-"""A message as OpenAI's API has it, with its content as a text, and arguments of calls as objects."""
+"""A message or function as in OpenAI's API; a message's content is one text, and arguments of calls are objects."""
 
 
 @dataclass(frozen=True)
 class ToolSupport:
-    """What a template can do with functions.
+    """The messages and functions that a template renders, and the form of its model's calls.
 
     Attributes:
-        form: how its model writes calls.
-        tells_tools: whether it tells of functions itself.
-        tells_calls: whether it tells itself of calls that were made, and what came of them.
-        has_system: whether it takes a system message.
+        form: the form in which its model writes calls.
+        tells_tools: whether the template renders functions.
+        tells_calls: whether the template renders earlier calls and their results.
+        has_system: whether the template renders a system message.
     """
 
     form: Form
@@ -64,7 +64,7 @@ class ToolSupport:
 
 @functools.lru_cache(maxsize=4)
 def tool_support(template: Carried) -> ToolSupport:
-    """What a template can do with functions, found out by giving it some."""
+    """Determines what a template renders, by rendering examples."""
     has_system = _tells(template, [{"role": SYSTEM, "content": _NAME}, {"role": USER, "content": _KEY}], None, _NAME)
     if isinstance(template, ChatTemplate):
         return ToolSupport(HERMES, False, False, has_system)
@@ -79,10 +79,10 @@ def tool_support(template: Carried) -> ToolSupport:
 def encode(
     template: Carried, messages: Sequence[Described], tools: Sequence[Described], tokenizer: Tokenizer
 ) -> Sequence[int]:
-    """The ids of messages, and of functions that may be called.
+    """Returns the ids of messages and of the functions that may be called.
 
     Raises:
-        InputError: the template does not take them.
+        InputError: the template refuses the messages.
     """
     support, given = tool_support(template), list(messages)
     if any("tool_calls" in message for message in given) and not support.tells_calls:
@@ -95,7 +95,7 @@ def encode(
 
 
 def _tells(template: Carried, messages: Sequence[Described], tools: Sequence[Described] | None, *texts: str) -> bool:
-    """Whether a template's rendering holds some texts."""
+    """Returns whether the text that a template renders contains all of some texts; False if it refuses the messages."""
     try:
         if isinstance(template, ChatTemplate):
             text = template.text([(message["role"], message["content"]) for message in messages])
@@ -107,7 +107,7 @@ def _tells(template: Carried, messages: Sequence[Described], tools: Sequence[Des
 
 
 def _as_texts(messages: Sequence[Described], form: Form) -> list[Described]:
-    """The messages with calls, and what came of them, as texts of assistant and user."""
+    """Returns the messages with calls and their results turned into texts of assistant and user."""
     texts, was_result = list[dict[str, Any]](), False
     for message in messages:
         role, content = message["role"], message.get("content") or ""
@@ -125,7 +125,11 @@ def _as_texts(messages: Sequence[Described], form: Form) -> list[Described]:
 
 
 def _with_description(messages: Sequence[Described], tools: Sequence[Described], has_system: bool) -> list[Described]:
-    """The messages with what tells of functions: in the system message, or before what the user says first."""
+    """Returns the messages with a description of the functions in the system message or the first user message.
+
+    Raises:
+        InputError: the template takes no system message, and there is no user message.
+    """
     text = DESCRIPTION.format("\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
     given = list(messages)
     if has_system and given[0]["role"] == SYSTEM:

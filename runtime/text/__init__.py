@@ -1,1 +1,1 @@
-"""From logits to text, token by token."""
+"""The steps from logits to text, token by token."""

@@ -1,4 +1,4 @@
-"""batch(): many texts at once, each as it would be alone, together in time."""
+"""Generates several texts at once; each is the same as if it had been generated alone."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from runtime.text.sampler import Rng
 
 @dataclass
 class Result:
-    """What became of a prompt.
+    """The result of one prompt.
 
     Attributes:
-        number: which of the prompts, counted from 0.
-        steps: what follows it.
-        error: why it could not be run; then there are no steps.
+        number: index of the prompt, from 0.
+        steps: the generated tokens.
+        error: why the prompt could not be run, or None; with an error there are no steps.
     """
 
     number: int
@@ -27,7 +27,7 @@ class Result:
 
 @dataclass
 class _Active:
-    """A text in a lane: what has not been run of it yet, and what chooses its tokens."""
+    """A text in a lane: its result so far, its tokens that have not been run yet, and its generation."""
 
     result: Result
     waiting: list[int]
@@ -37,20 +37,20 @@ class _Active:
 def batch(
     program: Program, prompts: Sequence[Sequence[int] | InputError], options: GenerationOptions, seed: int = 0
 ) -> Iterator[Result]:
-    """Continues every prompt, as many at once as the program has lanes, and yields the results in their order.
+    """Continues every prompt, as many at once as the program has lanes, and yields the results in the prompts' order.
 
-    A prompt that cannot be run, or an error in its place, becomes a result; the others go on. Each has random numbers
-    of its own, from the same seed, so that it is what `generate` makes of it.
+    A prompt that cannot be run, or an error in place of a prompt, becomes a result with that error; the others go on.
+    Each text has its own random numbers from the same seed, so that it equals the output of `generate`.
 
     Raises:
-        InputError: an option needs what is not there.
+        InputError: logit_bias has an id that is not in the vocabulary.
     """
     check_ids(options.sampling, program.metadata.config.vocab_size)
     return in_order(_ended(program, prompts, options, seed))
 
 
 def in_order(results: Iterable[Result]) -> Iterator[Result]:
-    """Each as soon as it and all before it have come."""
+    """Yields results in the order of their numbers, each as soon as it and all before it have arrived."""
     come, number = dict[int, Result](), 0
     for result in results:
         come[result.number] = result
@@ -62,7 +62,7 @@ def in_order(results: Iterable[Result]) -> Iterator[Result]:
 def _ended(
     program: Program, prompts: Sequence[Sequence[int] | InputError], options: GenerationOptions, seed: int
 ) -> Iterator[Result]:
-    """The results of `batch` as texts end."""
+    """Yields the results of `batch` in the order in which texts end."""
     session, active, waiting = BatchedSession(program), dict[int, _Active](), enumerate(prompts)
     while True:
         for lane in range(len(session)):
@@ -98,10 +98,11 @@ def _start(
 
 
 def _step(session: BatchedSession, active: dict[int, _Active]) -> list[int]:
-    """Runs one step, and returns the lanes whose text has ended.
+    """Runs one step and returns the lanes whose text has ended.
 
-    A step costs as much as its longest part does in every lane. So prompts are run whole only while nothing else is
-    decoded, and otherwise token by token beside it, which costs nothing: weights are read for the others anyway.
+    A step takes as long as if every lane had as many tokens as the longest. So prompts are run in chunks only while no
+    lane decodes; otherwise they are run token by token, which takes no extra time because the step reads the weights
+    for the decoding lanes anyway.
     """
     prefilling = all(len(each.waiting) > 1 for each in active.values())
     count = session.chunk if prefilling else 1

@@ -1,7 +1,7 @@
-"""Constraint: which tokens may follow, where the text has to be JSON of a schema or match a regular expression.
+"""Constrained generation: the tokens that may follow in a text that must be JSON or match a regular expression.
 
-By llguidance (https://github.com/guidance-ai/llguidance), which follows the text's grammar byte by byte. This module
-tells it what the tokens of a file's own tokenizer stand for.
+llguidance (https://github.com/guidance-ai/llguidance) parses the text by its grammar, byte by byte. This module gives
+it the bytes of each token of the file's own tokenizer.
 """
 
 import codecs
@@ -19,11 +19,11 @@ from model.errors import InputError
 from preproc.tokenizer import Tokenizer
 
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""As json.dumps writes it. Free white space could go on for ever."""
+"""The JSON layout of json.dumps. If any white space were allowed, a model could generate it without end."""
 
 
 def json_schema(path: Path) -> str:
-    """The grammar of JSON that a file's schema (https://json-schema.org) describes.
+    """Returns the grammar of the JSON that the schema in a file (https://json-schema.org) describes.
 
     Raises:
         InputError: there is no such file, it holds no schema, or llguidance is not installed.
@@ -38,10 +38,10 @@ def json_schema(path: Path) -> str:
 
 
 def json_grammar(schema: Any) -> str:
-    """The same of a schema that has been read.
+    """Returns the grammar of the JSON that a schema describes.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError, ValueError: `schema` is no schema.
     """
     from llguidance import LLMatcher
 
@@ -49,12 +49,12 @@ def json_grammar(schema: Any) -> str:
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
-    """The same as the right side of a rule in `rules`."""
+    """Returns the right side of a rule for `rules` that matches the JSON that a schema describes."""
     return f"%json {json.dumps({'x-guidance': JSON_FORM} | dict(schema))}"
 
 
 def rules(text: str) -> str:
-    """The grammar of some rules, of which the first is called start, in llguidance's Lark
+    """Returns the grammar of rules in llguidance's Lark syntax, of which the first is called start
     (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md).
     """
     from llguidance import LLMatcher
@@ -63,7 +63,7 @@ def rules(text: str) -> str:
 
 
 def regex(pattern: str) -> str:
-    """The grammar of text that matches a regular expression as a whole, in the syntax of Rust's regex crate.
+    """Returns the grammar of a text that as a whole matches a regular expression in the syntax of Rust's regex crate.
 
     Raises:
         InputError: llguidance is not installed.
@@ -75,23 +75,24 @@ def regex(pattern: str) -> str:
 
 
 class Constraint:
-    """What one text may go on with: it moves with the text, token by token.
+    """The tokens that may come next in one text; it is updated with each token of the text.
 
-    Once the grammar can end, the stop tokens are allowed; once it must, they alone are.
+    Where the grammar may end, the stop tokens are allowed; where it must end, only they are.
     """
 
     def __init__(
         self, grammar: str, tokenizer: Tokenizer | None, stop_ids: Sequence[int], vocab_size: int, prompt: Sequence[int]
     ) -> None:
-        """Starts behind `prompt`, which the grammar does not see.
+        """Starts after `prompt`, to which the grammar does not apply.
 
         Args:
-            grammar: what `json_schema`, `rules` or `regex` return.
+            grammar: the result of `json_schema`, `json_grammar`, `rules` or `regex`.
             stop_ids: the tokens that end a text.
-            vocab_size: width of the logits, which may be more than the tokenizer's ids.
+            vocab_size: width of the logits, which may be larger than the tokenizer's vocabulary.
 
         Raises:
-            InputError: the grammar cannot be used, or not with this tokenizer and prompt.
+            InputError: the grammar cannot be used, there is no tokenizer or stop token, or the prompt ends inside a
+                character.
         """
         from llguidance import LLMatcher
 
@@ -107,17 +108,18 @@ class Constraint:
         self._check("the grammar cannot be used")
 
     def allowed(self) -> NDArray[np.bool_]:
-        """[V], whether each token may come next.
+        """Returns whether each token may come next, [V].
 
         Raises:
-            InputError: the vocabulary cannot spell what the grammar wants, or that is too much for llguidance.
+            InputError: no token of the vocabulary continues the text by the grammar, or the grammar is too complex for
+                llguidance.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check("no token goes on as the grammar wants")
         allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(bool)
         if self._lost:
             allowed[list(self._lost)] = False
-            if not allowed.any():  # llguidance wants one of them, as what the tokenizer would take, where others serve
+            if not allowed.any():  # llguidance allows only tokens that the tokenizer would use; others may fit, too
                 others = (i for i in range(self._vocab_size) if i not in self._lost)
                 allowed[[i for i in others if self._matcher.validate_tokens([i])]] = True
             if not allowed.any():
@@ -125,7 +127,7 @@ class Constraint:
         return allowed
 
     def take(self, token: int) -> None:
-        """Moves on behind a token that was allowed."""
+        """Advances the grammar by a token, which must be an allowed one."""
         self._matcher.consume_token(token)
         self._lost = set()
 
@@ -136,7 +138,7 @@ class Constraint:
 
 @functools.lru_cache(maxsize=2)
 def _library_tokenizer(tokenizer: Tokenizer, stop_ids: tuple[int, ...], vocab_size: int) -> Any:
-    """What llguidance makes of a vocabulary: worked out once for all texts of a program."""
+    """Returns llguidance's tokenizer for a vocabulary, made once for all texts of a program."""
     from llguidance import LLTokenizer
     from llguidance._tokenizer import TokenizerWrapper
 
@@ -145,7 +147,7 @@ def _library_tokenizer(tokenizer: Tokenizer, stop_ids: tuple[int, ...], vocab_si
 
 
 class _Vocabulary:
-    """A tokenizer in the form that llguidance wants. Control tokens have no text, and stop tokens only a name."""
+    """A tokenizer with llguidance's interface. Control tokens have no text; stop tokens have a placeholder name."""
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int], vocab_size: int) -> None:
         self._tokenizer = tokenizer
@@ -159,9 +161,10 @@ class _Vocabulary:
             self.tokens[token] = f"<stop {token}>".encode()
 
     def __call__(self, text: str) -> list[int]:
-        """Ids that spell `text` where other text stands before it: what llguidance goes on with where the grammar
-        leaves no choice. As the tokenizer cuts it, so that the model meets what it was trained on; but without what
-        that puts in front of a text, and where it changes the text, by the longest pieces.
+        """Returns ids that spell `text` after other text; llguidance uses them where the grammar leaves no choice.
+
+        They are the ids of the tokenizer, so that the model gets the tokens that it was trained on, without what the
+        tokenizer adds at the start of a text. If the tokenizer changes the text, the longest matching pieces are used.
         """
         for before in ("", "\x02"):
             ids = self._tokenizer.encode(before + text)
@@ -183,10 +186,10 @@ class _Vocabulary:
 
 
 def _start(tokenizer: Tokenizer, prompt: Sequence[int], vocab_size: int) -> set[int]:
-    """The tokens that cannot open the text: those that lose their space where nothing stands before them.
+    """Returns the tokens that cannot begin the text, because they lose their leading space at the start of a text.
 
     Raises:
-        InputError: the prompt ends inside a character, so that the text would begin there.
+        InputError: the prompt ends inside a UTF-8 character.
     """
     before = b"".join(tokenizer.piece(token, first=False) for token in prompt)
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -207,6 +210,6 @@ def _require_library() -> None:
 
 
 def _first_line(message: str) -> str:
-    """What a message of several lines says is wrong."""
+    """Returns the line of an error message that begins with "error: ", without that, or else the first line."""
     lines = message.splitlines()
     return next((line for line in lines if line.startswith("error: ")), lines[0]).removeprefix("error: ")

@@ -1,4 +1,4 @@
-"""Chat: messages and answers in turns, over one session."""
+"""A chat: messages and answers in turns, over one session."""
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
@@ -12,20 +12,22 @@ from runtime.text.generation import GenerationOptions, Step, generate
 from runtime.text.sampler import Rng
 
 ANSWER_SHARE = 4
-"""A message leaves at least a fourth of the context to its answer, unless it is too long by itself."""
+"""Divisor of the context: capacity // ANSWER_SHARE tokens, or max_new_tokens if that is less, are reserved for an
+answer, unless the message alone is too long for that.
+"""
 
 
 _WORD = "Zumpango"
-"""A system message that no template holds."""
+"""A word that no template contains, to find out whether a template renders the system message."""
 
 
 class Chat:
-    """A talk: each message is answered in the light of those before it.
+    """A conversation: each message is answered with the messages before it as context.
 
     Attributes:
         system: the system message, or None; it may be changed between turns.
-        messages: what was said, without the system message: of user and assistant in turns.
-        forgotten: how many of the oldest turns were forgotten to make room for the latest message.
+        messages: the messages of user and assistant in turns, without the system message.
+        forgotten: number of the oldest turns that were removed to make room for the latest message.
     """
 
     def __init__(
@@ -36,14 +38,14 @@ class Chat:
         system: str | None = None,
         template: Carried | None = None,
     ) -> None:
-        """Starts a talk.
+        """Starts an empty conversation.
 
         Args:
-            options: how each answer is chosen; the ids that end one come from the program and the template.
-            template: None for the one in the file.
+            options: how each answer is generated; the ids that end it come from the program and the template.
+            template: the chat template; None for the one in the file.
 
         Raises:
-            InputError: there is no tokenizer or no template, or the template takes no system message.
+            InputError: there is no tokenizer or no template, or there is a system message and the template takes none.
         """
         if program.tokenizer is None:
             raise InputError("the file carries no tokenizer; export it again with --tokenizer")
@@ -67,16 +69,16 @@ class Chat:
 
     @property
     def capacity(self) -> int:
-        """How many tokens the talk can have."""
+        """Maximum number of tokens in the conversation."""
         return self._session.capacity
 
     @property
     def is_full(self) -> bool:
-        """Whether no more token fits, so that an answer had to end."""
+        """Whether the context is full, which ends an answer."""
         return self._session.position == self._session.capacity
 
     def instruct(self, system: str | None) -> None:
-        """Sets the system message for what follows, or takes it away.
+        """Sets the system message for the following answers; None removes it.
 
         Raises:
             InputError: the template takes none.
@@ -86,31 +88,31 @@ class Chat:
         self.system = system
 
     def reset(self) -> None:
-        """Starts anew, with the same system message."""
+        """Starts a new conversation with the same system message."""
         self.stop()
         self.messages.clear()
         self.forgotten = 0
 
     def send(self, message: str) -> Iterator[Step]:
-        """Answers a message, one step at a time.
+        """Yields the answer to a message, one step at a time.
 
-        Where the context has no room for all, the oldest turns are forgotten; see `forgotten`.
+        If the context has no room for all messages, the oldest turns are removed; see `forgotten`.
 
         Raises:
-            InputError: the message does not fit even by itself; the talk is then as it was.
+            InputError: the message does not fit even alone; the conversation is then unchanged.
         """
         self.stop()
         self._steps = self._answer(message, self._fitting(message))
         return self._steps
 
     def stop(self) -> None:
-        """Ends the answer: what was said until now is all of it."""
+        """Ends the answer; what was generated so far becomes the assistant's message."""
         if self._steps:
             self._steps.close()
         self._steps = None
 
     def _fitting(self, message: str) -> list[int]:
-        """The ids of the talk with a message, without as many of the oldest turns as it takes."""
+        """Removes as many of the oldest turns as necessary; returns the ids of the conversation and the message."""
         wanted = self.capacity // ANSWER_SHARE
         room = self.capacity - min(wanted, self._options.max_new_tokens or wanted)
         system = [] if self.system is None else [(SYSTEM, self.system)]

@@ -1,4 +1,4 @@
-"""generate(): a text one typed step at a time."""
+"""Generates a text, one step at a time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,13 +20,14 @@ class Step:
 
     Attributes:
         token: its id.
-        text: the text it completes; empty while a UTF-8 character is open or a stop string may have begun, and for a
-            stop token, but for what was held back until then.
-        finish_reason: "stop" after a stop token or a stop string, "length" when max_new_tokens or the context is used
+        text: the text that it completes; empty while a UTF-8 character is incomplete or a stop string may have begun.
+            A stop token has no text of its own, only the text held back before it.
+        finish_reason: "stop" after a stop token or a stop string, "length" if max_new_tokens or the context is used
             up, else None.
-        logprob: the logarithm of its probability in the model's own distribution, before any option of the sampler;
-            None where GenerationOptions.logprobs is.
-        top_logprobs: the likeliest tokens there, as many as GenerationOptions.logprobs says, each with its own.
+        logprob: natural logarithm of its probability in the model's own distribution, before any sampling option;
+            None if GenerationOptions.logprobs is None.
+        top_logprobs: the likeliest tokens in its place, as many as GenerationOptions.logprobs, each with its
+            logarithm.
     """
 
     token: int
@@ -38,16 +39,17 @@ class Step:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to choose tokens and when to end.
+    """Options for choosing tokens and ending a text.
 
     Attributes:
         sampling: see `SamplingOptions`.
-        max_new_tokens: None for as many as the context holds.
+        max_new_tokens: maximum number of new tokens; None for as many as the context holds.
         stop_ids: ids that end the text.
-        stop_strings: texts that end it, too; see `StopFilter`.
-        logprobs: of how many of the likeliest tokens each step tells the probability; None to tell not even its own.
-        on_full: what happens where the context is used up: "stop", or "slide", see `Session.slide`.
-        shown_ids: special tokens that the text shows, as what they are called; others it does not.
+        stop_strings: strings that end the text; see `StopFilter`.
+        logprobs: number of likeliest tokens whose probability each step reports, beside its own token's; None for no
+            probabilities at all.
+        on_full: what to do when the context is full: "stop" ends the text, "slide" calls `Session.slide`.
+        shown_ids: special tokens whose names appear in the text; other special tokens do not appear.
     """
 
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -68,13 +70,13 @@ class GenerationOptions:
 
 
 class StopFilter:
-    """Lets a text through, piece by piece, up to the first of some strings: the one that begins earliest.
+    """A filter that passes on a text, piece by piece, up to the stop string that begins earliest.
 
-    What may be the beginning of one is held back until it is certain. So what was let through never depends on where
-    the text was cut.
+    Text that may be the beginning of a stop string is held back until that is certain. So the result does not depend on
+    how the text was split into pieces.
 
     Attributes:
-        stopped: whether the text has come to one of the strings.
+        stopped: whether a stop string was reached.
     """
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
@@ -84,7 +86,7 @@ class StopFilter:
         self.stopped = False
 
     def add(self, text: str) -> str:
-        """Takes the next piece; what can be given out now."""
+        """Adds the next piece and returns the text that is certain now."""
         self._held += "" if self.stopped else text
         begun = max(len(self._held) - self._longest + 1, 0)
         while begun < len(self._held) and not any(stop.startswith(self._held[begun:]) for stop in self._stops):
@@ -96,14 +98,14 @@ class StopFilter:
         return given
 
     def finish(self) -> str:
-        """Ends the text; what was held back."""
+        """Ends the text and returns what was held back, up to a stop string in it."""
         found = self._found()
         self.stopped = self.stopped or found is not None
         given, self._held = self._held[:found], ""
         return given
 
     def _found(self) -> int | None:
-        """Where the first string begins that is there as a whole."""
+        """Returns the index of the earliest complete stop string in the held text, or None."""
         return min((i for i in map(self._held.find, self._stops) if i >= 0), default=None)
 
 
@@ -111,25 +113,25 @@ class Chooser:
     """Chooses one text's tokens from the logits before them.
 
     Attributes:
-        tokens: the prompt and what was chosen.
+        tokens: the prompt and the chosen tokens.
     """
 
     def __init__(
         self, prompt: Sequence[int], options: SamplingOptions, rng: Rng, constraint: Constraint | None = None
     ) -> None:
-        """Starts behind `prompt`; the text must be as `constraint` says, see `runtime.text.constraint`."""
+        """Starts after `prompt`; `constraint` limits the tokens that may be chosen, see `runtime.text.constraint`."""
         self.tokens = list(prompt)
         self._options, self._rng, self._constraint = options, rng, constraint
 
     def choose(self, logits: Tensor) -> int:
-        """The next token, from logits [V]."""
+        """Chooses the next token from logits [V]."""
         allowed = self._constraint.allowed() if self._constraint else None
         token = sample(logits, self._options, self._rng, self.tokens, allowed)
         self._take(token)
         return token
 
     def follow(self, tokens: Sequence[int]) -> None:
-        """Goes on as if it had just chosen these."""
+        """Continues as if it had just chosen these tokens."""
         for token in tokens:
             if self._options.temperature:
                 self._rng.coin()
@@ -142,16 +144,16 @@ class Chooser:
 
 
 class StepBuilder:
-    """Builds the steps of one text from its tokens: what they say, and when it ends."""
+    """Builds the steps of one text from its tokens: the text of each token, and whether it ends the text."""
 
     def __init__(self, prompt: Sequence[int], options: GenerationOptions, tokenizer: Tokenizer | None = None) -> None:
-        """Starts behind `prompt`.
+        """Starts after `prompt`.
 
         Args:
-            tokenizer: turns tokens to text; None for steps without.
+            tokenizer: turns tokens into text; None for steps without text.
 
         Raises:
-            InputError: an option needs what is not there.
+            InputError: there are stop strings but no tokenizer.
         """
         if options.stop_strings and tokenizer is None:
             raise InputError(
@@ -164,7 +166,7 @@ class StepBuilder:
         self._shown = {token: text for text, token in specials.items() if token in options.shown_ids}
 
     def build(self, token: int, full: bool) -> Step:
-        """The step of the token that was chosen.
+        """Returns the step of a chosen token.
 
         Args:
             full: whether the context has no room for another token.
@@ -184,7 +186,7 @@ class StepBuilder:
 
 
 class Generation:
-    """Makes one text: chooses its tokens, and builds its steps."""
+    """Generates one text: chooses its tokens and builds its steps."""
 
     def __init__(
         self,
@@ -194,18 +196,18 @@ class Generation:
         tokenizer: Tokenizer | None = None,
         constraint: Constraint | None = None,
     ) -> None:
-        """See `Chooser` and `StepBuilder`."""
+        """Starts after `prompt`; see `Chooser` and `StepBuilder`."""
         self._builder = StepBuilder(prompt, options, tokenizer)
         self._chooser = Chooser(prompt, options.sampling, rng, constraint)
         self._logprobs = options.logprobs
 
     @property
     def tokens(self) -> list[int]:
-        """The prompt and what was chosen."""
+        """The prompt and the chosen tokens."""
         return self._chooser.tokens
 
     def take(self, logits: Tensor, full: bool) -> Step:
-        """The next step, from logits [V]; `full` as in `StepBuilder.tell`."""
+        """Returns the next step, from logits [V]; `full` as in `StepBuilder.build`."""
         step = self._builder.build(self._chooser.choose(logits), full)
         if self._logprobs is None:
             return step
@@ -222,18 +224,20 @@ def generate(
     constraint: Constraint | None = None,
     drafter: Drafter | None = None,
 ) -> Iterator[Step]:
-    """Makes the session's text the prompt and yields what follows it. Of an older text in the session, what the prompt
-    begins with is not run again.
+    """Replaces the session's text by the prompt and yields the tokens that follow it.
 
-    Of P prompt tokens in a context of T, T - P + 1 tokens can follow: the last needs no place of its own. Where
-    `options.on_full` is "slide" there is no such limit.
+    If the session's earlier text begins like the prompt, the common beginning is not run again.
+
+    After P prompt tokens in a context of T positions, T - P + 1 tokens can follow, because the last one is never run.
+    If `options.on_full` is "slide", there is no such limit.
 
     Args:
         tokenizer, constraint: see `Generation`.
-        drafter: guesses, which change nothing but the time it takes; see `runtime.text.speculative`.
+        drafter: guesses the next tokens; it changes only the time taken, see `runtime.text.speculative`.
 
     Raises:
-        InputError: the prompt is empty or does not fit, see `Session.prefill`; or an option needs what is not there.
+        InputError: the prompt is empty or does not fit, see `Session.prefill`; stop strings or a constraint lack a
+            tokenizer; or logit_bias has an id that is not in the vocabulary.
     """
     generation = Generation(prompt, options, rng, tokenizer, constraint)
     logits = session.restart(prompt)
@@ -249,7 +253,7 @@ def generate(
 
 
 def _next(session: Session, generation: Generation, drafter: Drafter | None) -> list[Step]:
-    """The step behind the token just chosen, and as many more as the drafter guessed rightly."""
+    """Returns the next step, and one more for each token that the drafter guessed correctly."""
     token, room = generation.tokens[-1], min(session.max_proposed, session.capacity - session.position) - 1
     guess = drafter.guess(generation.tokens, room) if drafter and room > 0 else []
     if not guess:
@@ -266,11 +270,12 @@ def _next(session: Session, generation: Generation, drafter: Drafter | None) -> 
 def score(
     session: Session, prompt: Sequence[int], count: int, tokenizer: Tokenizer | None = None
 ) -> Iterator[list[Step]]:
-    """Makes the session's text the prompt, but for its last token, and yields the prompt's tokens as if they had been
-    generated: as many at a time as come of a step. The first has no probability.
+    """Replaces the session's text by the prompt without its last token, and yields the prompt's own tokens as steps.
+
+    Each item has the steps that one run of the model gives. The first token has no probability.
 
     Args:
-        count: of how many of the likeliest tokens each step tells the probability.
+        count: number of likeliest tokens whose probability each step reports.
     """
     session.reset()
     decoder = StreamDecoder(tokenizer) if tokenizer else None
@@ -289,7 +294,7 @@ def score(
 
 
 def steps_to_json(steps: Sequence[Step]) -> dict[str, Any]:
-    """A whole text as JSON's types: its ids, what they say, and why it ended."""
+    """Returns a whole text as JSON types: its ids, its text, and its finish reason."""
     return {
         "token_ids": [step.token for step in steps],
         "text": "".join(step.text for step in steps),
@@ -298,8 +303,10 @@ def steps_to_json(steps: Sequence[Step]) -> dict[str, Any]:
 
 
 def check_ids(options: SamplingOptions, vocab_size: int) -> None:
-    """Raises:
-    InputError: logit_bias has an id that is not in the vocabulary.
+    """Checks the ids of logit_bias.
+
+    Raises:
+        InputError: logit_bias has an id that is not in the vocabulary.
     """
     for token in options.logit_bias:
         if token >= vocab_size:

@@ -1,4 +1,4 @@
-"""Prompts: read from flags and files, and turned into ids."""
+"""Reads prompts and turns them into ids."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from runtime.engine.program import Program
 
 
 def prompt_ids(program: Program, text: str, parse_special: bool = False) -> list[int]:
-    """The ids of a prompt, BOS first where the model has one; see `Tokenizer.encode` for parse_special.
+    """Returns the ids of a prompt, with BOS first if the model has one; see `Tokenizer.encode` for parse_special.
 
     Raises:
         InputError: the file carries no tokenizer.
@@ -19,16 +19,17 @@ def prompt_ids(program: Program, text: str, parse_special: bool = False) -> list
     if program.tokenizer is None:
         raise InputError("the file carries no tokenizer; give --prompt-ids, or export again with --tokenizer")
     bos_id = program.metadata.bos_id
-    text = text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+    text = text.encode("utf-8", "replace").decode()  # JSON may contain half of a surrogate pair
     return ([] if bos_id is None else [bos_id]) + program.tokenizer.encode(text, parse_special)
 
 
 def read_text(path: Path) -> str:
-    """A file's text, or what comes in by standard input for `-`, without the mark that editors may write before it.
+    """Reads a text from a file, or from standard input for `-`, without a byte order mark.
+
     Invalid UTF-8 becomes U+FFFD.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read.
     """
     try:
         content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
@@ -38,7 +39,7 @@ def read_text(path: Path) -> str:
 
 
 def read_prompts(path: Path, program: Program) -> list[Sequence[int] | InputError]:
-    """The ids of each prompt in a file, or what is wrong with it.
+    """Returns the ids of each prompt in a file, or the error of a prompt that cannot be used.
 
     Raises:
         InputError: the file cannot be read, or has no prompts.
@@ -54,7 +55,7 @@ def read_prompts(path: Path, program: Program) -> list[Sequence[int] | InputErro
 
 
 def _object(line: str) -> Any:
-    """What a line of JSON holds, or what is wrong with it."""
+    """Returns the value of a line of JSON, or an error if it is none."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""sample(logits, options, rng, recent): the next token, a function of its arguments alone."""
+"""Sampling: chooses the next token from logits, as a function of its arguments alone."""
 
 import math
 from collections import Counter
@@ -14,21 +14,21 @@ from model.errors import InputError
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to choose a token.
+    """Options for choosing a token.
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token.
-        top_k: only the k most likely tokens; 0 for all.
-        top_p: only the smallest set of most likely tokens whose probability reaches p (nucleus sampling, Holtzman et
-            al. 2020, https://arxiv.org/abs/1904.09751); 1 for all.
-        min_p: only tokens whose probability is at least p times the likeliest's (Nguyen et al. 2024,
-            https://arxiv.org/abs/2407.01082); 0 for all.
+        top_k: keeps only the k most likely tokens; 0 keeps all.
+        top_p: keeps only the smallest set of most likely tokens whose probability reaches p (nucleus sampling,
+            Holtzman et al. 2020, https://arxiv.org/abs/1904.09751); 1 keeps all.
+        min_p: keeps only tokens whose probability is at least p times the likeliest's (Nguyen et al. 2024,
+            https://arxiv.org/abs/2407.01082); 0 keeps all.
         repetition_penalty: divides the positive logits of tokens in the window and multiplies the negative ones (CTRL,
             Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1); 1 for none.
-        presence_penalty: taken off the logit of each token in the window, once (as OpenAI defines it); 0 for none.
-        frequency_penalty: taken off as many times as the token occurs in the window; 0 for none.
-        penalty_window: how many of the text's latest tokens, the prompt's included, the three penalties look at.
-        logit_bias: what is added to the logits of some tokens, by their ids.
+        presence_penalty: subtracted once from the logit of each token in the window (as OpenAI defines it); 0 for none.
+        frequency_penalty: subtracted from a token's logit as often as the token occurs in the window; 0 for none.
+        penalty_window: number of latest tokens of the text, prompt included, to which the three penalties apply.
+        logit_bias: id -> number that is added to the token's logit.
     """
 
     temperature: float = 0.0
@@ -72,18 +72,19 @@ class SamplingOptions:
 
 
 class Rng:
-    """SplitMix64 (Steele, Lea and Flood 2014, https://doi.org/10.1145/2714064.2660195): 64 bits of state, equal in
-    every language.
+    """The random number generator SplitMix64 (Steele, Lea and Flood 2014, https://doi.org/10.1145/2714064.2660195).
+
+    It gives the same numbers in Python and C++.
 
     Attributes:
-        state: all there is to save and restore.
+        state: the whole state, 64 bits.
     """
 
     def __init__(self, seed: int) -> None:
         self.state = seed % 2**64
 
     def coin(self) -> float:
-        """The next number in [0, 1), a multiple of 2^-53."""
+        """Returns the next number in [0, 1), a multiple of 2^-53."""
         self.state = (self.state + 0x9E3779B97F4A7C15) % 2**64
         z = self.state
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -100,16 +101,16 @@ def sample(
 ) -> int:
     """Draws a token from logits [V] float32; equal logits rank by id, the lower first.
 
-    The stages: logit_bias is added; the penalties follow, first repetition, then presence and frequency; tokens that
-    are not allowed fall away; temperature; of what then is likely, top_k, top_p and min_p, in this order. Temperature 0
-    takes the highest logit after the penalties. All of it is float64.
+    The stages, in order: logit_bias is added; the repetition penalty is applied, then the presence and frequency
+    penalties; tokens that are not allowed are removed; the temperature is applied; then top_k, top_p and min_p.
+    Temperature 0 takes the highest logit before the temperature stage. All arithmetic is float64.
 
-    One coin is drawn per call unless the temperature is 0. Probabilities are float64, summed from the likeliest
-    token down where top_k or top_p order them, and by id otherwise.
+    One random number is drawn per call unless the temperature is 0. Probabilities are summed from the likeliest token
+    down if top_k or top_p is set, and in the order of ids otherwise.
 
     Args:
-        recent: the text so far, at least its last penalty_window tokens; read only where there is a penalty.
-        allowed: [V], which tokens may be drawn, at least one; None for all.
+        recent: the text so far, at least its last penalty_window tokens; read only if there is a penalty.
+        allowed: [V], whether each token may be drawn, at least one; None for all.
     """
     scores = logits.numpy()
     if options.logit_bias or options.penalises or allowed is not None:
@@ -127,8 +128,8 @@ def sample(
             sums = np.cumsum(probabilities)
             kept = int(np.searchsorted(sums, options.top_p * sums[-1])) + 1
             ids, probabilities = ids[:kept], probabilities[:kept]
-    if options.min_p > 0:  # in logarithms, which both languages round alike
-        likely = ~(exponents[ids] < math.log(options.min_p))  # so that a NaN stays, and with it one token at least
+    if options.min_p > 0:  # in logarithms, which Python and C++ round alike
+        likely = ~(exponents[ids] < math.log(options.min_p))  # keeps NaN, and so at least one token
         ids, probabilities = ids[likely], probabilities[likely]
     sums = np.cumsum(probabilities)
     return int(ids[min(np.searchsorted(sums, rng.coin() * sums[-1], side="right"), len(ids) - 1)])
@@ -137,7 +138,7 @@ def sample(
 def _adjusted(
     logits: NDArray[np.float32], options: SamplingOptions, recent: Sequence[int], allowed: NDArray[np.bool_] | None
 ) -> NDArray[np.float64]:
-    """The stages before temperature; see `sample`."""
+    """Applies the stages before temperature; see `sample`."""
     scores = logits.astype(np.float64)
     for token, bias in options.logit_bias.items():
         scores[token] += bias
@@ -153,10 +154,10 @@ def _adjusted(
 
 
 def logprobs(logits: Tensor, token: int, k: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """Logarithms of probabilities in softmax(logits), the model's own distribution, of logits [V] float32.
+    """Returns natural logarithms of probabilities in softmax(logits), the model's own distribution; logits [V] float32.
 
     Returns:
-        that of `token`, and the k likeliest tokens, each with its own; equal logits rank by id, the lower first.
+        the logarithm for `token`, and the k likeliest tokens with theirs; equal logits rank by id, the lower first.
     """
     given = logits.numpy()
     scores = given.astype(np.float64)

@@ -1,8 +1,8 @@
-"""speculative: guesses at the next tokens, which one step checks all at once.
+"""Speculative decoding: guesses the next tokens, which the model then checks all in one step.
 
-A guess is a list of tokens and nothing more, so that checking it is exact at any temperature: each token is drawn from
-the model's own logits with its own coin, as without a guess, and the guess only says for which tokens the logits are
-there already (speculative sampling, https://arxiv.org/abs/2211.17192, with a draft that is certain of its tokens).
+A guess is only a list of tokens, so the check is exact at any temperature: each token is drawn from the model's own
+logits with its own random number, as without a guess. The guess only decides for which tokens the step computes logits
+in advance (speculative sampling, https://arxiv.org/abs/2211.17192, with a draft of probability 1 for its tokens).
 """
 
 from typing import Protocol
@@ -12,20 +12,22 @@ from runtime.engine.session import Session, Steps
 
 
 class Drafter(Protocol):
-    """Something that guesses."""
+    """An object that guesses the next tokens of a text."""
 
     def guess(self, text: list[int], count: int) -> list[int]:
-        """Up to `count` tokens that may follow the text."""
+        """Returns at most `count` tokens that may follow the text."""
         ...
 
 
 class Lookup:
-    """What followed the latest tokens the last time they occurred in the text: code and quotations repeat themselves
-    (prompt lookup, https://github.com/apoorvumang/prompt-lookup-decoding).
+    """A drafter that guesses what followed the latest tokens the last time they occurred in the text.
+
+    This helps with code and quotations, which repeat themselves (prompt lookup,
+    https://github.com/apoorvumang/prompt-lookup-decoding).
     """
 
     def __init__(self, longest: int = 3) -> None:
-        """`longest`: of the latest tokens that are looked for; if they do not occur, fewer are."""
+        """Sets `longest`, the number of latest tokens to search for; if they do not occur, fewer are searched for."""
         self._longest = longest
 
     def guess(self, text: list[int], count: int) -> list[int]:
@@ -38,10 +40,11 @@ class Lookup:
 
 
 class Draft:
-    """A smaller model with the same vocabulary: what it holds likeliest."""
+    """A drafter that guesses the likeliest tokens of a smaller model with the same vocabulary."""
 
     def __init__(self, program: Steps, vocab_size: int) -> None:
-        """
+        """Starts an empty text in the smaller model.
+
         Raises:
             InputError: its vocabulary has another size than the model's.
         """

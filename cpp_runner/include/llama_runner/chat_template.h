@@ -15,71 +15,71 @@ namespace llama_runner {
 
 enum class Role { kSystem, kUser, kAssistant };
 
-/// What someone says.
+/// One message of a conversation.
 struct Message {
     Role role;
     std::string content;
 };
 
-/// How a system message is given.
+/// The place of the system message in the text.
 struct SystemPlace {
-    /// What stands before it: in place of the text's opening, or behind what opens the last turn where it is given
-    /// there.
+    /// Text before the system message; it replaces the text's opening or, if `is_late`, follows the opening of the last
+    /// turn.
     std::string before;
-    /// What stands between it and the user's content.
+    /// Text between the system message and the user's content.
     std::string behind;
-    /// Whether it is given in the last turn, in place of the first.
+    /// Whether the system message is in the last turn instead of the first.
     bool is_late = false;
-    /// Whether white space around it falls away.
+    /// Whether white space around it is removed.
     bool strips = false;
-    /// Whether it and the user's content are one, and white space falls away only behind them.
+    /// Whether white space is removed only at the end of the system message and the user's content together.
     bool joins = false;
-    /// Whether an empty one counts as none.
+    /// Whether an empty system message counts as none.
     bool skips_empty = false;
 };
 
-/// What stands between the contents of messages; see preproc/chat_template.py.
+/// The text between the contents of messages; see preproc/chat_template.py.
 struct ChatTemplate {
-    /// What stands before the first user's content where no system message is given.
+    /// Text before the first user's content if there is no system message.
     std::string opening;
-    /// What stands between a user's content and the answer to it.
+    /// Text between a user's content and the answer to it.
     std::string answer;
-    /// What stands between an answer and the user's next content.
+    /// Text between an answer and the user's next content.
     std::string again;
-    /// What stands behind the last user's content, and asks for an answer.
+    /// Text after the last user's content, after which the model answers.
     std::string ask;
-    /// Whether white space around such contents falls away.
+    /// Whether white space around the contents of user and assistant is removed.
     bool strips_user = false;
     bool strips_assistant = false;
-    /// How a system message is given; none refuses one.
+    /// The place of the system message; none if the template takes no system message.
     std::optional<SystemPlace> system;
-    /// What ends a thought, such as </think>: of an answer that is given again, only what stands behind the last one
-    /// is. Empty where answers are given again as they were.
+    /// Text that ends a thought, such as </think>. Of an earlier answer, only the part after the last thought is kept.
+    /// Empty if earlier answers are kept whole.
     std::string thought_end;
-    /// The characters that fall away right behind it.
+    /// Characters that are removed directly after it.
     std::string thought_strips;
 
-    /// Reads what a file carries. Fails where it is no template.
+    /// Reads a template from a file's metadata. Fails if it is no template.
     static Result<ChatTemplate> from_json(std::string_view text);
 
-    /// The whole text. Special tokens are only in what comes from the template.
+    /// Returns the whole text in parts. Only text from the template may have special tokens.
     ///
-    /// `now` is the time of the conversation; without it, the clock's.
+    /// `now` is the time of the conversation; the default is the current time.
     ///
-    /// Fails where the messages do not take turns, or there is a system message where none can be given.
+    /// Fails if user and assistant do not take turns, or the template takes no system message and there is one.
     Result<std::vector<Part>> parts(std::span<const Message> messages,
                                     std::optional<std::time_t> now = std::nullopt) const;
 
-    /// The whole text; see `parts`.
+    /// Returns the whole text; see `parts`.
     Result<std::string> text(std::span<const Message> messages, std::optional<std::time_t> now = std::nullopt) const;
 
-    /// The ids of the whole text, which no BOS is added to: the template says what opens it.
+    /// Returns the ids of the whole text. BOS is not added: the template contains it if it is necessary.
     ///
-    /// Fails as `parts` does, and where a content holds what the template uses and the tokenizer knows no other way
-    /// than to take it for a token.
+    /// Fails as `parts` does, and if a content contains a text of the template that the tokenizer can only encode as a
+    /// special token.
     Result<std::vector<int64_t>> encode(std::span<const Message> messages, const Tokenizer& tokenizer) const;
 
-    /// The id that ends an answer: the first token behind it that is no ordinary text.
+    /// Returns the id that ends an answer: the first token after an answer that is not ordinary text, if any.
     std::optional<int64_t> end_id(const Tokenizer& tokenizer, std::optional<int64_t> bos_id) const;
 
   private:

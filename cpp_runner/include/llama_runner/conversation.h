@@ -17,48 +17,50 @@ namespace llama_runner {
 
 class Program;
 
-/// A message leaves at least a fourth of the context to its answer, unless it is too long by itself.
+/// Divisor of the context: capacity / kAnswerShare tokens, or max_new_tokens if that is less, are reserved for an
+/// answer, unless the message alone is too long for that.
 inline constexpr int64_t kAnswerShare = 4;
 
-/// A talk: each message is answered in the light of those before it.
+/// A conversation: each message is answered with the messages before it as context.
 class Chat {
   public:
-    /// Starts a talk. `program` and `rng` must outlive it; the ids that end an answer come from program and template.
+    /// Starts an empty conversation. `program` and `rng` must outlive it; the ids that end an answer come from program
+    /// and template.
     ///
-    /// Fails where the file carries no tokenizer or no template, or the template takes no system message.
+    /// Fails if the file has no tokenizer or no template, or if there is a system message and the template takes none.
     static Result<Chat> create(Program& program, GenerationOptions options, Rng& rng,
                                std::optional<std::string> system = std::nullopt);
 
-    /// What was said, without the system message: of user and assistant in turns.
+    /// The messages of user and assistant in turns, without the system message.
     const std::vector<Message>& messages() const { return messages_; }
 
     const std::optional<std::string>& system() const { return system_; }
 
-    /// How many of the oldest turns were forgotten to make room for the latest message.
+    /// Number of the oldest turns that were removed to make room for the latest message.
     size_t forgotten() const { return forgotten_; }
 
-    /// How many tokens the talk can have.
+    /// Maximum number of tokens in the conversation.
     int64_t capacity() const { return session_->capacity(); }
 
-    /// Whether no more token fits, so that an answer had to end.
+    /// Whether the context is full, which ends an answer.
     bool is_full() const { return session_->position() == session_->capacity(); }
 
-    /// Sets the system message for what follows, or takes it away. Fails where the template takes none.
+    /// Sets the system message for the following answers; none removes it. Fails if the template takes none.
     Result<void> instruct(std::optional<std::string> system);
 
-    /// Starts anew, with the same system message.
+    /// Starts a new conversation with the same system message.
     void reset();
 
-    /// Takes a message, which `next` answers. Where the context has no room for all, the oldest turns are forgotten;
-    /// see `forgotten`.
+    /// Takes a message, which `next` answers. If the context has no room for all messages, the oldest turns are
+    /// removed; see `forgotten`.
     ///
-    /// Fails where the message does not fit even by itself; the talk is then as it was.
+    /// Fails if the message does not fit even alone; the conversation is then unchanged.
     Result<void> send(std::string_view message);
 
-    /// The next step of the answer, or null after the last. It is overwritten by the next call.
+    /// Returns the next step of the answer, or null after the last. The next call overwrites it.
     Result<const Step*> next();
 
-    /// Ends the answer: what was said until now is all of it.
+    /// Ends the answer; what was generated so far becomes the assistant's message.
     void stop();
 
   private:
@@ -74,7 +76,7 @@ class Chat {
     std::optional<std::string> system_;
     std::vector<Message> messages_;
     size_t forgotten_ = 0;
-    /// The answer in the making, and what it answers; none between turns.
+    /// The generator of the current answer, the message that it answers, and its text so far; none between turns.
     std::optional<Generator> generator_;
     std::string asked_;
     std::optional<std::string> said_;

@@ -16,63 +16,63 @@ namespace llama_runner {
 
 class Program;
 
-/// Why a text ended: after a stop token or a stop string, or because max_new_tokens or the context is used up.
+/// Why a text ended: a stop token or stop string (kStop), or max_new_tokens or the context used up (kLimit).
 enum class FinishReason { kNone, kStop, kLimit };
 
-/// "stop", "length", or nothing.
+/// Returns "stop", "length", or nothing.
 std::optional<std::string_view> name_of(FinishReason reason);
 
 /// One generated token.
 struct Step {
     int64_t token = 0;
-    /// The text it completes; empty while a UTF-8 character is open or a stop string may have begun, and for a stop
-    /// token, but for what was held back until then.
+    /// The text that it completes; empty while a UTF-8 character is incomplete or a stop string may have begun. A stop
+    /// token has no text of its own, only the text held back before it.
     std::string text;
     FinishReason finish_reason = FinishReason::kNone;
-    /// The logarithm of its probability in the model's own distribution, before any option of the sampler; none where
-    /// GenerationOptions::logprobs is.
+    /// Natural logarithm of its probability in the model's own distribution, before any sampling option; none if
+    /// GenerationOptions::logprobs is none.
     std::optional<double> logprob;
-    /// The likeliest tokens there, as many as GenerationOptions::logprobs says, each with its own.
+    /// The likeliest tokens in its place, as many as GenerationOptions::logprobs, each with its logarithm.
     std::vector<LogProb> top_logprobs;
 };
 
-/// How to choose tokens and when to end.
+/// Options for choosing tokens and ending a text.
 struct GenerationOptions {
     SamplingOptions sampling;
-    /// None for as many as the context holds.
+    /// Maximum number of new tokens; none for as many as the context holds.
     std::optional<int64_t> max_new_tokens;
     /// Ids that end the text.
     std::vector<int64_t> stop_ids;
-    /// Texts that end it, too; see `StopFilter`.
+    /// Strings that end the text; see `StopFilter`.
     std::vector<std::string> stop_strings = {};
-    /// Of how many of the likeliest tokens each step tells the probability; none to tell not even its own.
+    /// Number of likeliest tokens whose probability each step reports, beside its own token's; none for no
+    /// probabilities at all.
     std::optional<int64_t> logprobs = std::nullopt;
-    /// Where the context is used up: forget the older half of the text and go on, see `Session::slide`, in place of
-    /// ending it.
+    /// Whether to call `Session::slide` when the context is full, instead of ending the text.
     bool slides_when_full = false;
-    /// Guesses, which change nothing but the time a text takes; none by default.
+    /// A drafter that guesses the next tokens, which changes only the time a text takes; none by default.
     std::optional<Lookup> lookup = std::nullopt;
 
-    /// Fails where a value is outside its range.
+    /// Fails if a value is outside its range.
     Result<void> check() const;
 };
 
-/// Lets a text through, piece by piece, up to the first of some strings: the one that begins earliest.
+/// A filter that passes on a text, piece by piece, up to the stop string that begins earliest.
 ///
-/// What may be the beginning of one is held back until it is certain. So what was let through never depends on where
-/// the text was cut.
+/// Text that may be the beginning of a stop string is held back until that is certain. So the result does not depend on
+/// how the text was split into pieces.
 class StopFilter {
   public:
-    /// Pieces of up to `room` bytes will need no more memory.
+    /// Allocates for pieces of up to `room` bytes, so that `add` need not.
     explicit StopFilter(std::vector<std::string> stop_strings, size_t room = 0);
 
-    /// Takes the next piece, and appends to `given` what can be given out now.
+    /// Takes the next piece, and appends the text that is certain now to `given`.
     void add(std::string_view text, std::string& given);
 
-    /// Ends the text, and appends what was held back.
+    /// Ends the text, and appends what was held back, up to a stop string in it, to `given`.
     void finish(std::string& given);
 
-    /// Whether the text has come to one of the strings.
+    /// Whether a stop string was reached.
     bool stopped() const { return stopped_; }
 
   private:
@@ -85,18 +85,20 @@ class StopFilter {
     bool stopped_ = false;
 };
 
-/// Makes a session's text a prompt and yields what follows it, one step at a time. Of an older text in the session,
-/// what the prompt begins with is not run again.
+/// Replaces a session's text by a prompt and generates the tokens that follow it, one step at a time.
 ///
-/// Of P prompt tokens in a context of T, T - P + 1 tokens can follow: the last needs no place of its own.
+/// If the session's earlier text begins like the prompt, the common beginning is not run again.
+///
+/// After P prompt tokens in a context of T positions, T - P + 1 tokens can follow, because the last one is never run.
 class Generator {
   public:
-    /// `session`, `rng` and `tokenizer` (which may be null: then steps carry no text) must outlive the generator.
+    /// Creates a generator. `session`, `rng` and `tokenizer` must outlive it. `tokenizer` may be null; then steps have
+    /// no text.
     static Result<Generator> create(Session& session, std::span<const int64_t> prompt, GenerationOptions options,
                                     Rng& rng, const Tokenizer* tokenizer);
 
-    /// The next step, or null after the last. It is overwritten by the next call. The first call runs the prompt, and
-    /// fails where that is empty or does not fit; see `Session::prefill`.
+    /// Returns the next step, or null after the last. The next call overwrites it. The first call runs the prompt, and
+    /// fails if that is empty or does not fit; see `Session::prefill`.
     Result<const Step*> next();
 
   private:
@@ -116,17 +118,17 @@ class Generator {
     StopFilter stops_;
     std::string said_;
     int64_t count_ = 0;
-    /// The prompt and what was chosen.
+    /// The prompt and the chosen tokens.
     std::vector<int64_t> tokens_;
-    /// What was guessed behind the latest token that was run, and the logits of that and of the guessed ones; `row_` of
-    /// these are used.
+    /// The latest token and the tokens guessed after it, the logits after each of them, and the number of rows of
+    /// logits already used.
     std::vector<int64_t> proposed_;
     std::span<const float> logits_;
     int64_t row_ = 0;
     Step step_;
 };
 
-/// The ids of a prompt, BOS first where the model has one. Fails where the file carries no tokenizer.
+/// Returns the ids of a prompt, with BOS first if the model has one. Fails if the file has no tokenizer.
 Result<std::vector<int64_t>> prompt_ids(const Program& program, std::string_view text, bool parse_special = false);
 
 }  // namespace llama_runner

@@ -14,17 +14,17 @@
 
 namespace llama_runner {
 
-/// One session's keys and values for `capacity` positions, allocated once; its bookkeeping is integers.
+/// The keys and values of one session for `capacity` positions, allocated once.
 ///
-/// A position p lies in slot p % slots of a buffer. One with fewer slots than `capacity`, of a block that sees only a
-/// window, is thereby a ring of the latest rows.
+/// Position p is stored in slot p % slots of a buffer. A block with sliding-window attention has fewer slots than
+/// `capacity`, so its buffer is a ring of the latest rows.
 ///
-/// A step is planned, run and committed: `plan` answers whether the new rows fit, the graph reads the buffers in place,
-/// and `commit` writes the rows that it returned. Rows past `position` weigh nothing: the graph does not look at them.
+/// A step has three parts: `plan` checks that the new rows fit, the graph reads the buffers in place, and `commit`
+/// writes the rows that the graph returned. The graph ignores rows from `position` on.
 class KVCache {
   public:
     /// One of the graph's inputs: k_cache.0 ... v_cache.n, [heads, slots, row_bytes], 64-byte aligned, owned by the
-    /// cache. What a row looks like is known to the operator that reads it, see attention.h.
+    /// cache. attention.h defines the form of a row.
     struct Buffer {
         std::string name;
         std::byte* data;
@@ -33,38 +33,38 @@ class KVCache {
         size_t row_bytes;
         Dtype dtype;
 
-        /// Elements of a row.
+        /// Number of elements in a row.
         int64_t width() const { return static_cast<int64_t>(row_bytes / size_of(dtype)); }
     };
 
-    /// Allocates the buffers that `method` takes, all zero. Fails where one has no or too many slots or memory is
+    /// Allocates the buffers that `method` takes, all zero. Fails if one has no or too many slots, or if memory is
     /// short.
     static Result<KVCache> create(const MethodSpec& method, int64_t capacity);
 
-    /// None where the method takes no cache.
+    /// The buffers; none if the method takes no cache.
     std::span<const Buffer> buffers() const { return buffers_; }
 
-    /// Positions that a text may have.
+    /// Maximum number of positions in a text.
     int64_t capacity() const { return capacity_; }
 
-    /// Positions filled so far.
+    /// Number of positions filled so far.
     int64_t position() const { return state_.position; }
 
-    /// Bytes of the rows of a text of `position` tokens: what a step reads there.
+    /// Returns the bytes of the rows of a text of `position` tokens, which a step reads.
     size_t filled_bytes(int64_t position) const;
 
-    /// The position at which `length` new rows would start; fails if they do not fit.
+    /// Returns the position at which `length` new rows would start; fails if they do not fit.
     Result<int64_t> plan(int64_t length) const;
 
-    /// Appends the first `length` of `rows_length` rows; what follows them is padding.
+    /// Appends the first `length` of `rows_length` rows; the other rows are padding.
     ///
     /// `rows[i]` belongs to `buffers()[i]`: [heads, rows_length, row_bytes].
     Result<void> commit(std::span<const void* const> rows, int64_t rows_length, int64_t length);
 
-    /// What says, with the buffers, what is cached.
+    /// The state of the cache beside its buffers.
     struct State {
         int64_t position = 0;
-        /// The earliest position that a ring still holds.
+        /// The earliest position that the rings still hold.
         int64_t first = 0;
     };
 
@@ -80,22 +80,22 @@ class KVCache {
 
     State state() const { return state_; }
 
-    /// Of each buffer.
+    /// Returns the filled part of each buffer.
     std::vector<Filled> filled() const;
 
-    /// Takes another cache's state over, and returns what it fills, which is to be written.
+    /// Sets the state of another cache, and returns the parts of the buffers that the caller must fill.
     std::vector<Filled> restore(State state);
 
-    /// How many positions behind the first `keep` can be taken out by `slide`; fewer than 1 where a ring, which no
-    /// longer holds the first, would see them then.
+    /// Returns the maximum number of positions after the first `keep` that `slide` can remove. It is less than 1 if the
+    /// window would then reach back to the first positions, which a ring no longer holds.
     int64_t room(int64_t keep) const;
 
-    /// Takes out `count` positions, at most `room(keep)`, behind the first `keep`: what follows them moves to earlier
-    /// ones. `moved` is given each row in its new place.
+    /// Removes `count` positions, at most `room(keep)`, after the first `keep`, and moves the later rows forward into
+    /// their place. `moved` is called with each row in its new place, to adapt it to its new position.
     void slide(int64_t keep, int64_t count, const std::function<void(const Buffer&, std::span<std::byte>)>& moved);
 
-    /// Forgets everything from `position` on; fails if it is outside [0, position()], or a ring no longer holds what is
-    /// seen from there.
+    /// Removes everything from `position` on; fails if that is outside [0, position()], or if a ring no longer holds
+    /// the window before it.
     Result<void> rewind(int64_t position);
 
   private:
@@ -111,7 +111,7 @@ class KVCache {
     std::vector<std::unique_ptr<void, Free>> memory_;
     int64_t capacity_;
     State state_;
-    /// Slots of the shortest buffer.
+    /// Number of slots of the shortest buffer.
     int64_t ring_;
 };
 

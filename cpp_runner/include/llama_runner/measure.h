@@ -8,12 +8,13 @@
 
 namespace llama_runner {
 
-/// Seconds since some moment.
+/// Returns the seconds since an arbitrary fixed moment.
 inline double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-/// What Linux says of this process, in bytes; 0 elsewhere. getrusage would answer for the one, too, that started it.
+/// Returns a value in /proc/self/status in bytes, or 0 on other systems than Linux. getrusage would include the parent
+/// process.
 inline int64_t status_of(const char* format) {
     long long kilobytes = 0;
 #ifdef __linux__
@@ -28,7 +29,7 @@ inline int64_t status_of(const char* format) {
     return kilobytes * 1024;
 }
 
-/// The most memory in bytes that this process held, mapped files included.
+/// Returns the peak memory of this process in bytes, mapped files included.
 inline int64_t peak_memory() {
     if (const int64_t found = status_of("VmHWM: %lld kB"); found > 0) return found;
 #ifdef __linux__
@@ -41,7 +42,7 @@ inline int64_t peak_memory() {
     return int64_t{usage.ru_maxrss} * kUnit;
 }
 
-/// Bytes that this process holds, mapped files included; where the system does not say, the most it held.
+/// Returns the memory of this process in bytes, mapped files included; its peak if the system does not report it.
 inline int64_t memory() {
     const int64_t found = status_of("VmRSS: %lld kB");
     return found > 0 ? found : peak_memory();

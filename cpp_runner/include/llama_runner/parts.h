@@ -8,14 +8,14 @@
 
 namespace llama_runner {
 
-/// A file and what it carries.
+/// A file's path and metadata.
 struct NamedMetadata {
     std::string path;
     const Metadata* metadata;
 };
 
-/// What the whole carries of which these are the shards, in the order of their blocks; of one file, what it carries.
-/// Fails, and names the file, where one is not of the same export, is there twice, or is missing.
+/// Returns the metadata of the whole model from its shards, in the order of their blocks, or from its only file.
+/// Fails, and names the file, if one is from another export, occurs twice, or is missing.
 Result<Metadata> join_parts(std::span<const NamedMetadata> shards);
 
 }  // namespace llama_runner

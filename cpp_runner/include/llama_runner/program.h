@@ -11,29 +11,29 @@
 
 namespace llama_runner {
 
-/// Bytes of matrices below which waking another thread takes longer than it saves.
+/// Bytes of matrices below which several threads are slower than one.
 inline constexpr int64_t kSmall = 16'000'000;
 
-/// A model of ours, ready to be run: a .pte and its methods, or the shards of one, each of which runs its blocks.
-/// Checked before it is believed, immutable, shared by any number of sessions, one step at a time.
+/// A model that llama-pte exported, ready to run: one .pte, or several shards, which run some blocks each. It is
+/// immutable and shared by any number of sessions, one step at a time.
 class Program final : public Steps {
   public:
     struct Options {
-        /// How many threads ExecuTorch uses, in the whole process; none leaves its choice, one per core, and runs a
-        /// model of less than kSmall bytes in the caller's.
+        /// Number of ExecuTorch's threads, in the whole process. None means one per core, and only the caller's thread
+        /// for a model of less than kSmall bytes.
         std::optional<int64_t> threads;
-        /// Compare the checksum, which reads the file through once.
+        /// Whether to compare the checksum, which reads the file through once.
         bool check = true;
-        /// Bytes that this process may hold, with one session. Shards for which there is no room are loaded for each
-        /// step; none keeps all.
+        /// Bytes that this process may hold, with one session. Shards that do not fit are loaded for each step. None
+        /// keeps all in memory.
         std::optional<int64_t> memory_budget;
     };
 
-    /// Opens the file, or all of a folder: checks it, reads its metadata, and loads its methods.
+    /// Opens a file, or a folder of shards: checks the files, reads their metadata, and loads their methods.
     ///
-    /// Fails where the budget is too little, it is not a whole file of ours, shards do not make one model, or this
-    /// runtime lacks what it needs. Damage is found by the checksum; a file made to deceive, with a right checksum, is
-    /// outside that promise.
+    /// Fails if a file is damaged or not by llama-pte, shards are not one model, the memory budget is too small, or
+    /// this runtime lacks a backend or operator. The checksum finds accidental damage; a malicious file with a correct
+    /// checksum is not detected.
     static Result<std::unique_ptr<Program>> open(const std::string& path, const Options& options);
 
     ~Program() override;
@@ -54,7 +54,7 @@ class Program final : public Steps {
     static Result<void> join_shards(State& state);
     static Result<void> load(State& state, const Options& options);
 
-    /// Loads a shard that does not stay, runs it, and gives its memory back.
+    /// Loads a shard that does not stay in memory, runs it, and frees its memory.
     Result<std::span<const void* const>> run_once(size_t shard, size_t method, StepSize step);
 
     std::unique_ptr<State> state_;

@@ -8,12 +8,12 @@
 
 namespace llama_runner {
 
-/// Why something failed: one sentence with the value received and what to do.
+/// Why something failed: one sentence with the wrong value and the fix.
 struct Error {
     std::string message;
 };
 
-/// A value, or the reason why there is none. Nothing in this library throws; what can fail returns one of these.
+/// A value, or the error that prevented it. This library never throws; functions that can fail return a Result.
 template <typename T>
 class [[nodiscard]] Result {
   public:
@@ -22,7 +22,7 @@ class [[nodiscard]] Result {
 
     explicit operator bool() const { return state_.index() == 0; }
 
-    /// The value; only where there is one.
+    /// The value; requires that there is one.
     T& operator*() & {
         assert(*this);
         return *std::get_if<0>(&state_);
@@ -38,7 +38,7 @@ class [[nodiscard]] Result {
     T* operator->() { return &**this; }
     const T* operator->() const { return &**this; }
 
-    /// The reason; only where there is no value.
+    /// The error; requires that there is no value.
     const Error& error() const {
         assert(!*this);
         return *std::get_if<1>(&state_);
@@ -48,7 +48,7 @@ class [[nodiscard]] Result {
     std::variant<T, Error> state_;
 };
 
-/// Success, or the reason for failure.
+/// Success, or an error.
 template <>
 class [[nodiscard]] Result<void> {
   public:
@@ -57,7 +57,7 @@ class [[nodiscard]] Result<void> {
 
     explicit operator bool() const { return !error_; }
 
-    /// The reason; only after a failure.
+    /// The error; requires that there is one.
     const Error& error() const {
         assert(error_);
         return *error_;

@@ -13,98 +13,98 @@
 
 namespace llama_runner {
 
-/// Tokens at the start of a text that `Session::slide` keeps, because attention falls back on them (StreamingLLM,
-/// https://arxiv.org/abs/2309.17453, section 3.2).
+/// Number of tokens at the start of a text that `Session::slide` keeps, because much attention goes to them
+/// (StreamingLLM, https://arxiv.org/abs/2309.17453, section 3.2).
 inline constexpr int64_t kSinks = 4;
 
-/// One text in the making: its tokens, its caches, and the ways to extend, shorten, copy and keep it.
+/// One text, with its tokens and caches, which can be extended, shortened, copied and saved.
 ///
-/// Sessions of one program are independent, also in several threads: they take turns, as a program runs one step at a
-/// time. After an error the session stands where the last whole step left it.
+/// Sessions of one program are independent, also in several threads: they take turns, because a program runs one step
+/// at a time. After an error the session is in the state after the last complete step.
 class Session {
   public:
-    /// Allocates all that the session will ever need; `program` must outlive it.
+    /// Creates an empty session and allocates all memory that it needs; `program` must outlive it.
     static Result<Session> create(Steps& program);
 
-    /// How many tokens the text has.
+    /// Number of tokens in the text.
     int64_t position() const { return cache_.position(); }
 
-    /// How many tokens it can have.
+    /// Maximum number of tokens in the text.
     int64_t capacity() const { return cache_.capacity(); }
 
-    /// Keys and values of the text so far; without buffers where the program's method takes the whole text.
+    /// The keys and values of the text; without buffers if the program's method takes the whole text.
     const KVCache& cache() const { return cache_; }
 
     /// Width of the logits.
     int64_t vocab_size() const { return program_->metadata().vocab_size; }
 
-    /// The ids of the text so far.
+    /// The ids of the text.
     std::span<const int64_t> tokens() const { return tokens_; }
 
     /// Starts a new text.
     void reset();
 
-    /// Forgets the tokens from `position` on; see `KVCache::rewind`.
+    /// Removes the tokens from `position` on; see `KVCache::rewind`.
     Result<void> rewind(int64_t position);
 
     /// Appends a prompt, chunk by chunk, and returns the logits after its last token: [V], valid until the next call.
     ///
-    /// Fails where the prompt is empty, does not fit behind the present position, or holds an id that is none.
+    /// Fails if the prompt is empty or does not fit after the present position, or has an unknown id.
     Result<std::span<const float>> prefill(std::span<const int64_t> tokens);
 
     /// Appends one token and returns the logits after it, as `prefill` does.
     Result<std::span<const float>> decode(int64_t token) { return prefill({&token, 1}); }
 
     /// Appends tokens, chunk by chunk, and returns the logits after each of the last `rows` of them, [rows, V], valid
-    /// until the next call. Up to `MethodSpec::max_rows` of them come out of one step. Fails as `prefill` does.
+    /// until the next call. One step returns at most `MethodSpec::max_rows` of them. Fails as `prefill` does.
     Result<std::span<const float>> extend(std::span<const int64_t> tokens, int64_t rows);
 
-    /// The logits after each of a few tokens that may come next, at most `max_proposed()`, [n, V], valid until the next
-    /// call: of the text as if they were appended. `accept` then appends as many of them as are right. Fails as
+    /// Returns the logits after each of some guessed next tokens, at most `max_proposed()`, without appending the
+    /// tokens: [n, V], valid until the next call. `accept` then appends as many of the tokens as are correct. Fails as
     /// `prefill` does.
     Result<std::span<const float>> propose(std::span<const int64_t> tokens);
 
-    /// Appends the first `count` of the tokens just proposed, 1 or more.
+    /// Appends the first `count` of the tokens of the latest `propose`, at least 1.
     Result<void> accept(int64_t count);
 
-    /// How many tokens `propose` takes; 1 where guessing does not pay.
+    /// Returns the maximum number of tokens for `propose`; 1 if the program cannot check guesses.
     int64_t max_proposed() const;
 
-    /// Makes the text a prompt, and returns the logits after it, as `prefill` does. Of what the prompt begins with, as
-    /// much as the text began with, too, is not run again.
+    /// Replaces the text by a prompt and returns the logits after it, as `prefill` does. The beginning that text and
+    /// prompt have in common is not run again.
     Result<std::span<const float>> restart(std::span<const int64_t> prompt);
 
-    /// A session of its own that stands where this one does. Only what is filled of the caches is copied: memory behind
-    /// it is not touched before it is used.
+    /// Returns an independent session with the same text. Only the filled part of the caches is copied; the rest of
+    /// their memory is not touched before it is used.
     Result<Session> fork() const;
 
-    /// Keeps the session in a file, which is as large as what is filled of the caches; see session_file.h. The file is
-    /// whole, or as it was before.
+    /// Saves the session to a file as large as the filled part of the caches; see session_file.h. On failure the
+    /// earlier file is unchanged.
     Result<void> save(const std::string& path) const;
 
-    /// Makes the session what was saved, with this model, in Python or C++. Fails where the file is none, damaged, or
-    /// another model's; the session is then as it was.
+    /// Restores a session that was saved with this model, by Python or C++. Fails if the file is no saved session, is
+    /// damaged, or is for another model; the session is then unchanged.
     Result<void> load(const std::string& path);
 
-    /// Makes room: forgets the older half of the text, but for its first tokens, and moves the rest to earlier
-    /// positions, as if those had never been. Keys that were rotated for a position are turned back by the difference.
+    /// Makes room: removes the older half of the text, except the first kSinks tokens. The later tokens move to earlier
+    /// positions; keys with rotary embedding are rotated back by the difference.
     ///
-    /// Returns how many tokens it forgot. Fails where positions are learned, or where the model sees so much of its
-    /// context that nothing can be spared.
+    /// Returns the number of removed tokens. Fails if positions are learned, or if the window covers so much of the
+    /// context that none can be removed.
     Result<int64_t> slide();
 
-    /// What the last block returned for each token of the latest prefill or decode, normalised: [n, hidden_width()],
-    /// valid until the next. Empty before the first and after a failure, and where the program does not return it.
+    /// The last block's output for each token of the latest prefill or decode, normalised: [n, hidden_width()], valid
+    /// until the next one. Empty before the first, after a failure, and if the program does not return it.
     std::span<const float> hidden() const;
 
-    /// Width of the hidden states; 0 where the program does not return them.
+    /// Width of the hidden states; 0 if the program does not return them.
     int64_t hidden_width() const { return hidden_width_; }
 
   private:
-    /// A method and the buffers that its inputs and outputs lie in.
+    /// A method and the buffers of its inputs and outputs.
     ///
-    /// With caches, a step's tokens stand at the start of the input `tokens`, and the caches hold those before them.
-    /// Without, `tokens` holds the text so far, and a step's stand behind it.
+    /// With caches, the input `tokens` has only the step's tokens; the caches have the earlier ones. Without caches,
+    /// `tokens` has the text so far, followed by the step's tokens.
     struct Binding {
         size_t method;
         int64_t min_length;
@@ -115,9 +115,9 @@ class Session {
         PositionInputs positions;
         std::vector<const void*> inputs;
         size_t logits_output;
-        /// Past the end where there is none.
+        /// Index of the output of hidden states; past the end if there is none.
         size_t hidden_output;
-        /// Output of each cache buffer's new rows.
+        /// Index of the output with each cache buffer's new rows.
         std::vector<size_t> rows_outputs;
     };
 
@@ -142,12 +142,12 @@ class Session {
     std::vector<int64_t> proposed_;
     std::vector<std::vector<std::byte>> kept_;
     std::vector<const void*> kept_outputs_;
-    /// What the latest step gave, and its length.
+    /// The outputs of the latest step, and its length.
     std::span<const void* const> outputs_;
     int64_t length_ = 0;
     std::vector<Binding> bindings_;
     std::vector<const void*> rows_;
-    /// Room for a whole text, untouched until it is used.
+    /// Memory for the hidden states of a whole text, not touched before it is used.
     std::unique_ptr<float[]> hidden_;
     int64_t hidden_width_ = 0;
     int64_t hidden_rows_ = 0;

@@ -9,7 +9,7 @@
 
 namespace llama_runner {
 
-/// What a session needs of a program: `Program`, or a stand-in.
+/// The part of a program that a session uses; `Program` implements it, and a test may.
 class Steps {
   public:
     virtual ~Steps() = default;
@@ -18,12 +18,13 @@ class Steps {
 
     /// Runs a method once.
     ///
-    /// `method` counts in metadata().methods; `inputs` are in the order of its spec, as large as `step` says, and are
-    /// read in place. Returns the outputs in the order of its spec, valid only until the next step of this program.
+    /// `method` is an index of metadata().methods. `inputs` are in the order of the method's spec, with the sizes for
+    /// `step`, and are read in place. Returns the outputs in the order of the spec, valid only until the next step of
+    /// this program.
     virtual Result<std::span<const void* const>> step(size_t method, StepSize step,
                                                       std::span<const void* const> inputs) = 0;
 
-    /// Whose turn it is: held by a session while it runs steps and looks at their outputs.
+    /// The lock that a session holds while it runs steps and reads their outputs.
     std::mutex& turn() { return turn_; }
 
   private:

@@ -14,7 +14,7 @@
 
 namespace llama_runner {
 
-/// A part of a text, in which the text of a special token is that token, or is only text.
+/// A part of a text, in which names of special tokens are those tokens (`parse_special`) or ordinary text.
 struct Part {
     std::string text;
     bool parse_special;
@@ -25,46 +25,47 @@ using TokenIds = std::map<std::string, int64_t, std::less<>>;
 
 class SpecialTokens;
 
-/// Text to ids and back: SentencePiece, tiktoken and Hugging Face tokenizer.json behind one interface. Immutable.
+/// A tokenizer, which turns text into ids and back: SentencePiece, tiktoken or a Hugging Face tokenizer.json.
+/// Immutable.
 class Tokenizer {
   public:
     virtual ~Tokenizer() = default;
 
-    /// Ids run from 0 to vocab_size() - 1.
+    /// Size of the vocabulary; ids run from 0 to vocab_size() - 1.
     int64_t vocab_size() const { return static_cast<int64_t>(pieces_.size()); }
 
-    /// Ids of a text, which no BOS is added to. Invalid UTF-8 counts as U+FFFD.
+    /// Returns the ids of a text, without BOS. Invalid UTF-8 is read as U+FFFD.
     ///
-    /// The text of a special token is only text unless `parse_special`.
+    /// Names of special tokens are ordinary text unless `parse_special`.
     Result<std::vector<int64_t>> encode(std::string_view text, bool parse_special = false) const;
 
-    /// Ids of a text in parts, whose borders do not show: what lies between two special tokens is encoded as one.
+    /// Returns the ids of a text in parts. Borders of parts have no effect: text between two special tokens is encoded
+    /// as a whole.
     Result<std::vector<int64_t>> encode_parts(std::span<const Part> parts) const;
 
-    /// Special tokens.
+    /// The special tokens.
     const TokenIds& specials() const;
 
-    /// What is not special, and yet a token wherever it stands in a text.
+    /// Tokens that are not special, but are always matched as a whole wherever they occur in a text.
     const TokenIds& fixed() const { return fixed_; }
 
-    /// The bytes one id stands for, as part of a text; empty for control tokens and ids that are none. Owned by the
-    /// tokenizer.
+    /// Returns the bytes of one id in a text; empty for control tokens and unknown ids. Owned by the tokenizer.
     ///
-    /// `first` says that no text stands before it: SentencePiece's dummy space falls away there.
+    /// `first`: whether the id begins the text, where SentencePiece's dummy space is removed.
     std::string_view piece(int64_t token, bool first) const;
 
   protected:
-    /// Bytes of an id: a range of `bytes_`. A dummy space at the front is skipped at the start of a text.
+    /// The bytes of an id: a range of `bytes_`. A dummy space in front is skipped at the start of a text.
     struct Piece {
         uint32_t start;
         uint32_t length;
         bool dummy_space;
     };
 
-    /// Ids of valid UTF-8.
+    /// Returns the ids of valid UTF-8.
     virtual Result<std::vector<int64_t>> encode_plain(std::string_view text, bool parse_special) const;
 
-    /// Appends the ids of valid UTF-8 without special tokens, `first` if it starts the text.
+    /// Appends the ids of valid UTF-8 without special tokens; `first`: whether it begins the text.
     virtual Result<void> encode_section(std::string_view text, bool first, std::vector<int64_t>& ids) const = 0;
 
     virtual const SpecialTokens& special_tokens() const = 0;
@@ -80,15 +81,15 @@ class Tokenizer {
     Result<std::vector<int64_t>> encode_valid(std::span<const Part> parts) const;
 };
 
-/// Opens a tokenizer from its file's bytes. Kind: sentencepiece, tiktoken or tokenizer.json; found from the content
-/// where it is empty. Fails where the bytes are damaged or ask for what this runner cannot do.
+/// Opens a tokenizer from its file's bytes. `kind`: sentencepiece, tiktoken or tokenizer.json; if it is empty, it is
+/// detected from the content. Fails if the bytes are damaged or need a feature that this runner lacks.
 Result<std::unique_ptr<Tokenizer>> from_bytes(std::string_view data, std::string_view kind = {});
 
-/// Turns bytes into valid UTF-8 piece by piece; what is invalid becomes U+FFFD, as Unicode recommends (one for each
+/// Turns bytes into valid UTF-8, piece by piece. Invalid bytes become U+FFFD, as Unicode recommends (one for each
 /// maximal part of a character).
 class Utf8Decoder {
   public:
-    /// Appends to `text` what `bytes` complete.
+    /// Appends to `text` the characters that `bytes` complete.
     void add(std::string_view bytes, std::string& text);
 
     /// Appends U+FFFD to `text` if a character was never completed.
@@ -102,19 +103,19 @@ class Utf8Decoder {
     unsigned char high_ = 0xBF;
 };
 
-/// A text in which what was invalid UTF-8 is U+FFFD.
+/// Returns a text with invalid UTF-8 replaced by U+FFFD.
 std::string valid_utf8(std::string_view text);
 
-/// Turns ids into text one at a time, never giving out half a UTF-8 character.
+/// Turns ids into text, one at a time, and never returns an incomplete UTF-8 character.
 class StreamDecoder {
   public:
-    /// `tokenizer` must outlive the decoder.
+    /// Starts a text. `tokenizer` must outlive the decoder.
     explicit StreamDecoder(const Tokenizer& tokenizer) : tokenizer_(&tokenizer) {}
 
-    /// Appends to `text` what `token` completes; nothing while a character is still open.
+    /// Appends to `text` the characters that `token` completes; none while a character is incomplete.
     void add(int64_t token, std::string& text);
 
-    /// Appends what is left: U+FFFD if a character was never completed.
+    /// Ends the text: appends U+FFFD if a character was never completed.
     void finish(std::string& text) { utf8_.finish(text); }
 
   private:
@@ -123,7 +124,7 @@ class StreamDecoder {
     bool first_ = true;
 };
 
-/// The text of ids, with invalid UTF-8 as U+FFFD.
+/// Returns the text of ids, with invalid UTF-8 replaced by U+FFFD.
 std::string decode(const Tokenizer& tokenizer, std::span<const int64_t> ids);
 
 }  // namespace llama_runner

@@ -6,9 +6,9 @@
 
 namespace llama_runner {
 
-/// Refuses what is not a whole file of ours in a format this version reads.
+/// Checks that a file is a complete file of llama-pte in the format version that this version reads.
 ///
-/// `checksum` also reads the file through and compares its checksum (about 0.1 s per GB in the page cache).
+/// `checksum`: whether to read the file through and compare its checksum (about 0.1 s per GB in the page cache).
 Result<void> check_file(const std::string& path, bool checksum);
 
 }  // namespace llama_runner

@@ -27,26 +27,26 @@ namespace llama_runner {
 
 namespace {
 
-constexpr int kTileRows = 64;  // query rows that share a block of keys
-constexpr int kTileKeys = 64;  // keys of a block
+constexpr int kTileRows = 64;  // query rows for each block of keys
+constexpr int kTileKeys = 64;  // keys in a block
 
-// A step with few query rows splits the keys instead, into about as many tasks as the largest CPUs have cores, but not
-// below a length at which a task is hardly worth a thread, nor into more than fit a modest piece of stack.
+// A step with few query rows splits the keys instead: into at most about as many tasks as the largest CPUs have cores,
+// into chunks long enough to be worth a thread, and into no more partial results than fit on the stack.
 constexpr int64_t kMostTasks = 32;
 constexpr int64_t kShortestChunk = 512;
 constexpr int64_t kPartialFloats = 1 << 16;
 
-/// A step cut into tasks, in a way that depends on nothing but its sizes: (sequence and KV head, block of query rows),
-/// or (sequence and KV head, chunk of keys).
+/// A step split into tasks: (sequence and KV head, block of query rows) or (sequence and KV head, chunk of keys). The
+/// split depends only on the sizes of the step, not on the number of threads.
 struct Work {
     const Attention& attention;
-    int64_t blocks;  // of query rows
-    int64_t chunks;  // of keys
-    float* partial;  // where chunks > 1: [B * K, chunks, G * L] rows of maximum, sum and Dh unscaled results
+    int64_t blocks;  // number of blocks of query rows
+    int64_t chunks;  // number of chunks of keys
+    float* partial;  // if chunks > 1: [B * K, chunks, G * L] rows of maximum, sum and Dh unscaled results
 
     int64_t group() const { return attention.heads / attention.kv_heads; }
-    int64_t rows() const { return group() * attention.length; }  // query rows of a KV head
-    int64_t token(int64_t sequence_head, int64_t row) const {    // of all sequences
+    int64_t rows() const { return group() * attention.length; }  // number of query rows of a KV head
+    int64_t token(int64_t sequence_head, int64_t row) const {    // index over all sequences
         return sequence_head / attention.kv_heads * attention.length + row / group();
     }
     int64_t head(int64_t sequence_head, int64_t row) const {
@@ -58,7 +58,7 @@ struct Work {
     }
 };
 
-/// What one instruction set provides.
+/// The functions for one instruction set.
 struct Kernel {
     InstructionSet set;
     void (*append)(const Attention& attention, int64_t token);
@@ -71,11 +71,11 @@ struct Kernel {
 
 }  // namespace llama_runner
 
-// kernel.inc is compiled once for each instruction set, all of them in this file, whatever its flags are.
+// kernel.inc is compiled once for each instruction set in this file, independently of the compiler's flags.
 
 #if defined(__GNUC__) && !defined(__clang__) && (defined(__x86_64__) || defined(__aarch64__))
 #pragma GCC push_options
-#pragma GCC optimize("Os")  // hardly ever run where there is another, so it is to be small
+#pragma GCC optimize("Os")  // small, because it hardly ever runs if there is another instruction set
 #define LLAMA_RUNNER_IS_SMALL
 #endif
 #define LLAMA_RUNNER_SET kPortable
@@ -160,7 +160,7 @@ const Kernel& kernel_of(InstructionSet set) {
     return kKernels[0];
 }
 
-/// How many chunks a step of one block of query rows splits the keys into.
+/// Returns the number of chunks into which a step of one block of query rows splits the keys.
 int64_t chunks_of(const Attention& attention, int64_t rows) {
     const int64_t sequence_heads = attention.batch * attention.kv_heads;
     int64_t keys = 0;
@@ -187,7 +187,7 @@ size_t row_bytes(RowForm form, int64_t head_dim) {
     return count + sizeof(float);
 }
 
-/// How many numbers a row of so many bytes has.
+/// Returns the number of elements in a row of `bytes` bytes.
 static int64_t head_dim_of(RowForm form, size_t bytes) {
     const auto count = static_cast<int64_t>(bytes);
     if (form == RowForm::kInt8) return count - static_cast<int64_t>(sizeof(float));
@@ -211,7 +211,7 @@ void attend(const Attention& attention, ParallelFor parallel_for, InstructionSet
     if (work.blocks == 1) work.chunks = chunks_of(attention, work.rows());
     const Context context{kernel_of(set), work};
 
-    // A few rows are converted before a second thread has woken up.
+    // For a few rows, waking a second thread would take longer than converting them.
     const int64_t tokens = attention.batch * attention.length;
     if (tokens * attention.kv_heads * attention.head_dim <= 1 << 14) {
         for (int64_t token = 0; token < tokens; ++token) context.kernel.append(attention, token);

@@ -15,7 +15,7 @@ namespace {
 constexpr size_t kWords = size_t{1} << 25;
 constexpr int kPasses = 5;
 
-/// Wide enough that adding is never what takes the time.
+/// Sums words in so many lanes that reading them, not adding, takes the time.
 uint64_t sum(const uint64_t* words, size_t count) {
     uint64_t sums[32] = {};
     for (size_t i = 0; i + 32 <= count; i += 32) {
@@ -42,7 +42,7 @@ double read_bandwidth(int threads) {
         for (std::thread& reader : readers) reader.join();
         const double taken = now() - start;
         uint64_t read = 0;
-        for (const uint64_t part : sums) read += part;  // which also keeps the compiler from leaving the sums out
+        for (const uint64_t part : sums) read += part;  // also prevents the compiler from removing the sums
         best = std::max(best, static_cast<double>(read * sizeof(uint64_t)) / taken);
     }
     return best;
@@ -50,7 +50,7 @@ double read_bandwidth(int threads) {
 
 }  // namespace llama_runner
 
-/// For Python, which loads this with the operators.
+/// The C function for Python, which loads it with the operators.
 extern "C" __attribute__((visibility("default"))) double llama_pte_read_bandwidth(int threads) {
     return llama_runner::read_bandwidth(threads);
 }

@@ -2,8 +2,8 @@
 
 namespace llama_runner {
 
-/// Bytes a second that `threads` threads together read from memory: the best of a few passes over 256 MB, which is more
-/// than caches hold. Decoding reads all weights for each token, so it cannot be faster than this allows.
+/// Measures the bytes a second that `threads` threads together read from memory: the best of a few passes over 256 MB,
+/// more than CPU caches hold. Decoding reads all weights for each token, so this bounds its speed.
 double read_bandwidth(int threads);
 
 }  // namespace llama_runner

@@ -1,4 +1,4 @@
-// llama_pte::attention.out, attention.h's attend() as an operator of ExecuTorch:
+// llama_pte::attention.out, an ExecuTorch operator that calls attend() of attention.h:
 //
 //   attention(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? slopes, Tensor k_cache, Tensor v_cache,
 //             Tensor start, float scale, float softcap, int window, *,
@@ -29,7 +29,7 @@ using executorch::aten::SizesType;
 using executorch::aten::Tensor;
 
 constexpr const char* kName = "llama_pte::attention.out";
-constexpr int64_t kMostPosition = int64_t{1} << 40;  // sums of positions cannot overflow
+constexpr int64_t kMostPosition = int64_t{1} << 40;  // so that sums of positions cannot overflow
 
 enum Argument : size_t {
     kQ,
@@ -50,7 +50,7 @@ enum Argument : size_t {
     kArguments,
 };
 
-/// Tasks are handed out one by one: they differ in length, and so do cores.
+/// Runs tasks on ExecuTorch's threads, assigned one at a time, because tasks and cores differ in speed.
 void over_threads(int64_t count, void (*task)(const void* context, int64_t index), const void* context) {
     const int64_t threads = std::min(count, executorch::extension::get_thread_count());
     std::atomic<int64_t> next = 0;
@@ -71,7 +71,7 @@ bool is(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> s
     return true;
 }
 
-/// The types of all arguments, and the ranks that sizes are taken from.
+/// Checks the types of all arguments, and the ranks of those from which sizes are taken.
 bool well_typed(et::Span<et::EValue*> args) {
     if (args.size() < kArguments) return false;
     for (const size_t i : {kQ, kK, kV, kKCache, kVCache, kStart, kOut, kKRows, kVRows}) {
@@ -103,7 +103,7 @@ bool form_of(ScalarType dtype, RowForm& form) {
     }
 }
 
-/// Takes the sizes from the tensors; false where no head can have them.
+/// Reads the sizes from the tensors; returns false if they are impossible.
 bool measure(et::Span<et::EValue*> args, Attention& a) {
     const Tensor& q = args[kQ]->toTensor();
     const Tensor& cache = args[kKCache]->toTensor();
@@ -185,7 +185,8 @@ void attention_out(et::KernelRuntimeContext& ctx, et::Span<et::EValue*> args) {
     attend(a, over_threads);
 }
 
-/// A process may hold this file twice, in the C library and in Python's, and registering twice would abort it.
+/// Registers the operator only once: a process may load this file twice, with the C library and with Python's, and
+/// registering twice would abort it.
 [[maybe_unused]] const et::Error registered = [] {
     for (const et::Kernel& kernel : et::get_registered_kernels()) {
         if (std::strcmp(kernel.name_, kName) == 0) return et::Error::Ok;

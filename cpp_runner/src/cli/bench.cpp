@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kSteps = 32;
 constexpr int64_t kShortPrompt = 16;
 
-/// Seconds that a prompt of `length` tokens takes from the start of a text.
+/// Returns the seconds that a prompt of `length` tokens takes from the start of a text.
 Result<double> prefilled(Session& session, int64_t length, int64_t vocab_size) {
     std::vector<int64_t> prompt(static_cast<size_t>(length));
     for (int64_t i = 0; i < length; ++i) prompt[static_cast<size_t>(i)] = 7919 * i % vocab_size;
@@ -24,7 +24,7 @@ Result<double> prefilled(Session& session, int64_t length, int64_t vocab_size) {
     return now() - start;
 }
 
-/// Median seconds that a token takes behind `position` others, of as many as there is room for up to kSteps.
+/// Returns the median of the seconds that a token takes after `position` tokens, of at most kSteps tokens.
 Result<double> decoded(Session& session, int64_t position, int64_t vocab_size) {
     if (auto filled = prefilled(session, position, vocab_size); !filled) return filled.error();
     std::vector<double> times;
@@ -75,7 +75,7 @@ Result<Measured> bench(const std::string& path, const Program::Options& options,
                      " positions; give smaller numbers to --prefill or --decode"};
     }
     measured.peak_bytes = peak_memory();
-    // Last, because what it reads is larger than a small model.
+    // Last, because it raises the peak memory.
     measured.bandwidth =
         read_bandwidth(static_cast<int>(options.threads.value_or(std::max(1U, std::thread::hardware_concurrency()))));
     for (Measured::Decode& row : measured.decode) row.roofline /= measured.bandwidth;

@@ -22,7 +22,7 @@ constexpr char kHelp[] =
 
 volatile std::sig_atomic_t interrupted = 0;
 
-/// For as long as it lives, Ctrl-C is only noted: a step is to be finished, so that the session stays usable.
+/// While an object of this class exists, Ctrl-C is only recorded, so that a step ends and the session stays usable.
 class Interrupts {
   public:
     Interrupts() {
@@ -39,8 +39,7 @@ class Interrupts {
     struct sigaction usual_ {};
 };
 
-/// Does what a line says that begins with a slash; whether the talk goes on. Fails where nothing is known under that
-/// name.
+/// Runs a command line that begins with a slash; returns whether the chat continues. Fails if the command is unknown.
 Result<bool> obey(Chat& chat, const std::string& line) {
     const std::string_view whole = stripped(line);
     const std::string name(whole.substr(0, whole.find(' ')));
@@ -59,7 +58,7 @@ Result<bool> obey(Chat& chat, const std::string& line) {
     return true;
 }
 
-/// Prints the answer to a message. Ctrl-C ends it.
+/// Prints the answer to a message. Ctrl-C ends the answer.
 Result<void> talk(Chat& chat, const std::string& line) {
     if (auto sent = chat.send(line); !sent) return sent;
     const auto context = "the context of " + std::to_string(chat.capacity()) + " tokens is full: ";

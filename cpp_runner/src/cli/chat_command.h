@@ -11,18 +11,18 @@
 
 namespace llama_runner {
 
-/// What `llama_runner FILE --chat` is given.
+/// The arguments of `llama_runner FILE --chat`.
 struct ChatArguments {
     std::string file;
     Program::Options program;
     GenerationOptions generation;
-    /// Changes what the file recommends to what was asked for.
+    /// Replaces the file's recommended options by those given as flags.
     std::function<void(SamplingOptions&)> ask;
     uint64_t seed = 0;
     std::optional<std::string> system;
 };
 
-/// Talks: a message a line from stdin, answers to stdout, all else to stderr.
+/// Runs a chat: reads one message per line from stdin, prints answers to stdout and everything else to stderr.
 Result<void> run_chat(const ChatArguments& arguments);
 
 }  // namespace llama_runner

@@ -17,7 +17,7 @@ bool read_number(std::string_view text, Number& number) {
     return error == std::errc() && end == text.data() + text.size();
 }
 
-/// A number of bytes such as 400MB, 1.5GB or 64MiB, as in Python. CLI::AsSizeValue takes no fractions.
+/// Reads a number of bytes such as 400MB, 1.5GB or 64MiB, as in Python. CLI::AsSizeValue accepts no fractions.
 int64_t byte_count(const std::string& text) {
     char* rest = nullptr;
     const double number = std::strtod(text.c_str(), &rest);
@@ -33,7 +33,7 @@ int64_t byte_count(const std::string& text) {
     return static_cast<int64_t>(number * std::pow(binary ? 1024 : 1000, power));
 }
 
-/// Reads ID=VALUE into `bias`; false where it is something else.
+/// Reads ID=VALUE into `bias`; returns false if the text has another form.
 bool read_bias(std::string_view text, std::map<int64_t, double>& bias) {
     const size_t equals = text.find('=');
     int64_t token = 0;

@@ -12,7 +12,7 @@
 
 namespace llama_runner {
 
-/// What was asked for of that which a file may recommend.
+/// The given flags for options that a file may recommend.
 struct Asked {
     std::optional<double> temperature;
     std::optional<int64_t> top_k;
@@ -27,7 +27,7 @@ struct Asked {
     }
 };
 
-/// What the command is given.
+/// The arguments of the command.
 struct Arguments {
     Asked asked;
     std::string file;

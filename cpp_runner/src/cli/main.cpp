@@ -23,7 +23,7 @@ using namespace llama_runner;
 
 constexpr int kBadInput = 2;
 
-/// What a run took, in seconds.
+/// The times of a run, in seconds.
 struct Statistics {
     double load = 0;
     size_t prompt_tokens = 0;
@@ -36,7 +36,7 @@ Error unusable(const std::string& flag, const std::string& value, const std::str
     return {"--" + flag + " " + value + " is impossible; " + fix};
 }
 
-/// A whole number from -2^63 to 2^64 - 1, modulo 2^64.
+/// Reads a whole number from -2^63 to 2^64 - 1, modulo 2^64.
 Result<uint64_t> seed_of(const std::string& text) {
     char* end = nullptr;
     errno = 0;
@@ -52,7 +52,7 @@ void print_text(const Step& step) {
     std::fflush(stdout);
 }
 
-/// All of a run, for --format json.
+/// The whole output of a run, for --format json.
 struct Transcript {
     std::vector<int64_t> prompt_ids;
     std::vector<int64_t> token_ids;
@@ -97,7 +97,7 @@ void print_statistics(const Statistics& statistics) {
                  static_cast<double>(peak_memory()) / 1e6);
 }
 
-/// Runs to the end; steps go to the transcript where there is one, and are printed otherwise.
+/// Runs the generation to its end. Steps are added to the transcript if there is one, and printed otherwise.
 Result<void> run_steps(Generator& generator, Transcript* transcript, Statistics& statistics) {
     const double start = now();
     double first = start;
@@ -207,7 +207,7 @@ Result<void> talk(Arguments& arguments) {
 
 }  // namespace
 
-/// The command: text to stdout, statistics to stderr; exit code 0, or 2 for bad input.
+/// Runs the command: prints text to stdout and statistics to stderr. Returns exit code 0, or 2 for bad input.
 int main(int count, char** values) {
     CLI::App app("Runs an exported .pte.", "llama_runner");
     app.footer(

@@ -6,8 +6,8 @@
 
 namespace llama_runner {
 
-/// A file's text, or what comes in by standard input for "-", without the mark that editors may write before it and
-/// without one line end behind it. Fails where it cannot be read.
+/// Reads a text from a file, or from standard input for "-", without a byte order mark and without one line end at its
+/// end. Fails if it cannot be read.
 Result<std::string> read_prompt(const std::string& path);
 
 }  // namespace llama_runner

@@ -41,7 +41,7 @@ namespace {
 
 constexpr size_t kMostDimensions = 8;
 
-/// ExecuTorch's latest complaint, which goes into our error messages instead of to stderr.
+/// ExecuTorch's latest error message, which becomes part of our error messages instead of going to stderr.
 thread_local std::array<char, 256> last_complaint{};
 
 void keep_complaint(et_timestamp_t, et_pal_log_level_t level, const char*, const char*, size_t, const char* message,
@@ -67,8 +67,8 @@ Error failure(const std::string& what, et::Error error) {
     return {message + "); export the file again"};
 }
 
-/// Memory that kernels borrow for one call. What did not fit is fetched singly and makes the block larger for the next
-/// call, so that steps soon stop allocating.
+/// Temporary memory for kernels during one call. Allocations that do not fit in the block use malloc, and the block
+/// grows for the next call, so that later steps do not allocate.
 class Scratch final : public et::MemoryAllocator {
   public:
     Scratch() : MemoryAllocator(0, nullptr) {}
@@ -97,8 +97,8 @@ class Scratch final : public et::MemoryAllocator {
     size_t needed_ = 0;
 };
 
-/// XNNPACK packs each weight once for all methods, not once for each: half the memory, and less time to load. Given a
-/// file, it keeps there what it has packed, and maps that the next time.
+/// The options that make XNNPACK pack each weight once for all methods, which halves the memory and shortens loading.
+/// If a file is given, XNNPACK stores packed weights in it and maps it the next time.
 class BackendOptions {
   public:
     explicit BackendOptions(const std::string& packed_file = "") {
@@ -116,7 +116,7 @@ class BackendOptions {
     et::LoadBackendOptionsMap options_;
 };
 
-/// A method and the memory it lives in.
+/// A loaded method and its memory.
 struct Loaded {
     executorch::extension::MallocMemoryAllocator structures;
     Scratch scratch;
@@ -196,7 +196,7 @@ bool matches(const et::Result<et::TensorInfo>& found, const TensorSpec& spec, St
            found->nbytes() == static_cast<size_t>(spec.elements(most)) * size_of(spec.dtype);
 }
 
-/// Refuses a method that is not what its spec says, and gives its outputs their place.
+/// Checks that a method matches its spec, and sets the memory of its outputs.
 Result<void> prepare(Loaded& loaded, const MethodSpec& spec) {
     const et::MethodMeta meta = loaded.method->method_meta();
     bool whole = meta.num_inputs() == spec.inputs.size() && meta.num_outputs() == spec.outputs.size();
@@ -278,7 +278,7 @@ struct Shard::State {
 
     Result<void> load(const BackendOptions& options);
 
-    /// Beside the file, named after the export: weights that are packed already.
+    /// Returns the path of the file of packed weights: the .pte's path followed by the export's identity.
     std::string packed_file() const {
         std::string digits;
         for (const unsigned char byte : metadata.identity) {
@@ -333,7 +333,7 @@ Result<void> Shard::State::load(const BackendOptions& options) {
 void Shard::unload() {
     state_->methods.clear();
 #ifdef __GLIBC__
-    malloc_trim(0);  // otherwise it keeps what is freed for later
+    malloc_trim(0);  // returns freed memory to the system
 #endif
 }
 

@@ -7,13 +7,13 @@
 #include "llama_runner/metadata.h"
 #include "llama_runner/result.h"
 
-/// What asks ExecuTorch: nothing outside this room includes it.
+/// The interface to ExecuTorch; only files in this folder include it.
 namespace llama_runner {
 
-/// One file: some blocks of a model, or all.
+/// One file with some or all blocks of a model.
 class Shard {
   public:
-    /// Opens the file and reads what it carries.
+    /// Opens the file and reads its metadata.
     static Result<Shard> open(const std::string& path);
 
     Shard(Shard&& other) noexcept;
@@ -23,17 +23,17 @@ class Shard {
     const std::string& path() const;
     const Metadata& metadata() const;
 
-    /// Loads its methods, which takes the memory for its weights.
+    /// Loads the methods, which allocates the memory for the weights.
     Result<void> load();
 
-    /// Loads its methods from weights that are packed in a file beside it, which it makes the first time: their memory
-    /// is the system's, to be dropped and read again. Where no file can be made it is as `load`.
+    /// Loads the methods with weights from a file of packed weights beside it, which the first call writes. The system
+    /// may drop this mapped memory and read it again. If no such file can be written, this is the same as `load`.
     Result<void> load_mapped();
 
-    /// Gives that memory back.
+    /// Frees the methods and their memory.
     void unload();
 
-    /// Has the system read the file while something else is computed.
+    /// Asks the operating system to read the file into the page cache in the background.
     void read_ahead() const;
 
     /// Runs a method once; see `Steps::step`.
@@ -47,13 +47,13 @@ class Shard {
     std::unique_ptr<State> state_;
 };
 
-/// Refuses what this ExecuTorch cannot run.
+/// Checks that this ExecuTorch has the backends and operators that a file needs.
 Result<void> check_requirements(const std::string& path, const Requirements& needed);
 
-/// How many threads ExecuTorch uses, in the whole process.
+/// Sets the number of ExecuTorch's threads, in the whole process.
 Result<void> set_threads(int64_t threads);
 
-/// Keeps a small model to the caller's thread, while it is loaded and while it runs.
+/// Makes ExecuTorch use only the caller's thread for a small model, while it is loaded and while it runs.
 class Threads {
   public:
     explicit Threads(bool is_small);

@@ -26,7 +26,7 @@ Result<void> KVCache::add(const TensorSpec& spec) {
                      " slots at most; export the file again"};
     }
     ring_ = std::min(ring_, spec.shape[1]);
-    // calloc leaves fresh pages untouched until they are used, which aligned allocation and memset would not.
+    // Unlike aligned allocation and memset, calloc does not touch new pages before they are used.
     const size_t bytes = static_cast<size_t>(spec.elements(1)) * size_of(spec.dtype);
     std::unique_ptr<void, Free> memory(std::calloc(bytes + kAlignment, 1));
     if (!memory) {
@@ -127,7 +127,7 @@ void KVCache::slide(int64_t keep, int64_t count,
         const size_t head_bytes = static_cast<size_t>(buffer.slots) * buffer.row_bytes;
         for (int64_t head = 0; head < buffer.heads; ++head) {
             std::byte* const data = buffer.data + static_cast<size_t>(head) * head_bytes;
-            before.assign(data, data + head_bytes);  // in a ring, a row may move to where one waits to be moved
+            before.assign(data, data + head_bytes);  // in a ring, a row may overwrite one that moves later
             const auto offset = [&](int64_t position) {
                 return static_cast<size_t>(position % buffer.slots) * buffer.row_bytes;
             };

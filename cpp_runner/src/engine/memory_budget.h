@@ -8,15 +8,14 @@
 
 namespace llama_runner {
 
-/// What a loaded shard takes, to the bytes of its matrices: norms, scales and the runtime's own structures.
+/// Ratio of a loaded shard's memory to its matrices' bytes; the rest is norms, scales and the runtime's structures.
 inline constexpr double kMargin = 1.04;
 
-/// For each shard, whether it stays once it is loaded, where not all of them may. Each of the others is loaded when its
-/// turn comes, every time anew, and alone.
+/// Returns whether each shard stays loaded. Each of the others is loaded alone for each step, when it runs.
 ///
-/// The first stays before others, as much of its file is an embedding, of which a step reads a row; then the largest,
-/// so that those that come and go need less room. `sizes` are the bytes that each takes, in order, and `room` those
-/// that all may take together. Fails where there is no room for the largest.
+/// The first shard is chosen first, because much of its file is an embedding, of which a step reads only a row; then
+/// the largest, so that the shards loaded for each step need less room. `sizes` are the bytes that each shard takes, in
+/// order; `room` are the bytes that all may take together. Fails if there is no room for the largest shard.
 Result<std::vector<bool>> choose_resident(std::span<const int64_t> sizes, int64_t room);
 
 }  // namespace llama_runner

@@ -14,7 +14,7 @@ namespace llama_runner {
 
 namespace {
 
-/// The file, or those in a folder of shards.
+/// Returns the path of a .pte itself, or the .pte files in a folder of shards.
 Result<std::vector<std::string>> files(const std::string& path) {
     if (!std::filesystem::is_directory(path)) return std::vector<std::string>{path};
     std::vector<std::string> found;
@@ -30,7 +30,7 @@ Result<std::vector<std::string>> files(const std::string& path) {
 
 constexpr size_t kFromBefore = SIZE_MAX;
 
-/// For a shard's tensors, which of the whole's they are; kFromBefore for what is handed between shards.
+/// Returns the indices of a shard's tensors among those of the whole model; kFromBefore for the stream between shards.
 std::vector<size_t> places(const std::vector<TensorSpec>& shard, const std::vector<TensorSpec>& whole) {
     std::vector<size_t> found;
     for (const TensorSpec& spec : shard) {
@@ -40,12 +40,12 @@ std::vector<size_t> places(const std::vector<TensorSpec>& shard, const std::vect
     return found;
 }
 
-/// How a shard's part of a method is called: the whole's tensors that it takes and gives.
+/// The inputs and outputs of a shard's part of a method, as indices of the whole method's tensors.
 struct Route {
     std::vector<size_t> inputs;
     std::vector<size_t> outputs;
     std::vector<const void*> given;
-    /// What a shard gave that did not stay.
+    /// Copies of the outputs of a shard that does not stay loaded.
     std::vector<std::vector<std::byte>> copies;
     std::vector<const void*> copied;
 };
@@ -56,10 +56,10 @@ struct Program::State {
     Metadata metadata;
     std::unique_ptr<Tokenizer> tokenizer;
     std::vector<Shard> shards;
-    /// By method and shard.
+    /// Routes, indexed by method and shard.
     std::vector<std::vector<Route>> routes;
     std::vector<const void*> outputs;
-    /// By shard: whether it stays loaded.
+    /// Whether each shard stays loaded.
     std::vector<bool> resident;
     bool is_small = false;
 };
@@ -114,7 +114,7 @@ Result<void> Program::load(State& state, const Options& options) {
         if (!found) return found.error();
         state.resident = *std::move(found);
     }
-    std::vector<size_t> order;  // the largest first: while one is packed it is there twice
+    std::vector<size_t> order;  // the largest first, because loading takes twice the memory
     for (size_t i = 0; i < state.shards.size(); ++i) {
         if (state.resident[i]) order.push_back(i);
     }

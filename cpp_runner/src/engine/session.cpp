@@ -11,7 +11,7 @@ namespace llama_runner {
 
 namespace {
 
-/// Values of all hidden states; far more than memory has.
+/// Maximum number of values of all hidden states; far more than fits in memory.
 constexpr int64_t kMostHidden = int64_t{1} << 48;
 
 RowForm form_of(Dtype dtype) {
@@ -113,7 +113,7 @@ Result<void> Session::bind_outputs(Binding& binding, const MethodSpec& spec) {
     return {};
 }
 
-/// Hidden states are returned by all methods, in one width, or by none.
+/// Checks that either all methods return hidden states, of one width, or none does.
 Result<void> Session::bind_hidden(Binding& binding, const MethodSpec& spec) {
     const auto found = std::ranges::find(spec.outputs, "hidden", &TensorSpec::name);
     const bool there = found != spec.outputs.end();
@@ -170,7 +170,7 @@ Result<std::span<const float>> Session::extend(std::span<const int64_t> tokens, 
     const int64_t wanted_from = end - rows;
     for (int64_t start = 0;;) {
         Binding& binding = binding_for(end - start);
-        const int64_t first = std::max(wanted_from, start);  // of those whose logits are wanted
+        const int64_t first = std::max(wanted_from, start);  // first token of the step whose logits are returned
         const int64_t next = std::min({start + binding.max_length, end, first + binding.max_rows});
         const auto chunk = tokens.subspan(static_cast<size_t>(start), static_cast<size_t>(next - start));
         const auto logits = run(binding, chunk, std::max(next - first, int64_t{1}));
@@ -202,7 +202,7 @@ Result<std::span<const float>> Session::propose(std::span<const int64_t> tokens)
     return std::span<const float>(logits_);
 }
 
-/// Copies what `commit` looks at: another session may run next.
+/// Copies the outputs that `commit` reads, because another session may run before it.
 void Session::keep_outputs(const Binding& binding) {
     const std::vector<TensorSpec>& specs = program_->metadata().methods[binding.method].outputs;
     kept_.resize(specs.size());
@@ -237,7 +237,7 @@ Result<std::span<const float>> Session::restart(std::span<const int64_t> prompt)
     if (prompt.empty()) return prefill(prompt);
     const auto before = prompt.first(prompt.size() - 1);
     const auto common = std::ranges::mismatch(tokens_, before).in1 - tokens_.begin();
-    if (!rewind(common)) reset();  // a ring no longer holds what is seen from there
+    if (!rewind(common)) reset();  // a ring no longer holds the window before it
     return prefill(prompt.subspan(static_cast<size_t>(position())));
 }
 
@@ -281,7 +281,7 @@ Result<int64_t> Session::slide() {
                      " of them; export with a larger --max-seq-len"};
     }
     const Angles angles = earlier(metadata.rope, count);
-    std::vector<std::string> rotating;  // buffers whose rows are
+    std::vector<std::string> rotating;  // names of the buffers whose rows have rotary embedding
     for (const KVCache::Buffer& buffer : cache_.buffers()) {
         const bool is_fixed =
             std::ranges::find(metadata.nope_layers, layer_of(buffer.name)) != metadata.nope_layers.end();
@@ -301,15 +301,15 @@ std::span<const float> Session::hidden() const {
     return {hidden_.get(), static_cast<size_t>(hidden_rows_ * hidden_width_)};
 }
 
-/// The shortest method that takes `length` tokens at once, otherwise the longest.
+/// Returns the binding of the shortest method that takes `length` tokens at once, or else of the longest.
 Session::Binding& Session::binding_for(int64_t length) {
     const auto found = std::find_if(bindings_.begin(), bindings_.end(),
                                     [length](const Binding& binding) { return binding.max_length >= length; });
     return found != bindings_.end() ? *found : bindings_.back();
 }
 
-/// Runs up to max_length tokens, padded to the method's length, and returns the logits of the last `rows`; the padding
-/// is neither committed nor selected.
+/// Runs up to max_length tokens, padded to the method's length, and returns the logits of the last `rows`. The results
+/// of padding are ignored.
 Result<std::span<const float>> Session::run(Binding& binding, std::span<const int64_t> tokens, int64_t rows) {
     const auto position = cache_.plan(std::ssize(tokens));
     if (!position) return position.error();
@@ -330,7 +330,7 @@ Result<std::span<const float>> Session::run(Binding& binding, std::span<const in
                      static_cast<size_t>(rows * program_->metadata().vocab_size));
 }
 
-/// Appends the first tokens of the step that was just run.
+/// Appends tokens, the first ones of the latest step, and their cache rows.
 Result<void> Session::commit(const Binding& binding, std::span<const int64_t> tokens) {
     const int64_t start = cached() ? 0 : position();
     const int64_t count = std::ssize(tokens);

@@ -17,7 +17,7 @@ Angles earlier(const RopeTables& tables, int64_t distance) {
     Angles angles;
     for (int64_t i = 0; i < tables.width; ++i) {
         const auto from = static_cast<size_t>(distance * tables.width + i);
-        const float factor = tables.cos[static_cast<size_t>(i)];  // position 0's cosine is 1
+        const float factor = tables.cos[static_cast<size_t>(i)];  // because cos(0) is 1
         angles.cos.push_back(tables.cos[from] / factor);
         angles.sin.push_back(-tables.sin[from] / factor);
     }
@@ -44,10 +44,10 @@ void CausalMask::move(int64_t position, int64_t length) {
     if (length != length_) lay_out(length);
     if (position == position_ || capacity_ == 0) return;
     const auto [from, to] = std::minmax(position_, position);
-    const int64_t newer = position < capacity_ ? position : position % capacity_;  // slots that hold the latest rows
+    const int64_t newer = position < capacity_ ? position : position % capacity_;  // slots with the latest rows
     for (int64_t i = 0; i < heads_ * length; ++i) {
         float* const values = values_.data() + i * (capacity_ + length);
-        // Row r sees the cache's rows at distances capacity + r ... 1 + r, a stretch of its head's line.
+        // Row r sees the cache's rows at distances capacity + r ... 1 + r, a part of its head's line.
         const float* const ordered = line(i / length) + max_length_ - 1 - i % length;
         if (plain_) {
             std::fill_n(values + from, to - from, position == to ? 0.0F : kHidden);
@@ -98,7 +98,7 @@ Result<const void*> PositionInputs::add(const TensorSpec& spec) {
     if (spec.name == "mask" || spec.name == "local_mask") {
         const int64_t window = spec.name == "mask" ? 0 : metadata.sliding_window;
         const int64_t most = cached_ ? metadata.max_seq_len : 0;
-        const int64_t least = window == 0 ? most : std::min(window, most);  // all that a token sees
+        const int64_t least = window == 0 ? most : std::min(window, most);  // all positions that a token sees
         const int64_t capacity = spec.shape.size() == 3 ? spec.shape[2] - max_length_ : -1;
         const int64_t heads = std::max(std::ssize(metadata.alibi_slopes), std::ptrdiff_t{1});
         if (capacity < least || capacity > most || !is({heads, max_length_, spec.shape[2]})) return wrong;

@@ -22,7 +22,7 @@ Error unreadable(const std::string& detail) {
     return {"the file's metadata cannot be read (" + detail + "); export it again"};
 }
 
-/// Collects values and remembers the first thing that went wrong, so that reading stays one line per field.
+/// Reads values and keeps the first error, so that reading takes one line per field.
 class Reader {
   public:
     explicit Reader(const Constants& constants) : constants_(constants) {}
@@ -66,7 +66,7 @@ class Reader {
         });
     }
 
-    /// A tensor of so many dimensions; `width` becomes the last.
+    /// Reads a tensor of `dimensions` dimensions; sets `width` to the size of the last.
     std::vector<float> floats(const char* name, size_t dimensions, int64_t& width) {
         std::vector<float> result;
         single<ConstantTensor>(name, [&](ConstantTensor tensor) {
@@ -82,7 +82,7 @@ class Reader {
         return result;
     }
 
-    // Members of JSON objects.
+    // Readers of members of JSON objects.
 
     const json& member(const json& object, const char* key) {
         const json& found = llama_runner::member(object, key);

@@ -7,14 +7,14 @@ namespace llama_runner {
 
 namespace {
 
-/// Adds those that are not there by that name.
+/// Adds the specs whose names are not present.
 void add(std::vector<TensorSpec>& specs, const std::vector<TensorSpec>& others) {
     for (const TensorSpec& other : others) {
         if (std::ranges::find(specs, other.name, &TensorSpec::name) == specs.end()) specs.push_back(other);
     }
 }
 
-/// Makes a method what it and the next shard's make together.
+/// Extends a method by the next shard's part of it.
 void extend(MethodSpec& spec, const MethodSpec& next) {
     spec.max_rows = next.max_rows;
     spec.end_layer = next.end_layer;
@@ -22,7 +22,7 @@ void extend(MethodSpec& spec, const MethodSpec& next) {
     add(spec.outputs, next.outputs);
 }
 
-/// As in a whole file, all keys stand behind the rest, and all values behind them.
+/// Returns a sort key for the order in a whole file: keys and then values after all others.
 std::string_view order(const TensorSpec& spec) { return layer_of(spec.name) ? role_of(spec.name) : ""; }
 
 Requirements united(Requirements a, const Requirements& b) {

@@ -13,7 +13,7 @@ namespace llama_runner {
 
 namespace {
 
-/// The 32 bytes that follow the program, little-endian: magic "llamapte", format version (uint32), zero (uint32),
+/// The 32 bytes after the program, little-endian: magic "llamapte", format version (uint32), zero (uint32),
 /// length of the program in bytes (uint64), XXH3-64 of the program (uint64).
 struct Trailer {
     static constexpr size_t kSize = 32;

@@ -6,7 +6,7 @@
 
 namespace llama_runner {
 
-/// The bytes of a base64 text with its padding; nothing where it is none, or empty.
+/// Decodes a base64 text with padding; returns nothing if it is empty or invalid.
 std::optional<std::string> from_base64(std::string_view text);
 
 }  // namespace llama_runner

@@ -15,7 +15,7 @@ struct CloseFile {
 
 using File = std::unique_ptr<std::FILE, CloseFile>;
 
-/// XXH3-64 of what is added to it.
+/// XXH3-64 of the bytes that are added.
 class Checksum {
   public:
     Checksum();
@@ -30,13 +30,13 @@ class Checksum {
     std::unique_ptr<State> state_;
 };
 
-/// XXH3-64 of a file's first `length` bytes; nothing where they cannot be read.
+/// Returns XXH3-64 of a file's first `length` bytes; nothing if they cannot be read.
 std::optional<uint64_t> checksum_of(std::FILE* file, uint64_t length);
 
-/// XXH3-128 of a text, in its canonical order of bytes.
+/// Returns XXH3-128 of a text, in canonical byte order.
 std::array<unsigned char, 16> digest_of(std::string_view text);
 
-/// An unsigned number of `count` bytes.
+/// Reads an unsigned number of `count` bytes.
 uint64_t little_endian(const unsigned char* bytes, int count);
 
 }  // namespace llama_runner

@@ -5,13 +5,13 @@
 
 namespace llama_runner {
 
-/// A member of a JSON object, or null.
+/// Returns a member of a JSON object, or null.
 const nlohmann::json& member(const nlohmann::json& json, const char* key);
 
-/// A text member of a JSON object, or an empty text.
+/// Returns a text member of a JSON object, or an empty text.
 std::string text_member(const nlohmann::json& json, const char* key);
 
-/// A true or false member of a JSON object, or `otherwise`.
+/// Returns a boolean member of a JSON object, or `otherwise`.
 bool flag_member(const nlohmann::json& json, const char* key, bool otherwise);
 
 }  // namespace llama_runner

@@ -7,7 +7,7 @@
 
 namespace llama_runner {
 
-/// Runs `body`, which returns a Result, and turns what the libraries below throw into an Error.
+/// Runs `body`, which returns a Result, and turns exceptions of other libraries into an Error.
 template <typename Body>
 auto guarded(const Body& body) -> decltype(body()) {
     try {

@@ -25,18 +25,18 @@ std::string_view name_of(Role role) {
     return role == Role::kSystem ? "system" : role == Role::kUser ? "user" : "assistant";
 }
 
-/// Whether a token's text is no mere spaces, line ends or punctuation.
+/// Returns whether a token's text has an ASCII letter or digit, rather than only spaces, line ends or punctuation.
 bool is_marker(std::string_view text) {
     return std::ranges::any_of(text, [](unsigned char c) { return c < 0x80 && std::isalnum(c) != 0; });
 }
 
 Part content_part(std::string_view text, bool strips) { return {std::string(strips ? stripped(text) : text), false}; }
 
-/// What stands around a format of strftime, U+E000 and U+E001, in whose place the time of the conversation comes.
+/// The marks around a strftime format, U+E000 and U+E001; marks and format are replaced by the conversation's time.
 constexpr std::string_view kDateOpens = "\xEE\x80\x80";
 constexpr std::string_view kDateCloses = "\xEE\x80\x81";
 
-/// The text with the time in place of formats.
+/// Returns the text with its formats replaced by the time.
 std::string dated(const std::string& text, const std::tm& now) {
     std::string found;
     size_t done = 0;
@@ -118,7 +118,7 @@ Result<std::vector<Part>> ChatTemplate::parts(std::span<const Message> messages,
     return found;
 }
 
-/// What an answer is when it is given again: all behind its last thought.
+/// Returns the part of an earlier answer that the template keeps: the text after its last thought.
 std::string_view ChatTemplate::answered(std::string_view content) const {
     const size_t end = thought_end.empty() ? std::string_view::npos : content.rfind(thought_end);
     if (end == std::string_view::npos) return content;
@@ -127,7 +127,7 @@ std::string_view ChatTemplate::answered(std::string_view content) const {
     return content;
 }
 
-/// The whole text, the date still as its format.
+/// Returns the whole text in parts, with dates still as formats.
 Result<std::vector<Part>> ChatTemplate::undated(std::span<const Message> messages) const {
     if (auto checked = check(messages); !checked) return checked.error();
     const Message* given = messages[0].role == Role::kSystem ? &messages[0] : nullptr;

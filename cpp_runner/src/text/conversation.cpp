@@ -59,7 +59,7 @@ Result<void> Chat::send(std::string_view message) {
     });
 }
 
-/// The ids of the talk with a message, without as many of the oldest turns as it takes.
+/// Removes as many of the oldest turns as necessary; returns the ids of the conversation and the message.
 Result<std::vector<int64_t>> Chat::fitting(const Message& message) {
     const int64_t wanted = capacity() / kAnswerShare;
     const auto room = static_cast<size_t>(capacity() - std::min(wanted, options_.max_new_tokens.value_or(wanted)));

@@ -9,7 +9,7 @@ namespace llama_runner {
 
 namespace {
 
-/// Room for the text of one step, so that steps need no more memory.
+/// Bytes reserved for the text of one step, so that steps need not allocate.
 constexpr size_t kTextRoom = 1024;
 
 Result<void> check_ids(const SamplingOptions& options, int64_t vocab_size) {
@@ -67,14 +67,14 @@ void StopFilter::finish(std::string& given) {
     held_.clear();
 }
 
-/// Where the first string begins that is there as a whole; npos where none is.
+/// Returns the index of the earliest complete stop string in the held text, or npos.
 size_t StopFilter::found() const {
     size_t first = std::string::npos;
     for (const std::string& stop : stops_) first = std::min(first, held_.find(stop));
     return first;
 }
 
-/// Whether what stands there is the beginning of a string.
+/// Returns whether the held text from `at` on is the beginning of a stop string.
 bool StopFilter::may_begin(size_t at) const {
     const std::string_view rest = std::string_view(held_).substr(at);
     return std::ranges::any_of(stops_, [&](const std::string& stop) { return stop.starts_with(rest); });
@@ -109,7 +109,7 @@ Result<Generator> Generator::create(Session& session, std::span<const int64_t> p
         Generator generator(session, prompt, std::move(options), rng);
         if (tokenizer != nullptr) {
             generator.decoder_.emplace(*tokenizer);
-            std::string said;  // the text goes on where the prompt ends, if need be inside a character
+            std::string said;  // the prompt may end inside a character, which the text then completes
             for (const int64_t token : prompt) generator.decoder_->add(token, said);
         }
         return generator;
@@ -146,7 +146,7 @@ Result<const Step*> Generator::advance() {
     return &step_;
 }
 
-/// Makes new logits: behind the prompt, or behind the latest token and what may follow it.
+/// Computes new logits: after the prompt, or after the latest token and the tokens guessed after it.
 Result<void> Generator::run() {
     row_ = 0;
     proposed_.clear();
@@ -169,7 +169,7 @@ Result<void> Generator::run() {
     return {};
 }
 
-/// Where the guess went wrong or has come to its end, keeps what was right of it.
+/// Appends the correct tokens of a guess once it turned out wrong or has ended.
 Result<void> Generator::settle(bool end) {
     if (proposed_.empty()) return {};
     const bool right = row_ < std::ssize(proposed_) && proposed_[static_cast<size_t>(row_)] == step_.token;
@@ -180,7 +180,7 @@ Result<void> Generator::settle(bool end) {
     return accepted;
 }
 
-/// Writes the step's text.
+/// Sets the text of the step.
 void Generator::tell(bool stop, bool end) {
     step_.text.clear();
     if (!decoder_) return;

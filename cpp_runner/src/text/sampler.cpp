@@ -28,7 +28,7 @@ int64_t Sampler::sample(std::span<const float> logits, const SamplingOptions& op
     return draw(std::span<const double>(scores_.get(), logits.size()), options, rng);
 }
 
-/// The stages before temperature, into `scores_`.
+/// Applies the stages before temperature and writes the result to `scores_`.
 void Sampler::adjust(std::span<const float> logits, const SamplingOptions& options, std::span<const int64_t> recent) {
     std::copy(logits.begin(), logits.end(), scores_.get());
     for (const auto& [token, bias] : options.logit_bias) scores_[static_cast<size_t>(token)] += bias;
@@ -38,7 +38,7 @@ void Sampler::adjust(std::span<const float> logits, const SamplingOptions& optio
     for (const int64_t token : window) ++counts_[static_cast<size_t>(token)];
     for (const int64_t token : window) {
         int64_t& times = counts_[static_cast<size_t>(token)];
-        if (times == 0) continue;  // it has been met before
+        if (times == 0) continue;  // already applied
         double& score = scores_[static_cast<size_t>(token)];
         score = score > 0 ? score / options.repetition_penalty : score * options.repetition_penalty;
         score -= options.presence_penalty + options.frequency_penalty * static_cast<double>(times);
@@ -55,11 +55,11 @@ int64_t Sampler::draw(std::span<const Score> scores, const SamplingOptions& opti
     const double highest = *likeliest;
     for (size_t i = 0; i < count; ++i) {
         const double probability = std::exp((scores[i] - highest) / options.temperature);
-        probabilities_[i] = probability >= 0 ? probability : 0;  // NaN cannot be ordered
+        probabilities_[i] = probability >= 0 ? probability : 0;  // because NaN has no order
         ids_[i] = static_cast<int64_t>(i);
     }
     if (options.top_k > 0 || options.top_p < 1) count = rank(count, options);
-    if (options.min_p > 0) {  // in logarithms, which both languages round alike
+    if (options.min_p > 0) {  // in logarithms, which Python and C++ round alike
         const double least = std::log(options.min_p);
         const auto unlikely = [&](int64_t id) {
             return (scores[static_cast<size_t>(id)] - highest) / options.temperature < least;
@@ -74,7 +74,7 @@ int64_t Sampler::draw(std::span<const Score> scores, const SamplingOptions& opti
     return ids_[std::min(static_cast<size_t>(drawn - sums_.begin()), count - 1)];
 }
 
-/// Orders ids by probability and returns how many of them remain.
+/// Orders ids by probability and returns how many remain after top_k and top_p.
 size_t Sampler::rank(size_t count, const SamplingOptions& options) {
     const auto k = static_cast<size_t>(options.top_k);
     const size_t kept = k > 0 && k < count ? k : count;

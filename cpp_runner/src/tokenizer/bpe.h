@@ -7,22 +7,22 @@
 
 namespace llama_runner {
 
-/// A part of a word on its way to becoming a token.
+/// A part of a word that may be merged further.
 struct Symbol {
     uint32_t id;
     uint32_t start;
     uint32_t length;
 };
 
-/// What two neighbours turn into; the lowest rank goes first.
+/// The result of merging two neighbours; the lowest rank is merged first.
 struct Merge {
     uint32_t rank;
     uint32_t id;
 };
 
-/// Merges neighbours, the lowest rank first and the leftmost of equals, until none is left: O(n log n).
+/// Merges neighbours, the lowest rank first and the leftmost of equals, until no more can be merged: O(n log n).
 ///
-/// `lookup(left, right)` gives the merge of two neighbours, or nothing.
+/// `lookup(left, right)` returns the merge of two neighbours, or nothing.
 template <typename Lookup>
 void merge_symbols(std::vector<Symbol>& symbols, const Lookup& lookup) {
     struct Candidate {

@@ -80,7 +80,7 @@ class BpeModel final : public TokenModel {
 
     std::vector<Symbol> symbols_of(const std::string& word, bool& is_known) const {
         std::vector<Symbol> symbols;
-        std::optional<Symbol> pending;  // an unknown that later unknowns may join
+        std::optional<Symbol> pending;  // an unknown character, to which later ones may be joined
         const auto flush = [&] {
             if (pending) symbols.push_back(*pending);
             pending.reset();
@@ -114,9 +114,9 @@ class BpeModel final : public TokenModel {
     std::unordered_map<uint64_t, Merge> merges_;
     uint32_t rank_ = 0;
     std::optional<uint32_t> unknown_;
-    bool has_unknown_ = false;  // also where the vocabulary lacks it
-    std::string prefix_;        // of a character behind another
-    std::string suffix_;        // of a word's last character
+    bool has_unknown_ = false;  // true even if the vocabulary lacks it
+    std::string prefix_;        // before a character that is not the word's first
+    std::string suffix_;        // after a word's last character
     bool byte_fallback_ = false;
     bool ignore_merges_ = false;
     bool fuse_unknown_ = false;

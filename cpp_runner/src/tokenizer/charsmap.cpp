@@ -46,7 +46,7 @@ std::string CharsMap::apply(std::string_view text) const {
     int32_t last = 0;
     for (size_t at = 0; at < text.size();) {
         auto [code, length] = character_at(text, at);
-        if (is_new_mark(code)) code = 0x300;  // which joins graphemes alike
+        if (is_new_mark(code)) code = 0x300;  // U+0300 joins graphemes in the same way
         if (at > 0 && utf8proc_grapheme_break_stateful(last, code, &state)) {
             append_grapheme(text.substr(start, at - start), result);
             start = at;

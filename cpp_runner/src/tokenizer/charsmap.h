@@ -9,19 +9,19 @@
 
 namespace llama_runner {
 
-/// The map of a Precompiled normalizer: a double array of google/sentencepiece (src/normalizer.cc), and the texts its
-/// values point to.
+/// The map of a Precompiled normalizer: a double array of google/sentencepiece (src/normalizer.cc), and the texts to
+/// which its values point.
 class CharsMap {
   public:
-    /// Opens the map in base64 that a tokenizer.json has. Fails where it is damaged.
+    /// Opens a map in base64 from a tokenizer.json. Fails if it is damaged.
     static Result<CharsMap> open(const std::string& base64);
 
-    /// Normalizes valid UTF-8 as tokenizers does: a grapheme of up to five bytes that starts with something mapped
-    /// turns into that alone; of others, each character by itself.
+    /// Normalizes valid UTF-8 like the tokenizers library: a grapheme of at most five bytes whose start is mapped is
+    /// replaced as a whole; in other graphemes each character is replaced separately.
     std::string apply(std::string_view text) const;
 
   private:
-    /// Appends what the shortest mapped start of `part` turns into; false where none is.
+    /// Appends the replacement of the shortest mapped start of `part`; returns false if there is none.
     bool append_mapped(std::string_view part, std::string& result) const;
 
     void append_grapheme(std::string_view grapheme, std::string& result) const;

@@ -20,7 +20,7 @@ using nlohmann::json;
 
 constexpr int kMostNesting = 32;
 
-/// A token that is found in the text before the model sees it.
+/// A token that is searched for in the text before the model runs.
 struct AddedToken {
     int64_t id;
     bool special;
@@ -29,7 +29,7 @@ struct AddedToken {
     bool single_word;
 };
 
-/// Added tokens that are looked for in the same text: the raw one, or the normalized one.
+/// The added tokens to search for in the raw text, or those in the normalized text.
 struct AddedTokens {
     SpecialText texts;
     std::vector<AddedToken> tokens;
@@ -74,7 +74,7 @@ class JsonTokenizer final : public Tokenizer {
         return {std::string(text), first && !text.empty() ? character_at(text, 0).length : 0};
     }
 
-    /// Appends the ids of the added tokens in `section` and hands what lies between them to `encode_rest`.
+    /// Appends the ids of the added tokens in `section`, and passes the text between them to `encode_rest`.
     static Result<void> cut(const AddedTokens& added, const Section& section, bool parse_special,
                             std::vector<int64_t>& ids, const std::function<Result<void>(Section)>& encode_rest) {
         const std::string_view text = section.text;
@@ -98,7 +98,7 @@ class JsonTokenizer final : public Tokenizer {
         }
     }
 
-    /// Whether no word goes on into bytes `start` to `end` of a text, or out of them.
+    /// Returns whether no word character is directly before or after bytes `start` to `end` of a text.
     static bool stands_alone(std::string_view text, size_t start, size_t end) {
         size_t before = start;
         while (before > 0 && (static_cast<unsigned char>(text[--before]) & 0xC0) == 0x80) {
@@ -175,7 +175,8 @@ class JsonTokenizer final : public Tokenizer {
         return {};
     }
 
-    /// The id that tokenizers gives an added token, whatever the file says: the model's, or the next one.
+    /// Returns the id that the tokenizers library gives an added token, regardless of the file: the model's, or the
+    /// next.
     int64_t id_of(const std::string& text) {
         if (const auto found = model_->vocab().find(text); found != model_->vocab().end()) return found->second;
         if (const auto found = added_.find(text); found != added_.end()) return found->second;
@@ -224,7 +225,7 @@ class JsonTokenizer final : public Tokenizer {
     AddedTokens raw_;
     AddedTokens normalized_;
     std::unordered_map<std::string, int64_t> added_;
-    std::map<int64_t, std::string> shown_;  // what added tokens stand for: their text as the normalizers leave it
+    std::map<int64_t, std::string> shown_;  // id of an added token -> its text after normalization
     int64_t next_id_ = 0;
     std::set<int64_t> special_ids_;
     SpecialTokens special_tokens_;
@@ -241,7 +242,7 @@ Result<std::unique_ptr<Tokenizer>> open_tokenizer_json(std::string_view data) {
     };
     const json file = json::parse(data, is_flat, false);
     if (file.is_discarded() || too_deep) return damaged_json("it is no JSON");
-    // The post_processor only adds special tokens, which encode never does; padding and truncation are not wanted.
+    // The post_processor only adds special tokens, which `encode` never adds; padding and truncation are ignored, too.
     auto tokenizer = std::make_unique<JsonTokenizer>();
     if (auto opened = tokenizer->open(file); !opened) return opened.error();
     return std::unique_ptr<Tokenizer>(std::move(tokenizer));

@@ -14,8 +14,7 @@ namespace llama_runner {
 
 namespace {
 
-/// Marks, and characters that decompose, of Unicode 10 to 16: to tokenizers they are plain characters, which neither
-/// move nor change.
+/// Marks and decomposable characters of Unicode 10 to 16, which the tokenizers library neither reorders nor changes.
 constexpr std::array kNewCharacters = std::to_array<CodeRange>(
     {{0x7FD, 0x7FD},     {0x897, 0x89F},     {0x8CA, 0x8D3},     {0x9FE, 0x9FE},     {0xC3C, 0xC3C},
      {0xD3B, 0xD3C},     {0xEBA, 0xEBA},     {0x1715, 0x1715},   {0x1ABF, 0x1ACE},   {0x1DF6, 0x1DFA},

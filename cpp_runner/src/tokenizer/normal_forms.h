@@ -9,7 +9,7 @@ namespace llama_runner {
 /// Unicode's normal forms: composed or not, and with compatibility characters replaced or not.
 enum class NormalForm { kNfc, kNfd, kNfkc, kNfkd };
 
-/// Brings valid UTF-8 into a normal form as the tokenizers library does, whose tables are those of Unicode 9.
+/// Converts valid UTF-8 to a normal form like the tokenizers library, whose tables are those of Unicode 9.
 Result<void> to_normal_form(std::string& text, NormalForm form);
 
 }  // namespace llama_runner

@@ -14,7 +14,7 @@ namespace {
 
 using nlohmann::json;
 
-/// A change of text that treats every stretch by itself: what opens the text is what its opening turns into.
+/// A change of text that does not depend on neighbouring text, so that the opening can be changed separately.
 using Change = std::function<Result<void>(std::string& text)>;
 
 Normalizer each_by_itself(Change change) {
@@ -27,7 +27,7 @@ Normalizer each_by_itself(Change change) {
     };
 }
 
-/// A normal form, in which what follows the opening may melt into it.
+/// Returns a normalizer for a normal form, in which the opening may be composed with the text after it.
 Normalizer form(NormalForm wanted) {
     return [wanted](Section& section) -> Result<void> {
         std::string opening = section.text.substr(0, section.opening);
@@ -39,7 +39,7 @@ Normalizer form(NormalForm wanted) {
     };
 }
 
-/// Keeps characters, changes them, or drops them (-1).
+/// Returns a normalizer that replaces each character, or removes it if `changed` returns -1.
 Normalizer characters(int32_t (*changed)(int32_t)) {
     return each_by_itself([changed](std::string& text) -> Result<void> {
         std::string result;
@@ -55,7 +55,7 @@ Normalizer characters(int32_t (*changed)(int32_t)) {
 
 int32_t without_marks(int32_t code) { return is_mark(code) ? -1 : code; }
 
-/// What google/sentencepiece calls nmt: no control characters, and one kind of space.
+/// Applies the normalization nmt of google/sentencepiece: no control characters, and only one kind of space.
 int32_t nmt(int32_t code) {
     const bool is_control = (code >= 0x1 && code <= 0x8) || code == 0xB || (code >= 0xE && code <= 0x1F) ||
                             code == 0x7F || code == 0x8F || code == 0x9F;
@@ -101,7 +101,7 @@ Result<Normalizer> replace_from(const json& stage) {
         for (const auto& [start, end] : *matches) {
             const Section before = section.part(done, start);
             if (start > done) add(before.text, before.opening);
-            // What replaces a match stands where the match ends.
+            // A replacement counts as standing at the end of its match.
             add(content, end <= section.opening ? content.size() : 0);
             done = end;
         }

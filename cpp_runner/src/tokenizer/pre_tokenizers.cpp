@@ -11,24 +11,24 @@ namespace {
 
 using nlohmann::json;
 
-/// tokenizers' ByteLevel splits as GPT-2 did (openai/gpt-2, src/encoder.py).
+/// The pattern of the tokenizers library's ByteLevel, which splits like GPT-2 (openai/gpt-2, src/encoder.py).
 constexpr std::string_view kGpt2Pattern =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 
-/// A stretch of a text that a pattern matches, or that lies between two matches.
+/// A part of a text that matches a pattern, or that is between two matches.
 struct Span {
     size_t start;
     size_t end;
     bool is_match;
 };
 
-/// Spans that cover a text.
+/// Consecutive spans that cover a text.
 using Spans = std::vector<Span>;
 
-/// Cuts a text into spans.
+/// A function that splits a text into spans.
 using Finder = std::function<Result<Spans>(std::string_view text)>;
 
-/// What becomes of a match, by the names that tokenizers has for it.
+/// The treatment of a match, with the names of the tokenizers library.
 enum class Behavior { kRemoved, kIsolated, kMergedWithPrevious, kMergedWithNext, kContiguous };
 
 Result<Behavior> behavior_from(const json& stage) {
@@ -57,7 +57,7 @@ Finder matches_of(std::shared_ptr<const Regex> pattern, bool invert) {
     };
 }
 
-/// Every character that a set has is a match.
+/// Returns a finder for which every character of a set is a match.
 Finder characters(bool (*is_match)(int32_t)) {
     return [is_match](std::string_view text) -> Result<Spans> {
         Spans spans;
@@ -76,7 +76,7 @@ Finder characters(bool (*is_match)(int32_t)) {
     };
 }
 
-/// Words, and what is neither word nor space, lie between the matches.
+/// Splits a text so that white space is a match; words, and runs of other characters, are between the matches.
 Result<Spans> around_words(std::string_view text) {
     enum class Kind { kNone, kWord, kOther };
     Spans spans;
@@ -95,7 +95,7 @@ Result<Spans> around_words(std::string_view text) {
     return spans;
 }
 
-/// Joins matches to what stands before them, unless that is a match.
+/// Joins each match to the span before it, unless that is a match.
 Spans merged_with_previous(const Spans& spans) {
     Spans merged;
     bool after_match = false;
@@ -110,7 +110,7 @@ Spans merged_with_previous(const Spans& spans) {
     return merged;
 }
 
-/// Joins matches to what stands behind them, unless that is a match.
+/// Joins each match to the span after it, unless that is a match.
 Spans merged_with_next(const Spans& spans) {
     Spans merged;
     bool before_match = false;
@@ -126,7 +126,7 @@ Spans merged_with_next(const Spans& spans) {
     return merged;
 }
 
-/// Joins neighbours of one kind.
+/// Joins neighbouring matches, and neighbouring spans that are no matches.
 Spans contiguous(const Spans& spans) {
     Spans joined;
     bool after_match = false;
@@ -181,7 +181,7 @@ Result<PreTokenizer> split_from(const json& stage) {
     return split_at(matches_of(*std::move(pattern), flag_member(stage, "invert", false)), *behavior);
 }
 
-/// ByteLevel: maybe a space before the text, GPT-2's pattern, and then bytes as GPT-2's printable characters.
+/// Returns the stage ByteLevel: an optional space before the text, GPT-2's pattern, then GPT-2's characters for bytes.
 Result<PreTokenizer> byte_level_from(const json& stage) {
     const bool adds_space = flag_member(stage, "add_prefix_space", true);
     const bool splits = flag_member(stage, "use_regex", true);
@@ -234,7 +234,7 @@ Result<PreTokenizer> metaspace_from(const json& stage) {
     });
 }
 
-/// Stretches of so many characters.
+/// Returns a stage that splits into parts of a fixed number of characters.
 Result<PreTokenizer> fixed_length_from(const json& stage) {
     const json& given = member(stage, "length");
     const uint64_t count = given.is_number_unsigned() ? given.get<uint64_t>() : 5;

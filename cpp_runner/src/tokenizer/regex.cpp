@@ -42,7 +42,7 @@ Result<Regex> Regex::compile_as(std::string_view pattern, uint32_t options) {
     pcre2_set_newline(context.get(), PCRE2_NEWLINE_LF);
     int number = 0;
     size_t offset = 0;
-    // Only valid UTF-8 comes in, so that PCRE2 need not check it at every match.
+    // The text is always valid UTF-8, so PCRE2 need not check it at every match.
     pcre2_code* const compiled =
         pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
                       options | PCRE2_UTF | PCRE2_NO_UTF_CHECK, &number, &offset, context.get());
@@ -53,7 +53,7 @@ Result<Regex> Regex::compile_as(std::string_view pattern, uint32_t options) {
     }
     Regex regex;
     regex.code_.reset(new Code{compiled});
-    pcre2_jit_compile(compiled, PCRE2_JIT_COMPLETE);  // where it cannot, matching is only slower
+    pcre2_jit_compile(compiled, PCRE2_JIT_COMPLETE);  // a failure only makes matching slower
     return regex;
 }
 

@@ -10,13 +10,13 @@
 
 namespace llama_runner {
 
-/// A pattern that cuts text before the model sees it, matched as tokenizers does by Oniguruma.
+/// A pattern that splits text before the model runs; it matches like Oniguruma, which the tokenizers library uses.
 class Regex {
   public:
-    /// Fails where the pattern is wrong, or has what `pcre2_pattern` does not translate.
+    /// Compiles a pattern. Fails if it is wrong, or has a feature that `pcre2_pattern` does not translate.
     static Result<Regex> compile(std::string_view pattern);
 
-    /// A text that stands for itself.
+    /// Returns a pattern that matches a literal text.
     static Result<Regex> literal(std::string_view text);
 
     struct Match {
@@ -24,8 +24,8 @@ class Regex {
         size_t end;
     };
 
-    /// All matches in valid UTF-8, in order: empty ones too, but for those right behind another. Fails where matching
-    /// exceeds PCRE2's limits.
+    /// Returns all matches in valid UTF-8, in order, including empty ones, except those directly after another match.
+    /// Fails if matching exceeds PCRE2's limits.
     Result<std::vector<Match>> find_all(std::string_view text) const;
 
   private:

@@ -10,13 +10,13 @@ namespace llama_runner {
 
 namespace {
 
-/// Unicode's White_Space. PCRE2's own \s has U+180E too.
+/// The members of Unicode's White_Space. PCRE2's own \s also has U+180E.
 constexpr std::string_view kSpaceMembers =
     R"(\t-\r \x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000})";
 
 constexpr int kMostNesting = 64;
 
-/// Pairs of letters that some one character is the same as where case does not count, as "ss" and U+00DF.
+/// Pairs of letters that match a single character if case is ignored, such as "ss" and U+00DF.
 constexpr std::string_view kFoldedPairs[] = {"ss", "st", "ff", "fi", "fl"};
 
 bool is_hex(char c) { return std::string_view("0123456789abcdefABCDEF").find(c) != std::string_view::npos; }
@@ -31,7 +31,7 @@ std::string classes(std::string_view members, bool negated) {
     return (negated ? "[^" : "[") + std::string(members) + "]";
 }
 
-/// What a class has: members to stand between brackets, and expressions for one character each.
+/// The contents of a class: members to write between brackets, and expressions for one character each.
 struct Members {
     std::string plain;
     std::vector<std::string> others;
@@ -81,7 +81,7 @@ class Translator {
 
     Group& group() { return groups_.back(); }
 
-    /// Appends what matches something and may be repeated.
+    /// Appends an expression that a quantifier may repeat.
     bool add_atom(std::string_view expression) {
         atom_ = result_.size();
         result_ += expression;
@@ -144,7 +144,7 @@ class Translator {
         const bool in_lookbehind = group().is_lookbehind;
         const bool is_caseless = group().is_caseless;
         if (in_lookbehind) return false;
-        if (take("(?i)")) {  // until the group ends, with all alternatives that follow
+        if (take("(?i)")) {  // applies until the end of the group, including later alternatives
             group().is_caseless = true;
             ++group().closers;
             return add_anchor("(?i:");
@@ -179,7 +179,7 @@ class Translator {
         return true;
     }
 
-    /// A quantifier; or a brace that begins none, and is only text.
+    /// Translates a quantifier, or a brace that begins none and is literal.
     bool repeat() {
         std::string quantifier(1, rest_[0]);
         bool is_interval = rest_[0] == '{';
@@ -198,10 +198,10 @@ class Translator {
         rest_.remove_prefix(length);
         result_ += quantifier;
         if (rest_.starts_with('?')) {
-            if (is_fixed) return false;  // {3}? is lazy to PCRE2, and optional to Oniguruma
+            if (is_fixed) return false;  // {3}? is lazy in PCRE2, and optional in Oniguruma
             copy(1);
         } else if (rest_.starts_with('+')) {
-            if (is_interval) {  // repeated, and not possessive as to PCRE2
+            if (is_interval) {  // a repetition in Oniguruma, possessive in PCRE2
                 result_.insert(*atom_, "(?:");
                 result_ += ')';
             }
@@ -234,7 +234,7 @@ class Translator {
                        : "(?:" + behind + not_ahead + "|" + not_behind + ahead + ")";
     }
 
-    /// \s, \p{L} and their like, as an expression of its own.
+    /// Translates \s, \p{L} and similar outside of classes.
     std::optional<std::string> one_of_set() {
         bool negated = false;
         const auto members = set(negated);
@@ -242,7 +242,7 @@ class Translator {
         return classes(*members, negated);
     }
 
-    /// The members of \s, \p{L} and their like.
+    /// Returns the members of \s, \p{L} and similar.
     std::optional<std::string> set(bool& negated) {
         if (rest_.size() < 2 || rest_[0] != '\\') return std::nullopt;
         const char name = lower(rest_[1]);
@@ -274,7 +274,7 @@ class Translator {
         return std::nullopt;
     }
 
-    /// One character that stands for itself, escaped for inside and outside of classes.
+    /// Returns a literal character, escaped for use inside and outside of classes.
     std::optional<std::string> literal() {
         if (rest_[0] != '\\') {
             const char c = rest_[0];
@@ -297,7 +297,7 @@ class Translator {
         return static_cast<unsigned char>(c) <= ' ' ? std::string(1, c) : std::string("\\") + c;
     }
 
-    /// \xHH, \x{H...} or \uHHHH.
+    /// Translates \xHH, \x{H...} or \uHHHH.
     std::optional<std::string> code() {
         std::string_view digits;
         size_t length = 0;
@@ -308,7 +308,7 @@ class Translator {
         } else {
             digits = rest_.substr(2, rest_[1] == 'x' ? 2 : 4);
             if (digits.size() != (rest_[1] == 'x' ? 2u : 4u)) return std::nullopt;
-            // Two digits are a byte to Oniguruma, which beyond ASCII is no character.
+            // In Oniguruma two digits are a byte, which beyond ASCII is no character.
             if (rest_[1] == 'x' && digits[0] > '7') return std::nullopt;
             length = 2 + digits.size();
         }
@@ -318,13 +318,13 @@ class Translator {
         return "\\x{" + std::string(digits) + "}";
     }
 
-    /// [...], as an expression for one character.
+    /// Translates [...] to an expression for one character.
     std::optional<std::string> bracket(int depth) {
         if (depth > kMostNesting || !take("[")) return std::nullopt;
         const bool negated = take("^");
         if (rest_.starts_with(']')) return std::nullopt;
         std::vector<Members> all(1);
-        bool may_start_range = false;  // whether a literal came last, which a "-" would make the start of a range
+        bool may_start_range = false;  // whether the last item was a literal, which may start a range
         bool after_set = false;
         while (!take("]")) {
             if (rest_.empty() || rest_.starts_with("[:")) return std::nullopt;
@@ -356,7 +356,7 @@ class Translator {
         return combined(all, negated);
     }
 
-    /// What follows a "-": the end of a range, or the first thing in a class, whose "-" is only text.
+    /// Translates what follows a "-": the end of a range, or the next item if the "-" is literal.
     bool range(Members& members, bool is_range, bool after_set) {
         if (after_set) return false;
         if (!is_range) {
@@ -408,8 +408,8 @@ class Translator {
     std::string_view rest_;
     std::string result_;
     std::vector<Group> groups_;
-    std::optional<size_t> atom_;  // where what a quantifier would repeat starts
-    char literal_ = '\0';         // the letter that came last, where case does not count
+    std::optional<size_t> atom_;  // start of the expression that a quantifier would repeat
+    char literal_ = '\0';         // the previous letter, if case is ignored
 };
 
 }  // namespace

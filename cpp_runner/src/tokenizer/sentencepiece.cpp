@@ -26,7 +26,7 @@ class SentencePieceTokenizer final : public Tokenizer {
                 const char byte = static_cast<char>(std::strtol(piece.c_str() + 1, nullptr, 16));  // "<0x0A>"
                 add_piece({&byte, 1}, false);
             } else if (model_.IsUnknown(id)) {
-                add_piece(" \xE2\x81\x87 ", false);  // what SentencePiece itself writes for <unk>
+                add_piece(" \xE2\x81\x87 ", false);  // SentencePiece's own text for <unk>
             } else {
                 add_piece(replaced(piece, kSpaceMark, " "), true);
             }

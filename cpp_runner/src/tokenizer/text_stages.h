@@ -11,44 +11,45 @@
 
 namespace llama_runner {
 
-/// A part of a text on its way through a tokenizer.json's stages.
+/// A part of a text that a tokenizer.json's stages process.
 struct Section {
     std::string text;
-    /// Bytes at its front that came of the whole text's first character; where there are any, it opens the text.
+    /// Number of bytes at its start that come from the first character of the whole text; 0 if it does not begin the
+    /// text.
     size_t opening;
 
-    /// Bytes `from` to `to` of it.
+    /// Returns the section's bytes `from` to `to`.
     Section part(size_t from, size_t to) const;
 };
 
-/// Changes a section; fails where a library below does.
+/// A function that changes a section; fails if a library that it uses fails.
 using Normalizer = std::function<Result<void>(Section& section)>;
 
-/// Splits a section and appends the parts to `parts`, of which none is empty.
+/// A function that splits a section and appends its non-empty parts to `parts`.
 using PreTokenizer = std::function<Result<void>(Section section, std::vector<Section>& parts)>;
 
-/// The refusal of a tokenizer.json that asks for what is not implemented.
+/// Returns the error for a tokenizer.json with a feature that is not implemented.
 Error unknown_part(const std::string& what);
 
-/// The stages of a tokenizer.json's "normalizer", in order. Fails where one is unknown.
+/// Returns the stages of a tokenizer.json's "normalizer", in order. Fails if one is unknown.
 Result<std::vector<Normalizer>> normalizers_from(const nlohmann::json& json);
 
-/// The stages of a tokenizer.json's "pre_tokenizer", in order. Fails where one is unknown.
+/// Returns the stages of a tokenizer.json's "pre_tokenizer", in order. Fails if one is unknown.
 Result<std::vector<PreTokenizer>> pre_tokenizers_from(const nlohmann::json& json);
 
-/// The members of a Sequence, also of those inside it, the one stage itself, or nothing for null.
+/// Returns the members of a Sequence, including nested ones; a single stage itself; or nothing for null.
 std::vector<nlohmann::json> stages_of(const nlohmann::json& stage, const char* list);
 
-/// A pattern of a Split or Replace: a regex, or a text that stands for itself.
+/// Reads the pattern of a Split or Replace: a regular expression or a literal text.
 Result<std::shared_ptr<const Regex>> pattern_from(const nlohmann::json& pattern);
 
-/// GPT-2's printable character for every byte, in UTF-8 (openai/gpt-2, src/encoder.py, bytes_to_unicode).
+/// Returns GPT-2's printable character for each byte, in UTF-8 (openai/gpt-2, src/encoder.py, bytes_to_unicode).
 const std::vector<std::string>& byte_level_alphabet();
 
-/// A text with every byte as GPT-2's printable character.
+/// Returns a text with each byte replaced by GPT-2's printable character.
 std::string byte_level(std::string_view text);
 
-/// `text` with every `pattern`, which is not empty, replaced.
+/// Returns `text` with every occurrence of `pattern`, which must not be empty, replaced.
 std::string replaced(std::string_view text, std::string_view pattern, std::string_view replacement);
 
 }  // namespace llama_runner

@@ -29,7 +29,7 @@ constexpr std::array<std::string_view, 11> kNamedSpecials = {
     "<|python_tag|>",
 };
 
-/// `base64 rank`, or nothing.
+/// Reads a line `base64 rank`; returns nothing if it has another form.
 std::optional<std::pair<std::string, uint32_t>> parse_line(std::string_view line) {
     const size_t space = line.find(' ');
     if (space == std::string_view::npos) return std::nullopt;

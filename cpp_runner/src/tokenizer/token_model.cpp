@@ -14,7 +14,7 @@ using nlohmann::json;
 
 constexpr uint64_t kMostTokens = uint64_t{1} << 24;
 
-/// The id of the unknown token, which words that are no token get.
+/// Returns the id of the unknown token, which stands for words that are no token.
 int64_t unknown_of(const TokenModel& model, const json& file) {
     const auto found = model.vocab().find(text_member(file, "unk_token"));
     return found == model.vocab().end() ? -1 : static_cast<int64_t>(found->second);
@@ -22,7 +22,7 @@ int64_t unknown_of(const TokenModel& model, const json& file) {
 
 Error no_unknown() { return {"the text has a word that the tokenizer has no token for, and no unknown token"}; }
 
-/// Whole words only.
+/// The model WordLevel: only whole words are tokens.
 class WordLevel final : public TokenModel {
   public:
     Result<void> open(const json& model) {
@@ -42,7 +42,7 @@ class WordLevel final : public TokenModel {
     int64_t unknown_ = -1;
 };
 
-/// The longest token that a word starts with, and so on.
+/// The model WordPiece: takes the longest token at the start of a word, then at the start of the rest, and so on.
 class WordPiece final : public TokenModel {
   public:
     Result<void> open(const json& model) {

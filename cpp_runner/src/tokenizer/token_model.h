@@ -10,40 +10,40 @@
 
 namespace llama_runner {
 
-/// What turns a word into ids: the "model" of a tokenizer.json.
+/// The "model" of a tokenizer.json, which turns a word into ids.
 class TokenModel {
   public:
     virtual ~TokenModel() = default;
 
-    /// Appends the ids of a word, which is not empty. Fails where it has a character that no token stands for.
+    /// Appends the ids of a non-empty word. Fails if it has a character for which there is no token.
     virtual Result<void> encode(const std::string& word, std::vector<int64_t>& ids) const = 0;
 
     /// Token -> id.
     const std::unordered_map<std::string, uint32_t>& vocab() const { return vocab_; }
 
-    /// The number of tokens, which the ids of added ones follow.
+    /// Number of tokens; added tokens that are not in the model get the ids from here on.
     virtual int64_t size() const { return static_cast<int64_t>(vocab_.size()); }
 
   protected:
-    /// Reads an object of tokens and ids.
+    /// Reads the vocabulary, a JSON object of tokens and ids.
     Result<void> read_vocab(const nlohmann::json& model);
 
-    /// Appends the ids of the bytes of `text`, "<0x0A>" and its like; false where one has no token.
+    /// Appends the ids of byte tokens, such as "<0x0A>", for the bytes of `text`; returns false if one is missing.
     bool append_bytes(const std::string& text, std::vector<uint32_t>& ids) const;
 
     std::unordered_map<std::string, uint32_t> vocab_;
 };
 
-/// The model that a tokenizer.json has. Fails where it is damaged or unknown.
+/// Returns the model of a tokenizer.json. Fails if it is damaged or unknown.
 Result<std::unique_ptr<TokenModel>> model_from(const nlohmann::json& model);
 
-/// A model of its kind: BPE merges the characters of a word by the ranks of pairs.
+/// Opens a BPE model, which merges the characters of a word by the ranks of pairs.
 Result<std::unique_ptr<TokenModel>> bpe_from(const nlohmann::json& model);
 
-/// Unigram takes the tokens whose scores add up to the most.
+/// Opens a Unigram model, which takes the tokens with the highest sum of scores.
 Result<std::unique_ptr<TokenModel>> unigram_from(const nlohmann::json& model);
 
-/// A model that its `open` fills.
+/// Creates a model and reads it with its `open`.
 template <typename Model>
 Result<std::unique_ptr<TokenModel>> opened(const nlohmann::json& model) {
     auto made = std::make_unique<Model>();
@@ -51,10 +51,10 @@ Result<std::unique_ptr<TokenModel>> opened(const nlohmann::json& model) {
     return std::unique_ptr<TokenModel>(std::move(made));
 }
 
-/// "<0x0A>" and its like.
+/// Returns the name of a byte's token, such as "<0x0A>".
 std::string byte_name(unsigned char byte);
 
-/// The refusal of a damaged file.
+/// Returns the error for a damaged file.
 Error damaged_json(const std::string& detail);
 
 }  // namespace llama_runner

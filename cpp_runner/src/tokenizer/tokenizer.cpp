@@ -8,7 +8,8 @@ namespace llama_runner {
 
 namespace {
 
-/// JSON object, `base64 rank` lines, or SentencePiece's protobuf, whose first field has the tag 0x0A.
+/// Detects the kind of a file: a JSON object, `base64 rank` lines, or SentencePiece's protobuf, whose first tag is
+/// 0x0A.
 std::string_view kind_of(std::string_view data) {
     const size_t text = data.find_first_not_of(" \t\r\n\f\v");
     if (text != std::string_view::npos && data[text] == '{') return "tokenizer.json";

@@ -21,7 +21,7 @@ bool is_category_in(int32_t code, utf8proc_category_t first, utf8proc_category_t
     return category >= first && category <= last;
 }
 
-/// Capitals that Unicode got after the tables of utf8proc, and how far behind them their small letters are.
+/// Capital letters that are newer than utf8proc's tables, and the distance to their small letters.
 struct NewCapitals {
     CodeRange range;
     int32_t distance;

@@ -8,10 +8,10 @@
 
 namespace llama_runner {
 
-// What the Unicode tables of the tokenizers library (Oniguruma: Unicode 16; others: 8, 9 and 17) and those of PCRE2 and
-// utf8proc (Unicode 14) disagree on. Libraries with newer tables than these only have what stands here twice.
+// The differences between the Unicode tables of the tokenizers library (Oniguruma: Unicode 16; others: 8, 9 and 17) and
+// those of PCRE2 and utf8proc (Unicode 14). With newer versions of these two, some entries are only redundant.
 
-/// A name that a pattern may have inside \p{...}: what PCRE2 calls it, and the characters that it gained since.
+/// A name for \p{...} in a pattern: its name in PCRE2, and the characters that were added since.
 struct Property {
     std::string_view name;
     std::string_view pcre2;
@@ -112,7 +112,7 @@ inline constexpr auto kProperties = std::to_array<Property>({
     {"Mongolian", "\\p{sc:Mongolian}", ""},
 });
 
-/// Letters, marks and digits since Unicode 14: word characters.
+/// Word characters added since Unicode 14: letters, marks and digits.
 inline constexpr auto kNewWordCharacters = std::to_array<CodeRange>(
     {{0x897, 0x897},     {0xCF3, 0xCF3},     {0xECE, 0xECE},     {0x1C89, 0x1C8A},   {0xA7CB, 0xA7CD},
      {0xA7DA, 0xA7DC},   {0x105C0, 0x105F3}, {0x10D40, 0x10D49}, {0x10D4A, 0x10D65}, {0x10D69, 0x10D6D},
@@ -129,7 +129,7 @@ inline constexpr auto kNewWordCharacters = std::to_array<CodeRange>(
      {0x1E4F0, 0x1E4F9}, {0x1E5D0, 0x1E5ED}, {0x1E5EE, 0x1E5EF}, {0x1E5F0, 0x1E5F0}, {0x1E5F1, 0x1E5FA},
      {0x2B739, 0x2B739}, {0x2EBF0, 0x2EE5D}, {0x31350, 0x323AF}});
 
-/// Numbers since Unicode 14.
+/// Numbers added since Unicode 14.
 inline constexpr auto kNewNumbers = std::to_array<CodeRange>({{0x10D40, 0x10D49},
                                                               {0x116D0, 0x116E3},
                                                               {0x11BF0, 0x11BF9},
@@ -143,7 +143,7 @@ inline constexpr auto kNewNumbers = std::to_array<CodeRange>({{0x10D40, 0x10D49}
                                                               {0x1E4F0, 0x1E4F9},
                                                               {0x1E5F1, 0x1E5FA}});
 
-/// Marks since Unicode 14.
+/// Marks added since Unicode 14.
 inline constexpr auto kNewMarks = std::to_array<CodeRange>(
     {{0x897, 0x897},     {0xCF3, 0xCF3},     {0xECE, 0xECE},     {0x10D69, 0x10D6D}, {0x10EFC, 0x10EFF},
      {0x11241, 0x11241}, {0x113B8, 0x113C0}, {0x113C2, 0x113C2}, {0x113C5, 0x113C5}, {0x113C7, 0x113CA},
@@ -151,7 +151,7 @@ inline constexpr auto kNewMarks = std::to_array<CodeRange>(
      {0x11F34, 0x11F3A}, {0x11F3E, 0x11F42}, {0x11F5A, 0x11F5A}, {0x13440, 0x13440}, {0x13447, 0x13455},
      {0x1611E, 0x1612F}, {0x1E08F, 0x1E08F}, {0x1E4EC, 0x1E4EF}, {0x1E5EE, 0x1E5EF}});
 
-/// Marks that are plain characters to the tokenizers library.
+/// Marks that are no marks in the tokenizers library.
 inline constexpr auto kPlainMarks = std::to_array<CodeRange>(
     {{0x7FD, 0x7FD},     {0x897, 0x89F},     {0x8CA, 0x8D3},     {0x9FE, 0x9FE},     {0xAFA, 0xAFF},
      {0xB55, 0xB55},     {0xC04, 0xC04},     {0xC3C, 0xC3C},     {0xCF3, 0xCF3},     {0xD00, 0xD00},
@@ -172,7 +172,7 @@ inline constexpr auto kPlainMarks = std::to_array<CodeRange>(
      {0x1CF30, 0x1CF46}, {0x1E08F, 0x1E08F}, {0x1E130, 0x1E136}, {0x1E2AE, 0x1E2AE}, {0x1E2EC, 0x1E2EF},
      {0x1E4EC, 0x1E4EF}, {0x1E5EE, 0x1E5EF}});
 
-/// Punctuation that is not punctuation to the tokenizers library.
+/// Punctuation that is no punctuation in the tokenizers library.
 inline constexpr auto kPlainPunctuation = std::to_array<CodeRange>(
     {{0x61D, 0x61D},     {0x9FD, 0x9FD},     {0xA76, 0xA76},     {0xC77, 0xC77},     {0xC84, 0xC84},
      {0x1B4E, 0x1B4F},   {0x1B7D, 0x1B7F},   {0x2E43, 0x2E4F},   {0x2E52, 0x2E5D},   {0x10D6E, 0x10D6E},

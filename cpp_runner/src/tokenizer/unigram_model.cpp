@@ -17,14 +17,14 @@ using nlohmann::json;
 
 constexpr double kUnknownPenalty = 10;
 
-/// The number that tokenizers' JSON reader (serde_json) makes of the shortest text for a number: its digits, divided by
-/// a power of ten, which may be off in the last bit. Ways of equal score are told apart by that bit.
+/// Returns a number as the JSON reader of the tokenizers library (serde_json) reads its shortest decimal form: digits
+/// times or divided by a power of ten, which may be wrong in the last bit. That bit can decide between equal scores.
 double as_serde_reads(double number) {
     char text[32];
     const auto [end, failure] = std::to_chars(text, text + sizeof text, number, std::chars_format::scientific);
     const std::string_view whole(text, failure == std::errc() ? static_cast<size_t>(end - text) : 0);
     const size_t e = whole.find('e');
-    if (e == std::string_view::npos) return number;  // no finite number
+    if (e == std::string_view::npos) return number;  // infinite or NaN
     uint64_t digits = 0;
     int exponent = std::atoi(std::string(whole.substr(e + 1)).c_str());
     bool is_behind_point = false;
@@ -78,7 +78,7 @@ class Unigram final : public TokenModel {
             }
             start += length;
         }
-        std::vector<std::string> tokens;  // from the last to the first; neighbours that are unknown are one
+        std::vector<std::string> tokens;  // from last to first; neighbouring unknown characters are one token
         bool after_unknown = false;
         for (size_t end = word.size(); end > 0; end = best[end].start) {
             const std::string token = word.substr(best[end].start, end - best[end].start);
@@ -93,7 +93,7 @@ class Unigram final : public TokenModel {
     }
 
   private:
-    /// The best way to a place in a word: its last token, and where that starts.
+    /// The best tokens up to a place in a word: the sum of their scores, and the last token with its start.
     struct Best {
         double score = 0;
         size_t start = SIZE_MAX;
@@ -124,7 +124,7 @@ class Unigram final : public TokenModel {
         trie_[node].id = vocab_.at(token);
     }
 
-    /// Tries every token that the word has at `start`; false where none is the one character there.
+    /// Tries every token at `start` of the word; returns false if none of them is exactly the character there.
     bool propose_tokens(const std::string& word, size_t start, size_t length, std::vector<Best>& best) const {
         bool has_character = false;
         uint32_t node = 0;

@@ -24,7 +24,7 @@ void Utf8Decoder::add(std::string_view bytes, std::string& text) {
             text += c;
             continue;
         }
-        // The second byte's range rules out overlong forms, surrogates and what lies past U+10FFFF.
+        // The second byte's range excludes overlong forms, surrogates and characters above U+10FFFF.
         missing_ = byte < 0xC2 || byte > 0xF4 ? 0 : byte < 0xE0 ? 1 : byte < 0xF0 ? 2 : 3;
         low_ = byte == 0xE0 ? 0xA0 : byte == 0xF0 ? 0x90 : 0x80;
         high_ = byte == 0xED ? 0x9F : byte == 0xF4 ? 0x8F : 0xBF;

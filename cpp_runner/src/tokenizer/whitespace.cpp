@@ -7,7 +7,7 @@ namespace llama_runner {
 
 namespace {
 
-/// White_Space, in UTF-8.
+/// The characters of Unicode's White_Space, in UTF-8.
 constexpr std::string_view kWhiteSpaces[] = {" ",
                                              "\t",
                                              "\n",
@@ -34,7 +34,7 @@ constexpr std::string_view kWhiteSpaces[] = {" ",
                                              "\xE2\x81\x9F",
                                              "\xE3\x80\x80"};
 
-/// What is white space to Python alone.
+/// Returns whether a character is white space only in Python.
 bool is_separator(char c) { return c >= '\x1C' && c <= '\x1F'; }
 
 }  // namespace
