@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import sentencepiece
 import tiktoken
@@ -380,8 +380,15 @@ def _eos_beside(folder: Path) -> str | None:
             said = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
         except ValueError as error:
             raise InputError(f"{path} is no JSON ({error}); repair it, or move the tokenizer elsewhere") from error
-        token = said.get("eos_token") if isinstance(said, dict) else None
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
+        text = token_text(said.get("eos_token") if isinstance(said, dict) else None)
+        if text is not None:
             return text
     return None
+
+
+def token_text(value: Any) -> str | None:
+    """Returns the text of a token in tokenizer_config.json, given as a string or as an object with the text as
+    content.
+    """
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None

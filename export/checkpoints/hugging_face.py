@@ -26,7 +26,7 @@ from export.checkpoints.checkpoint import (
 from export.checkpoints.hf_config import config_of, family_of
 from export.checkpoints.pickled import is_torch_file, load_tensors, without_wrappers
 from model.errors import InputError, listed
-from preproc.tokenizer import from_bytes
+from preproc.tokenizer import from_bytes, token_text
 
 _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attn.causal_mask")
 """Suffixes of the names of tensors in old checkpoints that are derived from the configuration and are not weights."""
@@ -156,7 +156,7 @@ def _added_tokens(path: Path, said: dict[str, Any]) -> dict[int, str]:
     found = {number: text for text, number in _object(path / "added_tokens.json").items() if type(number) is int}
     listed_there = said.get("added_tokens_decoder")
     for number, token in listed_there.items() if isinstance(listed_there, dict) else ():
-        text = _token_text(token)
+        text = token_text(token)
         if text is not None and str(number).isdecimal():
             found[int(number)] = text
     return found
@@ -208,16 +208,8 @@ def _chat(path: Path, said: dict[str, Any]) -> ChatSource:
     if alone.is_file():
         template = alone.read_text(encoding="utf-8-sig")
     tokens = _object(path / "special_tokens_map.json") | said
-    bos, eos = (_token_text(tokens.get(key)) for key in ("bos_token", "eos_token"))
+    bos, eos = (token_text(tokens.get(key)) for key in ("bos_token", "eos_token"))
     return ChatSource(template if isinstance(template, str) else None, bos, eos)
-
-
-def _token_text(value: Any) -> str | None:
-    """Returns the text of a token in tokenizer_config.json, given as a string or as an object with the text as
-    content.
-    """
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
 
 
 def _weight_files(path: Path, alone: Path | None) -> list[Path]:
