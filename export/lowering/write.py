@@ -34,7 +34,7 @@ def write_program(assembled: Assembled, metadata: Metadata, path: Path) -> None:
         stream.write(checked.trailer.pack())
 
 
-SEGMENTS, _CONSTANTS, NAMED = 4, 5, 7
+_SEGMENTS, _CONSTANTS, _NAMED = 4, 5, 7
 """Field numbers of a program, in the order of executorch/schema/program.fbs."""
 
 
@@ -57,11 +57,11 @@ def _sharing(program: bytes, shared: Mapping[str, tuple[int, int]]) -> bytes:
 
     constants = Table(made, root.Indirect(field(root, _CONSTANTS)))  # the first segment, so it starts at 0
     offsets = constants.Vector(constants.Offset(6))
-    for index in range(root.VectorLen(root.Offset(4 + 2 * NAMED)) if shared else 0):
-        data = item(root, NAMED, index)
+    for index in range(root.VectorLen(root.Offset(4 + 2 * _NAMED)) if shared else 0):
+        data = item(root, _NAMED, index)
         if found := shared.get(data.String(field(data, 0)).decode()):
             number, size = found
-            segment = item(root, SEGMENTS, *struct.unpack_from("<I", made, field(data, 1)))
+            segment = item(root, _SEGMENTS, *struct.unpack_from("<I", made, field(data, 1)))
             (offset,) = struct.unpack_from("<Q", made, offsets + 8 * number)
             struct.pack_into("<Q", made, field(segment, 0), offset)
             struct.pack_into("<Q", made, field(segment, 1), size)

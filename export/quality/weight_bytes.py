@@ -7,18 +7,16 @@ are equal bit for bit.
 
 import mmap
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from executorch.exir import schema
 from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
-from flatbuffers.table import Table  # type: ignore[import-untyped]
 from torch import Tensor
 
 from export.lowering.assemble import part_of, weight_digest
 from export.lowering.lower import parts, to_bytes
-from export.lowering.write import NAMED, SEGMENTS
 from export.weights.quantize import QuantizedEmbedding
 from export.weights.scheme import is_shared
 from export.weights.source import WeightSource
@@ -31,11 +29,6 @@ from runtime.pte.parts import session_methods
 
 EPSILON = "norm_eps"
 """The name that `altered` yields if the epsilon of the norms differs."""
-
-_HEADER = 8
-"""Offset of the extended header of a program. The header has the program's size at 8 and the offset of the first
-segment at 16 (executorch/schema/extended_header.h).
-"""
 
 
 def altered(path: Path | Sequence[Path], source: WeightSource) -> Iterator[str]:
@@ -52,8 +45,9 @@ def altered(path: Path | Sequence[Path], source: WeightSource) -> Iterator[str]:
         part, identity = part_of(source, export_identity(metadata.provenance), metadata.methods[0])
         is_whole = metadata.slices == 1 and metadata.span == range(source.config.n_layers)
         with each.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as program:
-            yield from _altered(program, part, identity, is_whole)
-            if weight_places(program) and not _has_epsilon(program, metadata, source.config):
+            places = weight_places(program)
+            yield from _altered(program, places, part, identity, is_whole)
+            if places and not _has_epsilon(program, metadata, source.config):
                 yield EPSILON
 
 
@@ -70,8 +64,7 @@ def _has_epsilon(program: mmap.mmap, metadata: Metadata, config: ModelConfig) ->
 
 def _scalars(program: mmap.mmap) -> list[float]:
     """Returns the float32 constants of a single number, outside the backends' code."""
-    size, base = struct.unpack_from("<QQ", program, _HEADER + 8)
-    tables = _flatbuffer_to_program(program[:size])
+    tables, base = _tables(program)
     offsets = tables.constant_segment.offsets
     start = base + tables.segments[tables.constant_segment.segment_index].offset
     values = (value.val for plan in tables.execution_plan for value in plan.values)
@@ -82,15 +75,16 @@ def _scalars(program: mmap.mmap) -> list[float]:
     ]
 
 
-def _altered(program: mmap.mmap, source: WeightSource, identity: str, is_whole: bool) -> Iterator[str]:
-    places = weight_places(program)
+def _altered(
+    program: mmap.mmap, places: Mapping[str, tuple[int, int]], source: WeightSource, identity: str, is_whole: bool
+) -> Iterator[str]:
     with torch.device("meta"):
         names = list(Llama(source.config).state_dict())
     for name in names:
         wanted = [weight_digest(identity, name, number) for number in range(2)]
         if not places.keys() & set(wanted):
             continue
-        held = [places.pop(digest, None) for digest in wanted]
+        held = [places.get(digest) for digest in wanted]
         for place, value in zip(held, _values(source, name, is_whole), strict=False):
             if place is not None and program[place[0] : sum(place)] != to_bytes(value.contiguous()):
                 yield name
@@ -112,22 +106,12 @@ def _values(source: WeightSource, name: str, is_whole: bool) -> list[Tensor]:
 
 def weight_places(program: mmap.mmap) -> dict[str, tuple[int, int]]:
     """Returns the offset and size of a program's named data, by the digest that ends each name."""
-    root = Table(program, *struct.unpack_from("<I", program))
-    (base,) = struct.unpack_from("<Q", program, _HEADER + 16)
+    tables, base = _tables(program)
+    segments = {data.key[-64:]: tables.segments[data.segment_index] for data in tables.named_data or ()}
+    return {digest: (base + segment.offset, segment.size) for digest, segment in segments.items()}
 
-    def items(number: int) -> list[Table]:
-        start, count = root.Offset(4 + 2 * number), 0
-        if start:
-            start, count = root.Vector(start), root.VectorLen(start)
-        return [Table(program, root.Indirect(start + 4 * index)) for index in range(count)]
 
-    def number(table: Table, field: int, form: str) -> int:
-        offset = table.Offset(4 + 2 * field)
-        return int(struct.unpack_from(form, program, table.Pos + offset)[0]) if offset else 0
-
-    segments, found = items(SEGMENTS), {}
-    for data in items(NAMED):
-        name = data.String(data.Pos + data.Offset(4)).decode()
-        segment = segments[number(data, 1, "<I")]
-        found[name[-64:]] = base + number(segment, 0, "<Q"), number(segment, 1, "<Q")
-    return found
+def _tables(program: mmap.mmap) -> tuple[schema.Program, int]:
+    """Returns a program without its data, and the offset of its first segment (executorch/schema/extended_header.h)."""
+    size, base = struct.unpack_from("<QQ", program, 16)
+    return _flatbuffer_to_program(program[:size]), base
