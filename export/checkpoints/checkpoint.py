@@ -1,7 +1,7 @@
 """The parts shared by all checkpoint layouts: the opened Checkpoint, lazy weights, and the matching of weight names."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -78,12 +78,7 @@ class Checkpoint:
 
     def digest(self) -> str:
         """Returns the XXH3-128 hash of the content of all files, in hex. It does not depend on their paths."""
-        state = xxhash.xxh3_128()
-        for file in self.files:
-            with file.open("rb") as stream:
-                while piece := stream.read(1 << 24):
-                    state.update(piece)
-        return state.hexdigest()
+        return content_digest(self.files)
 
     def build(self) -> Llama:
         """Returns the eager float32 model. float32 weights that are not reordered remain memory-mapped.
@@ -317,6 +312,16 @@ def read_head(path: Path, size: int) -> bytes:
         return b""
     with path.open("rb") as stream:
         return stream.read(size)
+
+
+def content_digest(files: Iterable[Path]) -> str:
+    """Returns the XXH3-128 hash of the content of files, one after another, in hex."""
+    state = xxhash.xxh3_128()
+    for file in files:
+        with file.open("rb") as stream:
+            while piece := stream.read(1 << 24):
+                state.update(piece)
+    return state.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

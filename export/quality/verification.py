@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
+from export.checkpoints.checkpoint import content_digest
 from export.lowering.export_cache import ExportCache
 from export.quality.fidelity import Fidelity, empty_text, judge, observed
 from export.quality.perplexity import Gate, Quality, measure, most_tokens, random_windows, windows
@@ -18,6 +18,7 @@ from export.quality.weight_bytes import altered
 from export.weights.scheme import Scheme
 from export.weights.source import WeightSource
 from model.errors import InputError
+from runtime.engine import executorch
 from runtime.engine.program import Program
 from runtime.pte.metadata import Metadata
 
@@ -113,7 +114,8 @@ class Outcome:
 
 
 def verify_once(paths: Sequence[Path], source: WeightSource, gate: Gate, cache: ExportCache) -> Outcome:
-    """Verifies an export, unless files with the same bytes have passed before on a processor of the same kind.
+    """Verifies an export, unless files with the same bytes have passed before, with the same runtime and on a processor
+    of the same kind.
 
     The files contain the options and the digests of checkpoint and tokenizer. A failed verification is not cached.
 
@@ -121,7 +123,8 @@ def verify_once(paths: Sequence[Path], source: WeightSource, gate: Gate, cache: 
         InputError: as in `verify`.
     """
     key = {
-        "verified": [_digest(path) for path in paths],
+        "verified": [content_digest([path]) for path in paths],
+        "runtime": content_digest(_runtime_files()),
         "text": gate.read(),
         "source": gate.text_name,
         "max_ppl_increase": gate.max_ppl_increase,
@@ -135,12 +138,10 @@ def verify_once(paths: Sequence[Path], source: WeightSource, gate: Gate, cache: 
     return outcome
 
 
-def _digest(path: Path) -> str:
-    state = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while data := file.read(1 << 24):
-            state.update(data)
-    return state.hexdigest()
+def _runtime_files() -> list[Path]:
+    """Returns the files of the runtime that runs the file: the engine's sources, and the compiled operators."""
+    engine = Path(executorch.__file__).parent
+    return [*sorted(engine.glob("*.py")), *sorted(engine.parent.glob("_operators*"))]
 
 
 def verify(file: Path | Sequence[Path], source: WeightSource, gate: Gate | None = None) -> Verdict:

@@ -117,6 +117,8 @@ def test_what_failed_or_is_for_another_processor_is_verified_again(toy_pte: Path
         assert count == 1
     assert verified(right) == (None, 1)
     assert verified(right) == (None, 0)
+    with mock.patch.object(verification, "_runtime_files", return_value=[]):
+        assert verified(right) == (None, 1)
     with mock.patch.object(torch.backends.cpu, "get_cpu_capability", return_value="another"):
         assert verified(right) == (None, 1)
 
