@@ -37,7 +37,7 @@ from export.planning.sharding import Sharding
 from export.quality.gptq import TOKENS, calibrate
 from export.quality.perplexity import Gate
 from export.quality.verification import VerificationError, add_flags, verify_once
-from export.weights.quantize import ROUNDINGS
+from export.weights.formats.integer import ROUNDINGS
 from export.weights.scheme import SCHEMES, matrices
 from model.errors import InputError
 from model.kv_row_format import KV_DTYPES
@@ -93,7 +93,7 @@ def export_llama(options: ExportOptions, progress: Progress | None = None) -> Pa
     with progress.stage("open") as result:
         planned = plan(options)
         result.append(planned.summary)
-        gate.check(options.auto or planned.source.scheme.fewest_bits is not None, planned.tokenizer)
+        gate.check(options.auto or planned.source.scheme.max_ppl_increase is not None, planned.tokenizer)
     for warning in planned.warnings:
         progress.note(warning)
     planned = choose_scheme(planned, gate, options.auto, progress.note)

@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     gate = Gate.of(options.eval_text, options.max_ppl_increase)
     metadata = read_metadata(options.file)
     scheme = Scheme.parse(metadata.provenance["options"]["scheme"])
-    if options.report and scheme.fewest_bits is None:
+    if options.report and scheme.max_ppl_increase is None:
         raise InputError(f"--report is for quantised files, and {options.file} is float32; leave it out")
     checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir)
     config = for_length(checkpoint.config, metadata.max_seq_len)

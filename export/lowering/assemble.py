@@ -18,8 +18,8 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from export.lowering.backends import partitioners, quietly
-from export.lowering.lower import Code, Codes, delegates, parts, to_bytes
+from export.lowering.backends import BACKENDS, partitioners, quietly
+from export.lowering.lower import Code, Codes, delegates, to_bytes
 from export.lowering.shortcuts import known_operators
 from export.lowering.slices import SlicedSource
 from export.lowering.trace import kinds, parameter_name, trace
@@ -27,9 +27,6 @@ from export.weights.scheme import is_shared
 from export.weights.source import WeightSource, embedding_names, piece_names
 from runtime.pte.metadata import MethodSpec, Requirements
 from runtime.pte.parts import session_methods
-
-ALIGNMENT = 16
-"""Alignment of weights in the file, in bytes, which is XNNPACK's for constant tensors."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def assemble(
     source, identity = part_of(source, identity, first)
     by_kind = kinds(source.config, first, source.scheme.careful) if codes else {}
     others = {name: source.piece(name) for name in (embedding_names if codes else piece_names)(source.config, span)}
-    data = _Data(source, identity, others.get("tok_embeddings"))
+    data = _Data(source, identity, others.get("tok_embeddings"), BACKENDS[backend].alignment)
     for spec in session_methods(methods):
         made = others | {name: LoweredPiece(name, codes[spec.name, kind], data) for name, kind in by_kind.items()}
         if isinstance(source, SlicedSource):
@@ -136,9 +133,10 @@ class LoweredPiece(nn.Module):
 class _Data:
     """The data that the backend stores for each weight, produced only when it is requested."""
 
-    def __init__(self, source: WeightSource, identity: str, embedding: nn.Module | None) -> None:
+    def __init__(self, source: WeightSource, identity: str, embedding: nn.Module | None, alignment: int) -> None:
         self.source = source
         self.identity = identity
+        self.alignment = alignment
         self.shared = dict[str, Tensor]()
         self._constants = list(embedding.state_dict().values()) if embedding else []
         self._last: tuple[str, list[Tensor]] = ("", [])
@@ -160,12 +158,8 @@ class _Data:
         parts are requested consecutively.
         """
         if self._last[0] != name:
-            self._last = (name, self._parts(name))
+            self._last = (name, [data for _, data in self.source.parts(name)])
         return to_bytes(self._last[1][number])
-
-    def _parts(self, name: str) -> list[Tensor]:
-        value = self.source.weight(name)
-        return [data for _, data in parts(value.float() if value.dim() == 1 else self.source.stored(name))]
 
 
 def _with_weights(name: str, code: Code, data: _Data) -> LoweredBackendModule:
@@ -177,7 +171,7 @@ def _with_weights(name: str, code: Code, data: _Data) -> LoweredBackendModule:
         key = part.key[:-64] + digest
         assert payload.count(part.key.encode()) == 1, f"the code does not name {part.parameter} once"
         payload = payload.replace(part.key.encode(), key.encode())
-        entries[key] = DataEntry(len(buffers), ALIGNMENT, None)
+        entries[key] = DataEntry(len(buffers), data.alignment, None)
         constant = data.constant(parameter, part.number, part.nbytes)
         if constant is None:
             make = functools.partial(data.part, parameter, part.number)

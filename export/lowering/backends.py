@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,10 +24,13 @@ class Backend:
             ExecuTorch's own kernels, which every runtime has.
         partitioners: creates the partitioners that select the parts of a graph for the backend, in the order in which
             they are tried. Imports are done in the call, because some take seconds or fail without an optional package.
-        by_block: whether it takes a whole block and refers to weights by name in its code, so that equal blocks are
-            lowered once.
+        by_block: whether it takes a whole block and refers to weights in its code by the SHA-256 of the data in
+            `export.weights.formats.format.Format.parts`, so that equal blocks are lowered once.
+        alignment: alignment of such weights in the file, in bytes.
+        packs: whether it copies weights into a layout of its own when a file is loaded, instead of using them where the
+            file is mapped.
         attention: supported forms of attention, see `export.lowering.trace.GraphOptions`. The first one is the default.
-        quantised: whether it runs linear layers with low-bit weights, whose inputs are quantised at run time.
+        formats: formats of linear layers that it runs, by the names in `export.weights.formats.registry.FORMATS`.
         packages: packages that lowering imports beyond the project's own dependencies, all in the extra of the
             backend's name.
         refusal: reason why lowering for it is not possible, as the rest of a sentence that begins with its name.
@@ -36,8 +39,10 @@ class Backend:
     runtime: str = ""
     partitioners: Callable[[], "list[Partitioner]"] = list
     by_block: bool = False
+    alignment: int = 1
+    packs: bool = False
     attention: tuple[str, ...] = ("aten",)
-    quantised: bool = False
+    formats: frozenset[str] = frozenset({"float32"})
     packages: tuple[str, ...] = ()
     refusal: str = ""
 
@@ -74,7 +79,15 @@ def _coreml() -> "list[Partitioner]":
 
 
 BACKENDS = {
-    "xnnpack": Backend("XnnpackBackend", _xnnpack, by_block=True, attention=("fused", "aten"), quantised=True),
+    "xnnpack": Backend(
+        "XnnpackBackend",
+        _xnnpack,
+        by_block=True,
+        alignment=16,
+        packs=True,
+        attention=("fused", "aten"),
+        formats=frozenset({"float32", "integer"}),
+    ),
     "portable": Backend(attention=("aten", "fused")),
     "openvino": Backend("OpenvinoBackend", _openvino, packages=("openvino", "nncf")),
     "vulkan": Backend("VulkanBackend", _vulkan),
@@ -104,11 +117,11 @@ def lowering() -> list[str]:
     return [name for name, backend in BACKENDS.items() if not backend.refusal]
 
 
-def check(name: str, quantised: bool = False) -> None:
+def check(name: str, formats: Collection[str] = ()) -> None:
     """Checks that a model can be lowered for a backend on this machine.
 
     Args:
-        quantised: whether the model has linear layers with low-bit weights.
+        formats: names of the formats of the model's matrices.
 
     Raises:
         InputError: it cannot.
@@ -123,8 +136,8 @@ def check(name: str, quantised: bool = False) -> None:
             f"--backend {name} needs {' and '.join(missing)}, which this Python lacks; "
             f"run: pip install 'llama-pte[{name}]'"
         )
-    if quantised and not backend.quantised:
-        able = " or ".join(other for other, row in BACKENDS.items() if row.quantised)
+    if not backend.formats >= set(formats):
+        able = " or ".join(other for other, row in BACKENDS.items() if row.formats >= set(formats))
         raise InputError(
             f"--backend {name} cannot run --quantize's layers, whose inputs are rounded as they come; give fp32, or "
             f"--backend {able}"

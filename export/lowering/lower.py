@@ -17,15 +17,16 @@ from executorch.exir.lowered_backend_module import LoweredBackendModule, get_low
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
-from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from export.lowering.backends import BACKENDS, Backend
 from export.lowering.export_cache import ExportCache
 from export.lowering.shortcuts import known_operators, no_patterns
 from export.lowering.slices import sliced
 from export.lowering.trace import dynamic_shapes, kinds, parameter_name, trace_piece
-from export.weights.quantize import by_rows, random
-from export.weights.scheme import FLOAT, Scheme, swaps_pairs
+from export.weights.formats.float32 import FLOAT
+from export.weights.formats.format import Format
+from export.weights.scheme import Scheme, swaps_pairs
+from export.weights.source import linear_layers
 from model.config import ModelConfig
 from model.fused_attention import FusedLlama
 from model.model import Llama
@@ -43,7 +44,7 @@ class Part:
     Attributes:
         key: name in the code: a prefix, and 64 hexadecimal digits.
         parameter: name of the parameter within the piece.
-        number: index in the list returned by `parts`.
+        number: index in the list returned by `Format.parts`.
         nbytes: size of the data, in bytes.
     """
 
@@ -101,33 +102,17 @@ def lower(
         for name, kind in kinds(part, first, scheme.careful).items():
             if (first.name, kind) in codes:
                 continue
-            module = None
+            piece = None
             for spec in specs:
                 key = _key(part, spec, backend, scheme) | {"kind": kind}
                 entry = cache.get(key)
                 if entry is None:
-                    module = module or _random_piece(part, first.span, name, scheme)
-                    entry = _lowered(trace_piece(part, name, module, spec), BACKENDS[backend], module)
+                    piece = piece or _RandomPiece.of(part, first.span, name, scheme)
+                    entry = _lowered(trace_piece(part, name, piece.module, spec), BACKENDS[backend], piece)
                     cache.put(key, entry)
                 codes[spec.name, kind] = _code(entry, spec)
     is_same_node.cache_clear()  # otherwise it keeps every compared graph, with its weights
     return codes
-
-
-def parts(weight: Tensor) -> list[tuple[str, Tensor]]:
-    """Returns the data that XNNPACK stores for a parameter, as pairs of key prefix and tensor."""
-    if not isinstance(weight, IntxUnpackedToInt8Tensor):
-        return [("", weight.detach().contiguous())]
-    codes, scale = weight.qdata, weight.scale
-    if str(weight.target_dtype) == "torch.int4":
-        (codes,) = by_rows(codes, lambda rows: [_packed(rows)])
-    return [("", codes.contiguous()), ("scale_", scale.contiguous())]
-
-
-def _packed(codes: Tensor) -> Tensor:
-    """Packs 4-bit integers into bytes with an offset of 8, the first of each two in the lower half."""
-    flat = codes.to(torch.uint8).add_(8).view(-1)
-    return (flat[1::2] << 4).bitwise_or_(flat[::2]).view(codes.shape[0], -1)
 
 
 def to_bytes(tensor: Tensor) -> bytes:
@@ -140,36 +125,55 @@ def delegates(program: ExportedProgram) -> list[LoweredBackendModule]:
     return [module for _, module, _ in get_lowered_submodules(program.graph_module)]
 
 
-def _random_piece(config: ModelConfig, span: range, name: str, scheme: Scheme) -> nn.Module:
-    with torch.device("meta"):
-        whole: nn.Module = (model := Llama(config, span))
-        if name.startswith("segments."):
-            whole = FusedLlama(model)
-        elif name.startswith(("attend.", "feed.")):
-            whole = SlicedLlama(model, 0)
-        module = whole.get_submodule(name)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for path, layer in list(module.named_modules()):
-            for role, parameter in layer.named_parameters(recurse=False):
-                full = parameter_name(config, name, f"{path}.{role}")
-                is_matrix = isinstance(layer, nn.Linear) and role == "weight"
-                form = scheme.format(full, parameter.shape[-1]) if is_matrix else FLOAT
-                if full == "head.output.weight" and swaps_pairs(config, span, scheme):
-                    layer = _PairsSwapped(config.dim, config.vocab_size, config.head_bias, device="meta")
-                    module.set_submodule(path, layer)
-                setattr(layer, role, nn.Parameter(random(parameter.shape, form), requires_grad=False))
-    return module.eval()
+@dataclass(frozen=True)
+class _RandomPiece:
+    """A piece with random weights.
 
-
-class _PairsSwapped(nn.Linear):
-    """A linear layer whose weight has columns 0 and 1, 2 and 3 and so on swapped. As packed 4-bit pairs, such a weight
-    is byte for byte equal to the embedding's.
+    Attributes:
+        module: the piece.
+        formats: format of each of its parameters.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        pairs = x.view(*x.shape[:-1], -1, 2)
-        return super().forward(torch.cat((pairs[..., 1:], pairs[..., :1]), dim=-1).view(x.shape))
+    module: nn.Module
+    formats: Mapping[str, Format]
+
+    @staticmethod
+    def of(config: ModelConfig, span: range, name: str, scheme: Scheme) -> "_RandomPiece":
+        with torch.device("meta"):
+            whole: nn.Module = (model := Llama(config, span))
+            if name.startswith("segments."):
+                whole = FusedLlama(model)
+            elif name.startswith(("attend.", "feed.")):
+                whole = SlicedLlama(model, 0)
+            module = whole.get_submodule(name)
+        shapes = {role: parameter.shape for role, parameter in module.named_parameters()}
+        formats = dict[str, Format](dict.fromkeys(shapes, FLOAT))
+        linear = dict(linear_layers(module))
+        for path, layer in linear.items():
+            full = parameter_name(config, name, f"{path}.weight")
+            formats[f"{path}.weight"] = scheme.format(full, layer.in_features)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            weights = {role: formats[role].random(shape) for role, shape in shapes.items()}
+        for path in linear:
+            made = formats[f"{path}.weight"].linear(weights[f"{path}.weight"], weights.get(f"{path}.bias"))
+            if path == "output" and swaps_pairs(config, span, scheme):
+                made.register_forward_pre_hook(_swap_pairs)
+            module.set_submodule(path, made)
+        for role in shapes:
+            owner, _, kind = role.rpartition(".")
+            if owner not in linear:
+                setattr(module.get_submodule(owner), kind, nn.Parameter(weights[role]))
+        return _RandomPiece(module.requires_grad_(False).eval(), formats)
+
+
+def _swap_pairs(_: nn.Module, arguments: tuple[Tensor]) -> Tensor:
+    """Swaps columns 0 and 1, 2 and 3 and so on of a linear layer's input. The layer's weight, with its columns swapped
+    in the same way and packed as 4-bit pairs, is byte for byte equal to the embedding's.
+    """
+    (x,) = arguments
+    pairs = x.view(*x.shape[:-1], -1, 2)
+    return torch.cat((pairs[..., 1:], pairs[..., :1]), dim=-1).view(x.shape)
 
 
 def _key(config: ModelConfig, spec: MethodSpec, backend: str, scheme: Scheme) -> dict[str, Any]:
@@ -182,7 +186,7 @@ def _key(config: ModelConfig, spec: MethodSpec, backend: str, scheme: Scheme) ->
     }
 
 
-def _lowered(graph: ExportedProgram, backend: Backend, module: nn.Module) -> dict[str, Any]:
+def _lowered(graph: ExportedProgram, backend: Backend, piece: _RandomPiece) -> dict[str, Any]:
     """Lowers a graph and returns the content of its `Code`, as plain values and tensors for the cache."""
     with no_patterns():
         lowered = to_edge_transform_and_lower(graph, partitioner=backend.partitioners()).exported_program()
@@ -196,7 +200,7 @@ def _lowered(graph: ExportedProgram, backend: Backend, module: nn.Module) -> dic
         "compile_specs": [(spec.key, bytes(spec.value).hex()) for spec in delegate.compile_specs],
         "arguments": [_argument(lowered, node, inputs) for node in call.args[1:]],
         "results": [result.args[1] for result in results],
-        "data": [dataclasses.astuple(part) for part in _data(delegate, module)],
+        "data": [dataclasses.astuple(part) for part in _data(delegate, piece)],
         "takes": [_shape(node.meta["val"], rows) for node in call.args[1:]],
         "gives": [_shape(value, rows) for value in call.meta["val"]],
     }
@@ -225,12 +229,12 @@ def _argument(program: ExportedProgram, node: Node, inputs: list[str]) -> int | 
     return program.state_dict.get(constant, program.constants.get(constant))
 
 
-def _data(delegate: LoweredBackendModule, module: nn.Module) -> tuple[Part, ...]:
+def _data(delegate: LoweredBackendModule, piece: _RandomPiece) -> tuple[Part, ...]:
     """Finds the parts of every parameter in the code, by their content."""
     stored = delegate.named_data_store_output.pte_data
     found = []
-    for name, parameter in module.named_parameters():
-        for number, (prefix, data) in enumerate(parts(parameter)):
+    for name, parameter in piece.module.named_parameters():
+        for number, (prefix, data) in enumerate(piece.formats[name].parts(parameter)):
             key = prefix + hashlib.sha256(to_bytes(data)).hexdigest()
             if key in stored:
                 found.append(Part(key, name, number, data.nbytes))

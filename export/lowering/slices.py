@@ -1,16 +1,15 @@
 """Slices for tensor parallelism: the dimensions, methods and weights of each slice of a model."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from export.lowering.trace import GraphOptions, signatures
-from export.weights.quantize import from_parts
 from export.weights.scheme import Scheme, matrices
 from export.weights.source import WeightSource
 from model.config import ModelConfig
@@ -145,21 +144,15 @@ class SlicedSource(WeightSource):
         axis, of_first = _axis(name), name.endswith((".wo.bias", ".w2.bias", "pos_embeddings.weight"))
         if of_first and self._number > 0:
             return torch.zeros_like(found)
-        return found if axis is None else self._share(found, name, axis)
+        return found if axis is None else self._share(found, name=name, axis=axis)
 
     def stored(self, name: str) -> Tensor:
         """Returns the slice's share of a matrix in the scheme's format."""
         found, axis = self._whole.stored(name), _axis(name)
         assert axis is not None, f"{name} is no matrix"
-        if not isinstance(found, IntxUnpackedToInt8Tensor):
-            return self._share(found, name, axis)
-        form = self.scheme.format(name, found.shape[1])
-        codes, scale = self._share(found.qdata, name, axis), found.scale
-        if axis == 0 or form.group_size:
-            scale = self._share(scale, name, axis, padding=1.0)  # XNNPACK does not accept a scale of 0
-        return from_parts(codes, scale, form)
+        return self._whole.format(name).share(found, axis, functools.partial(self._share, name=name, axis=axis))
 
-    def _share(self, whole: Tensor, name: str, axis: int, padding: float = 0.0) -> Tensor:
+    def _share(self, whole: Tensor, padding: float = 0.0, *, name: str, axis: int) -> Tensor:
         """Returns the slice's rows or columns, in whole heads; of KV heads, those used by the slice's query heads."""
         config, role = self._whole.config, name.split(".")[-2]
         if role in ("wk", "wv"):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from export.lowering.backends import BACKENDS
 from export.weights.scheme import Scheme, matrix_sizes
 from model.config import ModelConfig
 from model.kv_row_format import row_bytes
@@ -36,7 +37,7 @@ class MemoryUse:
 
 def memory_use(metadata: Metadata) -> MemoryUse:
     """Returns the memory computed from the file's dimensions."""
-    packed = "XnnpackBackend" in metadata.requirements.backends
+    packed = any(row.packs and row.runtime in metadata.requirements.backends for row in BACKENDS.values())
     return MemoryUse(
         weights=packed * metadata.matrix_bytes,
         caches=metadata.cache_bytes,

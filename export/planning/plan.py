@@ -23,7 +23,7 @@ from export.planning.jinja_reduction import Chosen, chosen
 from export.planning.memory import activation_bytes, cache_bytes, matrix_bytes
 from export.planning.sharding import Sharding
 from export.quality.gptq import CalibrationText
-from export.weights.quantize import ROUNDINGS
+from export.weights.formats.integer import ROUNDINGS
 from export.weights.scheme import CALIBRATED, SCHEMES, Scheme, adjusted, swaps_pairs
 from export.weights.source import WeightSource
 from model.alibi import alibi_slopes
@@ -238,7 +238,7 @@ def plan(options: ExportOptions) -> Plan:
         if not options.auto:
             text.check(scheme)
         scheme = replace(scheme, rounding=CALIBRATED)
-    check(options.backend, quantised=any(form.bits for form in (scheme.linear, scheme.head, scheme.embedding)))
+    check(options.backend, {form.kind for form in scheme.formats})
     suffix = "pte" if options.sharding.is_whole else "shards" if options.sharding.slices == 1 else "slices"
     output = options.output or Path(f"{_name(options.checkpoint)}.{suffix}")
     if output.resolve() in {file.resolve() for file in (*checkpoint.files, options.tokenizer or output.parent)}:

@@ -11,7 +11,8 @@ from export.planning.plan import Plan
 from export.quality.eager import packed
 from export.quality.layer_errors import Loss, measure_layer_errors
 from export.quality.perplexity import Comparison, Gate, Rows, most_tokens, percent, windows
-from export.weights.scheme import BYTE, SCHEMES, Format, Scheme, embedding_size, is_shared, matrix_sizes
+from export.weights.formats.integer import BYTE, Integer
+from export.weights.scheme import SCHEMES, Scheme, embedding_size, is_shared, matrix_sizes
 from export.weights.source import WeightSource
 from model.config import ModelConfig
 from model.errors import InputError
@@ -47,7 +48,7 @@ class Candidate:
 
 def candidates(rounding: str, kv_dtype: str = "float32") -> list[Candidate]:
     """Returns the schemes to try, each with at least the bits of the one before."""
-    four = [Format(4, size) for size in (128, 64, 32)]
+    four = [Integer(4, size) for size in (128, 64, 32)]
     finest = four[-1]
     schemes = [Candidate("8da4w", Scheme(form, form, form)) for form in four]
     schemes += [Candidate("8da4w", Scheme(finest, head, BYTE)) for head in (finest, BYTE)]

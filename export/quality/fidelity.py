@@ -156,7 +156,7 @@ class Observed:
 
 
 def _rounded(scheme: Scheme) -> str:
-    return "int8" if scheme.linear.bits or scheme.head.bits else scheme.kv_dtype
+    return "int8" if scheme.rounds_inputs else scheme.kv_dtype
 
 
 def empty_text(program: Program) -> Session | BatchedText:

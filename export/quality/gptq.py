@@ -1,7 +1,7 @@
 """GPTQ calibration (Frantar et al. 2022, https://arxiv.org/abs/2210.17323, algorithm 1): matrices are rounded by means
 of their inputs on a text, and weights that are rounded later compensate for the errors of earlier ones.
 
-torchao 0.18 has GPTQ only for CUDA, and not for the formats of `export.weights.scheme`.
+torchao 0.18 has GPTQ only for CUDA, and not for the formats of `export.weights.formats.integer`.
 """
 
 import functools
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from export.lowering.trace import step
 from export.quality.perplexity import read_text, windows
-from export.weights.quantize import QuantizedLinear, as_8_bits, by_rows, from_parts, hqq
-from export.weights.scheme import CALIBRATED, Format, Scheme
-from export.weights.source import WeightSource, piece_names
+from export.weights.formats.integer import Integer, hqq
+from export.weights.formats.integer_layers import as_8_bits
+from export.weights.rows import by_rows
+from export.weights.scheme import CALIBRATED, Scheme
+from export.weights.source import WeightSource, linear_layers, piece_names
 from model.config import ModelConfig
 from model.errors import InputError
 from preproc.position_inputs import Positions, names
@@ -72,7 +74,7 @@ class CalibrationText:
         Raises:
             InputError: no matrix of the scheme can be calibrated.
         """
-        if scheme.linear.bits is None and scheme.head.bits is None:
+        if not (scheme.linear.can_calibrate or scheme.head.can_calibrate):
             raise InputError(
                 f"--calibrate {self.path} is for quantised layers, and these are float32; give --quantize 8da4w as "
                 "well, or leave it out"
@@ -105,7 +107,7 @@ def calibrate(source: WeightSource, texts: Sequence[Sequence[int]], max_seq_len:
         folder: folder for the matrices, which is needed as long as the returned source is used.
     """
     assert source.scheme.rounding == CALIBRATED, source.scheme
-    found = _Stored(folder, source.scheme)
+    found = _Stored(folder, source)
     model = source.streamed()
     for name in piece_names(source.config):
         if name == "head" or name.startswith("layers."):
@@ -129,8 +131,8 @@ class _Stored(Mapping[str, Tensor]):
     access.
     """
 
-    def __init__(self, folder: Path, scheme: Scheme) -> None:
-        self._folder, self._scheme, self._files = folder, scheme, dict[str, Path]()
+    def __init__(self, folder: Path, source: WeightSource) -> None:
+        self._folder, self._source, self._files = folder, source, dict[str, Path]()
 
     def save(self, piece: str, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Saves codes and scales of a piece's matrices, by name."""
@@ -142,13 +144,19 @@ class _Stored(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], "pt") as tensors:
             codes, scale = tensors.get_tensor(f"{name}.codes"), tensors.get_tensor(f"{name}.scale")
-        return from_parts(codes, scale, self._scheme.format(name, codes.shape[1]))
+        return _integer(self._source, name).from_codes(codes, scale)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def _integer(source: WeightSource, name: str) -> Integer:
+    form = source.format(name)
+    assert isinstance(form, Integer), f"{name} is stored as {form}, which cannot be calibrated"
+    return form
 
 
 class _Piece(nn.Module):
@@ -170,9 +178,9 @@ class _Piece(nn.Module):
             self.last = None
             self.last = (x, inverse_root(as_8_bits(x)))
         weight = self.source.weight(name)
-        form = self.source.scheme.format(name, weight.shape[1])
+        form = _integer(self.source, name)
         self.found[name] = gptq(weight, self.last[1], form)
-        return QuantizedLinear(from_parts(*self.found[name], form), bias)
+        return form.linear(form.from_codes(*self.found[name]), bias)
 
     def finish(self) -> None:
         """Saves the rounded matrices."""
@@ -184,13 +192,13 @@ class _Block(_Piece):
     def forward(self, *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the block. The rows for the caches are not used, and are returned empty."""
         block = self.source.frame(self.name)
-        for role, layer in list(block.named_modules()):
-            if isinstance(layer, nn.Linear):
-                name = f"{self.name}.{role}.weight"
-                if self.source.is_calibrated(name):
-                    block.set_submodule(role, _Rounding(functools.partial(self.round, name, layer.bias)))
-                else:
-                    layer.weight = nn.Parameter(self.source.stored(name), requires_grad=False)
+        for path, layer in linear_layers(block):
+            name = f"{self.name}.{path}.weight"
+            if self.source.is_calibrated(name):
+                made: nn.Module = _Rounding(functools.partial(self.round, name, layer.bias))
+            else:
+                made = self.source.format(name).linear(self.source.stored(name), layer.bias)
+            block.set_submodule(path, made)
         x, k, v = block(*arguments)
         self.finish()
         return x, k[:0], v[:0]
@@ -234,7 +242,7 @@ def inverse_root(x: Tensor) -> Tensor:
     return inverse.flip(0, 1)
 
 
-def gptq(weight: Tensor, root: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+def gptq(weight: Tensor, root: Tensor, form: Integer) -> tuple[Tensor, Tensor]:
     """Returns codes and scales of a matrix [N, K], given the `inverse_root` of its inputs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each column is little work, so threads would mostly wait
@@ -245,12 +253,12 @@ def gptq(weight: Tensor, root: Tensor, form: Format) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def _rounded(rows: Tensor, root: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+def _rounded(rows: Tensor, root: Tensor, form: Integer) -> tuple[Tensor, Tensor]:
     """Returns codes and scales of some rows. They are transposed to [K, N], so that a column is contiguous. The scale
     of a group is computed when the group is reached, after the corrections for earlier errors.
     """
     left = rows.t().contiguous()
-    codes, scales, most = torch.empty(left.shape, dtype=torch.int8), list[Tensor](), 1 << (form.bits or 0) - 1
+    codes, scales, most = torch.empty(left.shape, dtype=torch.int8), list[Tensor](), form.largest
     columns = form.group_size or _COLUMNS_AT_ONCE
     for start in range(0, len(left), columns):
         if form.group_size or not scales:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.lowering.trace import step
-from export.weights.quantize import row_chunks
+from export.weights.rows import row_chunks
 from export.weights.source import WeightSource, piece_names
 from model.model import Head, Llama
 from model.rotary import Angles

@@ -32,12 +32,6 @@ class VerificationError(Exception):
     """Raised when the exported program does not compute what was exported, or not accurately enough."""
 
 
-MAX_PPL_INCREASE = {8: 0.05, 4: 0.1}
-"""Default of `Quality.limit`, by `Scheme.fewest_bits`. A sound model of 135 million parameters loses 2 to 3% with 8
-bits, because its activations are quantised per token; a badly damaged model loses tens of percent.
-"""
-
-
 @dataclass(frozen=True)
 class Verdict:
     """Results of verifying a file.
@@ -160,19 +154,19 @@ def verify(file: Path | Sequence[Path], source: WeightSource, gate: Gate | None 
     program, gate = Program(file), gate or Gate()
     metadata = program.metadata
     check_same(metadata, source)
-    bits = source.scheme.fewest_bits
-    gate.check(bits is not None, program.tokenizer)
+    limit = source.scheme.max_ppl_increase
+    gate.check(limit is not None, program.tokenizer)
     found = observed(program)
-    parts = _parts(program, gate) if bits else []
+    parts = _parts(program, gate) if limit else []
     followed = _followed(program, parts)
     text_name = gate.text_name if program.tokenizer else None
     del program
     fidelity = judge(source, found)
     del found
     changed = tuple(altered(file, source))
-    if bits is None:
+    if limit is None:
         return Verdict(metadata, fidelity, None, changed)
-    limit = MAX_PPL_INCREASE[bits] if gate.max_ppl_increase is None else gate.max_ppl_increase
+    limit = limit if gate.max_ppl_increase is None else gate.max_ppl_increase
     quality = measure(source, parts, followed, metadata.max_seq_len, text_name, limit)
     return Verdict(metadata, fidelity, quality, changed)
 

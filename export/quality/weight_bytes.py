@@ -16,8 +16,7 @@ from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_progra
 from torch import Tensor
 
 from export.lowering.assemble import part_of, weight_digest
-from export.lowering.lower import parts, to_bytes
-from export.weights.quantize import QuantizedEmbedding
+from export.lowering.lower import to_bytes
 from export.weights.scheme import is_shared
 from export.weights.source import WeightSource
 from model.config import ModelConfig
@@ -95,11 +94,9 @@ def _values(source: WeightSource, name: str, is_whole: bool) -> list[Tensor]:
     """Returns the parts of a parameter, as stored in a file. A head that shares the embedding's matrix has the parts of
     the embedding.
     """
-    weight = source.weight(name)
-    stored = weight.float() if weight.dim() == 1 else source.stored(name)
-    found = [value for _, value in parts(stored)]
+    found = [value for _, value in source.parts(name)]
     if is_whole and name == "head.output.weight" and is_shared(source.config, source.scheme) and len(found) > 1:
-        shared = QuantizedEmbedding(stored).state_dict().values()
+        shared = source.piece("tok_embeddings").state_dict().values()
         found = [ours if ours.nbytes == theirs.nbytes else theirs for ours, theirs in zip(shared, found, strict=True)]
     return found
 

@@ -1,65 +1,38 @@
-"""Storage formats: the scheme for a whole model, and the format of each matrix that follows from it."""
+"""Scheme: the storage format of each matrix of a model."""
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from export.weights.formats.float32 import FLOAT
+from export.weights.formats.format import Format
+from export.weights.formats.integer import BYTE, Integer
+from export.weights.formats.registry import parse
 from model.config import ModelConfig
 from model.errors import InputError
 from model.model import Llama
 
-
-@dataclass(frozen=True)
-class Format:
-    """The storage format of a matrix.
-
-    Attributes:
-        bits: bits per weight: 8 or 4; None for float32.
-        group_size: number of consecutive weights in a row that share a scale; None for one scale per row.
-    """
-
-    bits: int | None = None
-    group_size: int | None = None
-
-    def fits(self, columns: int) -> bool:
-        """Returns whether a row consists of whole groups."""
-        return columns % (self.group_size or 1) == 0
-
-    def nbytes(self, rows: int, columns: int) -> int:
-        """Returns the size of a matrix in bytes: weights and scales. Scales of groups are in bfloat16, as in
-        XNNPACK.
-        """
-        if self.bits is None:
-            return rows * columns * 4
-        scales = rows * 4 if self.group_size is None else rows * columns // self.group_size * 2
-        return rows * columns * self.bits // 8 + scales
-
-    def __str__(self) -> str:
-        if self.bits is None:
-            return "float32"
-        return f"{self.bits} bits" + (f" in groups of {self.group_size}" if self.group_size else " a row")
-
-
-FLOAT = Format()
-BYTE = Format(8)
 CALIBRATED = "gptq"
 """Rounding of a scheme whose matrices are calibrated by `export.quality.gptq`."""
+
+CACHE_MAX_PPL_INCREASE = {"int8": 0.05}
+"""Relative increase of perplexity that verification allows by default for quantised KV caches, by dtype."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """The storage formats of a model's matrices. Inputs of quantised linear layers are quantised to 8 bits per token at
-    run time.
+    """The storage formats of a model's matrices.
 
     Attributes:
-        linear: format of the blocks' linear layers. A matrix whose rows are not whole groups has 8 bits instead.
+        linear: format of the blocks' linear layers. A matrix whose rows are not whole groups has the format's fallback
+            instead.
         head, embedding: formats of these two matrices.
-        careful: blocks whose linear layers have 8 bits instead.
-        rounding: rounding method of weights, one of export.weights.quantize.ROUNDINGS, or CALIBRATED.
+        careful: blocks whose linear layers have the format's fallback instead.
+        rounding: rounding method of weights, one of `export.weights.formats.integer.ROUNDINGS`, or CALIBRATED.
         kv_dtype: dtype of the KV caches, see `model.kv_row_format`.
     """
 
@@ -73,21 +46,33 @@ class Scheme:
     @staticmethod
     def parse(found: Mapping[str, Any]) -> "Scheme":
         """Returns the scheme stored in a file's provenance."""
-        formats = {name: Format(**found[name]) for name in ("linear", "head", "embedding")}
+        formats = {name: parse(found[name]) for name in ("linear", "head", "embedding")}
         return Scheme(
             **formats, careful=tuple(found["careful"]), rounding=found["rounding"], kv_dtype=found["kv_dtype"]
         )
 
     def to_json(self) -> dict[str, Any]:
         """Returns the scheme as JSON types, for `parse`."""
-        return asdict(self) | {"careful": list(self.careful)}
+        formats = {name: getattr(self, name).to_json() for name in ("linear", "head", "embedding")}
+        return formats | {"careful": list(self.careful), "rounding": self.rounding, "kv_dtype": self.kv_dtype}
 
     @property
-    def fewest_bits(self) -> int | None:
-        """The lowest number of bits of any weight or cached number; None if all have 16 or more."""
-        cached = 8 if self.kv_dtype == "int8" else None
-        bits = (self.linear.bits, self.head.bits, self.embedding.bits, cached)
-        return min(filter(None, bits), default=None)
+    def formats(self) -> tuple[Format, ...]:
+        """The formats of linear layers, head and embedding."""
+        return self.linear, self.head, self.embedding
+
+    @property
+    def max_ppl_increase(self) -> float | None:
+        """Relative increase of perplexity that verification allows by default: the greatest of the formats' and the
+        caches'; None if nothing is quantised.
+        """
+        limits = [form.max_ppl_increase for form in self.formats]
+        return max(filter(None, [*limits, CACHE_MAX_PPL_INCREASE.get(self.kv_dtype)]), default=None)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether any linear layer rounds its inputs to 8 bits."""
+        return self.linear.rounds_inputs or self.head.rounds_inputs
 
     @property
     def plain_rounding(self) -> str:
@@ -99,14 +84,12 @@ class Scheme:
         layers.3.attention.wq.weight.
         """
         wanted = {"tok_embeddings.weight": self.embedding, "head.output.weight": self.head}.get(name, self.linear)
-        if wanted.bits is None:
-            return wanted
         layer = re.match(r"layers\.(\d+)\.", name)
         careful = (layer and int(layer[1]) in self.careful) or name.endswith(".router.weight")
-        return BYTE if careful or not wanted.fits(columns) else wanted
+        return wanted.fallback if careful or not wanted.fits(columns) else wanted
 
 
-_FOUR = Format(4, 32)
+_FOUR = Integer(4, 32)
 SCHEMES = {
     "fp32": Scheme(),
     "8da4w": Scheme(linear=_FOUR, head=_FOUR, embedding=BYTE),
@@ -124,7 +107,7 @@ def finer(scheme: Scheme) -> list[str]:
     """Returns flags that each reduce the loss of quantisation, in order of increasing file size. Their effect is not
     measured.
     """
-    formats, found = (scheme.linear, scheme.head, scheme.embedding), list[str]()
+    formats, found = scheme.formats, list[str]()
     if any((form.group_size or 0) > GROUP_SIZES[0] for form in formats):
         found.append(f"--group-size {GROUP_SIZES[0]}")
     has_four = any(form.bits == 4 for form in formats)
@@ -150,15 +133,15 @@ def adjusted(
     Raises:
         InputError: the combination is not possible.
     """
-    four = Format(4, group_size or scheme.linear.group_size or GROUP_SIZES[0])
-    formats = {4: four, 8: BYTE}
+    four = Integer(4, group_size or scheme.linear.group_size or GROUP_SIZES[0])
+    formats: dict[int, Format] = {4: four, 8: BYTE}
     for flag, bits in (("embedding", embedding_bits), ("head", head_bits)):
         if bits is not None and bits not in formats:
             raise InputError(f"--{flag}-bits {bits} is impossible; give 4 or 8")
     made = Scheme(
-        linear=four if scheme.linear.bits == four.bits else scheme.linear,
+        linear=four if _is_four(scheme.linear) else scheme.linear,
         embedding=formats[embedding_bits] if embedding_bits else scheme.embedding,
-        head=formats[head_bits] if head_bits else four if scheme.head.bits == four.bits else scheme.head,
+        head=formats[head_bits] if head_bits else four if _is_four(scheme.head) else scheme.head,
         rounding=rounding,
     )
     if group_size is not None and group_size not in GROUP_SIZES:
@@ -166,6 +149,10 @@ def adjusted(
     if group_size is not None and four not in (made.linear, made.embedding, made.head):
         raise InputError(f"--group-size {group_size} is of 4-bit weights, and nothing here has 4 bits; leave it out")
     return made
+
+
+def _is_four(form: Format) -> bool:
+    return isinstance(form, Integer) and form.bits == 4
 
 
 def matrix_sizes(config: ModelConfig, scheme: Scheme, span: range | None = None) -> dict[str, int]:
@@ -185,14 +172,14 @@ def is_shared(config: ModelConfig, scheme: Scheme) -> bool:
 
 
 def swaps_pairs(config: ModelConfig, span: range, scheme: Scheme) -> bool:
-    """Returns whether the head takes its input in swapped pairs, because its 4-bit weights are stored in the
+    """Returns whether the head takes its input in swapped pairs, because its weights are stored in the
     embedding's order.
 
     This requires the embedding to be in the same shard. Such a model returns one row of logits at a time, because the
     swap does not support a variable number of rows.
     """
     is_here = span == range(config.n_layers) and is_shared(config, scheme)
-    return is_here and scheme.format("head.output.weight", config.dim).bits == 4
+    return is_here and scheme.format("head.output.weight", config.dim).swaps_pairs
 
 
 def format_exceptions(config: ModelConfig, scheme: Scheme) -> dict[str, Format]:

@@ -1,13 +1,14 @@
 """WeightSource, which provides the weights of a model piece by piece, so that the whole model is never in memory."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from export.weights.quantize import QuantizedEmbedding, quantize, stored
-from export.weights.scheme import CALIBRATED, Scheme, is_shared
+from export.weights.formats.float32 import FLOAT
+from export.weights.formats.format import Format
+from export.weights.scheme import CALIBRATED, Scheme, is_shared, matrices
 from model.config import ModelConfig
 from model.fused_attention import FusedLlama
 from model.model import Block, Llama
@@ -44,11 +45,24 @@ class WeightSource:
         return self._weights["tok_embeddings.weight" if tied else name]
 
     def stored(self, name: str) -> Tensor:
-        """Returns a matrix in the scheme's format: float32, or torchao's integers and scales."""
+        """Returns a parameter as its format stores it."""
         if self.is_calibrated(name):
             return self._calibrated[name]
-        weight = self.weight(name)
-        return stored(weight, self.scheme.format(name, weight.shape[1]), self.scheme.plain_rounding)
+        return self.format(name).stored(self.weight(name), self.scheme.plain_rounding)
+
+    def format(self, name: str) -> Format:
+        """Returns the storage format of a parameter: the scheme's for matrices, float32 for all others."""
+        columns = self._columns.get(name)
+        return FLOAT if columns is None else self.scheme.format(name, columns)
+
+    @functools.cached_property
+    def _columns(self) -> dict[str, int]:
+        columns = {name: shape[1] for name, shape in matrices(self.config).items()}
+        return columns | {"tok_embeddings.weight": self.config.dim}
+
+    def parts(self, name: str) -> list[tuple[str, Tensor]]:
+        """Returns the data to which a lowered piece refers by name for one of its parameters, see `Format.parts`."""
+        return self.format(name).parts(self.stored(name))
 
     def is_calibrated(self, name: str) -> bool:
         """Returns whether `export.quality.gptq` calibrates a matrix. The embedding is not calibrated, nor is a head
@@ -58,7 +72,7 @@ class WeightSource:
             form, is_alone = self.scheme.head, not is_shared(self.config, self.scheme)
         else:
             form, is_alone = self.scheme.linear, name != "tok_embeddings.weight"
-        return self.scheme.rounding == CALIBRATED and form.bits is not None and is_alone
+        return self.scheme.rounding == CALIBRATED and form.can_calibrate and is_alone
 
     def with_scheme(self, scheme: Scheme) -> "WeightSource":
         """Returns a source of the same model with another scheme."""
@@ -74,17 +88,21 @@ class WeightSource:
 
     def piece(self, name: str) -> nn.Module:
         """Returns a part of the model (tok_embeddings, layers.0, head) with its weights in the scheme's formats."""
+        weight = f"{name}.weight"
         if name == "tok_embeddings":
-            return _embedding(self.stored("tok_embeddings.weight"))
-        widths = columns(self.config, self.slices)
-        made = quantize(self.frame(name), lambda role: self.stored(f"{name}.{role}"), widths)
-        return made.eval().requires_grad_(False)
+            return self.format(weight).embedding(self.stored(weight))
+        widths, piece = columns(self.config, self.slices), self.frame(name)
+        for path, layer in linear_layers(piece):
+            weight = f"{name}.{path}.weight"
+            width = widths.get(path.rpartition(".")[2])
+            piece.set_submodule(path, self.format(weight).linear(self.stored(weight), layer.bias, width))
+        return piece.eval().requires_grad_(False)
 
     def frame(self, name: str) -> nn.Module:
         """Returns a part of the model with its weights in float32, but without the matrices of its linear layers."""
         with torch.device("meta"):
             piece = Llama(self.config).get_submodule(name)
-        matrices = {f"{role}.weight" for role, layer in piece.named_modules() if isinstance(layer, nn.Linear)}
+        matrices = {f"{path}.weight" for path, _ in linear_layers(piece)}
         rest = {role: self.weight(f"{name}.{role}").float() for role in piece.state_dict() if role not in matrices}
         piece.load_state_dict(rest, strict=False, assign=True)
         if isinstance(piece, Block):
@@ -128,12 +146,9 @@ def piece_names(config: ModelConfig, span: range | None = None) -> list[str]:
     return [*embedding_names(config, span), *(f"layers.{layer}" for layer in span), *head]
 
 
-def _embedding(weight: Tensor) -> nn.Module:
-    if isinstance(weight, IntxUnpackedToInt8Tensor):
-        return QuantizedEmbedding(weight)
-    embedding = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
-    embedding.weight = nn.Parameter(weight, requires_grad=False)
-    return embedding
+def linear_layers(module: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Returns the linear layers below a module, with their paths, such as attention.wq."""
+    return [(path, layer) for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
 
 
 class _OnDemand(nn.Module):

@@ -11,11 +11,12 @@ import pytest
 from export.atomic_file import replacing
 from export.lowering.trace import GraphOptions
 from export.quality.verification import verify
-from export.weights.scheme import BYTE, Format, Scheme
+from export.weights.formats.integer import BYTE, Integer
+from export.weights.scheme import Scheme
 from model.errors import InputError
 from tests.conftest import TOY, planned, random_model, write_pte
 
-FOUR = Format(4, 32)
+FOUR = Integer(4, 32)
 
 
 def names(folder: Path) -> list[str]:

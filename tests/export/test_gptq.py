@@ -20,8 +20,9 @@ from export.quality.eager import packed
 from export.quality.gptq import CalibrationText, calibrate, gptq, inverse_root
 from export.quality.layer_errors import measure_layer_errors
 from export.quality.perplexity import TEXT, Rows, windows
-from export.weights.quantize import ROUNDINGS, codes_for, from_parts, hqq, stored
-from export.weights.scheme import BYTE, CALIBRATED, FLOAT, SCHEMES, Format, Scheme, matrices
+from export.weights.formats.float32 import FLOAT
+from export.weights.formats.integer import BYTE, ROUNDINGS, Integer, codes_for, hqq
+from export.weights.scheme import CALIBRATED, SCHEMES, Scheme, matrices
 from export.weights.source import WeightSource
 from model.config import ModelConfig
 from model.errors import InputError
@@ -30,7 +31,7 @@ from runtime.engine.program import read_metadata
 from tests.conftest import TOY, random_model
 from tests.export.test_layer_errors import VARIANTS
 
-FOUR = Format(4, 32)
+FOUR = Integer(4, 32)
 SCHEME = replace(SCHEMES["8da4w"], rounding=CALIBRATED)
 FEW = replace(TOY, dim=64, hidden_dim=96, head_dim=16, vocab_size=40, tied=False)
 """Of fewer tokens than dimensions, so that inputs are correlated."""
@@ -56,16 +57,16 @@ def source_of(config: ModelConfig, scheme: Scheme = SCHEME) -> WeightSource:
 
 
 @settings(max_examples=10)
-@given(st.integers(0, 1 << 30), st.sampled_from([BYTE, FOUR, Format(4, 128)]))
-def test_less_is_lost_than_where_each_weight_is_rounded_alone(seed: int, form: Format) -> None:
+@given(st.integers(0, 1 << 30), st.sampled_from([BYTE, FOUR, Integer(4, 128)]))
+def test_less_is_lost_than_where_each_weight_is_rounded_alone(seed: int, form: Integer) -> None:
     weight, x = torch.randn(24, 128, generator=torch.Generator().manual_seed(seed)), correlated(seed)
-    found = from_parts(*gptq(weight, inverse_root(x), form), form)
+    found = form.from_codes(*gptq(weight, inverse_root(x), form))
     for rounding in ROUNDINGS:
-        assert loss(x, weight, found) < 0.8 * loss(x, weight, stored(weight, form, rounding))
+        assert loss(x, weight, found) < 0.8 * loss(x, weight, form.stored(weight, rounding))
 
 
-@pytest.mark.parametrize("form", [BYTE, FOUR, Format(4, 64)])
-def test_of_inputs_that_say_nothing_of_each_other_each_weight_is_rounded_alone(form: Format) -> None:
+@pytest.mark.parametrize("form", [BYTE, FOUR, Integer(4, 64)])
+def test_of_inputs_that_say_nothing_of_each_other_each_weight_is_rounded_alone(form: Integer) -> None:
     torch.manual_seed(0)
     weight = torch.randn(24, 192)
     for x in (torch.diag(torch.rand(192) + 0.1), torch.zeros(5, 192)):
@@ -149,9 +150,9 @@ def test_what_is_calibrated_is_read_from_the_folder_and_the_rest_is_not(tmp_path
         piece = name.rpartition(".")[0] if name.startswith("head") else ".".join(name.split(".")[:2])
         with safe_open(tmp_path / f"{piece.removesuffix('.output')}.safetensors", "pt") as tensors:
             assert torch.equal(source.stored(name).qdata, tensors.get_tensor(f"{name}.codes"))
-        assert not torch.equal(source.stored(name).qdata, stored(source.weight(name), FOUR, "hqq").qdata)
+        assert not torch.equal(source.stored(name).qdata, FOUR.stored(source.weight(name), "hqq").qdata)
     embedding = source.stored("tok_embeddings.weight")
-    assert torch.equal(embedding.qdata, stored(source.weight("tok_embeddings.weight"), BYTE, "hqq").qdata)
+    assert torch.equal(embedding.qdata, BYTE.stored(source.weight("tok_embeddings.weight"), "hqq").qdata)
     assert torch.equal(source.unquantised().stored("head.output.weight"), source.weight("head.output.weight"))
     with pytest.raises(KeyError):
         source_of(FEW).stored("head.output.weight")
@@ -173,7 +174,7 @@ def test_float32_and_a_head_that_is_the_embedding_are_left_alone(
         assert source.is_calibrated(name) != name.startswith(left), name
         if name.startswith(left):
             form = scheme.format(name, 64)
-            expected, found = stored(source.weight(name), form, "hqq"), source.stored(name)
+            expected, found = form.stored(source.weight(name), "hqq"), source.stored(name)
             assert torch.equal(found if form == FLOAT else found.qdata, expected if form == FLOAT else expected.qdata)
 
 

@@ -2,12 +2,11 @@ import functools
 from dataclasses import replace
 
 import torch
-from torch import nn
 
-from export.lowering.lower import Code, Codes, lower, parts
+from export.lowering.lower import Code, Codes, lower
 from export.lowering.trace import GraphOptions, signatures
-from export.weights.quantize import stored
-from export.weights.scheme import BYTE, SCHEMES, Format
+from export.weights.formats.integer import BYTE
+from export.weights.scheme import SCHEMES
 from tests.conftest import TOY
 
 CONFIG = replace(TOY, hidden_dim=64)
@@ -69,9 +68,9 @@ def test_portable_lowers_no_block_by_itself() -> None:
 
 def test_bytes_are_stored_as_they_are_with_a_scale_a_row() -> None:
     code = lowered("8da8w")["decode", "head"]
-    weight = nn.Parameter(stored(torch.randn(TOY.vocab_size, TOY.dim), BYTE, "nearest"), requires_grad=False)
-    assert [part.nbytes for part in code.data] == [data.nbytes for _, data in parts(weight)]
-    assert parts(weight)[1][1].dtype == torch.float32
+    (_, codes), (_, scales) = BYTE.parts(BYTE.stored(torch.randn(TOY.vocab_size, TOY.dim), "nearest"))
+    assert [part.nbytes for part in code.data] == [codes.nbytes, scales.nbytes]
+    assert scales.dtype == torch.float32
 
 
 def test_a_quantised_weight_has_its_scales_as_a_part() -> None:
@@ -81,11 +80,3 @@ def test_a_quantised_weight_has_its_scales_as_a_part() -> None:
         ("output.weight", 0, rows * columns // 2),
         ("output.weight", 1, rows * columns // 32 * 2),
     ]
-
-
-def test_four_bit_integers_are_packed_two_to_a_byte() -> None:
-    weight = nn.Parameter(stored(torch.randn(5, 64), Format(4, 32), "nearest"), requires_grad=False)
-    (_, packed), (prefix, scale) = parts(weight)
-    pairs = torch.stack(((packed & 15).int() - 8, (packed >> 4).int() - 8), dim=-1)
-    assert torch.equal(pairs.view(5, 64), weight.qdata.int())
-    assert (prefix, scale.dtype, tuple(scale.shape)) == ("scale_", torch.bfloat16, (5, 2))

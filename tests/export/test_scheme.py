@@ -3,12 +3,14 @@ from dataclasses import replace
 
 import pytest
 
-from export.weights.scheme import BYTE, FLOAT, SCHEMES, Format, Scheme, adjusted, format_exceptions, matrices
+from export.weights.formats.float32 import FLOAT
+from export.weights.formats.integer import BYTE, Integer
+from export.weights.scheme import SCHEMES, Scheme, adjusted, format_exceptions, matrices
 from model.errors import InputError
 from model.model import Llama
 from tests.conftest import TOY
 
-FOUR = Format(4, 32)
+FOUR = Integer(4, 32)
 
 
 def test_each_matrix_has_its_format() -> None:
@@ -32,7 +34,7 @@ def test_what_a_file_says_is_the_scheme_again() -> None:
 def test_flags_change_what_they_name() -> None:
     assert adjusted(SCHEMES["8da4w"], None, None, None, "nearest") == SCHEMES["8da4w"]
     assert adjusted(SCHEMES["8da4w"], 128, 4, 8, "hqq") == Scheme(
-        linear=Format(4, 128), head=BYTE, embedding=Format(4, 128), rounding="hqq"
+        linear=Integer(4, 128), head=BYTE, embedding=Integer(4, 128), rounding="hqq"
     )
     assert adjusted(SCHEMES["8da8w"], None, 4, 4, "nearest") == Scheme(linear=BYTE, head=FOUR, embedding=FOUR)
     assert adjusted(SCHEMES["fp32"], None, 8, None, "nearest") == Scheme(embedding=BYTE)

@@ -16,7 +16,8 @@ from export.planning.scheme_search import (
 )
 from export.quality.layer_errors import Loss
 from export.quality.perplexity import Gate, most_tokens, windows
-from export.weights.scheme import BYTE, SCHEMES, Format, Scheme
+from export.weights.formats.integer import BYTE, Integer
+from export.weights.scheme import SCHEMES, Scheme
 from model.errors import InputError
 from runtime.engine.program import read_metadata
 from tests.conftest import MODELS, TOY
@@ -37,7 +38,7 @@ def test_bytes_are_those_of_all_matrices_and_of_the_embedding_once() -> None:
     square = 2 * (4 + 3) * 64 * 64 + 100 * 64  # weights of two blocks and the head
     assert stored_bytes(config, SCHEMES["fp32"]) == 4 * (square + 6400)
     assert stored_bytes(replace(config, tied=True), SCHEMES["fp32"]) == 4 * square
-    four = Format(4, 32)
+    four = Integer(4, 32)
     assert stored_bytes(replace(config, tied=True), Scheme(four, four, four)) == square * 9 // 16
     assert stored_bytes(replace(config, tied=True), Scheme(four, four, BYTE)) == square * 9 // 16 + 100 * 68
 

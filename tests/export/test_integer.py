@@ -6,10 +6,10 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
-from export.weights.quantize import ROUNDINGS, QuantizedEmbedding, as_8_bits, quantize, row_chunks, stored
-from export.weights.scheme import BYTE, Format
+from export.weights.formats.integer import BYTE, ROUNDINGS, Integer
+from export.weights.formats.integer_layers import as_8_bits
 
-GROUPS = Format(4, 32)
+GROUPS = Integer(4, 32)
 
 
 def test_four_bit_layers_are_torchaos() -> None:
@@ -20,30 +20,13 @@ def test_four_bit_layers_are_torchaos() -> None:
     quantize_(
         theirs, Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32), weight_scale_dtype=torch.bfloat16)
     )
-    quantize(ours, lambda name: stored(ours.get_parameter(name), GROUPS, "nearest"))
-    assert torch.equal(ours[0].weight.qdata, theirs[0].weight.qdata)
-    assert torch.equal(ours[0].weight.scale, theirs[0].weight.scale)
+    layer = GROUPS.linear(GROUPS.stored(ours[0].weight, "nearest"), ours[0].bias)
+    assert torch.equal(layer.weight.qdata, theirs[0].weight.qdata)
+    assert torch.equal(layer.weight.scale, theirs[0].weight.scale)
     x = torch.randn(2, 5, 64)
     step = (x.amax(-1) - x.amin(-1)).max() / 255
-    most = float(step * ours[0].weight.dequantize().abs().sum(-1).max())
-    torch.testing.assert_close(ours(x), theirs(x), atol=most, rtol=0)
-
-
-def test_a_large_matrix_is_quantised_in_parts_as_it_would_be_at_once(monkeypatch: object) -> None:
-    torch.manual_seed(0)
-    weight = torch.randn(40, 64)
-    whole = stored(weight, GROUPS, "nearest")
-    import export.weights.quantize as module
-
-    most = module._ELEMENTS_AT_ONCE
-    module._ELEMENTS_AT_ONCE = 3 * 64
-    try:
-        parted = stored(weight, GROUPS, "nearest")
-        assert len(list(row_chunks(weight))) == 14
-    finally:
-        module._ELEMENTS_AT_ONCE = most
-    assert torch.equal(whole.qdata, parted.qdata)
-    assert torch.equal(whole.scale, parted.scale)
+    most = float(step * layer.weight.dequantize().abs().sum(-1).max())
+    torch.testing.assert_close(layer(x), theirs(x), atol=most, rtol=0)
 
 
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=20))
@@ -56,23 +39,23 @@ def test_activations_are_rounded_by_at_most_half_a_step_and_zero_stays(values: l
 
 
 @pytest.mark.parametrize(("form", "operator"), [(BYTE, "embedding_byte"), (GROUPS, "embedding_4bit")])
-def test_an_embedding_is_looked_up_as_it_is_exported(form: Format, operator: str) -> None:
+def test_an_embedding_is_looked_up_as_it_is_exported(form: Integer, operator: str) -> None:
     torch.manual_seed(0)
     weight, tokens = torch.randn(7, 96) * torch.rand(7, 1), torch.tensor([[2, 0, 6], [1, 1, 5]])
-    quantised = stored(weight, form, "nearest")
-    layer = QuantizedEmbedding(quantised)
+    quantised = form.stored(weight, "nearest")
+    layer = form.embedding(quantised)
     torch.testing.assert_close(layer(tokens), quantised.dequantize()[tokens])
     exported = torch.export.export(layer, (tokens,))
     assert operator in str(exported.graph)
     torch.testing.assert_close(exported.module()(tokens), layer(tokens))
 
 
-@pytest.mark.parametrize("form", [BYTE, GROUPS, Format(4, 128)])
+@pytest.mark.parametrize("form", [BYTE, GROUPS, Integer(4, 128)])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_weights_are_off_by_little_more_than_half_a_step(form: Format, rounding: str) -> None:
+def test_weights_are_off_by_little_more_than_half_a_step(form: Integer, rounding: str) -> None:
     torch.manual_seed(0)
     weight = torch.randn(9, 256)
-    found = stored(weight, form, rounding)
+    found = form.stored(weight, rounding)
     step = found.scale.float().repeat_interleave(form.group_size or 256, dim=1)
     off = (found.dequantize() - weight).abs() / step
     inside = weight.abs() < 7 * step if form.bits == 4 else weight.abs() < 127 * step
@@ -83,5 +66,13 @@ def test_weights_are_off_by_little_more_than_half_a_step(form: Format, rounding:
 def test_hqq_is_closer_than_the_nearest() -> None:
     torch.manual_seed(0)
     weight = torch.randn(64, 256)
-    squares = [(stored(weight, GROUPS, name).dequantize() - weight).square().mean() for name in ("hqq", "nearest")]
+    squares = [(GROUPS.stored(weight, name).dequantize() - weight).square().mean() for name in ("hqq", "nearest")]
     assert squares[0] < squares[1]
+
+
+def test_four_bit_codes_are_packed_two_to_a_byte() -> None:
+    weight = GROUPS.stored(torch.randn(5, 64), "nearest")
+    (_, packed), (prefix, scale) = GROUPS.parts(weight)
+    pairs = torch.stack(((packed & 15).int() - 8, (packed >> 4).int() - 8), dim=-1)
+    assert torch.equal(pairs.view(5, 64), weight.qdata.int())
+    assert (prefix, scale.dtype, tuple(scale.shape)) == ("scale_", torch.bfloat16, (5, 2))

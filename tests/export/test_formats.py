@@ -1,0 +1,60 @@
+"""What every storage format promises: add a new format's instances to EXAMPLES."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from export.weights.formats.float32 import FLOAT
+from export.weights.formats.format import Format
+from export.weights.formats.integer import BYTE, Integer
+from export.weights.formats.registry import FORMATS, parse
+
+EXAMPLES: dict[Format, float] = {FLOAT: 1e-6, BYTE: 0.02, Integer(4, 32): 0.2, Integer(4, 128): 0.25}
+"""The formats, with the largest error of a linear layer relative to the size of its results."""
+
+pytestmark = pytest.mark.parametrize("form", EXAMPLES, ids=str)
+
+
+@pytest.fixture
+def weight() -> Tensor:
+    return torch.randn(24, 256, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_kind_is_tried(form: Format) -> None:
+    assert {example.kind for example in EXAMPLES} == set(FORMATS)
+    assert FORMATS[form.kind] is type(form)
+
+
+def test_provenance_says_which_it_is(form: Format) -> None:
+    assert parse(json.loads(json.dumps(form.to_json()))) == form
+
+
+def test_sizes_are_those_of_the_stored_data(form: Format, weight: Tensor) -> None:
+    for stored in (form.stored(weight, "nearest"), form.random(weight.shape)):
+        assert sum(part.nbytes for _, part in form.parts(stored)) == form.nbytes(*weight.shape)
+
+
+def test_layers_compute_what_the_weights_say(form: Format, weight: Tensor) -> None:
+    x, bias = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(1)), torch.arange(24.0)
+    stored = form.stored(weight, "nearest")
+    exact = F.linear(x, weight, bias)
+    found = form.linear(stored, bias)(x)
+    assert (found - exact).square().mean().sqrt() < EXAMPLES[form] * F.linear(x, weight).std()
+    tokens = torch.tensor([[3, 0, 23]])
+    rows = form.embedding(stored)(tokens)
+    assert (rows - weight[tokens]).square().mean().sqrt() <= EXAMPLES[form]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_shares_joined_are_the_whole(form: Format, axis: int, weight: Tensor) -> None:
+    stored = form.stored(weight, "nearest")
+    shares = [form.share(stored, axis, lambda each, padding=0.0, i=i: each.chunk(2, axis)[i]) for i in range(2)]
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(2))
+    inputs = x.chunk(2, -1) if axis == 1 else (x, x)
+    found = [form.linear(share, None)(each) for share, each in zip(shares, inputs, strict=True)]
+    joined = torch.cat(found, -1) if axis == 0 else found[0] + found[1]
+    exact = form.linear(stored, None, width=128 if axis == 1 else None)(x)
+    torch.testing.assert_close(joined, exact, atol=1e-4, rtol=1e-4)
