@@ -42,7 +42,7 @@ def altered(path: Path | Sequence[Path], source: WeightSource) -> Iterator[str]:
     for each in files(path) if isinstance(path, Path) else path:
         metadata = Shard(each).metadata
         part, identity = part_of(source, export_identity(metadata.provenance), metadata.methods[0])
-        is_whole = metadata.slices == 1 and metadata.span == range(source.config.n_layers)
+        is_whole = metadata.span == range(source.config.n_layers)
         with each.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as program:
             places = weight_places(program)
             yield from _altered(program, places, part, identity, is_whole)
