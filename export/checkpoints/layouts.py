@@ -67,4 +67,6 @@ def open_checkpoint(path: str | Path, hub_token: str | None = None, cache_dir: P
                 raise
             except ValueError as error:  # raised by ModelConfig and RopeScaling for impossible dimensions
                 raise InputError(f"{path}: {error}") from error
-    raise InputError(f"{path} is no known checkpoint; known are: {', '.join(layout.name for layout in LAYOUTS)}")
+    raise InputError(
+        f"{path} is not a supported checkpoint; supported are: {', '.join(layout.name for layout in LAYOUTS)}"
+    )
