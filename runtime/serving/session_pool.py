@@ -19,7 +19,7 @@ class SessionPool:
         """Starts with one idle session; others are created when needed.
 
         Raises:
-            InputError: the limit is impossible, or the program was exported for several texts at once.
+            InputError: the limit is invalid, or the program was exported for several texts at once.
         """
         if limit < 1:
             raise InputError(f"--sessions {limit} is invalid; give 1 or more")
