@@ -24,9 +24,9 @@ def replacing(path: Path) -> Iterator[Path]:
         InputError: no file can be written at `path`.
     """
     if path.is_dir():
-        raise InputError(f"--output {path} is a folder; give the name of a file")
+        raise InputError(f"--output {path} is a folder; give a file name")
     if path.exists() and not path.is_file():
-        raise InputError(f"--output {path} is no ordinary file; give the name of one")
+        raise InputError(f"--output {path} is not a regular file; give another file name")
     with _temporary_beside(path) as owner:
         temporary = Path(owner.name)
         try:
@@ -36,7 +36,9 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(stream.fileno())
             temporary.replace(path)
         except OSError as error:
-            raise InputError(f"--output {path} cannot be written ({error.strerror}); make room there") from error
+            raise InputError(
+                f"--output {path} cannot be written ({error.strerror}); free some space or give another folder"
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -60,7 +62,9 @@ def _temporary_beside(path: Path) -> "tempfile._TemporaryFileWrapper[bytes]":
         finally:
             os.close(folder)
     except OSError as error:
-        raise InputError(f"--output {path} cannot be written ({error.strerror}); give a place that can") from error
+        raise InputError(
+            f"--output {path} cannot be written ({error.strerror}); give a path that can be written"
+        ) from error
     return owner
 
 

@@ -65,10 +65,12 @@ def _weights(metadata: Metadata) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command. Returns exit code 0, or 2 for bad input."""
-    description = "Prints what a .pte carries and the memory that running it takes."
+    description = "Prints the contents of a .pte file and the memory required to run it."
     parser = command.parser("export.inspect", description, __doc__)
-    parser.add_argument("file", type=Path, help="the .pte, or the folder of its shards or slices")
-    parser.add_argument("--format", choices=("text", "json"), default="text")
+    parser.add_argument("file", type=Path, help=".pte file, or folder of shards or slices")
+    parser.add_argument(
+        "--format", choices=("text", "json"), default="text", help="output format (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     found = describe(read_metadata(options.file), sum(file.stat().st_size for file in files(options.file)))
     print(json.dumps(found, indent=2) if options.format == "json" else _text(options.file, found))
@@ -79,7 +81,7 @@ def _backend(provenance: dict[str, Any]) -> str:
     options = provenance["options"]
     count = options.get("tensor_parallel", 1)
     slices = f", in {count} slices" if count > 1 else ""
-    unverified = "" if provenance["verified"] else "; could not be run, and so not verified, where it was made"
+    unverified = "" if provenance["verified"] else "; not verified, because the machine that exported it cannot run it"
     return options["backend"] + slices + unverified
 
 
@@ -107,7 +109,7 @@ def _text(file: Path, found: dict[str, Any]) -> str:
         f"made by      {made_by}",
         f"checkpoint   {found['provenance']['checkpoint']}",
         "",
-        "memory of the process's own, beside the runtime:",
+        "memory of the process, without the runtime:",
         *(f"  {name:12}{memory[name] / 1e6:10.1f} MB" for name in ("weights", "caches", "activations", "total")),
         f"  {'mapped':12}{memory['mapped'] / 1e6:10.1f} MB  the file, which the system may drop and read again",
         *(["", "KV caches by context:"] if memory["caches"] else []),

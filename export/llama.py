@@ -99,7 +99,7 @@ def export_llama(options: ExportOptions, progress: Progress | None = None) -> Pa
     planned = choose_scheme(planned, gate, options.auto, progress.note)
     output = planned.output
     if not options.force and _is_already(planned):
-        progress.note(f"{output} is already this export; --force makes it again")
+        progress.note(f"{output} is up to date; --force exports it again")
         return output
     with _replacing(planned) as temporaries, _calibrated(planned, progress) as planned:
         _write(planned, options, temporaries, progress)
@@ -107,7 +107,7 @@ def export_llama(options: ExportOptions, progress: Progress | None = None) -> Pa
         with progress.stage("verify") as result:
             if not planned.provenance["verified"]:
                 absent = BACKENDS[options.backend].runtime
-                result.append(f"skipped: {absent} is not in this machine's ExecuTorch; check the file on the device")
+                result.append(f"skipped: ExecuTorch on this machine lacks {absent}; check the file on the device")
                 return output
             found = verify_once(temporaries, planned.source, gate, _cache(options))
             result.append(found.summary)
@@ -202,21 +202,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    description = "Exports a Llama checkpoint as one self-contained .pte, and verifies it."
+    description = "Exports a Llama checkpoint to one self-contained .pte file and verifies it."
     parser = command.parser("export.llama", description, __doc__)
     add = parser.add_argument
     _add_file_flags(parser)
     _add_graph_flags(parser)
+    _add_part_flags(parser)
     _add_scheme_flags(parser)
-    add("--auto", action="store_true", help="the smallest scheme that keeps perplexity within --max-ppl-increase")
+    add(
+        "--auto",
+        action="store_true",
+        help="choose the smallest scheme that keeps perplexity within --max-ppl-increase (default: 2%%)",
+    )
     add_flags(parser)
-    add("--run", metavar="PROMPT", help="then continue this text, as runtime.generate does")
+    add("--run", metavar="PROMPT", help="after the export, continue this prompt as `llama-pte generate` does")
     add("--force", action="store_true", help="export again even if the output is up to date")
     add(
         "--no-cache",
         dest="cache",
         action="store_false",
-        help=f"lower and verify anew, rather than rely on what was kept of earlier exports in {default_folder()}",
+        help=f"do not reuse results of earlier exports, which are kept in {default_folder()}",
     )
     return parser
 
@@ -229,27 +234,26 @@ def _add_file_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=BUILT_IN,
         metavar="PATH",
-        help="Hugging Face or Meta folder, GGUF, llama2.c .bin, or org/name on the Hugging Face hub (default: the "
-        "built-in model)",
+        help="checkpoint: Hugging Face or Meta folder, GGUF, llama2.c .bin, or org/name on the Hugging Face hub "
+        "(default: the built-in model)",
     )
     add(
         "--tokenizer",
         type=Path,
         metavar="FILE",
-        help="SentencePiece, tiktoken or tokenizer.json; `none` for no tokenizer (default: the checkpoint's own)",
+        help="tokenizer: SentencePiece, tiktoken or tokenizer.json, or `none` (default: the checkpoint's own)",
     )
     add(
         "--chat-template",
         metavar="NAME",
-        help=f"how messages become a text: {', '.join(NAMED)}, a file of Jinja, or `none` (default: the checkpoint's "
-        "own)",
+        help=f"chat template: {', '.join(NAMED)}, a Jinja file, or `none` (default: the checkpoint's own)",
     )
     add(
         "--output",
         type=Path,
         metavar="PATH",
-        help="a file, or the folder of shards or slices (default: the checkpoint's name with .pte, .shards or "
-        ".slices, in this folder)",
+        help="file to write, or folder for shards or slices (default: the checkpoint's name with .pte, .shards or "
+        ".slices, in the current folder)",
     )
     hub.add_flags(parser)
 
@@ -261,72 +265,102 @@ def _add_graph_flags(parser: argparse.ArgumentParser) -> None:
         "--max-seq-len",
         type=int,
         metavar="N",
-        help="positions of prompt and answer together; the KV cache is allocated for all of them "
+        help="maximum length of prompt and answer together, for which the KV cache is allocated "
         f"(default: the model's context, at most {DEFAULT_CONTEXT})",
     )
-    add("--prefill-chunk", type=int, metavar="N", help=f"prompt tokens taken at once (default: {DEFAULT_CHUNK})")
+    add(
+        "--prefill-chunk", type=int, metavar="N", help=f"prompt tokens processed in one step (default: {DEFAULT_CHUNK})"
+    )
     refused = [name for name in BACKENDS if name not in lowering()]
     add(
         "--backend",
         default="xnnpack",
         metavar="NAME",
-        help=f"what runs the graph: {', '.join(lowering())} (default: %(default)s); {', '.join(refused)} say what they "
-        "lack",
+        help=f"ExecuTorch backend: {', '.join(lowering())} (default: %(default)s); unsupported: {', '.join(refused)}",
     )
     add(
         "--attention",
         metavar="FORM",
-        help="fused: one operator that reads as much of the KV cache as is filled; aten: plain operators on all of it "
-        "(default: fused for xnnpack, aten for the others and for mixtures of experts)",
+        help="fused: one operator that reads only the filled part of the KV cache; aten: plain operators over the "
+        "whole cache (default: fused for xnnpack; aten for other backends, mixtures of experts and --no-kv-cache)",
     )
-    add("--batch-size", type=int, default=1, metavar="N", help="texts that runtime.batch extends at once (default: 1)")
+    add(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="texts that `llama-pte batch` extends at once (default: 1)",
+    )
+    add(
+        "--no-kv-cache",
+        dest="kv_cache",
+        action="store_false",
+        help="export without a KV cache: one method that takes the whole text at every step",
+    )
+    add("--hidden-states", action="store_true", help="also return the last block's normalised output")
+    add(
+        "--original-context",
+        action="store_true",
+        help="allow no more than the original context of a model whose context was extended",
+    )
+
+
+def _add_part_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that divide the model among files."""
+    add = parser.add_argument
     add(
         "--shards",
         type=int,
         default=1,
         metavar="N",
-        help="cut the model by blocks into N files in a folder (default: 1)",
+        help="divide the model's blocks among N files in a folder (default: 1)",
     )
     add(
         "--shard-bytes",
         type=command.byte_count,
         metavar="SIZE",
-        help="or into as few as have at most so many bytes of matrices each, such as 200MB",
+        help="divide them among as few files as possible with at most this size of matrices each, such as 200MB",
     )
     add(
         "--tensor-parallel",
         type=int,
         default=1,
         metavar="N",
-        help="slice every block into N files in a folder, of which each has a part of all matrices (default: 1)",
+        help="divide every matrix among N files in a folder (default: 1)",
     )
-    add(
-        "--no-kv-cache",
-        dest="kv_cache",
-        action="store_false",
-        help="one method that takes the whole text at every step, for backends that cannot take caches",
-    )
-    add("--hidden-states", action="store_true", help="also return the last block's result, normalised")
-    add("--original-context", action="store_true", help="keep to the context from before the model's was extended")
 
 
 def _add_scheme_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags for the storage of weights and caches."""
     add = parser.add_argument
-    add("--quantize", default="fp32", help=f"how weights are stored: {' or '.join(SCHEMES)} (default: %(default)s)")
-    add("--group-size", type=int, metavar="N", help="4-bit weights that share a scale: 32, 64 or 128 (default: 32)")
-    add("--embedding-bits", type=int, metavar="N", help="4 or 8 (default: 8 where anything is quantised)")
-    add("--head-bits", type=int, metavar="N", help="4 or 8 (default: as the other linear layers)")
+    add("--quantize", default="fp32", help=f"storage of weights: {', '.join(SCHEMES)} (default: %(default)s)")
+    add(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="number of 4-bit weights that share a scale: 32, 64 or 128 (default: 32)",
+    )
+    add(
+        "--embedding-bits",
+        type=int,
+        metavar="N",
+        help="bits of the embedding: 4 or 8 (default: 8 if anything is quantised)",
+    )
+    add(
+        "--head-bits",
+        type=int,
+        metavar="N",
+        help="bits of the head: 4 or 8 (default: as the other linear layers; 8 for mixed)",
+    )
     add(
         "--kv-dtype",
         default="fp32",
-        help=f"of the KV cache: {' or '.join(KV_DTYPES)} (default: %(default)s); int8 has a scale for each row",
+        help=f"format of the KV cache: {', '.join(KV_DTYPES)}; int8 has a scale per row (default: %(default)s)",
     )
-    add("--rounding", default="nearest", help=f"of weights: {' or '.join(ROUNDINGS)} (default: %(default)s)")
+    add("--rounding", default="nearest", help=f"rounding of weights: {' or '.join(ROUNDINGS)} (default: %(default)s)")
     add(
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help="round quantised layers by what this text makes of their inputs (GPTQ); its first "
-        f"{TOKENS} tokens are looked at",
+        help=f"round weights with GPTQ, on the first {TOKENS} tokens of this text",
     )

@@ -42,7 +42,9 @@ def export_module(
     """
     check(backend)
     if absent := lacking([BACKENDS[backend].runtime]):
-        raise InputError(f"{listed(absent)} is not on this machine, so the file could not be checked; choose another")
+        raise InputError(
+            f"{listed(absent)} is not on this machine, so the file cannot be verified; choose another backend"
+        )
     with torch.no_grad():
         expected = module(*inputs)
         program = torch.export.export(module, tuple(inputs))
@@ -60,4 +62,4 @@ def _compare(path: Path, inputs: Sequence[Tensor], expected: Sequence[Tensor], l
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         worst = float((ours - theirs).abs().max())
         if not worst <= limit * max(1.0, float(theirs.abs().max())):  # a NaN fails
-            raise VerificationError(f"result {number} differs by {worst:.1e} from the module's; nothing was written")
+            raise VerificationError(f"output {number} differs by {worst:.1e} from the module's; nothing was written")

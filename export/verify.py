@@ -44,14 +44,14 @@ def _with_calibration(source: WeightSource, file: Path, path: Path | None, folde
     if made_with is None and path is None:
         return source
     if made_with is None:
-        raise InputError(f"--calibrate {path} is for calibrated files, and {file} is none; leave it out")
+        raise InputError(f"--calibrate {path} needs a calibrated file, but {file} is not one; leave it out")
     if path is None:
-        raise InputError(f"{file} was calibrated with a text; give the same one by --calibrate FILE")
+        raise InputError(f"{file} was calibrated with a text; give that text with --calibrate FILE")
     text = CalibrationText.of(path)
     if text.sha256 != made_with["sha256"]:
         raise InputError(
             f"--calibrate {path} is not the text that {file} was calibrated with (SHA-256 {text.sha256} is not "
-            f"{made_with['sha256']}); give that one"
+            f"{made_with['sha256']}); give that text"
         )
     check_same(metadata, source)
     texts = text.windows(from_bytes(metadata.tokenizer, metadata.tokenizer_kind), metadata.bos_id, metadata.max_seq_len)
@@ -60,27 +60,29 @@ def _with_calibration(source: WeightSource, file: Path, path: Path | None, folde
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command. Returns exit code 0 if the file passes, 1 if it does not, 2 for bad input."""
-    parser = command.parser("export.verify", "Checks a .pte against its checkpoint.", __doc__)
-    parser.add_argument("file", type=Path, help="the .pte")
+    parser = command.parser("export.verify", "Compares a .pte file with its checkpoint.", __doc__)
+    parser.add_argument("file", type=Path, help=".pte file, or folder of shards or slices")
     parser.add_argument(
         "--checkpoint",
         type=Path,
         default=BUILT_IN,
         metavar="PATH",
-        help="a path, or org/name on the Hugging Face hub (default: the built-in model)",
+        help="checkpoint of the file: a path, or org/name on the Hugging Face hub (default: the built-in model)",
     )
     hub.add_flags(parser)
     add_flags(parser)
     parser.add_argument(
-        "--calibrate", type=Path, metavar="FILE", help="the text that a file was calibrated with, which is needed again"
+        "--calibrate", type=Path, metavar="FILE", help="text that the file was calibrated with; needed if it was"
     )
-    parser.add_argument("--report", action="store_true", help="write a quantised file's report beside it")
+    parser.add_argument(
+        "--report", action="store_true", help="write a report (.json and .html) beside a quantised file"
+    )
     options = parser.parse_args(arguments)
     gate = Gate.of(options.eval_text, options.max_ppl_increase)
     metadata = read_metadata(options.file)
     scheme = Scheme.parse(metadata.provenance["options"]["scheme"])
     if options.report and scheme.max_ppl_increase is None:
-        raise InputError(f"--report is for quantised files, and {options.file} is float32; leave it out")
+        raise InputError(f"--report needs a quantised file, but {options.file} is float32; leave it out")
     checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir)
     config = for_length(checkpoint.config, metadata.max_seq_len)
     slices = metadata.provenance["options"].get("tensor_parallel", 1)

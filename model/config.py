@@ -42,19 +42,21 @@ class RopeScaling:
     def __post_init__(self) -> None:
         numbers = (self.factor, self.low_freq_factor, self.high_freq_factor, self.beta_fast, self.beta_slow)
         if self.kind not in self.KINDS:
-            raise ValueError(f"rope scaling {self.kind!r} is unknown; known are {', '.join(self.KINDS)}")
+            raise ValueError(f"rope scaling {self.kind!r} is unknown; supported are {', '.join(self.KINDS)}")
         in_order = self.low_freq_factor < self.high_freq_factor and self.beta_slow < self.beta_fast
         positive = all(0 < number < math.inf for number in numbers) and self.factor >= 1 and self.original_context >= 2
         if not in_order or not positive:
             raise ValueError(
-                f"rope scaling {dataclasses.asdict(self)} is impossible: it needs factor >= 1, original_context >= 2, "
+                f"rope scaling {dataclasses.asdict(self)} is invalid: it needs factor >= 1, original_context >= 2, "
                 "0 < low_freq_factor < high_freq_factor and 0 < beta_slow < beta_fast"
             )
         if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
             raise ValueError(f"attention_factor is {self.attention_factor}: it must be a positive number")
         for factors in (self.short_factors, self.long_factors):
             if (self.kind == "longrope") != bool(factors) or not all(0 < factor < math.inf for factor in factors):
-                raise ValueError(f"rope scaling of kind {self.kind} has the divisors {factors}: longrope needs them")
+                raise ValueError(
+                    f"rope scaling {self.kind} has the divisors {factors}: longrope needs them, other kinds have none"
+                )
 
 
 _LARGEST = {
@@ -210,7 +212,7 @@ class ModelConfig:
         if scaling.kind == "longrope":
             lengths = {len(scaling.short_factors), len(scaling.long_factors)}
             if lengths != {pairs}:
-                raise ValueError(f"longrope's divisors are {sorted(lengths)} where {pairs} pairs are rotated")
+                raise ValueError(f"longrope has {sorted(lengths)} divisors, but {pairs} pairs are rotated")
         if scaling.kind == "dynamic" and pairs < 2:
             raise ValueError("dynamic rope scaling needs two rotated pairs or more")
         if scaling.kind == "yarn" and self.rope_theta <= 1:

@@ -160,11 +160,11 @@ class ChatTemplate:
         turns = roles[has_system:]
         if len(turns) % 2 == 0 or turns != [ASSISTANT if i % 2 else USER for i in range(len(turns))]:
             raise InputError(
-                f"the messages are of {', '.join(roles) or 'nobody'}; give user and assistant in turns, the user first "
-                "and last, and before them at most one of system"
+                f"the roles of the messages are {', '.join(roles) or 'none'}; give user and assistant in turns, the "
+                "user first and last, and before them at most one of system"
             )
         if has_system and self.system is None:
-            raise InputError("the chat template takes no system message; leave it out")
+            raise InputError("the chat template supports no system message; leave it out")
         system = messages[0][1] if has_system else None
         if self.system and self.system.skips_empty and system == "":
             system = None
@@ -218,7 +218,7 @@ def check_contents(tokenizer: Tokenizer, own: str, contents: Sequence[str]) -> N
     """
     for text in _markers(tokenizer.fixed):
         if text in own and any(text in content for content in contents):
-            raise InputError(f"a message holds {text}, which stands between messages; leave it out")
+            raise InputError(f"a message holds {text}, which separates messages; leave it out")
 
 
 def _markers(texts: Mapping[str, int]) -> dict[str, int]:

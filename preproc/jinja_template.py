@@ -134,10 +134,10 @@ class JinjaTemplate:
         try:
             return environment.from_string(self.source)
         except TemplateSyntaxError as error:
-            message = f"line {error.lineno} of the chat template is no Jinja ({error.message})"
+            message = f"line {error.lineno} of the chat template is not valid Jinja ({error.message})"
             raise InputError(message) from error
         except (TemplateError, RecursionError) as error:
-            raise InputError(f"the chat template is no Jinja ({error})") from error
+            raise InputError(f"the chat template is not valid Jinja ({error})") from error
 
 
 Carried = JinjaTemplate | ChatTemplate
@@ -173,7 +173,7 @@ def _begun(text: str, content: str) -> str:
     """Returns the text up to the end of a content, cut as transformers does for continue_final_message."""
     start = text.rfind(content.strip())
     if start < 0:
-        raise InputError("the chat template changes the last message, of the assistant; leave it out")
+        raise InputError("the chat template changes the assistant's message at the end; leave it out")
     whole = content.lstrip()
     return text[: start + len(whole if text.startswith(whole, start) else content.strip())]
 

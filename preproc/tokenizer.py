@@ -287,7 +287,7 @@ def _tiktoken_ranks(data: bytes) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise InputError(f"line {number} of the tiktoken file is no `base64 rank`; copy the file again") from error
+            raise InputError(f"line {number} of the tiktoken file is not `base64 rank`; copy the file again") from error
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise InputError(f"the tiktoken file's {len(ranks)} ranks have gaps or repeats; copy the file again")
     return ranks
@@ -302,7 +302,7 @@ def _decoders(data: bytes) -> set[str]:
     decoder = json.loads(data).get("decoder") or {}
     kinds = {step.get("type") for step in (decoder, *decoder.get("decoders", ()))} - {None}
     if unknown := kinds - {"Sequence", "ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
-        raise InputError(f"its decoder {listed(unknown)} is not supported; give a byte-level or SentencePiece-like BPE")
+        raise InputError(f"its decoder {listed(unknown)} is unsupported; give a byte-level or SentencePiece-like BPE")
     return kinds
 
 
@@ -361,7 +361,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"tokenizer {path} is no file; give a SentencePiece, tiktoken or tokenizer.json file")
+        raise InputError(f"tokenizer {path} is not a file; give a SentencePiece, tiktoken or tokenizer.json file")
     try:
         tokenizer = from_bytes(path.read_bytes())
     except InputError as error:
@@ -379,7 +379,7 @@ def _eos_beside(folder: Path) -> str | None:
         try:
             said = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
         except ValueError as error:
-            raise InputError(f"{path} is no JSON ({error}); repair it, or move the tokenizer elsewhere") from error
+            raise InputError(f"{path} is not JSON ({error}); correct it, or move the tokenizer elsewhere") from error
         text = token_text(said.get("eos_token") if isinstance(said, dict) else None)
         if text is not None:
             return text

@@ -38,10 +38,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.parser("runtime.batch", "Continues many texts at once.", __doc__)
+    parser = command.parser("runtime.batch", "Continues many prompts, several at once.", __doc__)
     add = parser.add_argument
-    add("file", type=Path, help="the .pte, exported with --batch-size")
-    add("--prompts-file", type=Path, required=True, metavar="FILE", help="a prompt in each line, or an object of JSON")
+    add("file", type=Path, help=".pte file, exported with --batch-size")
+    add(
+        "--prompts-file",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file with one prompt, or one JSON object, per line",
+    )
     add_generation_flags(parser)
     add_program_flags(parser)
     return parser

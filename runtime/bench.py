@@ -107,7 +107,7 @@ def measure(
     positions = [position for position in decode if position < session.capacity]
     if not lengths and not positions:
         raise InputError(
-            f"{file} has room for {session.capacity} positions; give smaller numbers to --prefill or --decode"
+            f"--prefill and --decode are too large for the {session.capacity} positions of {file}; give smaller numbers"
         )
 
     def prefilled(length: int) -> float:
@@ -139,7 +139,7 @@ def plot(measured: Measured, path: Path) -> None:
         InputError: matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib, which this Python lacks; run: pip install 'llama-pte[plot]'")
+        raise InputError("--plot needs matplotlib, which is not installed; run: pip install 'llama-pte[plot]'")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -160,16 +160,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.parser("runtime.bench", "Measures how fast a .pte runs here.", __doc__)
+    parser = command.parser("runtime.bench", "Measures the speed of a .pte file on this machine.", __doc__)
     add = parser.add_argument
-    add("file", type=Path, help="the .pte, or the folder of its shards")
+    add("file", type=Path, help=".pte file, or folder of shards or slices")
     add(
         "--prefill",
         type=_positive,
         nargs="+",
         metavar="N",
         default=PREFILL,
-        help=f"lengths (default: {_shown(PREFILL)})",
+        help=f"prompt lengths for prefill (default: {_shown(PREFILL)})",
     )
     add(
         "--decode",
@@ -177,17 +177,17 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="N",
         default=DECODE,
-        help=f"positions (default: {_shown(DECODE)})",
+        help=f"positions for decode (default: {_shown(DECODE)})",
     )
     add_threads_flag(parser)
-    add("--format", choices=("text", "json"), default="text")
-    add("--plot", type=Path, metavar="FILE", help="draw decoding speed over position: .svg, .png or .pdf")
+    add("--format", choices=("text", "json"), default="text", help="output format (default: %(default)s)")
+    add("--plot", type=Path, metavar="FILE", help="plot of decoding speed over position to write: .svg, .png or .pdf")
     return parser
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is impossible; give a whole number, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is invalid; give a whole number, 1 or more")
     return int(text)
 
 

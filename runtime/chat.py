@@ -25,11 +25,11 @@ from runtime.text.conversation import Chat
 from runtime.text.sampler import Rng
 
 _HELP = """\
-/system TEXT  set the system message; without TEXT, take it away
-/reset        start anew, with the same system message
-/help         this list
-/exit         leave, as Ctrl-D does
-Ctrl-C ends an answer, and leaves at an empty prompt."""
+/system TEXT  set the system message; without TEXT, remove it
+/reset        start a new conversation with the same system message
+/help         list the commands
+/exit         quit, as Ctrl-D does
+Ctrl-C ends an answer, and quits at an empty prompt."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,11 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.parser("runtime.chat", "Talks with an exported .pte.", __doc__)
+    parser = command.parser("runtime.chat", "Chats with the model in a .pte file.", __doc__)
     add = parser.add_argument
-    add("file", type=Path, help="the .pte, or the folder of its shards")
-    add("--system", metavar="TEXT", help="the system message: how to answer (default: what the template says, if any)")
-    add("--chat-template", metavar="NAME", help=f"{', '.join(NAMED)} (default: the one in the file)")
+    add("file", type=Path, help=".pte file, or folder of shards or slices")
+    add("--system", metavar="TEXT", help="system message (default: the chat template's own, if any)")
+    add("--chat-template", metavar="NAME", help=f"chat template: {', '.join(NAMED)} (default: the file's)")
     add_generation_flags(parser, as_recommended=True)
     add_program_flags(parser)
     return parser
@@ -109,7 +109,7 @@ def _obey(chat: Chat, line: str) -> bool:
     elif name == "/help":
         print(_HELP, file=sys.stderr)
     else:
-        raise InputError(f"{name} is unknown; /help lists what can be given")
+        raise InputError(f"{name} is unknown; /help lists the commands")
     return True
 
 

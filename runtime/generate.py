@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _generation(options: argparse.Namespace) -> GenerationOptions:
     if options.logprobs is not None and options.format != "json":
-        raise InputError(f"--logprobs {options.logprobs} is impossible; it cannot be told in a text: add --format json")
+        raise InputError(f"--logprobs {options.logprobs} is invalid for --format text; give --format json")
     return replace(generation_options(options), logprobs=options.logprobs, on_full=options.on_full)
 
 
@@ -144,31 +144,49 @@ def _constraint(options: argparse.Namespace, program: Program, prompt: list[int]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.parser("runtime.generate", "Runs an exported .pte.", __doc__)
+    parser = command.parser("runtime.generate", "Continues a prompt with the model in a .pte file.", __doc__)
     add = parser.add_argument
-    add("file", type=Path, help="the .pte, or the folder of its shards")
+    add("file", type=Path, help=".pte file, or folder of shards or slices")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (default: none, only BOS)")
-    add("--parse-special", action="store_true", help="let the prompt's text name special tokens, such as </s>")
-    of_file = "text to continue, in a file or, for -, from standard input; one line end behind it is left out"
+    add(
+        "--parse-special",
+        action="store_true",
+        help="read special tokens such as </s> in the prompt as tokens, not as text",
+    )
+    of_file = "file with the text to continue, or - for standard input; one trailing line end is dropped"
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help=of_file)
-    prompt.add_argument("--prompt-ids", type=_ids, metavar="IDS", help="token ids in place of a text: 1,15043,3186")
+    prompt.add_argument("--prompt-ids", type=_ids, metavar="IDS", help="token ids instead of text: 1,15043,3186")
     add_generation_flags(parser)
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json-schema", type=Path, metavar="FILE", help="only JSON of the schema in this file")
-    form.add_argument("--regex", metavar="PATTERN", help="only text that matches as a whole")
+    form.add_argument(
+        "--json-schema", type=Path, metavar="FILE", help="generate only JSON that follows the schema in this file"
+    )
+    form.add_argument("--regex", metavar="PATTERN", help="generate only text that matches as a whole")
     add(
         "--on-full",
         choices=("stop", "slide"),
         default="stop",
-        help="where the context is used up: end, or forget the older half of the text and go on (default: stop)",
+        help="when the context is full: end, or forget the older half of the text and continue (default: stop)",
     )
     guess = parser.add_mutually_exclusive_group()
-    guess.add_argument("--lookup", action="store_true", help="guess from what the text repeats: the same, sooner")
-    guess.add_argument("--draft", type=Path, metavar="FILE", help="guess by a smaller model's .pte: the same, sooner")
-    add("--session", type=Path, metavar="FILE", help="go on from what is cached in this file, and keep it there again")
-    add("--format", choices=("text", "json"), default="text", help="json: one object with ids, text and timings")
-    add("--logprobs", type=int, metavar="K", help="with --format json, each token's log-probability and the K highest")
+    guess.add_argument("--lookup", action="store_true", help="speculative decoding from repeated text")
+    guess.add_argument(
+        "--draft", type=Path, metavar="FILE", help="speculative decoding with a smaller model's .pte file"
+    )
+    add(
+        "--session",
+        type=Path,
+        metavar="FILE",
+        help="load the KV cache from this file if it exists, and save it there at the end",
+    )
+    add(
+        "--format",
+        choices=("text", "json"),
+        default="text",
+        help="output format; json: one object with ids, text and timings (default: text)",
+    )
+    add("--logprobs", type=int, metavar="K", help="with --format json: each token's log-probability and the K highest")
     add_program_flags(parser)
     return parser
 
@@ -177,4 +195,4 @@ def _ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of ids; give whole numbers such as 1,15043") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is invalid; give whole numbers such as 1,15043") from None

@@ -50,7 +50,7 @@ def _texts(program: Program, process_group: ProcessGroup, options: argparse.Name
     given = process_group.all_gather([repr(generation), options.seed])
     for rank, other in enumerate(given):
         if other != given[0]:
-            raise InputError(f"rank {rank} was given {other}, and rank 0 {given[0]}; give all the same options")
+            raise InputError(f"rank {rank} has the options {other}, but rank 0 has {given[0]}; give all ranks the same")
 
     def read() -> tuple[list[Any], TokenLog] | None:
         if process_group.rank > 0:
@@ -101,7 +101,9 @@ def _host(options: argparse.Namespace, process_group: ProcessGroup, threads: int
         return measure_host(threads or os.cpu_count() or 1, options.memory_budget, sizes)
     hosts = read_hosts(options.hosts, sizes)
     if len(hosts) != process_group.count:
-        raise InputError(f"--hosts {options.hosts} has {len(hosts)} hosts, and there are {process_group.count} ranks")
+        raise InputError(
+            f"--hosts {options.hosts} has {len(hosts)} hosts, but there are {process_group.count} ranks; give one each"
+        )
     return hosts[process_group.rank]
 
 
@@ -115,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     generation_options(options)
     if options.texts is not None and options.texts < 1:
-        raise InputError(f"--texts {options.texts} is impossible; give 1 or more")
+        raise InputError(f"--texts {options.texts} is invalid; give 1 or more")
     process_group = ProcessGroup(options.timeout)
     try:
         return _run(options, process_group)
@@ -124,31 +126,42 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.parser("runtime.pipeline", "Runs the shards of a model on several machines.", __doc__)
+    parser = command.parser("runtime.pipeline", "Runs the shards or slices of a model on several machines.", __doc__)
     add = parser.add_argument
-    add("folder", type=Path, help="the shards or slices; on each host those that it is to run, or all")
+    add("folder", type=Path, help="folder of shards or slices; each host needs those that it runs, or all")
     add(
         "--prompts-file",
         type=Path,
         required=True,
         metavar="FILE",
-        help="as for runtime.batch; the first rank's is read",
+        help="file with one prompt, or one JSON object, per line, on the first rank",
     )
     add(
         "--texts",
         type=int,
         metavar="N",
-        help="so many are under way together; of slices always one (default: two for each rank)",
+        help="number of texts that run at once; always one with slices (default: two per rank)",
     )
-    add("--journal", type=Path, metavar="FILE", help="the first rank keeps every token here, and goes on behind them")
+    add(
+        "--journal",
+        type=Path,
+        metavar="FILE",
+        help="file in which the first rank keeps every token, to continue after a restart",
+    )
     add(
         "--hosts",
         type=Path,
         metavar="FILE",
-        help="of each rank's host, see runtime.placement: who gets which shards (default: by free memory and its "
-        "speed)",
+        help="file that describes each rank's host, to assign shards by, see `llama-pte placement --help` (default: "
+        "assign them by free memory and its speed)",
     )
-    add("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for a rank (default: %(default)g)")
+    add(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds to wait for another rank (default: %(default)g)",
+    )
     add_generation_flags(parser)
     add_program_flags(parser)
     return parser

@@ -4,16 +4,16 @@ torchrun --nproc-per-node 2 -m runtime.placement llama.shards --measure > hosts.
 python -m runtime.placement llama.shards --hosts hosts.toml
 python -m runtime.placement llama.shards --hosts hosts.toml --texts 16
 
-A file of hosts has a table for each, in the order in which they pass a text on:
+The file of hosts is TOML, with one [[hosts]] table per host, in the order in which shards are assigned to them:
 
     [[hosts]]
     name = "board"
-    count = 4                  # so many alike (default: 1)
-    memory = "3GB"             # for weights and caches
-    seconds = [0.004, 0.004]   # that a token takes in each shard, as --measure finds it; or, for all of them,
-    speed = "9.5GB"            # bytes of matrices multiplied by in a second
-    latency = 0.0002           # seconds to the next host (default: 0)
-    link = "110MB"             # bytes in a second to there (default: any number)
+    count = 4                  # number of such hosts (default: 1)
+    memory = "3GB"             # memory for weights and caches
+    seconds = [0.004, 0.004]   # time of a token in each shard, which --measure finds
+    # speed = "9.5GB"          # instead of seconds: bytes of weights processed per second
+    latency = 0.0002           # latency to the next host in seconds (default: 0)
+    link = "110MB"             # bytes per second to the next host (default: unlimited)
 """
 
 from runtime.cli import command
@@ -92,14 +92,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser(
-        "runtime.placement", "Says how fast a model in shards would be on several machines.", __doc__
+        "runtime.placement", "Predicts the speed of a model in shards on several machines.", __doc__
     )
     parser.epilog = f"{parser.epilog}\n\n{(__doc__ or '').partition('16')[2].strip()}"
     add = parser.add_argument
-    add("file", type=Path, help="the folder of shards")
+    add("file", type=Path, help="folder of shards")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--hosts", type=Path, metavar="FILE", help="the machines, see below")
-    what.add_argument("--measure", action="store_true", help="measure this machine, or all that torchrun starts it on")
-    add("--texts", type=int, metavar="N", help="in flight together (default: two for each host)")
+    what.add_argument("--hosts", type=Path, metavar="FILE", help="TOML file that describes the machines, see below")
+    what.add_argument(
+        "--measure", action="store_true", help="measure this machine, or all machines that torchrun starts"
+    )
+    add("--texts", type=int, metavar="N", help="number of texts that run at once (default: two per host)")
     add_threads_flag(parser)
     return parser

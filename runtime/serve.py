@@ -46,10 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         raise InputError(
-            "serving needs starlette and uvicorn, which this Python lacks; run: pip install 'llama-pte[serve]'"
+            "serving needs starlette and uvicorn, which are not installed; run: pip install 'llama-pte[serve]'"
         )
     if options.api_key == "":
-        raise InputError("--api-key '' is impossible; give at least one character, or leave it out")
+        raise InputError("--api-key '' is invalid; give at least one character, or leave it out")
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns if a client disconnects during its answer
     model = open_model(options.file, options.chat_template, options.threads)
     scheduler = Scheduler(model.program, options.sessions, options.max_queue)
@@ -77,7 +77,7 @@ def open_model(file: Path, template: str | None = None, threads: int | None = No
     program = Program(file, threads=threads)
     tokenizer = program.tokenizer
     if tokenizer is None:
-        raise InputError(f"{file} carries no tokenizer, which a server needs; export it again with --tokenizer")
+        raise InputError(f"{file} has no tokenizer, which the server needs; export it again with --tokenizer")
     chosen = from_file(program.metadata.chat_template)
     if template is not None:
         chosen = named(template, tokenizer)
@@ -114,30 +114,50 @@ def _listener(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        raise InputError(f"--host {host} --port {port} cannot be listened at ({error}); give others") from error
+        raise InputError(
+            f"--host {host} --port {port} is not available ({error}); give another address or port"
+        ) from error
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.parser("runtime.serve", "Serves an exported .pte to OpenAI's clients.", __doc__)
+    parser = command.parser("runtime.serve", "Serves a .pte file over OpenAI's HTTP API.", __doc__)
     add = parser.add_argument
-    add("file", type=Path, help="the .pte, or the folder of its shards")
-    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (default: %(default)s)")
-    add("--port", type=int, default=8000, help="0 for one that is free (default: %(default)s)")
+    add("file", type=Path, help=".pte file, or folder of shards or slices")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
+    add("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (default: %(default)s)")
     add(
         "--api-key",
         metavar="KEY",
         default=os.environ.get(KEY_VARIABLE) or None,
-        help=f"what clients must bring (default: ${KEY_VARIABLE}, or nothing)",
+        help=f"key that clients must send (default: ${KEY_VARIABLE}, or no key)",
     )
-    add("--chat-template", metavar="NAME", help=f"{', '.join(NAMED)} (default: the one in the file)")
-    add("--sessions", type=int, default=4, metavar="N", help="texts kept, and answered in turns (default: %(default)s)")
-    add("--max-queue", type=_count, default=64, metavar="N", help="requests that may wait (default: %(default)s)")
-    add("--max-body", type=_count, default=1 << 20, metavar="BYTES", help="of a request (default: %(default)s)")
+    add("--chat-template", metavar="NAME", help=f"chat template: {', '.join(NAMED)} (default: the file's)")
+    add(
+        "--sessions",
+        type=int,
+        default=4,
+        metavar="N",
+        help="number of texts kept and answered in turns (default: %(default)s)",
+    )
+    add(
+        "--max-queue",
+        type=_count,
+        default=64,
+        metavar="N",
+        help="maximum number of waiting requests (default: %(default)s)",
+    )
+    add(
+        "--max-body",
+        type=_count,
+        default=1 << 20,
+        metavar="BYTES",
+        help="maximum size of a request (default: %(default)s)",
+    )
     add_threads_flag(parser)
     return parser
 
 
 def _count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is impossible; give a whole number, 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is invalid; give a whole number, 0 or more")
     return int(text)

@@ -198,10 +198,15 @@ class _Stored:
         for _ in range(turns):
             for name, (rows, *_) in self.parts.items():
                 if rows % turns:
-                    raise InputError(f"{self.name} cannot be {turns} turns of {rows} rows; give another checkpoint")
+                    raise InputError(
+                        f"{self.name} has {rows} rows, which {turns} does not divide; give another checkpoint"
+                    )
                 piece = slice(start, start := start + rows // turns)
                 found[name].append((slice(None), piece) if self.transposed else (piece,))
         return found
+
+
+_MATCHING = "give a checkpoint whose configuration and weights belong together"
 
 
 def match(
@@ -218,16 +223,16 @@ def match(
     """
     wanted = _wanted(config, storage)
     if missing := wanted.keys() - sources.keys():
-        raise InputError(f"{path} lacks the weights {listed(missing)}; its config is another's")
+        raise InputError(f"{path} lacks the weights {listed(missing)}; {_MATCHING}")
     if unknown := sources.keys() - wanted.keys() - set(spare):
-        raise InputError(f"{path} holds weights that its architecture does not have: {listed(unknown)}; give another")
+        raise InputError(f"{path} has weights that its architecture does not have: {listed(unknown)}; {_MATCHING}")
     if coded := [name for name in wanted if not sources[name].plain]:
-        raise InputError(f"{path} holds {listed(coded)} quantised or as integers; give the unquantised checkpoint")
+        raise InputError(f"{path} has quantised or integer weights: {listed(coded)}; give the unquantised checkpoint")
     for name, stored in wanted.items():
         if sources[name].shape != stored.shape:
             raise InputError(
-                f"{name} in {path} is {list(sources[name].shape)} where its configuration asks for "
-                f"{list(stored.shape)}; the two are not of one checkpoint"
+                f"{name} in {path} has the shape {list(sources[name].shape)}, but its configuration needs "
+                f"{list(stored.shape)}; {_MATCHING}"
             )
     return LazyWeights(
         {
@@ -280,7 +285,7 @@ def token_ids(value: Any, name: str, path: Path, vocab_size: int) -> tuple[int, 
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
         if type(token) is not int or not 0 <= token < vocab_size:
-            raise InputError(f"{path} sets {name} to {value!r}; ids are whole numbers from 0 to {vocab_size - 1}")
+            raise InputError(f"{path} sets {name} to {value!r}; ids must be whole numbers from 0 to {vocab_size - 1}")
     return tuple(ids)
 
 
@@ -301,7 +306,7 @@ def recommended(settings: Mapping[str, Any], path: Path) -> dict[str, float]:
         if value is None or (settings.get("do_sample") is False and name != "repetition_penalty"):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value or value < 0:
-            raise InputError(f"{path} sets {name} to {value!r}, which is impossible; correct it or leave it out")
+            raise InputError(f"{path} sets {name} to {value!r}, which is invalid; correct it or leave it out")
         found[name] = kind(value)
     return found
 
@@ -333,7 +338,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))  # utf-8-sig: editors on Windows may write a BOM
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}); give the checkpoint with a whole one") from error
+        raise InputError(f"{path} is not JSON ({error}); correct it, or download it again") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__} where an object belongs; give one that does")
+        raise InputError(f"{path} contains a {type(content).__name__}, not an object; correct it, or download it again")
     return content

@@ -61,11 +61,13 @@ def open_gguf(path: Path) -> Checkpoint:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except (ValueError, struct.error, MemoryError, OverflowError) as error:
-        raise InputError(f"{path} is truncated or no GGUF file ({error}); download it again") from error
+        raise InputError(f"{path} is truncated or not a GGUF file ({error}); download it again") from error
     fields = file.fields
     if (parts := fields.get("split.count", 1)) > 1:
         number = fields.get("split.no", 0) + 1
-        raise InputError(f"{path} is part {number} of {parts}; merge them first: llama-gguf-split --merge PART1 OUTPUT")
+        raise InputError(
+            f"{path} is part {number} of {parts}; merge the parts first: llama-gguf-split --merge PART1 OUTPUT"
+        )
     config = _config(path, fields, file.tensors)
     sources = {
         name: TensorSource(tensor.shape, partial(_read, tensor), tensor.kind not in _NO_WEIGHTS)
@@ -95,7 +97,7 @@ def open_gguf(path: Path) -> Checkpoint:
 def _warnings(path: Path, fields: dict[str, Any]) -> tuple[str, ...]:
     if fields.get(f"{TOKENIZER}model") != "gpt2" or f"{TOKENIZER}pre" in fields:
         return ()
-    return (f"{path} does not say how its tokenizer splits text; as GPT-2's is assumed, as llama.cpp does",)
+    return (f"{path} does not say how its tokenizer splits text; GPT-2's way is assumed, as in llama.cpp",)
 
 
 def _chat(fields: dict[str, Any], bos: tuple[int, ...], eos: tuple[int, ...]) -> ChatSource:
@@ -115,7 +117,7 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> bytes:
 
 def _config(path: Path, fields: dict[str, Any], tensors: dict[str, GGUFTensor]) -> ModelConfig:
     if (architecture := fields.get("general.architecture")) != "llama":
-        raise InputError(f"{path} is of the architecture {architecture!r}; only 'llama' can be exported so far")
+        raise InputError(f"{path} has the unsupported architecture {architecture!r}; give a file with 'llama'")
     try:
         dim, heads = fields["llama.embedding_length"], fields["llama.attention.head_count"]
         theta = float(fields.get("llama.rope.freq_base", 10000.0))
@@ -138,9 +140,9 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, GGUFTensor]) 
             tied="output.weight" not in tensors,
         )
     except KeyError as error:
-        raise InputError(f"{path} lacks {error}; convert the checkpoint again") from error
+        raise InputError(f"{path} lacks the key {error}; convert the checkpoint again") from error
     except (TypeError, ZeroDivisionError) as error:
-        raise InputError(f"{path} holds a dimension that is none ({error}); convert the checkpoint again") from error
+        raise InputError(f"{path} has an invalid dimension ({error}); convert the checkpoint again") from error
 
 
 def _linear(path: Path, fields: dict[str, Any], context: int) -> RopeScaling | None:
@@ -153,7 +155,7 @@ def _linear(path: Path, fields: dict[str, Any], context: int) -> RopeScaling | N
     factor = float(fields.get("llama.rope.scaling.factor") or fields.get("llama.rope.scale_linear") or 1)
     kind = fields.get("llama.rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
-        raise InputError(f"{path} asks for rope scaling {kind!r}; only linear and Llama 3.1's can be exported so far")
+        raise InputError(f"{path} has the unsupported rope scaling {kind!r}; give a file with linear or Llama 3.1's")
     return None if kind == "none" or factor == 1 else RopeScaling("linear", factor, original_context=context)
 
 
@@ -168,7 +170,7 @@ def _scaling(path: Path, tensor: GGUFTensor, theta: float) -> RopeScaling:
     pairs = len(divisors)
     frequencies = theta ** -(torch.arange(pairs, dtype=torch.float32) / pairs)
     if not torch.allclose(frequencies / llama3_scaled(frequencies, scaling), divisors, rtol=1e-3):
-        raise InputError(f"{path} scales its rotary frequencies in a way that is not Llama 3.1's; give another file")
+        raise InputError(f"{path} has rotary frequency factors other than Llama 3.1's; give another file")
     return scaling
 
 

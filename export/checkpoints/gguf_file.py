@@ -41,8 +41,8 @@ def _kind(number: int) -> GGMLQuantizationType:
     """
     if number in _REMOVED:
         raise InputError(
-            f"a tensor is stored as {_REMOVED[number]} (type {number}), which no longer exists; "
-            "give another quantisation"
+            f"a tensor is stored as {_REMOVED[number]} (type {number}), which GGUF no longer has; "
+            "give a file with another quantisation"
         )
     return GGMLQuantizationType(number)
 
@@ -102,7 +102,7 @@ def _parsed(path: Path, cursor: "_Cursor") -> GGUFFile:
     tensors = {name: GGUFTensor(path, shape, kind, start + offset) for name, shape, kind, offset in found}
     for name, tensor in tensors.items():
         if len(tensors) != n_tensors or tensor.offset + tensor.size > cursor.size:
-            raise ValueError(f"{name} lies twice in it or beyond its {cursor.size} bytes")
+            raise ValueError(f"{name} is in it twice or ends after its {cursor.size} bytes")
     return GGUFFile(fields, tensors)
 
 
@@ -116,7 +116,7 @@ class _Cursor:
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.offset:
-            raise ValueError(f"it ends at byte {self.size}, within a value")
+            raise ValueError(f"it ends at byte {self.size}, inside a value")
         self.offset += count
         return self._data[self.offset - count : self.offset]
 
@@ -136,7 +136,7 @@ class _Cursor:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY or depth > 4:
-            raise ValueError(f"it holds a value of the unknown type {kind}")
+            raise ValueError(f"it has a value of the unknown type {kind}")
         item, count = self.number("I"), self.number("Q")
         if item in _NUMBERS:
             return list(self.numbers(_NUMBERS[item], count))
@@ -150,5 +150,5 @@ class _Cursor:
         shape = self.numbers("Q", self.number("I"))[::-1]
         kind, offset = _kind(self.number("I")), self.number("Q")
         if not 0 < math.prod(shape) < 1 << 48 or not shape or shape[-1] % GGML_QUANT_SIZES[kind][0]:
-            raise ValueError(f"it holds a tensor of the impossible shape {list(shape)}")
+            raise ValueError(f"it has a tensor of the invalid shape {list(shape)}")
         return shape, kind, offset

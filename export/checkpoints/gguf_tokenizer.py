@@ -73,7 +73,7 @@ def tokenizer_bytes(fields: Mapping[str, Any]) -> bytes:
         return _sentencepiece(fields, tokens, types)
     if kind == "gpt2":
         return _tokenizer_json(fields, tokens, types)
-    raise InputError(f"its tokenizer is {kind!r} where 'llama' or 'gpt2' can be taken over; give --tokenizer FILE")
+    raise InputError(f"its tokenizer kind {kind!r} is unsupported (supported: 'llama', 'gpt2'); give --tokenizer FILE")
 
 
 def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> bytes:
@@ -82,7 +82,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], types: Sequ
     """
     scores = fields.get(f"{TOKENIZER}scores") or []
     if len(scores) != len(tokens):
-        raise InputError(f"its tokenizer has {len(tokens)} tokens and {len(scores)} scores; give --tokenizer FILE")
+        raise InputError(f"its tokenizer has {len(tokens)} tokens but {len(scores)} scores; give --tokenizer FILE")
     model = sentencepiece_model.ModelProto()
     for token, score, kind in zip(tokens, scores, types, strict=True):
         model.pieces.add(piece=token, score=score, type=kind)
@@ -106,8 +106,8 @@ def _tokenizer_json(fields: Mapping[str, Any], tokens: Sequence[str], types: Seq
     splitting = fields.get(f"{TOKENIZER}pre", "gpt-2")  # llama.cpp's default for files without this key
     if splitting not in SPLITTINGS:
         raise InputError(
-            f"its tokenizer splits text as {splitting!r}, and known are {listed(SPLITTINGS, len(SPLITTINGS))}; "
-            "give --tokenizer FILE"
+            f"its tokenizer splits text as {splitting!r}, which is unsupported (supported: "
+            f"{listed(SPLITTINGS, len(SPLITTINGS))}); give --tokenizer FILE"
         )
     how = SPLITTINGS[splitting]
     model = {

@@ -28,7 +28,9 @@ def family_of(settings: Settings, path: Path) -> Family:
     """
     architectures = settings.get("architectures") or []
     if not isinstance(architectures, list) or len(architectures) != 1 or str(architectures[0]) not in FAMILIES:
-        raise InputError(f"{path} names the architecture {architectures}; known are {listed(FAMILIES, len(FAMILIES))}")
+        raise InputError(
+            f"{path} has the unsupported architecture {architectures}; supported are {listed(FAMILIES, len(FAMILIES))}"
+        )
     return FAMILIES[architectures[0]]
 
 
@@ -60,7 +62,7 @@ def config_of(settings: Settings, path: Path) -> ModelConfig:
     except KeyError as error:
         raise InputError(f"{path} lacks the key {error}; add it, or give another checkpoint") from error
     except (TypeError, ZeroDivisionError, IndexError) as error:
-        raise InputError(f"{path} holds a dimension that is no number ({error}); correct it") from error
+        raise InputError(f"{path} has a dimension that is not a number ({error}); correct it") from error
 
 
 def _completed(settings: Settings, family: Family, path: Path) -> dict[str, Any]:
@@ -73,13 +75,13 @@ def _completed(settings: Settings, family: Family, path: Path) -> dict[str, Any]
     for section in family.sections:
         content = settings.get(section) or {}
         if not isinstance(content, dict):
-            raise InputError(f"{path} holds a {type(content).__name__} as {section}; give an object of settings")
+            raise InputError(f"{path} sets {section} to a {type(content).__name__}, which is invalid; give an object")
         found |= content
     found = {key: value for key, value in found.items() if value is not None or key in _NULLS}
     for key, known in {**family.only, **dict.fromkeys(_ACTIVATION_KEYS, tuple(ACTIVATIONS))}.items():
         if found.get(key, known[0]) not in known:
             only = " or ".join(repr(value) for value in known)
-            raise InputError(f"{path} sets {key} to {found[key]!r}; only {only} can be exported")
+            raise InputError(f"{path} sets {key} to {found[key]!r}, which is unsupported; only {only} can be exported")
     return {**family.defaults, **found}
 
 
@@ -104,7 +106,9 @@ def _local_layers(settings: Settings, family: Family, n_layers: int, path: Path)
         windowed = settings.get("sliding_window") is not None
         return tuple(layer for layer in range(n_layers) if windowed and family.local(settings, layer))
     if not isinstance(types, list) or len(types) != n_layers or not set(map(str, types)) <= _LAYER_TYPES.keys():
-        raise InputError(f"{path} sets layer_types to {types}; they are {listed(_LAYER_TYPES)}, one for each layer")
+        raise InputError(
+            f"{path} sets layer_types to {types}, which is invalid; give one of {listed(_LAYER_TYPES)} for each layer"
+        )
     return tuple(layer for layer, kind in enumerate(types) if _LAYER_TYPES[kind])
 
 
@@ -114,14 +118,16 @@ def _rope(settings: Settings, family: Family, head_dim: int, path: Path) -> dict
     """
     rope: Any = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise InputError(f"{path} describes its rotary scaling as {rope!r}, which is no flat object; give another")
+        raise InputError(
+            f"{path} sets its rope scaling to {rope!r}, which is invalid; give an object without nested objects"
+        )
     theta: Any = settings["rope_theta"] if rope.get("rope_theta") is None else rope["rope_theta"]
     found = {"rope_theta": float(theta), "rope_scaling": _scaling(rope, settings, family, path)}
     share: Any = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor"))
     if share in (None, 1):
         return found
     if "partial_rotary_factor" not in family.defaults:
-        raise InputError(f"{path} sets partial_rotary_factor to {share!r}; only 1 can be exported for its architecture")
+        raise InputError(f"{path} sets partial_rotary_factor to {share!r}; its architecture supports only 1")
     return found | {"rotary_dim": int(head_dim * share)}
 
 
@@ -131,7 +137,9 @@ def _scaling(rope: Settings, settings: Settings, family: Family, path: Path) -> 
     if kind == "default":
         return None
     if kind not in RopeScaling.KINDS:
-        raise InputError(f"{path} asks for rope scaling {named!r}; known are default, {', '.join(RopeScaling.KINDS)}")
+        raise InputError(
+            f"{path} has the unsupported rope scaling {named!r}; supported are default, {', '.join(RopeScaling.KINDS)}"
+        )
     context = _whole(settings["max_position_embeddings"])
     original, factor = context, rope.get("factor")
     if kind in ("llama3", "yarn", "longrope"):

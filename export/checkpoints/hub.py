@@ -18,8 +18,12 @@ layouts.
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags for `download`."""
     add = parser.add_argument
-    add("--hub-token", metavar="TOKEN", help="for private and gated models on the hub (default: HF_TOKEN)")
-    add("--cache-dir", type=Path, metavar="FOLDER", help="where downloads are kept (default: the hub's own cache)")
+    add(
+        "--hub-token",
+        metavar="TOKEN",
+        help="access token for private and gated models on the Hugging Face hub (default: $HF_TOKEN)",
+    )
+    add("--cache-dir", type=Path, metavar="FOLDER", help="folder for downloads (default: the Hugging Face hub's cache)")
 
 
 def is_hub_name(checkpoint: Path) -> bool:
@@ -56,13 +60,13 @@ def _snapshot(name: Path, token: str | None, cache: Path | None, patterns: tuple
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise InputError(
-            f"{name} is neither a path here nor a model on the Hugging Face hub; give another, or --hub-token if it is "
-            "private"
+            f"{name} is neither an existing path nor a model on the Hugging Face hub; correct it, or give --hub-token "
+            "if it is private"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise InputError(
-            f"{name} is no path here, the Hugging Face hub cannot be reached, and its cache does not hold all of it; "
-            "give a path, or try again with a network"
+            f"{name} is not an existing path, the Hugging Face hub cannot be reached, and its cache is incomplete; "
+            "give a path, or try again with a network connection"
         ) from error
     except Exception as error:  # errors of the HTTP client have no common base class
         reason = (str(error) or type(error).__name__).splitlines()[0]

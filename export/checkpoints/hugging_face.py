@@ -49,7 +49,7 @@ def open_file(path: Path) -> Checkpoint:
         InputError: the folder has no config.json, or as in `open_folder`.
     """
     if not is_folder(path.parent):
-        raise InputError(f"{path} is weights alone; put the checkpoint's config.json beside it")
+        raise InputError(f"{path} has weights but no config.json beside it; put the checkpoint's there")
     return open_folder(path.parent, path)
 
 
@@ -173,7 +173,7 @@ def _tokenizer(path: Path, said: dict[str, Any]) -> Path | Callable[[], bytes] |
         added = _added_tokens(path, said)
         return partial(_pieces, pieces, added) if added else pieces
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        return partial(_refuse, f"{path} has its tokenizer as vocab.json and merges.txt")
+        return partial(_refuse, f"{path} has its tokenizer only as vocab.json and merges.txt")
     return None
 
 
@@ -231,13 +231,13 @@ def _weight_files(path: Path, alone: Path | None) -> list[Path]:
             return [path / name for name in names]
         if (path / single).is_file():
             return [path / single]
-    raise InputError(f"{path} holds neither model.safetensors, pytorch_model.bin nor an index; download it again")
+    raise InputError(f"{path} has neither model.safetensors, pytorch_model.bin nor an index; download it again")
 
 
 def _indexed_names(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InputError(f"{index} holds no weight_map of file names; download the checkpoint again")
+        raise InputError(f"{index} has no weight_map with file names; download the checkpoint again")
     return sorted(set(weight_map.values()))
 
 
@@ -247,7 +247,7 @@ def _sources(files: Iterable[Path]) -> dict[str, TensorSource]:
     for file in files:
         for name, source in (_index_pickled(file) if is_torch_file(file) else _index_safetensors(file)).items():
             if name in sources:
-                raise InputError(f"{name} stands in both {found_in[name].name} and {file.name}; remove one")
+                raise InputError(f"{name} is in both {found_in[name].name} and {file.name}; remove one")
             sources[name], found_in[name] = source, file
     return sources
 
@@ -271,7 +271,7 @@ def _index_safetensors(file: Path) -> dict[str, TensorSource]:
                 plain = view.get_dtype() in ("F64", "F32", "F16", "BF16")
                 sources[name] = TensorSource(tuple(view.get_shape()), partial(_read_safetensors, file, name), plain)
     except SafetensorError as error:
-        raise InputError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
+        raise InputError(f"{file} is truncated or not a safetensors file ({error}); download it again") from error
     return sources
 
 

@@ -65,6 +65,8 @@ def open_checkpoint(path: str | Path, hub_token: str | None = None, cache_dir: P
                 return layout.open(path)
             except InputError:
                 raise
-            except ValueError as error:  # raised by ModelConfig and RopeScaling for impossible dimensions
+            except ValueError as error:  # raised by ModelConfig and RopeScaling for invalid dimensions
                 raise InputError(f"{path}: {error}") from error
-    raise InputError(f"{path} is no known checkpoint; known are: {', '.join(layout.name for layout in LAYOUTS)}")
+    raise InputError(
+        f"{path} is not a supported checkpoint; supported are: {', '.join(layout.name for layout in LAYOUTS)}"
+    )

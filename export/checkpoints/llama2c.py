@@ -64,10 +64,14 @@ def open_version_1(path: Path) -> Checkpoint:
     """
     head = read_head(path, _VERSION_1_HEADER)
     if len(head) < _VERSION_1_HEADER:
-        raise InputError(f"{path} is truncated: {len(head)} bytes hold no llama2.c header; copy the file again")
+        raise InputError(
+            f"{path} is truncated: {len(head)} bytes are too few for a llama2.c header; copy the file again"
+        )
     version = struct.unpack("<i", head[4:8])[0]
     if version != 1:
-        raise InputError(f"{path} is a llama2.c file of version {version}; export it again as version 1 (float32)")
+        raise InputError(
+            f"{path} has the unsupported llama2.c version {version}; export it again as version 1 (float32)"
+        )
     config = _config(struct.unpack("<7i", head[8:36]), tied=bool(head[36]))
     return _open(path, config, _VERSION_1_ORDER, _VERSION_1_HEADER)
 
@@ -117,7 +121,9 @@ def _open(path: Path, config: ModelConfig, order: Iterable[str], header: int) ->
     size = path.stat().st_size
     if size != offset:
         problem = "truncated" if size < offset else "too long"
-        raise InputError(f"{path} is {problem}: {size} bytes where its dimensions need {offset}; copy the file again")
+        raise InputError(
+            f"{path} is {problem}: it has {size} bytes, but its dimensions need {offset}; copy the file again"
+        )
 
     def read(name: str) -> Tensor:
         mapped = np.memmap(path, np.float32, mode="c", offset=offsets[name], shape=shapes[name])

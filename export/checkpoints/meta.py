@@ -92,7 +92,7 @@ def open_file(path: Path) -> Checkpoint:
     if "tok_embeddings.weight" not in state:
         return hugging_face.open_file(path)
     if not trained and not beside.is_file():
-        raise InputError(f"{path} holds weights without settings; put the checkpoint's params.json beside it")
+        raise InputError(f"{path} has weights but no params.json beside it; put the checkpoint's there")
     said = read_json(beside) if beside.is_file() else {}
     settings = {"norm_eps": 1e-5} | said | trained  # llama2.c does not store this value
     found = _open(path, settings, [state], (path, beside) if said else (path,))
@@ -129,9 +129,9 @@ def _config(settings: dict[str, Any], shards: list[dict[str, Tensor]], path: Pat
             rope_scaling=_scaling(settings, dim) if settings.get("use_scaled_rope") else None,
         )
     except KeyError as error:
-        raise InputError(f"{path} lacks {error}; add it to params.json, or give another checkpoint") from error
+        raise InputError(f"{path} lacks the key {error}; add it to params.json, or give another checkpoint") from error
     except (TypeError, ValueError, ZeroDivisionError, IndexError) as error:
-        raise InputError(f"{path} has a dimension that is no number ({error}); correct its params.json") from error
+        raise InputError(f"{path} has a dimension that is not a number ({error}); correct its params.json") from error
 
 
 def _context(settings: dict[str, Any], theta: float) -> int:

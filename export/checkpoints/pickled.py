@@ -33,17 +33,19 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         state = _load(path)
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} holds more than tensors and is refused, as loading it could run code") from error
+        raise InputError(
+            f"{path} contains more than tensors, so loading it could run code; give a file with tensors only"
+        ) from error
     except Exception as error:  # damage can raise almost any exception
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} is truncated or no torch file ({reason}); download it again") from error
+        raise InputError(f"{path} is truncated or not a torch file ({reason}); download it again") from error
     if not isinstance(state, dict):
-        raise InputError(f"{path} holds a {type(state).__name__} where named tensors belong; give a state dict")
+        raise InputError(f"{path} contains a {type(state).__name__}, not tensors by name; give a state dict")
     settings = state.get("model_args")
     inner = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), None)
     state = without_wrappers(state if inner is None else inner)
     if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-        raise InputError(f"{path} holds {listed(map(str, others))}, which are no tensors; give a state dict")
+        raise InputError(f"{path} contains entries that are not tensors: {listed(map(str, others))}; give a state dict")
     return state, settings if isinstance(settings, dict) else {}
 
 

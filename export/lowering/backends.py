@@ -93,19 +93,19 @@ BACKENDS = {
     "vulkan": Backend("VulkanBackend", _vulkan),
     "coreml": Backend("CoreMLBackend", _coreml, packages=("coremltools",)),
     "ethos-u": Backend(
-        refusal="takes only graphs whose activations are 8-bit integers of calibrated ranges, which no --quantize makes"
+        refusal="needs activations quantised to 8 bits with calibrated ranges, which no --quantize scheme has"
     ),
     "qnn": Backend(
-        refusal="needs Qualcomm's AI Engine Direct SDK (QNN), which is not on PyPI but on Qualcomm's Software Center"
+        refusal="needs Qualcomm's AI Engine Direct SDK (QNN), which is on Qualcomm's Software Center, not on PyPI"
     ),
     "mediatek": Backend(
-        refusal="needs the wheels mtk_converter and mtk_neuron of MediaTek's NeuroPilot Express SDK, which are not on "
-        "PyPI but on MediaTek's NeuroPilot portal"
+        refusal="needs the wheels mtk_converter and mtk_neuron of MediaTek's NeuroPilot Express SDK, which are on "
+        "MediaTek's NeuroPilot portal, not on PyPI"
     ),
     "samsung": Backend(
-        refusal="needs Samsung's Exynos AI LiteCore SDK, which is not on PyPI but on Samsung's site for SoC developers"
+        refusal="needs Samsung's Exynos AI LiteCore SDK, which is on Samsung's site for SoC developers, not on PyPI"
     ),
-    "nxp": Backend(refusal="needs NXP's eIQ Neutron SDK, which is not on PyPI but on NXP's eIQ site"),
+    "nxp": Backend(refusal="needs NXP's eIQ Neutron SDK, which is on NXP's eIQ site, not on PyPI"),
 }
 """The backends available to `--backend`. portable runs every operator with ExecuTorch's own kernels, which are slow but
 available everywhere.
@@ -133,14 +133,13 @@ def check(name: str, formats: Collection[str] = ()) -> None:
         raise InputError(f"--backend {name} {backend.refusal}; choose from {', '.join(lowering())}")
     if missing := [package for package in backend.packages if find_spec(package) is None]:
         raise InputError(
-            f"--backend {name} needs {' and '.join(missing)}, which this Python lacks; "
-            f"run: pip install 'llama-pte[{name}]'"
+            f"--backend {name} lacks the Python packages {', '.join(missing)}; run: pip install 'llama-pte[{name}]'"
         )
     if not backend.formats >= set(formats):
         able = " or ".join(other for other, row in BACKENDS.items() if row.formats >= set(formats))
         raise InputError(
-            f"--backend {name} cannot run --quantize's layers, whose inputs are rounded as they come; give fp32, or "
-            f"--backend {able}"
+            f"--backend {name} cannot run quantised layers, whose inputs are quantised at run time; give --quantize "
+            f"fp32 or --backend {able}"
         )
 
 

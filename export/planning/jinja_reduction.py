@@ -115,7 +115,7 @@ def _derived(jinja: JinjaTemplate) -> ChatTemplate:
     opening, ask = _around(jinja, [USER])
     first, answer, again, last = _around(jinja, [USER, ASSISTANT, USER])
     if (first, last) != (opening, ask):
-        raise InputError("it cannot be reduced to data: a first turn looks other when more follow")
+        raise InputError("it cannot be reduced to data: the first turn changes if more follow")
     spaced = _around(jinja, [USER, ASSISTANT, USER], spaced=ASSISTANT)
     strips_user = _strips(USER, (opening, ask), _around(jinja, [USER], spaced=USER))
     return ChatTemplate(
@@ -141,7 +141,7 @@ def _system(jinja: JinjaTemplate, opening: str, again: str, strips_user: bool) -
     if is_late:
         opens = _around(jinja, roles, order=[USER, ASSISTANT, SYSTEM, USER])[2]
         if not before.startswith(opening) or opens != again + before.removeprefix(opening):
-            raise InputError("it cannot be reduced to data: a late system message changes its turn")
+            raise InputError("it cannot be reduced to data: a system message in the last turn changes that turn")
     spaced = _around(jinja, [SYSTEM, USER], spaced=SYSTEM)
     around_user = _around(jinja, [SYSTEM, USER], spaced=USER)[1:]
     return SystemPlace(
@@ -172,12 +172,12 @@ def _around(
     """
     text = _text(jinja, _probe(roles, spaced))
     if text is None:
-        raise InputError(f"it cannot be reduced to data: it refuses messages of {', '.join(roles)}")
+        raise InputError(f"it cannot be reduced to data: it refuses the roles {', '.join(roles)}")
     pieces = list[str]()
     for role in order or roles:
         piece, found, text = text.partition(_WORDS[role])
         if not found:
-            raise InputError(f"it cannot be reduced to data: it leaves out or moves a message of {role}")
+            raise InputError(f"it cannot be reduced to data: it leaves out or moves a {role} message")
         pieces.append(piece)
     return [*pieces, text]
 
@@ -194,7 +194,7 @@ def _strips(role: str, plain: Sequence[str], spaced: Sequence[str]) -> bool:
     before, behind = plain
     if list(spaced) == [before + _SPACE, _SPACE + behind]:
         return False
-    raise InputError(f"it cannot be reduced to data: it changes white space in what is of {role}")
+    raise InputError(f"it cannot be reduced to data: it changes white space in a {role} message")
 
 
 def _conversations(with_system: bool) -> Iterator[list[Message]]:
@@ -223,7 +223,7 @@ def _difference(messages: Sequence[Message], theirs: str | None, ours: str) -> s
         return f"it refuses the messages {told}"
     at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours)))
     excerpts = (text[max(at - 20, 0) : at + 20] for text in (theirs, ours))
-    return "of the messages {} it makes ...{!r}... and not ...{!r}...".format(told, *excerpts)
+    return "for the messages {} it gives ...{!r}... instead of ...{!r}...".format(told, *excerpts)
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def chosen(option: str | None, checkpoint: Checkpoint, tokenizer: Tokenizer | No
     if option == NO_TEMPLATE or (option is None and (tokenizer is None or checkpoint.chat.template is None)):
         return Chosen()
     if tokenizer is None:
-        raise InputError(f"--chat-template {option} needs a tokenizer; leave it out, or --tokenizer none")
+        raise InputError(f"--chat-template {option} needs a tokenizer; leave --chat-template or --tokenizer none out")
     if option in NAMED:
         data = named(str(option), tokenizer)
         return Chosen(to_file(None, data), data)
@@ -261,12 +261,12 @@ def chosen(option: str | None, checkpoint: Checkpoint, tokenizer: Tokenizer | No
     except InputError as error:
         if option is not None:
             raise InputError(f"--chat-template {option}: {error}; {_FIX}") from error
-        return Chosen(warnings=(f"warning: the file will carry no chat template, for {error}; {_FIX}",))
+        return Chosen(warnings=(f"warning: the file will have no chat template, because {error}; {_FIX}",))
     try:
         data = reduced(jinja)
         _check_parts(data, tokenizer)
     except InputError as error:
-        warning = f"warning: only Python can render the chat template; llama_runner cannot: {error}"
+        warning = f"warning: only the Python runtime can render the chat template; llama_runner cannot: {error}"
         return Chosen(to_file(jinja, None), jinja, (warning,))
     return Chosen(to_file(jinja, data), jinja)
 
@@ -284,7 +284,7 @@ def _check_parts(template: ChatTemplate, tokenizer: Tokenizer) -> None:
             continue
         whole = tokenizer.encode(template.text(messages, now), parse_special=True)
         if tokenizer.encode_parts(template.parts(messages, now)) != whole:
-            raise InputError("the tokenizer takes its text for other tokens than its parts")
+            raise InputError("the whole text has other tokens than its parts")
 
 
 def _source(option: str | None, checkpoint: Checkpoint) -> str:
@@ -292,11 +292,11 @@ def _source(option: str | None, checkpoint: Checkpoint) -> str:
         return str(checkpoint.chat.template)
     path = Path(option)
     if not path.is_file():
-        raise InputError(f"--chat-template {option} is neither a file nor a name; {_FIX}")
+        raise InputError(f"--chat-template {option} is neither a file nor a known name; {_FIX}")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"--chat-template {option} is no text; {_FIX}") from error
+        raise InputError(f"--chat-template {option} is not UTF-8 text; {_FIX}") from error
 
 
 def _tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[str, str]:

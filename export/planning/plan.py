@@ -107,13 +107,15 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         if self.auto and (self.quantize, self.group_size, self.embedding_bits, self.head_bits) != ("fp32", *[None] * 3):
-            raise InputError("--auto chooses the scheme itself; leave --quantize and what differs from it out")
+            raise InputError(
+                "--auto chooses the scheme; leave --quantize, --group-size, --embedding-bits and --head-bits out"
+            )
         if self.max_seq_len is not None and self.max_seq_len < 1:
-            raise InputError(f"--max-seq-len {self.max_seq_len} is impossible; give 1 or more")
+            raise InputError(f"--max-seq-len {self.max_seq_len} is invalid; give 1 or more")
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
-            raise InputError(f"--prefill-chunk {self.prefill_chunk} is impossible; give 1 or more")
+            raise InputError(f"--prefill-chunk {self.prefill_chunk} is invalid; give 1 or more")
         if self.batch_size < 1:
-            raise InputError(f"--batch-size {self.batch_size} is impossible; give 1 or more")
+            raise InputError(f"--batch-size {self.batch_size} is invalid; give 1 or more")
         for flag, value, known in (
             ("quantize", self.quantize, SCHEMES),
             ("rounding", self.rounding, ROUNDINGS),
@@ -126,11 +128,10 @@ class ExportOptions:
         check(self.backend)
         able = BACKENDS[self.backend].attention
         if self.attention not in (None, *able):
-            raise InputError(
-                f"--attention {self.attention} is not for --backend {self.backend}; choose from {', '.join(able)}"
-            )
+            flag = f"--attention {self.attention}"
+            raise InputError(f"{flag} is unsupported by --backend {self.backend}; choose from {', '.join(able)}")
         if self.attention == "fused" and not self.kv_cache:
-            raise InputError("--attention fused reads KV caches, which --no-kv-cache leaves out; give one of them")
+            raise InputError("--attention fused needs a KV cache; leave --attention fused or --no-kv-cache out")
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def plan(options: ExportOptions) -> Plan:
     suffix = "pte" if options.sharding.is_whole else "shards" if options.sharding.slices == 1 else "slices"
     output = options.output or Path(f"{_name(options.checkpoint)}.{suffix}")
     if output.resolve() in {file.resolve() for file in (*checkpoint.files, options.tokenizer or output.parent)}:
-        raise InputError(f"--output {output} is one of the files to read; give another name")
+        raise InputError(f"--output {output} is one of the checkpoint's files; give another name")
     provenance = _provenance(checkpoint, tokenizer, options, graph, scheme)
     chat = chosen(options.chat_template, checkpoint, tokenizer)
     provenance |= _chat(chat, tokenizer, provenance)
@@ -263,16 +264,14 @@ def plan(options: ExportOptions) -> Plan:
 def _tokenizer(checkpoint: Checkpoint, options: ExportOptions) -> Tokenizer | None:
     given = options.tokenizer or checkpoint.tokenizer
     if given is None:
-        raise InputError(
-            f"{options.checkpoint} comes with no tokenizer; give --tokenizer FILE, or `none` to go without"
-        )
+        raise InputError(f"{options.checkpoint} has no tokenizer; give --tokenizer FILE, or none to export without one")
     if str(given) == NO_TOKENIZER:
         return None
     name = f"tokenizer {given}" if isinstance(given, Path) else f"the tokenizer in {options.checkpoint}"
     tokenizer = open_tokenizer(given) if isinstance(given, Path) else from_bytes(given())
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise InputError(
-            f"{name} has {tokenizer.vocab_size} ids where the model has {checkpoint.config.vocab_size}; "
+            f"{name} has {tokenizer.vocab_size} ids, but the model has {checkpoint.config.vocab_size}; "
             "give the one the model was trained with"
         )
     return tokenizer
@@ -282,12 +281,12 @@ def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
     """Returns the options of the graphs, checked against the model and this machine."""
     scaling = config.rope_scaling
     if options.original_context and scaling is None:
-        raise InputError("--original-context needs a model whose context was extended; this one's was not")
+        raise InputError("--original-context needs a model with an extended context, unlike this one; leave it out")
     limit = scaling.original_context if options.original_context and scaling else config.context
     max_seq_len = options.max_seq_len or min(limit, DEFAULT_CONTEXT)
     if max_seq_len > limit and (options.original_context or config.positions == "learned"):
-        why = "--original-context keeps to" if options.original_context else "the model has learned positions for"
-        raise InputError(f"--max-seq-len {max_seq_len} is too much: {why} {limit}; give at most that")
+        why = "--original-context allows" if options.original_context else "the model has learned positions for"
+        raise InputError(f"--max-seq-len {max_seq_len} is too large: {why} {limit}; give at most that")
     chunk = options.prefill_chunk or min(DEFAULT_CHUNK, max_seq_len)
     if chunk > max_seq_len:
         raise InputError(f"--prefill-chunk {chunk} is larger than --max-seq-len {max_seq_len}; give at most that")
@@ -296,16 +295,16 @@ def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
     if need > have:
         raise InputError(
             f"--max-seq-len {max_seq_len} needs KV caches of {need / 1e9:.1f} GB, but this machine has "
-            f"{have / 1e9:.1f} GB; give less"
+            f"{have / 1e9:.1f} GB; give a smaller number"
         )
     attention = options.attention or _attention(config, options)
     if attention == "fused" and config.n_experts:
-        raise InputError("--attention fused is not for mixtures of experts, whose graph has one length; give aten")
+        raise InputError("--attention fused is unsupported for mixtures of experts; give --attention aten")
     if attention == "aten" and options.kv_dtype != "fp32":
-        raise InputError(f"--kv-dtype {options.kv_dtype} needs --attention fused, and here it is aten; leave it out")
+        raise InputError(f"--kv-dtype {options.kv_dtype} is unsupported with --attention aten; leave --kv-dtype out")
     if attention == "aten" and options.batch_size > 1:
         raise InputError(
-            f"--batch-size {options.batch_size} needs --attention fused, and here it is aten; leave it out"
+            f"--batch-size {options.batch_size} is unsupported with --attention aten; leave --batch-size out"
         )
     graph = GraphOptions(max_seq_len, chunk, attention, options.kv_cache, options.hidden_states, options.batch_size)
     options.sharding.check(graph)
@@ -340,15 +339,15 @@ def _warnings(
 ) -> tuple[str, ...]:
     context, scaling, found = checkpoint.config.context, checkpoint.config.rope_scaling, list(checkpoint.warnings)
     if max_seq_len > context:
-        how = f"; its {scaling.kind} scaling is stretched to it" if scaling else ""
-        found.append(f"--max-seq-len {max_seq_len} is beyond the {context} the model was trained for{how}")
+        how = f"; its {scaling.kind} scaling is stretched to that length" if scaling else ""
+        found.append(f"--max-seq-len {max_seq_len} is more than the {context} positions the model was trained for{how}")
     if scaling and scaling.kind == "longrope" and max_seq_len > scaling.original_context:
         found.append(
-            f"texts of up to {scaling.original_context} tokens, too, are taken with the factors for longer ones, other "
-            "than in transformers; --original-context exports for short texts alone"
+            f"texts of up to {scaling.original_context} tokens also use the factors for longer ones, unlike in "
+            "transformers; --original-context exports for short texts only"
         )
     if tokenizer and not stop_ids:
-        found.append("nothing says which token ends a text, so answers end only where they may be no longer")
+        found.append("the checkpoint names no token that ends a text, so answers end only at their length limit")
     if tokenizer and (lacking_in_cpp := unsupported_in_cpp(tokenizer.data)):
         found.append(f"llama_runner cannot use this tokenizer: {lacking_in_cpp}; the Python runtime can")
     return tuple(f"warning: {each}" for each in found)

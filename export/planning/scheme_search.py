@@ -144,7 +144,7 @@ def choose_scheme(planned: Plan, gate: Gate, auto: bool, note: Callable[[str], N
         return planned
     if planned.tokenizer is None:
         flag = "--auto" if auto else f"--quantize {quantize}"
-        raise InputError(f"{flag} measures on a text, which needs a tokenizer; give --tokenizer FILE")
+        raise InputError(f"{flag} needs a tokenizer, because it measures on a text; give --tokenizer FILE")
     ids, most = planned.tokenizer.encode(gate.read()), most_tokens(planned.source.config)
     texts = windows(ids, planned.provenance["bos_id"], max_seq_len, most)
     if auto:

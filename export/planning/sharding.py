@@ -29,15 +29,15 @@ class Sharding:
 
     def __post_init__(self) -> None:
         if self.shards < 1:
-            raise InputError(f"--shards {self.shards} is impossible; give 1 or more")
+            raise InputError(f"--shards {self.shards} is invalid; give 1 or more")
         if self.shards > 1 and self.shard_bytes is not None:
-            raise InputError("--shards and --shard-bytes both say where to cut; leave one of them out")
+            raise InputError("--shards and --shard-bytes cannot be combined; leave one of them out")
         if self.slices < 1:
-            raise InputError(f"--tensor-parallel {self.slices} is impossible; give 1 or more")
+            raise InputError(f"--tensor-parallel {self.slices} is invalid; give 1 or more")
         if self.slices > 1 and (self.shards > 1 or self.shard_bytes is not None):
             raise InputError(
-                f"--tensor-parallel {self.slices} slices every block, and --shards or --shard-bytes cut between them; "
-                "leave one of them out"
+                f"--tensor-parallel {self.slices} cannot be combined with --shards or --shard-bytes; leave one of "
+                "them out"
             )
 
     @property
@@ -53,13 +53,13 @@ class Sharding:
         """
         if self.slices > 1 and graph.attention != "fused":
             raise InputError(
-                f"--tensor-parallel {self.slices} needs --attention fused, and here it is {graph.attention}; leave it "
-                "out"
+                f"--tensor-parallel {self.slices} is unsupported with --attention {graph.attention}; leave "
+                "--tensor-parallel out"
             )
         if self.slices > 1 and graph.batch_size > 1:
             raise InputError(
-                f"--tensor-parallel {self.slices} is for one text at once, not --batch-size {graph.batch_size}; leave "
-                "one of them out"
+                f"--tensor-parallel {self.slices} cannot be combined with --batch-size {graph.batch_size}; leave one "
+                "of them out"
             )
 
     def methods(self, config: ModelConfig, graph: GraphOptions, scheme: Scheme) -> tuple[tuple[MethodSpec, ...], ...]:
@@ -81,7 +81,9 @@ class Sharding:
                 slices.
         """
         if self.shards > config.n_layers:
-            raise InputError(f"--shards {self.shards} is more than the model's {config.n_layers} blocks; give fewer")
+            raise InputError(
+                f"--shards {self.shards} is more than the model's {config.n_layers} blocks; give at most that"
+            )
         if self.slices > 1:
             check_groups(config, scheme, self.slices)
         if self.is_whole or self.slices > 1:
@@ -94,8 +96,8 @@ class Sharding:
             if max(sum(sizes[span.start : span.stop]) for span in spans) <= self.shard_bytes:
                 return spans
         raise InputError(
-            f"--shard-bytes {self.shard_bytes} is less than one block takes, with what comes before or behind it "
-            f"{max(sizes)}; give at least that"
+            f"--shard-bytes {self.shard_bytes} is too small for the largest block, which needs {max(sizes)} with its "
+            "embedding or head; give at least that"
         )
 
 

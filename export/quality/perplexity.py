@@ -37,11 +37,11 @@ def read_text(flag: str, path: Path) -> str:
         InputError: the file does not exist or is not a text file.
     """
     if not path.is_file():
-        raise InputError(f"{flag} {path} is no file; give a text file")
+        raise InputError(f"{flag} {path} is not a file; give a text file")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{flag} {path} is not UTF-8; give a text file that is") from error
+        raise InputError(f"{flag} {path} is not UTF-8; give a text file in UTF-8") from error
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Gate:
             InputError: the file is not a text file, or the increase is negative.
         """
         if max_ppl_increase is not None and not max_ppl_increase >= 0:
-            raise InputError(f"--max-ppl-increase {max_ppl_increase} is impossible; give 0 or more, such as 2%")
+            raise InputError(f"--max-ppl-increase {max_ppl_increase} is invalid; give 0 or more, such as 2%")
         if eval_text is None:
             return Gate(max_ppl_increase=max_ppl_increase)
         return Gate(read_text("--eval-text", eval_text), eval_text.name, max_ppl_increase)
@@ -85,9 +85,9 @@ class Gate:
             return
         flag = "--max-ppl-increase" if self.text is None else "--eval-text"
         if not quantised:
-            raise InputError(f"{flag} is for quantised files, and this one is float32; leave it out")
+            raise InputError(f"{flag} needs a quantised file, but this one is float32; leave it out")
         if tokenizer is None:
-            raise InputError(f"{flag} needs a tokenizer, and the file has none; give --tokenizer FILE, or leave it out")
+            raise InputError(f"{flag} needs a tokenizer, but the file has none; give --tokenizer FILE, or leave it out")
         if self.text is not None and len(tokenizer.encode(self.text)) < 2:
             raise InputError(f"--eval-text {self.text_name} has fewer than two tokens; give a longer text")
 
@@ -181,8 +181,8 @@ class Quality:
         worst = ", ".join(loss.worst for loss in self.worst)
         auto = "; --auto finds the smallest scheme that passes" if "--quantize 8da8w" in self.finer else ""
         return (
-            f"quantising costs too much: {self._costs}; the worst layers: {worst}; finer is each of "
-            f"{', '.join(self.finer)}{auto}; to write it all the same, give --max-ppl-increase {self._allowing}"
+            f"quantising costs too much: {self._costs}; the worst layers: {worst}; more accurate are "
+            f"{', '.join(self.finer)}{auto}; to write the file anyway, give --max-ppl-increase {self._allowing}"
         )
 
     @property
@@ -206,8 +206,8 @@ class Quality:
         found = self.quantised
         agreement = f"top-1 {found.top_1:.1%} of {found.tokens} tokens"
         if found.perplexity is None:
-            return f"no tokenizer, so random tokens and no perplexity: mean KL {found.mean_kl:.2g}, {agreement}"
-        return f"{self._costs}; of the file {self.file.perplexity:.4g}; {agreement}"
+            return f"random tokens and no perplexity, for lack of a tokenizer: mean KL {found.mean_kl:.2g}, {agreement}"
+        return f"{self._costs}; the file's perplexity {self.file.perplexity:.4g}; {agreement}"
 
     @property
     def _costs(self) -> str:

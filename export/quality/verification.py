@@ -54,7 +54,7 @@ class Verdict:
         """Reason why the file does not pass, in a sentence; None if it passes."""
         if self.altered:
             more = f" and {len(self.altered) - 1} more" if len(self.altered) > 1 else ""
-            return f"the file holds other numbers than the checkpoint: {self.altered[0]}{more}"
+            return f"the file's weights differ from the checkpoint's: {self.altered[0]}{more}"
         if not self.fidelity.passed:
             return f"the program differs from the checkpoint: {self.fidelity}"
         return self.quality.failure if self.quality else None
@@ -173,7 +173,10 @@ def verify(file: Path | Sequence[Path], source: WeightSource, gate: Gate | None 
 
 def check_same(metadata: Metadata, source: WeightSource) -> None:
     if metadata.config != source.config:
-        raise InputError(f"the file was made from another model: {metadata.config} is not {source.config}")
+        raise InputError(
+            f"the file was made from another model: {metadata.config} is not {source.config}; give the checkpoint it "
+            "was made from"
+        )
 
 
 def _parts(program: Program, gate: Gate) -> list[list[int]]:
@@ -204,14 +207,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--eval-text",
         type=Path,
         metavar="FILE",
-        help="what a quantised model is measured on: the first 512 tokens, for small models 2048 (default: a text of "
-        "the project's own)",
+        help="text to measure a quantised model on: its first 512 tokens, or 2048 for small models (default: a "
+        "built-in text)",
     )
     parser.add_argument(
         "--max-ppl-increase",
         type=_share,
         metavar="SHARE",
-        help="by how much quantising may increase the perplexity, such as 2%% or 0.02 (default: the scheme's own)",
+        help="maximum increase of perplexity by quantising, such as 2%% or 0.02 (default: 10%% at 4 bits, 5%% at "
+        "8 bits)",
     )
 
 
@@ -219,4 +223,4 @@ def _share(text: str) -> float:
     try:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no share; give one such as 2% or 0.02") from None
+        raise argparse.ArgumentTypeError(f"{text} is invalid; give a share such as 2% or 0.02") from None

@@ -54,7 +54,7 @@ def byte_count(text: str) -> int:
     """Reads a number of bytes, such as 400MB, 1.5GB or 64MiB."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT])(i?)B?|B?)", text, re.IGNORECASE)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text} is no size; give one such as 400MB or 2GiB")
+        raise argparse.ArgumentTypeError(f"{text} is invalid; give a size such as 400MB or 2GiB")
     number, unit, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(unit.lower()) + 1 if unit else 0))
 

@@ -30,35 +30,47 @@ def add_generation_flags(parser: argparse.ArgumentParser, as_recommended: bool =
         add(flag, type=kind, default=usually(flag), metavar=metavar, help=meaning)
 
     def add_recommended(flag: str, metavar: str, kind: type, meaning: str, none: str) -> None:
-        said = f"what the checkpoint recommends, or {none}" if as_recommended else none
+        said = f"the checkpoint's recommendation, or {none}" if as_recommended else none
         default = None if as_recommended else usually(flag)
         add(flag, type=kind, default=default, metavar=metavar, help=f"{meaning} (default: {said})")
 
-    add("--max-new-tokens", type=int, metavar="N", help="default: as many as the context holds")
-    add_recommended("--temperature", "T", float, "0 takes the likeliest token", "0")
-    add_recommended("--top-k", "K", int, "only the K likeliest tokens", "all")
-    add_recommended("--top-p", "P", float, "only the likeliest tokens up to probability P", "1")
-    add_usual("--min-p", "P", float, "only tokens P times as likely as the likeliest, or more")
-    add_recommended("--repetition-penalty", "R", float, "divides logits of recent tokens", "1: none")
-    add_usual("--presence-penalty", "A", float, "taken off logits of recent tokens (0: none)")
-    add_usual("--frequency-penalty", "A", float, "the same, as often as they occurred")
-    add_usual("--penalty-window", "N", int, "how many tokens are recent (default: %(default)s)")
-    bias = "added to a token's logit; may be given repeatedly"
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="maximum number of new tokens (default: what the context has room for)",
+    )
+    add_recommended("--temperature", "T", float, "sampling temperature; 0 takes the most likely token", "0")
+    add_recommended("--top-k", "K", int, "sample from the K most likely tokens", "all")
+    add_recommended("--top-p", "P", float, "sample from the most likely tokens up to probability P", "1")
+    add_usual(
+        "--min-p", "P", float, "sample from tokens at least P times as likely as the most likely one (default: 0)"
+    )
+    add_recommended("--repetition-penalty", "R", float, "divisor for logits of recent tokens", "1: none")
+    add_usual("--presence-penalty", "A", float, "amount subtracted from logits of recent tokens (default: 0)")
+    add_usual(
+        "--frequency-penalty",
+        "A",
+        float,
+        "amount subtracted from logits of recent tokens once per occurrence (default: 0)",
+    )
+    add_usual("--penalty-window", "N", int, "number of tokens that count as recent (default: %(default)s)")
+    bias = "value added to a token's logit; repeatable"
     add("--logit-bias", type=_bias, action="append", default=[], metavar="ID=VALUE", help=bias)
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given repeatedly")
-    add("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
 
 def add_program_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags for opening a file, which `open_program` reads."""
     add_threads_flag(parser)
-    parser.add_argument("--no-check", action="store_true", help="skip the checksum, which reads the file through once")
+    parser.add_argument("--no-check", action="store_true", help="skip the checksum, which reads the whole file once")
     parser.add_argument(
         "--memory-budget",
         type=command.byte_count,
         metavar="SIZE",
-        help="what this process may hold, such as 2GB; of a model in shards, those that do not fit are read for each "
-        "step (default: no limit)",
+        help="memory that this process may use, such as 2GB; shards that do not fit are read again for each step "
+        "(default: no limit)",
     )
 
 
@@ -73,7 +85,9 @@ def open_program(flags: argparse.Namespace, file: Path) -> Program:
 
 def add_threads_flag(parser: argparse.ArgumentParser) -> None:
     """Adds the flag for the number of threads; see `runtime.engine.program.Program`."""
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one per core, and one for a small model")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="number of threads (default: one per core; one for a small model)"
+    )
 
 
 def generation_options(
@@ -85,7 +99,7 @@ def generation_options(
         recommendation: the file's recommended values, used for flags that are not given.
 
     Raises:
-        InputError: a value is impossible.
+        InputError: a value is invalid.
     """
     given = {each.name: getattr(flags, each.name) for each in fields(SamplingOptions)}
     given = {**recommendation, **{name: value for name, value in given.items() if value is not None}}
@@ -103,4 +117,4 @@ def _bias(text: str) -> tuple[int, float]:
     try:
         return int(token), float(value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no bias; give an id and a number such as 1724=-2.5") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is invalid; give an id and a number such as 1724=-2.5") from None

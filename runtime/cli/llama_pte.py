@@ -18,13 +18,13 @@ class SubCommand(NamedTuple):
 
 
 COMMANDS = {
-    "export": SubCommand("export.llama", "export a checkpoint to one .pte, and verify it"),
-    "verify": SubCommand("export.verify", "check a .pte against its checkpoint"),
-    "inspect": SubCommand("export.inspect", "print what a .pte carries and the memory it needs"),
+    "export": SubCommand("export.llama", "export a checkpoint to one .pte file and verify it"),
+    "verify": SubCommand("export.verify", "compare a .pte file with its checkpoint"),
+    "inspect": SubCommand("export.inspect", "print the contents of a .pte file and the memory it needs"),
     "generate": SubCommand("runtime.generate", "continue a prompt"),
-    "chat": SubCommand("runtime.chat", "talk with a model in the terminal"),
+    "chat": SubCommand("runtime.chat", "chat with a model in the terminal"),
     "batch": SubCommand("runtime.batch", "continue many prompts, several at once"),
-    "serve": SubCommand("runtime.serve", "serve a .pte over OpenAI's HTTP API"),
+    "serve": SubCommand("runtime.serve", "serve a .pte file over OpenAI's HTTP API"),
     "bench": SubCommand("runtime.bench", "measure prefill and decode speed on this machine"),
     "pipeline": SubCommand("runtime.pipeline", "run shards or slices on several machines, under torchrun"),
     "placement": SubCommand("runtime.placement", "predict how fast shards would run on several machines"),
@@ -38,7 +38,7 @@ def main() -> int:
         print(_usage())
         return 0
     if name not in COMMANDS:
-        print(f"error: {name} is no sub-command of llama-pte; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: {name} is not a sub-command of llama-pte; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     sys.argv[:2] = [f"{command.SCRIPT} {name}"]
     return command.start(COMMANDS[name].module)

@@ -147,7 +147,9 @@ def _slices(said: Sequence[Sequence[Part]]) -> list[list[Part]]:
     """
     slices = said[0][0].slices
     if slices % len(said):
-        raise InputError(f"{slices} slices cannot be dealt out to {len(said)} ranks; start as many ranks, or a divisor")
+        raise InputError(
+            f"{slices} slices cannot be divided among {len(said)} ranks; start {slices} ranks, or a divisor of it"
+        )
     each, found = slices // len(said), list[list[Part]]()
     for rank, parts in enumerate(said):
         held = {part.slice: part for part in parts}

@@ -108,11 +108,11 @@ def assign_shards(hosts: Sequence[Host], sizes: Sequence[int], idle: bool = True
 def _why_not(hosts: Sequence[Host], sizes: Sequence[int], idle: bool) -> str:
     """Returns the message for shards that cannot be assigned."""
     if len(hosts) > len(sizes) and not idle:
-        return f"{len(hosts)} ranks need as many shards, and there are {len(sizes)}; export with --shards {len(hosts)}"
+        return f"{len(hosts)} ranks need as many shards, but there are {len(sizes)}; export with --shards {len(hosts)}"
     have = sum(host.memory for host in hosts)
     return (
         f"{len(sizes)} shards of {sum(sizes) / 1e6:.0f} MB with caches, the largest of {max(sizes) / 1e6:.0f} MB, "
-        f"cannot be given in order to {len(hosts)} hosts with {have / 1e6:.0f} MB that each have the files of theirs; "
+        f"cannot be assigned in order to {len(hosts)} hosts with {have / 1e6:.0f} MB and the files that they have; "
         "give more hosts or memory, or copy missing shards"
     )
 
@@ -138,7 +138,7 @@ def place_shards(hosts: Sequence[Host], sizes: Sequence[int], message: int, text
     way = sum(stages) + sum(carried) + sum(hosts[number].latency for number in used if len(used) > 1)
     bounds = {f"host {hosts[number].name}": 1 / stages[number] for number in used}
     bounds |= {f"the link behind {hosts[n].name}": 1 / time for n, time in zip(used, carried, strict=True) if time}
-    bounds[f"the way of {texts} texts"] = texts / way
+    bounds[f"the time of {texts} texts through all hosts"] = texts / way
     bottleneck = min(bounds, key=lambda name: bounds[name])
     return Placement(spans, stages, way, bounds[bottleneck], bottleneck)
 
@@ -185,11 +185,9 @@ def read_hosts(path: Path, sizes: Sequence[int]) -> list[Host]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))["hosts"]
         return [host for table in tables for host in _hosts(table, sizes)]
     except OSError as error:
-        raise InputError(f"--hosts {path} cannot be read ({error.strerror}); give a file of hosts") from error
+        raise InputError(f"--hosts {path} cannot be read ({error.strerror}); give a TOML file of hosts") from error
     except (tomllib.TOMLDecodeError, argparse.ArgumentTypeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"--hosts {path} is no file of hosts ({error}); see python -m runtime.placement --help"
-        ) from error
+        raise InputError(f"--hosts {path} is invalid ({error}); see python -m runtime.placement --help") from error
 
 
 def _hosts(table: Mapping[str, Any], sizes: Sequence[int]) -> list[Host]:
@@ -197,11 +195,11 @@ def _hosts(table: Mapping[str, Any], sizes: Sequence[int]) -> list[Host]:
     if unknown := table.keys() - known:
         raise ValueError(f"{listed(unknown)} is unknown; known are {listed(known, len(known))}")
     if ("seconds" in table) == ("speed" in table):
-        raise ValueError(f"{table['name']} needs one of seconds and speed")
+        raise ValueError(f"{table['name']} needs either seconds or speed")
     speed = byte_count(table["speed"]) if "speed" in table else 1
     seconds = tuple(map(float, table["seconds"])) if "seconds" in table else tuple(size / speed for size in sizes)
     if len(seconds) != len(sizes):
-        raise ValueError(f"{table['name']} has the seconds of {len(seconds)} shards, and there are {len(sizes)}")
+        raise ValueError(f"{table['name']} has the seconds of {len(seconds)} shards, but there are {len(sizes)}")
     link = byte_count(table["link"]) if "link" in table else math.inf
     host = Host(table["name"], byte_count(table["memory"]), seconds, float(table.get("latency", 0.0)), link)
     count = int(table.get("count", 1))

@@ -53,11 +53,11 @@ class ProcessGroup:
             timeout: maximum time for which a step waits for another rank, in seconds.
 
         Raises:
-            InputError: the timeout is impossible.
+            InputError: the timeout is invalid.
             LostPeerError: the processes do not connect in time.
         """
         if not timeout > 0:
-            raise InputError(f"--timeout {timeout} is impossible; give more than 0 seconds")
+            raise InputError(f"--timeout {timeout} is invalid; give more than 0 seconds")
         self.timeout = timedelta(seconds=timeout)
         self.rank, self.count = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
         if self.count > 1:
@@ -161,7 +161,7 @@ def pin_cores(threads: int | None) -> int | None:
         os.sched_setaffinity(0, cores)
     except OSError as error:
         raise InputError(
-            f"LLAMA_PTE_DEVICE={device} is no device of this machine; give cpu, or some of its {os.cpu_count()} cores "
+            f"LLAMA_PTE_DEVICE={device} is invalid on this machine; give cpu, or some of its {os.cpu_count()} cores "
             "such as cpu:0-1"
         ) from error
     return threads or len(cores)
@@ -315,5 +315,5 @@ def _lost(who: str, timeout: timedelta) -> Iterator[None]:
         reason = str(error).split("] ", 1)[-1].splitlines()[0]
         raise LostPeerError(
             f"{who} ended or did not answer within {timeout.total_seconds():g} s ({reason}); start all of them again, "
-            "with the same --journal to go on from the last token"
+            "with the same --journal to continue after the last token"
         ) from error

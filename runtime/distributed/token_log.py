@@ -36,7 +36,7 @@ class TokenLog:
             whole = content[: content.rfind(b"\n") + 1]  # the rest is an incomplete line
             if not (content.startswith(first) or first.startswith(content)):
                 raise InputError(
-                    f"--journal {path} is not of this run, with its model, prompts and options; give another"
+                    f"--journal {path} belongs to a run with another model, prompts or options; give another file"
                 )
             self._file.truncate(len(whole))
             if not whole:

@@ -27,7 +27,7 @@ _EXECUTORCH, _THREADPOOL, _ = (
     ctypes.CDLL(str(_LIBRARIES / f"lib{name}.so"))
     for name in ("executorch", "executorch_threadpool", "executorch_kernels_quantized")
 )
-_NOT_COMPILED = "llama-pte's own kernels were not compiled; install it again, with a C++ compiler at hand"
+_NOT_COMPILED = "llama-pte's own kernels were not compiled; install a C++ compiler, then llama-pte again"
 _OPERATORS = find_spec("runtime._operators")
 _OURS = ctypes.CDLL(str(_OPERATORS.origin)) if _OPERATORS else None
 
@@ -117,7 +117,7 @@ def _open(path: Path) -> tuple[Any, Metadata]:
         try:
             return program.load_method(name).call([])
         except RuntimeError as error:
-            raise InputError(f"{path} carries no {name}; export it again") from error
+            raise InputError(f"{path} has no {name}; export it again") from error
 
     return program, from_constants(constant)
 
@@ -129,7 +129,7 @@ def start_threads(threads: int | None) -> None:
         InputError: the number of threads is less than 1.
     """
     if threads is not None and threads < 1:
-        raise InputError(f"--threads {threads} is impossible; give 1 or more")
+        raise InputError(f"--threads {threads} is invalid; give 1 or more")
     with stderr_closed():
         if threads in (None, _C._threadpool_get_thread_count()):
             return
@@ -199,11 +199,11 @@ def check_requirements(path: Path, needed: Requirements) -> None:
     operators = {name for name in needed.operators if not name.startswith("executorch_prim::")}
     operators -= set(_C._get_operator_names())
     if ours := {name for name in operators if name.startswith("llama_pte::")}:
-        raise InputError(f"{path} needs {listed(ours)}, and {_NOT_COMPILED}, or export the file with --attention aten")
+        raise InputError(f"{path} needs {listed(ours)}, but {_NOT_COMPILED}, or export the file with --attention aten")
     if missing := backends | operators:
         raise InputError(
-            f"{path} needs {listed(missing)}, which ExecuTorch {version('executorch')} here lacks; "
-            f"it was made with ExecuTorch {needed.executorch}: install that, or export the file again"
+            f"{path} needs {listed(missing)}, which the installed ExecuTorch {version('executorch')} lacks; "
+            f"install ExecuTorch {needed.executorch}, which made the file, or export it again"
         )
 
 

@@ -75,7 +75,7 @@ class KVCache:
         """
         if length < 1 or self.position + length > self.capacity:
             raise InputError(
-                f"{length} tokens do not fit behind the {self.position} in the cache, which holds {self.capacity}; "
+                f"{length} tokens do not fit after the {self.position} in the cache, which holds {self.capacity}; "
                 "shorten the prompt or export with a larger --max-seq-len"
             )
         return self.position
@@ -154,6 +154,6 @@ class KVCache:
         elif self._first > max(position - self._ring + 1, 0):
             raise InputError(
                 f"cannot rewind to position {position}: the model sees {self._ring} positions at a time, and their "
-                f"cache has been written over; rewind to {self._first + self._ring - 1} or later, or to 0"
+                f"cache has been overwritten; rewind to {self._first + self._ring - 1} or later, or to 0"
             )
         self.position = position

@@ -31,8 +31,8 @@ def choose_resident(sizes: Sequence[int], room: int) -> frozenset[int]:
     if taken + max((sizes[number] for number in order if number not in found), default=0) > room:
         largest = max(range(len(sizes)), key=lambda number: sizes[number])
         raise InputError(
-            f"--memory-budget leaves {max(room, 0) / 1e6:.0f} MB for weights, and shard {largest + 1} of {len(sizes)} "
-            f"alone takes {sizes[largest] / 1e6:.0f} MB; give {(sizes[largest] - room) / 1e6:.0f} MB more, or export "
+            f"--memory-budget leaves {max(room, 0) / 1e6:.0f} MB for weights, but shard {largest + 1} of {len(sizes)} "
+            f"needs {sizes[largest] / 1e6:.0f} MB; give {(sizes[largest] - room) / 1e6:.0f} MB more, or export "
             "with more --shards"
         )
     return frozenset(found)

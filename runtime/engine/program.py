@@ -76,17 +76,16 @@ class Program:
         """Loads the shards or slices and returns the object that runs them."""
         path, count = shards[0].path, shards[0].metadata.slices
         if count == 1 and group is not None:
-            raise InputError(f"{path} is no slice, as those of a group of processes are; export with --tensor-parallel")
+            raise InputError(f"{path} is not a slice, which a group of processes needs; export with --tensor-parallel")
         if count == 1:
             return SequentialShards(shards, self.metadata, memory_budget)
         if len(shards) < count and group is None:
             raise InputError(
-                f"{path} is one of {count} slices, which run at once and not one behind another; export with --shards"
+                f"{path} is one of {count} slices, which run only together; give all of them, or export with --shards"
             )
         if memory_budget is not None:
             raise InputError(
-                f"--memory-budget is for shards, and {path} is one of {count} slices, which all stay in memory; leave "
-                "it out"
+                f"--memory-budget is unsupported for slices, and {path} is one of {count}; leave --memory-budget out"
             )
         return ParallelSlices(shards, self.metadata, group or Alone())
 

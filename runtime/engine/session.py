@@ -56,8 +56,8 @@ class Session:
         metadata = program.metadata
         if metadata.batch_size > 1:
             raise InputError(
-                f"the file extends {metadata.batch_size} texts at once; use runtime.batch, or export it without "
-                "--batch-size"
+                f"the file was exported for {metadata.batch_size} texts at once; use `llama-pte batch`, or export it "
+                "without --batch-size"
             )
         self._program = program
         self.cache = KVCache(metadata.methods[0], metadata.max_seq_len)
@@ -224,11 +224,11 @@ class Session:
         """
         config = self._program.metadata.config
         if config.positions == "learned" and self.cache.buffers:
-            raise InputError("the model has learned positions, which cached keys cannot change; stop where it is full")
+            raise InputError("sliding is unsupported for a model with learned positions; stop when the context is full")
         count = min((self.position - SINKS) // 2, self.cache.room(SINKS))
         if count < 1:
             raise InputError(
-                f"of the {self.position} tokens none can be forgotten, because the model sees all but {SINKS} of them; "
+                f"none of the {self.position} tokens can be forgotten, because the model sees all but {SINKS} of them; "
                 "export with a larger --max-seq-len"
             )
 
@@ -278,7 +278,7 @@ def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
     if not tokens:
         raise InputError("the prompt is empty; give at least one token")
     if unknown := [token for token in tokens if not 0 <= token < vocab_size]:
-        raise InputError(f"token {unknown[0]} is not in the vocabulary; ids run from 0 to {vocab_size - 1}")
+        raise InputError(f"token {unknown[0]} is not in the vocabulary; give ids from 0 to {vocab_size - 1}")
 
 
 class TooLongError(InputError):

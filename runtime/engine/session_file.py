@@ -76,9 +76,7 @@ def read(
                     head[...] = np.frombuffer(stream.read(head.nbytes), head.dtype).reshape(head.shape)
             return tokens
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}); give a file that a session was saved to"
-        ) from error
+        raise InputError(f"{path} cannot be read ({error.strerror}); give a saved session") from error
 
 
 def _checked_header(stream: BinaryIO, path: Path, identity: bytes, capacity: int) -> tuple[int, int]:
@@ -86,10 +84,10 @@ def _checked_header(stream: BinaryIO, path: Path, identity: bytes, capacity: int
     size = os.fstat(stream.fileno()).st_size
     header = stream.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-        raise InputError(f"{path} is no saved session; give one")
+        raise InputError(f"{path} is not a saved session; give one")
     _, version, _, whose, position, first = _HEADER.unpack(header)
     if version != VERSION:
-        raise InputError(f"{path} has version {version}, and this one reads {VERSION}; save the session again")
+        raise InputError(f"{path} has version {version}, but this program reads {VERSION}; save the session again")
     if whose != identity:
         raise InputError(f"{path} was saved with another model; give the .pte that it was made with")
     stream.seek(0)

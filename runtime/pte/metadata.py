@@ -25,31 +25,46 @@ FORMAT_VERSION = 4
 
 FIELDS: dict[str, tuple[str, str]] = {
     "get_max_seq_len": ("int", "capacity of the KV cache in positions (T): prompt and answer together"),
-    "get_max_context_len": ("int", "the same number, under the name ExecuTorch's own runners ask for"),
+    "get_max_context_len": ("int", "the same number, under the name that ExecuTorch's own runners read"),
     "get_vocab_size": ("int", "width of the logits (V)"),
-    "get_matrix_bytes": ("int", "bytes of the matrices that a step multiplies by: what decoding reads for each token"),
-    "get_activation_bytes": ("int", "an upper estimate of what the longest step takes beside weights and caches"),
+    "get_matrix_bytes": ("int", "bytes of the matrices that decoding reads for each token"),
+    "get_activation_bytes": (
+        "int",
+        "upper estimate of the memory that the longest step needs besides weights and caches, in bytes",
+    ),
     "get_n_layers": ("int", "number of blocks"),
-    "get_batch_size": ("int", "sequences the methods take at once (B)"),
-    "get_bos_id": ("int", "id that starts a text; -1 where there is none"),
+    "get_batch_size": ("int", "number of texts that the methods process at once (B)"),
+    "get_bos_id": ("int", "id that starts a text; -1 for none"),
     "get_eos_ids": ("int list", "ids that end a text; may be empty"),
     "use_kv_cache": ("bool", "whether the methods take and extend a KV cache; otherwise each takes the whole text"),
-    "get_config": ("JSON", "model.config.ModelConfig: every dimension of the model"),
+    "get_config": ("JSON", "model.config.ModelConfig: dimensions and features of the model"),
     "get_methods": ("JSON", "list of MethodSpec: each method's inputs and outputs by name, shape and dtype"),
-    "get_requirements": ("JSON", "backends and operators that the runtime must have, and ExecuTorch's version"),
-    "get_provenance": ("JSON", "what made the file: versions, options, and the checkpoint's and tokenizer's digests"),
-    "get_rope_cos": ("float32 [T, P]", "cosine of every position's rotary angles, for the P rotated pairs of a head"),
-    "get_rope_sin": ("float32 [T, P]", "their sine"),
-    "get_rope_inverse_frequencies": ("float32 [P]", "what both were made from, for runtimes that compute angles"),
-    "get_alibi_slopes": ("float32 [H]", "what each head's mask takes off for every position of distance; mostly 0"),
-    "get_sliding_window": ("int", "positions that a local block sees, itself included; 0 where all see everything"),
+    "get_requirements": ("JSON", "backends and operators that the runtime must have, and the version of ExecuTorch"),
+    "get_provenance": ("JSON", "versions, options, and digests of checkpoint and tokenizer from the export"),
+    "get_rope_cos": (
+        "float32 [T, P]",
+        "cosine of the rotary angles of every position, for the P rotated pairs of a head",
+    ),
+    "get_rope_sin": ("float32 [T, P]", "sine of the same angles"),
+    "get_rope_inverse_frequencies": (
+        "float32 [P]",
+        "inverse frequencies of the angles, for runtimes that compute them",
+    ),
+    "get_alibi_slopes": ("float32 [H]", "ALiBi slope of each head; 0 without ALiBi"),
+    "get_sliding_window": (
+        "int",
+        "number of positions that a local block sees, including the current one; 0 for no local blocks",
+    ),
     "get_tokenizer_kind": ("string", "sentencepiece, tiktoken, tokenizer.json or none"),
-    "get_tokenizer": ("uint8 [bytes]", "the tokenizer file's own bytes; one zero byte where there is none"),
+    "get_tokenizer": ("uint8 [bytes]", "bytes of the tokenizer file; one zero byte for none"),
     "get_chat_template": (
         "JSON",
-        "preproc.jinja_template.to_file: how messages become a text; empty where nothing says",
+        "chat template, see preproc.jinja_template.to_file; empty for none",
     ),
-    "get_sampling": ("JSON", "what the checkpoint recommends: temperature, top_k, top_p, repetition_penalty, or less"),
+    "get_sampling": (
+        "JSON",
+        "sampling options that the checkpoint recommends, any of temperature, top_k, top_p, repetition_penalty",
+    ),
 }
 """Constant method -> its type and meaning: all contents of a file other than graph and weights."""
 

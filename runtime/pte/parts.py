@@ -62,7 +62,7 @@ def check_shards(shards: Mapping[str, tuple[bytes, range]], wanted: range) -> No
     end = wanted.start
     for other, (_, span) in [*ordered, ("", (identity, range(wanted.stop, wanted.stop)))]:
         if span.start < end:
-            raise InputError(f"{other} has blocks from {span.start} on, which another shard has; remove one")
+            raise InputError(f"{other} has block {span.start}, which another shard also has; remove one")
         if end < span.start:
             raise InputError(
                 f"the shard with blocks {end} to {span.start - 1} is missing beside {place}; copy it there or export "
@@ -84,7 +84,7 @@ def check_same_export(identities: Sequence[tuple[str, bytes]]) -> tuple[str, byt
     for other, found in others:
         if found != identity:
             raise InputError(
-                f"{other} is not of the same export as {place}; keep the shards or slices of one export together"
+                f"{other} is from another export than {place}; keep the shards or slices of one export together"
             )
     return place, identity
 
@@ -96,7 +96,7 @@ def _check_slices(slices: Mapping[Path, Metadata], partial: bool) -> None:
     count, seen = ordered[0][1].slices, set[int]()
     for path, part in ordered:
         if part.slice in seen:
-            raise InputError(f"{path} is slice {part.slice + 1} of {count}, as another is; remove one")
+            raise InputError(f"{path} is slice {part.slice + 1} of {count}, as is another file; remove one")
         seen.add(part.slice)
     if not partial and (missing := sorted(set(range(count)) - seen)):
         raise InputError(f"slice {missing[0] + 1} of {count} is missing beside {place}; copy it there or export again")

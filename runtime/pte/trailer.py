@@ -42,7 +42,7 @@ def check_file(path: Path, *, checksum: bool = True) -> None:
         InputError: it is not; the message names the file, the problem and the fix.
     """
     if not path.is_file():
-        raise InputError(f"{path} is no file; export one with `python -m export.llama`")
+        raise InputError(f"{path} is not a file; export one with `python -m export.llama`")
     size = path.stat().st_size
     with path.open("rb") as stream:
         is_program = stream.read(8)[4:] == b"ET12"
@@ -51,11 +51,11 @@ def check_file(path: Path, *, checksum: bool = True) -> None:
         magic, version, _, length, digest = _TRAILER.unpack(tail) if len(tail) == _TRAILER.size else (b"", 0, 0, 0, 0)
         if magic != _MAGIC or version == 0:
             if is_program:
-                raise InputError(f"{path} is truncated or was not made by llama-pte; copy it again or export it anew")
-            raise InputError(f"{path} is no .pte file; export one with `python -m export.llama`")
+                raise InputError(f"{path} is truncated or was not made by llama-pte; copy or export it again")
+            raise InputError(f"{path} is not a .pte file; export one with `python -m export.llama`")
         if version < FORMAT_VERSION:
             raise InputError(
-                f"{path} has format version {version}, and this version reads {FORMAT_VERSION}; export it again"
+                f"{path} has format version {version}, but this version reads {FORMAT_VERSION}; export it again"
             )
         if version > FORMAT_VERSION:
             raise InputError(
@@ -63,11 +63,11 @@ def check_file(path: Path, *, checksum: bool = True) -> None:
                 "update llama-pte or export the file again"
             )
         if length != size - _TRAILER.size:
-            raise InputError(f"{path} is damaged: {size - _TRAILER.size} bytes of {length} are there; copy it again")
+            raise InputError(f"{path} is damaged: it has {size - _TRAILER.size} of {length} bytes; copy it again")
         if checksum:
             stream.seek(0)
             if checksum_of(stream, length) != digest:
-                raise InputError(f"{path} is damaged: its checksum does not match; copy it again or export it anew")
+                raise InputError(f"{path} is damaged: its checksum does not match; copy or export it again")
 
 
 def checksum_of(stream: BinaryIO, length: int) -> int:

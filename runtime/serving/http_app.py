@@ -116,7 +116,9 @@ class _Service:
 
     async def model(self, request: Request) -> Response:
         if (name := request.path_params["name"]) != self._model.name:
-            raise RequestError(404, f"the model {name!r} is not served here", "model", "model_not_found")
+            raise RequestError(
+                404, f"the model {name!r} is not served; give {self._model.name!r}", "model", "model_not_found"
+            )
         return JSONResponse(self._described())
 
     async def completions(self, request: Request) -> Response:
@@ -196,7 +198,7 @@ def _client_error(error: Exception) -> RequestError:
         return RequestError(400, str(error))
     if isinstance(error, ClosedError):
         return RequestError(503, RESTARTED)
-    return RequestError(500, "the server failed; its log says why")
+    return RequestError(500, "the server failed; see its log")
 
 
 async def _refused(request: Request, error: RequestError) -> Response:
@@ -206,7 +208,7 @@ async def _refused(request: Request, error: RequestError) -> Response:
 
 async def _no_such_endpoint(request: Request, error: HTTPException) -> Response:
     message = (
-        f"{request.method} {request.url.path} is no endpoint; see /v1/models, /v1/completions, /v1/chat/completions"
+        f"{request.method} {request.url.path} is not an endpoint; see /v1/models, /v1/completions, /v1/chat/completions"
     )
     return JSONResponse(RequestError(error.status_code, message).content, error.status_code, error.headers)
 
@@ -232,7 +234,7 @@ class _KeyCheck:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 content = RequestError(
-                    401, "the API key is missing or wrong; give the server's", code="invalid_api_key"
+                    401, "the API key is missing or wrong; send the server's key", code="invalid_api_key"
                 )
                 response = JSONResponse(content.content, content.status, {"WWW-Authenticate": "Bearer"})
                 await response(scope, receive, send)

@@ -9,7 +9,7 @@ from runtime.serving.scheduler import ClosedError, Job, QueueFullError, Schedule
 from runtime.text.generation import Step
 from runtime.text.sampler import Rng
 
-RESTARTED = "the server ends; ask again when it is back"
+RESTARTED = "the server is shutting down; try again later"
 
 
 class Jobs:
@@ -35,7 +35,7 @@ class Jobs:
         try:
             self._go_on()
         except QueueFullError:
-            raise RequestError(429, "too many requests wait already; ask again later", code="queue_full") from None
+            raise RequestError(429, "too many requests are waiting; try again later", code="queue_full") from None
         except ClosedError:
             raise RequestError(503, RESTARTED) from None
 

@@ -42,22 +42,22 @@ def read_tools(values: Values) -> Tools:
         return Tools()
     given = values.get("tools", [])
     if not isinstance(given, list):
-        refuse("tools", f"tools {shown(given)} is no list of functions; give one")
+        refuse("tools", f"tools {shown(given)} is invalid; give a list of functions")
     tools = Tools(tuple(_tool(each) for each in given), several=several)
     if repeated := next((name for name in tools.names if tools.names.count(name) > 1), None):
-        refuse("tools", f"tools has {shown(repeated)} more than once; give each function a name of its own")
+        refuse("tools", f"tools has {shown(repeated)} more than once; give each function a different name")
     if choice == "auto":
         return tools
     if choice == "required":
         if not given:
-            refuse("tool_choice", 'tool_choice "required" is impossible without tools; give some, or leave it out')
+            refuse("tool_choice", 'tool_choice "required" needs tools; give some, or leave it out')
         return Tools(tools.given, tools.given, several)
     name = _name(choice)
     if name is None:
         refuse("tool_choice", f"tool_choice {shown(choice)} is unknown; give none, auto, required or {_FORM}")
     if name not in tools.names:
-        known = ", ".join(map(shown, tools.names)) or "it in tools, too"
-        refuse("tool_choice", f"tool_choice names {shown(name)}, which is none of the tools; give {known}")
+        known = ", ".join(map(shown, tools.names)) or "it in tools as well"
+        refuse("tool_choice", f"tool_choice names {shown(name)}, which is not in tools; give {known}")
     return Tools(tools.given, (tools.given[tools.names.index(name)],), False)
 
 
@@ -69,7 +69,7 @@ def read_messages(values: Values) -> list[Described]:
     """
     given = values.get("messages")
     if not isinstance(given, list) or not given:
-        refuse("messages", f"messages {shown(given)} is no list of messages; give at least one")
+        refuse("messages", f"messages {shown(given)} is invalid; give a list of at least one message")
     return [_message(each) for each in given]
 
 
@@ -85,12 +85,12 @@ def _tool(value: Any) -> Described:
     """Checks one tool and returns it."""
     name = _name(value)
     if name is None:
-        refuse("tools", f"tools has {shown(value)}, which describes no function; give {_FORM}")
+        refuse("tools", f"tools has {shown(value)}, which is not a function; give {_FORM}")
     parameters, text = (value["function"].get(key) for key in ("parameters", "description"))
     if parameters is not None and not isinstance(parameters, dict):
-        refuse("tools", f"tools has {shown(name)} with the parameters {shown(parameters)}; give a JSON schema's object")
+        refuse("tools", f"the parameters {shown(parameters)} of {shown(name)} are invalid; give a JSON schema")
     if text is not None and not isinstance(text, str):
-        refuse("tools", f"tools has {shown(name)} with the description {shown(text)}; give a text")
+        refuse("tools", f"the description {shown(text)} of {shown(name)} is invalid; give a text")
     return value
 
 
@@ -104,11 +104,11 @@ def _message(value: Any) -> Described:
     if content is not None or not calls:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, list) or not all(_is_text(part) for part in parts):
-            refuse("messages", f"the content {shown(content)} is no text; give only texts")
+            refuse("messages", f"the content {shown(content)} is invalid; give only text")
         message["content"] = "".join(part["text"] for part in parts)
     if calls:
         if not isinstance(calls, list):
-            refuse("messages", f"the message has tool_calls {shown(calls)}; give a list of calls")
+            refuse("messages", f"tool_calls {shown(calls)} is invalid; give a list of calls")
         message["tool_calls"] = [_call(call) for call in calls]
     if role == TOOL:
         message |= {key: value[key] for key in ("tool_call_id", "name") if isinstance(value.get(key), str)}
@@ -119,7 +119,7 @@ def _call(value: Any) -> dict[str, Any]:
     """Reads a call in an earlier message, and returns it with its arguments as an object, the form for templates."""
     name = _name({"type": "function"} | value) if isinstance(value, dict) else None
     if name is None:
-        refuse("messages", f"tool_calls has {shown(value)}, which calls no function; give {_FORM}")
+        refuse("messages", f"tool_calls has {shown(value)}, which is not a call; give {_FORM}")
     arguments = value["function"].get("arguments") or {}
     try:
         found = json.loads(arguments) if isinstance(arguments, str) else arguments
@@ -127,7 +127,7 @@ def _call(value: Any) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        refuse("messages", f"tool_calls has the arguments {shown(arguments)} for {shown(name)}; give an object as JSON")
+        refuse("messages", f"the arguments {shown(arguments)} of {shown(name)} are invalid; give an object as JSON")
     id = {"id": value["id"]} if isinstance(value.get("id"), str) else {}
     return {**id, "type": "function", "function": {"name": name, "arguments": found}}
 

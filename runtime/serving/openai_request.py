@@ -161,7 +161,7 @@ def read_chat(raw: bytes, model: Model) -> CompletionRequest:
     top = values.whole("top_logprobs", 0, MOST_LOGPROBS)
     logprobs = (top or 0) if values.flag("logprobs") else None
     if top and logprobs is None:
-        refuse("top_logprobs", f"top_logprobs {top} is impossible without logprobs; add logprobs: true")
+        refuse("top_logprobs", f"top_logprobs {top} needs logprobs; add logprobs: true")
     limit = values.limit(("max_completion_tokens", "max_tokens"), None)
     metadata, specials = model.metadata, model.tokenizer.specials
     stop_ids = template.stop_ids(model.tokenizer, metadata.bos_id, metadata.stop_ids)
@@ -191,13 +191,13 @@ class _Request(Values):
         self._model = model
         name = self.get("model", model.name)
         if name != model.name:
-            message = f"the model {shown(name)} is not served here; give {shown(model.name)}, or leave it out"
+            message = f"the model {shown(name)} is not served; give {shown(model.name)}, or leave it out"
             raise RequestError(404, message, "model", "model_not_found")
         for param, values in {**_HARMLESS, **harmless}.items():
             is_idle = param == "tools" and self.get("tool_choice") == "none"
             if param in self and self.get(param) not in values and not is_idle:
                 fix = f"give {shown(values[0])}" if values else "leave it out"
-                refuse(param, f"{param} {shown(self.get(param))} is not possible here; {fix}", "unsupported_value")
+                refuse(param, f"{param} {shown(self.get(param))} is unsupported; {fix}", "unsupported_value")
 
     def limit(self, names: Sequence[str], usual: int | None) -> int | None:
         """Returns the token limit from the first given parameter of `names`; -1 is no limit, as with llama.cpp.
@@ -216,8 +216,8 @@ class _Request(Values):
         given = value if is_list else [value]
         for each in given:
             if not isinstance(each, str) and not _are_ids(each):
-                message = f"prompt {shown(each)} is neither one text nor one list of ids; give one of them, or a list"
-                refuse("prompt", f"{message} of such")
+                message = f"prompt {shown(each)} is invalid; give a text or a list of token ids, or a list of these"
+                refuse("prompt", message)
         return given
 
     def ids(self, prompt: str | list[int]) -> Sequence[int]:
@@ -230,7 +230,7 @@ class _Request(Values):
         if best_of < choices:
             refuse("best_of", f"best_of {best_of} is less than n {choices}; give at least as many, or leave it out")
         if best_of > choices and self.flag("stream"):
-            refuse("best_of", f"best_of {best_of} is known only at the end, which no stream can wait for; leave it out")
+            refuse("best_of", f"best_of {best_of} is unsupported with stream; leave one of them out")
         return best_of
 
     def conversation(self, tools: Tools) -> tuple[Sequence[int], Carried]:
@@ -239,7 +239,7 @@ class _Request(Values):
         if template is None:
             refuse(
                 "messages",
-                "the file carries no chat template, so messages cannot become a text; start the server with "
+                "the file has no chat template, which messages need; start the server with "
                 f"--chat-template {', '.join(NAMED)}, or export the file again with it",
             )
         messages = read_messages(self)
@@ -272,8 +272,8 @@ class _Request(Values):
     ) -> list[Text]:
         """Returns the texts to generate, `each` for each prompt."""
         if len(prompts) * each > MOST_TEXTS:
-            message = f"prompt has {len(prompts)} texts, of which {each} each are wanted; give fewer: {MOST_TEXTS} are"
-            refuse("prompt", f"{message} the most that a request may have")
+            message = f"prompt asks for {len(prompts)} times {each} texts; give at most {MOST_TEXTS} in all"
+            refuse("prompt", message)
         model, seed, texts = self._model, self.whole("seed"), list[Text]()
         seed = secrets.randbits(64) if seed is None else seed
         vocab_size = model.metadata.config.vocab_size
@@ -308,7 +308,7 @@ class _Request(Values):
         """Returns whether the answer is streamed, and whether a stream ends with the numbers of tokens."""
         stream, usage = self.flag("stream"), self.entries("stream_options").get("include_usage", False)
         if "stream_options" in self and not stream:
-            refuse("stream_options", "stream_options are of no use without stream; add stream: true, or leave them out")
+            refuse("stream_options", "stream_options needs stream; add stream: true, or leave it out")
         return stream, usage is True
 
     def _fitting(self, param: str, ids: Sequence[int]) -> Sequence[int]:
@@ -317,7 +317,7 @@ class _Request(Values):
             try:
                 check_prompt(ids, metadata)
             except TooLongError:  # whose message is about exporting
-                message = f"the {param} has {len(ids)} tokens, and the context only {metadata.max_seq_len}; shorten it"
+                message = f"the {param} has {len(ids)} tokens, but the context only {metadata.max_seq_len}; shorten it"
                 refuse(param, message, "context_length_exceeded")
         return ids
 
@@ -338,14 +338,14 @@ class _Request(Values):
             refuse("logit_bias", f"logit_bias has {len(given)} entries; give at most {MOST_BIASES}")
         for token in given:
             if not token.isdecimal():
-                refuse("logit_bias", f"logit_bias {shown(token)} is no token's id; give a whole number as a string")
+                refuse("logit_bias", f"logit_bias {shown(token)} is invalid; give a token id as a string")
         return {int(token): number("logit_bias", value) for token, value in given.items()}
 
     def _stops(self) -> tuple[str, ...]:
         value = self.get("stop", "")
         stops = [value][: len(value)] if isinstance(value, str) else value
         if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
-            refuse("stop", f"stop {shown(value)} is no text; give one, or a list of them, none of them empty")
+            refuse("stop", f"stop {shown(value)} is invalid; give a text or a list of texts, none of them empty")
         if len(stops) > MOST_STOPS:
             refuse("stop", f"stop has {len(stops)} texts; give at most {MOST_STOPS}")
         return tuple(stops)
@@ -364,14 +364,14 @@ class _Request(Values):
                 "response_format", f"response_format {shown(kind)} is unknown; give text, json_object or json_schema"
             )
         if not isinstance(schema, dict):
-            refuse("response_format", f"response_format has the schema {shown(schema)}; give an object")
+            refuse("response_format", f"the schema {shown(schema)} of response_format is invalid; give an object")
         _require_grammars("response_format")
         return schema
 
 
 def _require_grammars(param: str) -> None:
     if find_spec("llguidance") is None:
-        refuse(param, "the server lacks llguidance for it; run there: pip install 'llama-pte[constrain]'")
+        refuse(param, "the server lacks llguidance; run there: pip install 'llama-pte[constrain]'")
 
 
 def _are_ids(value: Any) -> bool:

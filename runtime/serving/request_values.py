@@ -66,31 +66,31 @@ class Values:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int):
-            refuse(name, f"{name} {shown(value)} is no whole number; give one")
+            refuse(name, f"{name} {shown(value)} is invalid; give a whole number")
         if (low is not None and value < low) or (high is not None and value > high):
             bounds = f"{low} or more" if high is None else f"{low} to {high}"
-            refuse(name, f"{name} {value} is impossible; give {bounds}")
+            refuse(name, f"{name} {value} is invalid; give {bounds}")
         return value
 
     def flag(self, name: str, usual: bool = False) -> bool:
         """Returns true or false, or `usual` if it is missing."""
         value = self.get(name, usual)
         if not isinstance(value, bool):
-            refuse(name, f"{name} {shown(value)} is neither true nor false; give one of them")
+            refuse(name, f"{name} {shown(value)} is invalid; give true or false")
         return value
 
     def entries(self, name: str) -> Mapping[str, Any]:
         """Returns the entries of an object, which is empty if it is missing."""
         value = self.get(name, {})
         if not isinstance(value, dict):
-            refuse(name, f"{name} {shown(value)} is no object; give one")
+            refuse(name, f"{name} {shown(value)} is invalid; give an object")
         return value
 
 
 def number(name: str, value: Any) -> float:
     """Checks that the value of parameter `name` is a number, and returns it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        refuse(name, f"{name} {shown(value)} is no number; give one")
+        refuse(name, f"{name} {shown(value)} is invalid; give a number")
     try:
         return float(value)
     except OverflowError:
@@ -109,9 +109,9 @@ def _object(raw: bytes) -> dict[str, Any]:
         values = json.loads(raw, parse_constant=no_number)
         json.dumps(values, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     except (ValueError, RecursionError) as error:
-        refuse(None, f"the body is no JSON ({error}); send an object with Content-Type: application/json")
+        refuse(None, f"the body is not JSON ({error}); send an object with Content-Type: application/json")
     if not isinstance(values, dict):
-        refuse(None, f"the body is {shown(values)}; send an object")
+        refuse(None, f"the body {shown(values)} is invalid; send an object")
     return values
 
 
@@ -121,4 +121,4 @@ def no_number(text: str) -> NoReturn:
     Raises:
         ValueError: always.
     """
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")

@@ -76,7 +76,7 @@ class Scheduler:
             max_queue: maximum number of waiting jobs.
 
         Raises:
-            InputError: the program was exported for several texts at once, or the number of sessions is impossible.
+            InputError: the program was exported for several texts at once, or the number of sessions is invalid.
         """
         self._program, self._room = program, sessions + max_queue
         self.sessions = sessions

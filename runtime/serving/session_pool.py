@@ -19,10 +19,10 @@ class SessionPool:
         """Starts with one idle session; others are created when needed.
 
         Raises:
-            InputError: the limit is impossible, or the program was exported for several texts at once.
+            InputError: the limit is invalid, or the program was exported for several texts at once.
         """
         if limit < 1:
-            raise InputError(f"--sessions {limit} is impossible; give 1 or more")
+            raise InputError(f"--sessions {limit} is invalid; give 1 or more")
         self._program, self._limit = program, limit
         self._idle = [Session(program)]  # the least recently used first
         self._taken = list[Session]()

@@ -235,12 +235,12 @@ class CallReader:
         """
         name = value.get("name") if isinstance(value, dict) else None
         if not isinstance(name, str) or not name or (is_bare and name not in self._names):
-            raise ValueError(f"{name} is no function's name")
+            raise ValueError(f"{name} is not a function's name")
         given = value.get("arguments", value.get("parameters", {}))
         if isinstance(given, str):
             given = _JSON.decode(given)
         if not isinstance(given, dict):
-            raise ValueError(f"{given} are no arguments")
+            raise ValueError(f"{given} are not arguments")
         arguments = json.dumps(given, ensure_ascii=False, allow_nan=False)
         (name + arguments).encode()  # fails for half of a surrogate pair
         return Call(name, arguments)

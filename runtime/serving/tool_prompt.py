@@ -138,6 +138,6 @@ def _with_description(messages: Sequence[Described], tools: Sequence[Described],
         return [{"role": SYSTEM, "content": text}, *given]
     first = next((i for i, message in enumerate(given) if message["role"] == USER), None)
     if first is None:
-        raise InputError("the chat template takes functions only with what a user says; add such a message")
+        raise InputError("the chat template needs a user message for tools; add one")
     given[first] = {**given[first], "content": f"{text}\n\n{given[first]['content']}"}
     return given

@@ -30,11 +30,11 @@ def json_schema(path: Path) -> str:
     """
     _require_library()
     if not path.is_file():
-        raise InputError(f"{path} is no file; give one that holds a JSON schema")
+        raise InputError(f"{path} is not a file; give one with a JSON schema")
     try:
         return json_grammar(json.loads(path.read_bytes()))
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path} holds no JSON schema ({_first_line(str(error))}); mend it") from error
+        raise InputError(f"{path} is not a valid JSON schema ({_first_line(str(error))}); correct it") from error
 
 
 def json_grammar(schema: Any) -> str:
@@ -98,9 +98,7 @@ class Constraint:
 
         if tokenizer is None or not stop_ids:
             lacking = "stop token" if tokenizer else "tokenizer"
-            raise InputError(
-                f"the file carries no {lacking}, which constrained text needs; export it from one that does"
-            )
+            raise InputError(f"the file has no {lacking}, which constrained text needs; export one that has")
         self._vocab_size = vocab_size
         self._lost = _start(tokenizer, prompt, vocab_size)
         made = _library_tokenizer(tokenizer, tuple(stop_ids), vocab_size)  # type: ignore[arg-type]  # by identity
@@ -115,7 +113,7 @@ class Constraint:
                 llguidance.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._check("no token goes on as the grammar wants")
+        self._check("no token continues the text by the grammar")
         allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(bool)
         if self._lost:
             allowed[list(self._lost)] = False
@@ -123,7 +121,7 @@ class Constraint:
                 others = (i for i in range(self._vocab_size) if i not in self._lost)
                 allowed[[i for i in others if self._matcher.validate_tokens([i])]] = True
             if not allowed.any():
-                raise InputError("no token that can open a text goes on as the grammar wants; simplify or mend it")
+                raise InputError("no token that can begin a text follows the grammar; simplify or correct it")
         return allowed
 
     def take(self, token: int) -> None:
@@ -133,7 +131,7 @@ class Constraint:
 
     def _check(self, failure: str) -> None:
         if self._matcher.is_error():
-            raise InputError(f"{failure} ({_first_line(self._matcher.get_error())}); simplify or mend it")
+            raise InputError(f"{failure} ({_first_line(self._matcher.get_error())}); simplify or correct it")
 
 
 @functools.lru_cache(maxsize=2)
@@ -195,7 +193,7 @@ def _start(tokenizer: Tokenizer, prompt: Sequence[int], vocab_size: int) -> set[
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     utf8.decode(before)
     if utf8.getstate()[0]:
-        raise InputError("the prompt ends inside a character, where no constrained text can begin; complete it")
+        raise InputError("the prompt ends inside a character, after which no constrained text can begin; complete it")
     if before:
         return set()
     return {i for i in range(vocab_size) if tokenizer.piece(i, first=True) != tokenizer.piece(i, first=False)}
@@ -204,8 +202,7 @@ def _start(tokenizer: Tokenizer, prompt: Sequence[int], vocab_size: int) -> set[
 def _require_library() -> None:
     if find_spec("llguidance") is None:
         raise InputError(
-            "--json-schema and --regex need llguidance, which this Python lacks; "
-            "run: pip install 'llama-pte[constrain]'"
+            "--json-schema and --regex need llguidance, which is not installed; run: pip install 'llama-pte[constrain]'"
         )
 
 

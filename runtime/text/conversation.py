@@ -48,11 +48,11 @@ class Chat:
             InputError: there is no tokenizer or no template, or there is a system message and the template takes none.
         """
         if program.tokenizer is None:
-            raise InputError("the file carries no tokenizer; export it again with --tokenizer")
+            raise InputError("the file has no tokenizer; export it again with --tokenizer")
         template = template or from_file(program.metadata.chat_template)
         if template is None:
             raise InputError(
-                f"the file carries no chat template; export it again with --chat-template {', '.join(NAMED)} or a file"
+                f"the file has no chat template; export it again with --chat-template {', '.join(NAMED)} or a file"
             )
         self.template = template
         self._tokenizer = program.tokenizer
@@ -84,7 +84,7 @@ class Chat:
             InputError: the template takes none.
         """
         if system is not None and _WORD not in self.template.text([(SYSTEM, _WORD), (USER, "")]):
-            raise InputError("the chat template takes no system message; leave it out")
+            raise InputError("the chat template supports no system message; leave it out")
         self.system = system
 
     def reset(self) -> None:

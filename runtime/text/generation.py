@@ -62,11 +62,11 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise InputError(f"--max-new-tokens {self.max_new_tokens} is impossible; give 1 or more")
+            raise InputError(f"--max-new-tokens {self.max_new_tokens} is invalid; give 1 or more")
         if "" in self.stop_strings:
-            raise InputError("--stop '' is impossible; give at least one character")
+            raise InputError("--stop '' is invalid; give at least one character")
         if self.logprobs is not None and self.logprobs < 0:
-            raise InputError(f"--logprobs {self.logprobs} is impossible; give 0 or more")
+            raise InputError(f"--logprobs {self.logprobs} is invalid; give 0 or more")
 
 
 class StopFilter:
@@ -157,7 +157,7 @@ class StepBuilder:
         """
         if options.stop_strings and tokenizer is None:
             raise InputError(
-                f"--stop {options.stop_strings[0]!r} needs a tokenizer, and the file carries none; leave it out"
+                f"--stop {options.stop_strings[0]!r} needs a tokenizer, but the file has none; leave it out"
             )
         self._options, self._count = options, 0
         self._decoder = StreamDecoder(tokenizer, prompt) if tokenizer else None
@@ -310,4 +310,4 @@ def check_ids(options: SamplingOptions, vocab_size: int) -> None:
     """
     for token in options.logit_bias:
         if token >= vocab_size:
-            raise InputError(f"logit-bias {token} is impossible; ids run from 0 to {vocab_size - 1}")
+            raise InputError(f"logit-bias {token} is invalid; give ids from 0 to {vocab_size - 1}")

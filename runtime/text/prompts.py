@@ -17,7 +17,7 @@ def prompt_ids(program: Program, text: str, parse_special: bool = False) -> list
         InputError: the file carries no tokenizer.
     """
     if program.tokenizer is None:
-        raise InputError("the file carries no tokenizer; give --prompt-ids, or export again with --tokenizer")
+        raise InputError("the file has no tokenizer; give --prompt-ids, or export again with --tokenizer")
     bos_id = program.metadata.bos_id
     text = text.encode("utf-8", "replace").decode()  # JSON may contain half of a surrogate pair
     return ([] if bos_id is None else [bos_id]) + program.tokenizer.encode(text, parse_special)
@@ -47,7 +47,7 @@ def read_prompts(path: Path, program: Program) -> list[Sequence[int] | InputErro
     text = read_text(path)
     lines = {number: line.removesuffix("\r") for number, line in enumerate(text.split("\n"), 1) if line.strip()}
     if not lines:
-        raise InputError(f"{path} has no prompts; give one in each line")
+        raise InputError(f"{path} has no prompts; give one per line")
     first = next(iter(lines.values()))
     if path.suffix == ".jsonl" or isinstance(_object(first), dict):
         return [_ids(number, _object(line), program) for number, line in lines.items()]
@@ -59,18 +59,18 @@ def _object(line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        return InputError(f"is no JSON ({error})")
+        return InputError(f"is not JSON ({error})")
 
 
 def _ids(number: int, prompt: Any, program: Program) -> Sequence[int] | InputError:
     if isinstance(prompt, InputError):
-        return InputError(f"line {number} {prompt}; give an object in each line")
+        return InputError(f"line {number} {prompt}; give one object per line")
     text, ids = (prompt.get(key) if isinstance(prompt, dict) else None for key in ("prompt", "prompt_ids"))
     if isinstance(ids, list) and all(type(token) is int for token in ids):
         return ids
     if not isinstance(text, str):
         return InputError(
-            f'line {number}, {json.dumps(prompt)}, is no prompt; give an object with "prompt" or "prompt_ids"'
+            f'line {number}, {json.dumps(prompt)}, is not a prompt; give an object with "prompt" or "prompt_ids"'
         )
     try:
         return prompt_ids(program, text)

@@ -43,27 +43,25 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature {self.temperature} is impossible; give 0 or more")
+            raise InputError(f"temperature {self.temperature} is invalid; give 0 or more")
         if self.top_k < 0:
-            raise InputError(f"top-k {self.top_k} is impossible; give 0 (all) or more")
+            raise InputError(f"top-k {self.top_k} is invalid; give 0 (all) or more")
         if not 0 < self.top_p <= 1:
-            raise InputError(f"top-p {self.top_p} is impossible; give more than 0, up to 1")
+            raise InputError(f"top-p {self.top_p} is invalid; give more than 0, up to 1")
         if not 0 <= self.min_p <= 1:
-            raise InputError(f"min-p {self.min_p} is impossible; give 0 (all) to 1")
+            raise InputError(f"min-p {self.min_p} is invalid; give 0 (all) to 1")
         if not 0 < self.repetition_penalty < math.inf:
             raise InputError(
-                f"repetition-penalty {self.repetition_penalty} is impossible; give more than 0, where 1 is none"
+                f"repetition-penalty {self.repetition_penalty} is invalid; give more than 0, where 1 is none"
             )
         for name, penalty in (("presence", self.presence_penalty), ("frequency", self.frequency_penalty)):
             if not math.isfinite(penalty):
-                raise InputError(f"{name}-penalty {penalty} is impossible; give a finite number, where 0 is none")
+                raise InputError(f"{name}-penalty {penalty} is invalid; give a finite number, where 0 is none")
         if self.penalty_window < 1:
-            raise InputError(f"penalty-window {self.penalty_window} is impossible; give 1 or more")
+            raise InputError(f"penalty-window {self.penalty_window} is invalid; give 1 or more")
         for token, bias in self.logit_bias.items():
             if token < 0 or not math.isfinite(bias):
-                raise InputError(
-                    f"logit-bias {token}={bias} is impossible; give an id of 0 or more and a finite number"
-                )
+                raise InputError(f"logit-bias {token}={bias} is invalid; give an id of 0 or more and a finite number")
 
     @property
     def penalises(self) -> bool:

@@ -50,7 +50,9 @@ class Draft:
         """
         ours = program.metadata.config.vocab_size
         if ours != vocab_size:
-            raise InputError(f"the draft has {ours} ids where the model has {vocab_size}; give one with its tokenizer")
+            raise InputError(
+                f"the draft model has {ours} ids, but the model has {vocab_size}; give one with the same tokenizer"
+            )
         self._session = Session(program)
 
     def guess(self, text: list[int], count: int) -> list[int]:

@@ -55,11 +55,12 @@ TEST(ChatTemplate, Golden) {
 
 TEST(ChatTemplate, RefusesMessagesOutOfTurn) {
     const std::vector<std::pair<std::vector<Message>, std::string>> cases = {
-        {{}, "the messages are of nobody"},
-        {{{Role::kUser, "a"}, {Role::kAssistant, "b"}}, "the messages are of user, assistant; give user and assistant"},
-        {{{Role::kAssistant, "a"}}, "of assistant;"},
-        {{{Role::kUser, "a"}, {Role::kSystem, "b"}, {Role::kUser, "c"}}, "of user, system, user;"},
-        {{{Role::kSystem, "a"}, {Role::kUser, "b"}}, "the chat template takes no system message; leave it out"},
+        {{}, "the roles of the messages are none"},
+        {{{Role::kUser, "a"}, {Role::kAssistant, "b"}},
+         "the roles of the messages are user, assistant; give user and assistant"},
+        {{{Role::kAssistant, "a"}}, "are assistant;"},
+        {{{Role::kUser, "a"}, {Role::kSystem, "b"}, {Role::kUser, "c"}}, "are user, system, user;"},
+        {{{Role::kSystem, "a"}, {Role::kUser, "b"}}, "the chat template supports no system message; leave it out"},
     };
     for (const auto& [messages, message] : cases) {
         const auto text = simple().text(messages);
@@ -94,7 +95,7 @@ TEST(ChatTemplate, RefusesATokenThatIsCutOutOfAnyText) {
     const std::vector<Message> sly = {{Role::kUser, "a<x>b"}};
     const auto ids = made.encode(sly, **tokenizer);
     ASSERT_FALSE(ids);
-    EXPECT_EQ(ids.error().message, "a message holds <x>, which stands between messages; leave it out");
+    EXPECT_EQ(ids.error().message, "a message holds <x>, which separates messages; leave it out");
     const std::vector<Message> plain = {{Role::kUser, "a--b"}};
     const auto taken = made.encode(plain, **tokenizer);
     ASSERT_TRUE(taken);
@@ -111,7 +112,7 @@ TEST(Chat, RefusesAFileWithoutATemplate) {
     Rng rng(0);
     const auto chat = Chat::create(**program, {}, rng);
     ASSERT_FALSE(chat);
-    EXPECT_EQ(chat.error().message, "the file carries no chat template; export it again with --chat-template");
+    EXPECT_EQ(chat.error().message, "the file has no chat template; export it again with --chat-template");
 }
 
 }  // namespace

@@ -200,32 +200,31 @@ TEST(Generator, RefusesOptionsThatNeedWhatIsNotThere) {
         return Generator::create(*session, prompt, options, rng, nullptr).error().message;
     };
     EXPECT_EQ(refused({.sampling = {}, .max_new_tokens = {}, .stop_ids = {}, .stop_strings = {"x"}}),
-              "--stop 'x' needs a tokenizer, and the file carries none; leave it out");
+              "--stop 'x' needs a tokenizer, but the file has none; leave it out");
     EXPECT_EQ(refused({.sampling = {}, .max_new_tokens = {}, .stop_ids = {}, .stop_strings = {"x", ""}}),
-              "--stop '' is impossible; give at least one character");
+              "--stop '' is invalid; give at least one character");
     EXPECT_EQ(refused({.sampling = {}, .max_new_tokens = {}, .stop_ids = {}, .logprobs = -1}),
-              "--logprobs -1 is impossible; give 0 or more");
+              "--logprobs -1 is invalid; give 0 or more");
     EXPECT_EQ(refused({.sampling = {.logit_bias = {{2048, 1.0}}}, .max_new_tokens = {}, .stop_ids = {}}),
-              "logit-bias 2048 is impossible; ids run from 0 to 2047");
+              "logit-bias 2048 is invalid; give ids from 0 to 2047");
 }
 
 TEST(Sampler, RefusesImpossibleOptions) {
-    EXPECT_EQ((SamplingOptions{-1.0, 0, 1.0}.check().error().message),
-              "temperature -1.0 is impossible; give 0 or more");
-    EXPECT_EQ((SamplingOptions{0.0, -3, 1.0}.check().error().message), "top-k -3 is impossible; give 0 (all) or more");
+    EXPECT_EQ((SamplingOptions{-1.0, 0, 1.0}.check().error().message), "temperature -1.0 is invalid; give 0 or more");
+    EXPECT_EQ((SamplingOptions{0.0, -3, 1.0}.check().error().message), "top-k -3 is invalid; give 0 (all) or more");
     EXPECT_EQ((SamplingOptions{0.0, 0, 1.5}.check().error().message),
-              "top-p 1.5 is impossible; give more than 0, up to 1");
-    EXPECT_EQ((SamplingOptions{.min_p = 1.5}.check().error().message), "min-p 1.5 is impossible; give 0 (all) to 1");
+              "top-p 1.5 is invalid; give more than 0, up to 1");
+    EXPECT_EQ((SamplingOptions{.min_p = 1.5}.check().error().message), "min-p 1.5 is invalid; give 0 (all) to 1");
     EXPECT_EQ((SamplingOptions{.repetition_penalty = 0}.check().error().message),
-              "repetition-penalty 0.0 is impossible; give more than 0, where 1 is none");
+              "repetition-penalty 0.0 is invalid; give more than 0, where 1 is none");
     EXPECT_EQ((SamplingOptions{.presence_penalty = NAN}.check().error().message),
-              "presence-penalty nan is impossible; give a finite number, where 0 is none");
+              "presence-penalty nan is invalid; give a finite number, where 0 is none");
     EXPECT_EQ((SamplingOptions{.frequency_penalty = -INFINITY}.check().error().message),
-              "frequency-penalty -inf is impossible; give a finite number, where 0 is none");
+              "frequency-penalty -inf is invalid; give a finite number, where 0 is none");
     EXPECT_EQ((SamplingOptions{.penalty_window = 0}.check().error().message),
-              "penalty-window 0 is impossible; give 1 or more");
+              "penalty-window 0 is invalid; give 1 or more");
     EXPECT_EQ((SamplingOptions{.logit_bias = {{-1, 2.0}}}.check().error().message),
-              "logit-bias -1=2.0 is impossible; give an id of 0 or more and a finite number");
+              "logit-bias -1=2.0 is invalid; give an id of 0 or more and a finite number");
     EXPECT_FALSE((SamplingOptions{.repetition_penalty = INFINITY}.check()));
     EXPECT_FALSE((SamplingOptions{.logit_bias = {{1, NAN}}}.check()));
     EXPECT_FALSE((SamplingOptions{NAN, 0, 1.0}.check()));
@@ -299,7 +298,7 @@ TEST(Program, RefusesWhatIsMissing) {
     REQUIRE_TINY(path);
     const auto program = Program::open(path, {.threads = 0});
     ASSERT_FALSE(program);
-    EXPECT_EQ(program.error().message, "--threads 0 is impossible; give 1 or more");
+    EXPECT_EQ(program.error().message, "--threads 0 is invalid; give 1 or more");
     EXPECT_TRUE(Program::open(path, {.threads = 2}));
 }
 

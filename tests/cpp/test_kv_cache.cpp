@@ -38,7 +38,7 @@ TEST(KVCache, PlansCommitsAndRewinds) {
     EXPECT_EQ(cache->position(), 3);
     EXPECT_EQ(
         cache->plan(8).error().message,
-        "8 tokens do not fit behind the 3 in the cache, which holds 10; shorten the prompt or export with a larger "
+        "8 tokens do not fit after the 3 in the cache, which holds 10; shorten the prompt or export with a larger "
         "--max-seq-len");
     EXPECT_FALSE(cache->plan(0));
     EXPECT_EQ(*cache->plan(7), 3);
@@ -87,8 +87,8 @@ TEST(KVCache, RingsRewindAsFarAsTheyHold) {
     EXPECT_TRUE(cache.rewind(1));
     append(cache, 4);
     EXPECT_EQ(cache.rewind(3).error().message,
-              "cannot rewind to position 3: the model sees 3 positions at a time, and their cache has been written "
-              "over; rewind to 4 or later, or to 0");
+              "cannot rewind to position 3: the model sees 3 positions at a time, and their cache has been "
+              "overwritten; rewind to 4 or later, or to 0");
     EXPECT_TRUE(cache.rewind(4));
     EXPECT_FALSE(cache.rewind(3)) << "what was written over stays lost";
     append(cache, 1);

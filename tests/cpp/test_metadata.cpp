@@ -147,12 +147,12 @@ TEST(CheckFile, ToldApart) {
     std::string damaged = whole;
     damaged[damaged.size() / 2] ^= 1;
     const std::vector<std::pair<std::string, std::string>> cases = {
-        {"", "is no .pte file"},
-        {"hello", "is no .pte file"},
+        {"", "is not a .pte file"},
+        {"hello", "is not a .pte file"},
         {whole.substr(0, whole.size() - 1), "is truncated or was not made by llama-pte"},
         {whole.substr(0, 100), "is truncated or was not made by llama-pte"},
         {newer, "has format version 9, newer than this version's 4"},
-        {older, "has format version 1, and this version reads 4; export it again"},
+        {older, "has format version 1, but this version reads 4; export it again"},
         {longer, "is damaged: "},
         {damaged, "is damaged: its checksum does not match"},
     };

@@ -156,7 +156,7 @@ TEST(Session, RefusesBadPrompts) {
     auto session = Session::create(steps);
     ASSERT_TRUE(session);
     EXPECT_EQ(session->prefill({}).error().message, "the prompt is empty; give at least one token");
-    EXPECT_EQ(session->decode(16).error().message, "token 16 is not in the vocabulary; ids run from 0 to 15");
+    EXPECT_EQ(session->decode(16).error().message, "token 16 is not in the vocabulary; give ids from 0 to 15");
     EXPECT_FALSE(session->decode(-1));
     EXPECT_TRUE(steps.calls.empty());
     steps.fails = true;

@@ -26,9 +26,9 @@ TEST(SavedSession, IsSavedAndLoaded) {
     std::string damaged = whole;
     damaged[100] ^= 1;
     const std::vector<std::pair<std::string, std::string>> cases = {
-        {"hello", "is no saved session"},
+        {"hello", "is not a saved session"},
         {foreign, "was saved with another model"},
-        {newer, "has version 9, and this one reads 1"},
+        {newer, "has version 9, but this program reads 1"},
         {damaged, "is damaged: its checksum does not match"},
         {whole.substr(0, whole.size() - 1), "is damaged: its checksum does not match"},
         {whole.substr(0, 48), "is damaged: its checksum does not match"},

@@ -67,10 +67,10 @@ TEST(Tokenizer, RefusesDamage) {
     const std::vector<std::pair<std::string, std::string>> cases = {
         {"", "its content is neither SentencePiece, tiktoken ranks nor a tokenizer.json"},
         {"hello", "its content is neither"},
-        {"{", "damaged tokenizer.json tokenizer (it is no JSON)"},
+        {"{", "damaged tokenizer.json tokenizer (it is not JSON)"},
         {"{}", "damaged tokenizer.json tokenizer (it has no vocabulary)"},
         {"\n", "damaged sentencepiece tokenizer"},
-        {"IQ== 0\nIg==", "line 2 of the tiktoken file is no `base64 rank`"},
+        {"IQ== 0\nIg==", "line 2 of the tiktoken file is not `base64 rank`"},
         {"IQ== 0\nIg== 2\n", "the tiktoken file's 2 ranks have gaps or repeats"},
         {"IQ== 0\nIQ== 1\n", "ranks have gaps or repeats"},
         {"IQ== 0\n", "the tiktoken file has no rank for byte 0"},

@@ -74,7 +74,7 @@ def test_a_tied_matrix_is_stored_once_and_both_use_it(scheme: Scheme, tmp_path: 
 
 def test_a_folder_and_a_device_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for path, problem in ((tmp_path, "is a folder"), (tmp_path / "pipe", "is no ordinary file")):
+    for path, problem in ((tmp_path, "is a folder"), (tmp_path / "pipe", "is not a regular file")):
         with pytest.raises(InputError, match=problem), replacing(path):
             pass
     assert names(tmp_path) == ["pipe"]

@@ -40,9 +40,9 @@ EMBEDDING = "aten::embedding.out"
 OUTSIDE = {"xnnpack": (EMBEDDING, "llama_pte::attention.out"), "openvino": (), "vulkan": (), "coreml": ()}
 """The kernels that each leaves to the runtime."""
 REFUSED = {
-    "ethos-u": r"--backend ethos-u takes only graphs whose activations are 8-bit integers of calibrated ranges",
+    "ethos-u": r"--backend ethos-u needs activations quantised to 8 bits with calibrated ranges",
     "qnn": r"--backend qnn needs Qualcomm's AI Engine Direct SDK \(QNN\), which is not on PyPI",
-    "mediatek": r"--backend mediatek needs .*NeuroPilot Express SDK, which are not on PyPI",
+    "mediatek": r"--backend mediatek needs .*NeuroPilot Express SDK, which are on .*, not on PyPI",
     "samsung": r"--backend samsung needs Samsung's Exynos AI LiteCore SDK, which is not on PyPI",
     "nxp": r"--backend nxp needs NXP's eIQ Neutron SDK, which is not on PyPI",
 }
@@ -131,13 +131,11 @@ def test_where_it_does_not_run_the_export_says_so_and_the_file_is_refused(
     backend: str, options: ExportOptions, folder: Path
 ) -> None:
     made, runtime = exported(backend, options, folder), BACKENDS[backend].runtime
-    assert made.said["verify"] == [
-        f"skipped: {runtime} is not in this machine's ExecuTorch; check the file on the device"
-    ]
+    assert made.said["verify"] == [f"skipped: ExecuTorch on this machine lacks {runtime}; check the file on the device"]
     assert lacking([runtime]) == {runtime}
     with pytest.raises(InputError, match=f"needs {runtime}, which"):
         Program(made.path)
-    with pytest.raises(InputError, match=f"{runtime} is not on this machine, so the file could not be checked"):
+    with pytest.raises(InputError, match=f"{runtime} is not on this machine, so the file cannot be verified"):
         export_module(nn.Linear(2, 2).eval(), (torch.zeros(1, 2),), folder / "a.pte", backend)
 
 
@@ -184,7 +182,9 @@ def test_only_those_that_can_run_quantised_layers_are_given_them(
     monkeypatch.setattr(backends, "find_spec", lambda name: object())
     plan(replace(options, backend="xnnpack", **how))
     for backend in set(lowering()) - {"xnnpack"}:
-        with pytest.raises(InputError, match=rf"--backend {backend} cannot run .*; give fp32, or --backend xnnpack"):
+        with pytest.raises(
+            InputError, match=rf"--backend {backend} cannot run .*; give --quantize fp32 or --backend xnnpack"
+        ):
             plan(replace(options, backend=backend, **how))
 
 

@@ -204,7 +204,7 @@ def test_damaged_meta_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"lacks consolidated\.01\.pth"):
         open_checkpoint(tmp_path)
     (tmp_path / "consolidated.02.pth").unlink()
-    with pytest.raises(InputError, match=re.escape("is [16, 32] where its configuration asks for [32, 32]")):
+    with pytest.raises(InputError, match=re.escape("has the shape [16, 32], but its configuration needs [32, 32]")):
         open_checkpoint(tmp_path)
 
 
@@ -313,32 +313,32 @@ def truncate(name: str, size: int) -> Callable[[Path], None]:
         (edit_weights(lambda s: s.pop("model.norm.weight")), "lacks the weights model.norm.weight"),
         (edit_weights(lambda s: s.update(extra=torch.ones(1))), "its architecture does not have: extra"),
         (edit_weights(lambda s: s.update({"model.norm.weight": torch.ones(3)})), r"model.norm.weight .*\[3\].*\[32\]"),
-        (truncate("model.safetensors", 5000), "truncated or no safetensors file"),
+        (truncate("model.safetensors", 5000), "truncated or not a safetensors file"),
         (truncate("config.json", 20), "config.json is not JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "holds a list where an object belongs"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "contains a list, not an object"),
         (
             lambda folder: (folder / "model.safetensors").unlink(),
             "neither model.safetensors, pytorch_model.bin nor",
         ),
-        (edit_config(architectures=["MambaForCausalLM"]), "names the architecture .*Mamba"),
+        (edit_config(architectures=["MambaForCausalLM"]), "unsupported architecture .*Mamba"),
         (edit_config(hidden_act="quick_gelu"), "sets hidden_act to 'quick_gelu'; only 'silu' or"),
-        (edit_config(architectures=["LlamaForCausalLM", "MptForCausalLM"]), "names the architecture"),
-        (edit_config(architectures=[[]]), "names the architecture"),
+        (edit_config(architectures=["LlamaForCausalLM", "MptForCausalLM"]), "unsupported architecture"),
+        (edit_config(architectures=[[]]), "unsupported architecture"),
         (edit_config(attention_bias=True), "lacks the weights model.layers.0.self_attn.k_proj.bias"),
         (edit_config(attention_bias="some"), "qkv_bias is 'some'"),
-        (edit_config(rope_scaling={"rope_type": "fire"}), "rope scaling 'fire'; known are default, llama3"),
+        (edit_config(rope_scaling={"rope_type": "fire"}), "rope scaling 'fire'; supported are default, llama3"),
         (edit_config(rope_scaling={"rope_type": "linear"}), "lacks the key 'factor'"),
         (edit_config(rope_scaling={"rope_type": "linear", "factor": "much"}), "could not convert"),
-        (edit_config(rope_scaling={"full_attention": {}}), "no flat object"),
-        (edit_config(partial_rotary_factor=0.5), "sets partial_rotary_factor to 0.5; only 1"),
-        (edit_config(num_attention_heads=0), "holds a dimension that is no number|n_heads is 0"),
-        (edit_config(hidden_size="wide"), "dim is 'wide'|no number"),
+        (edit_config(rope_scaling={"full_attention": {}}), "without nested objects"),
+        (edit_config(partial_rotary_factor=0.5), "sets partial_rotary_factor to 0.5; its architecture supports only 1"),
+        (edit_config(num_attention_heads=0), "has a dimension that is not a number|n_heads is 0"),
+        (edit_config(hidden_size="wide"), "dim is 'wide'|not a number"),
         (edit_config(vocab_size=-5), "vocab_size is -5"),
         (edit_config(num_hidden_layers=10**9), "n_layers is 1000000000"),
-        (edit_config(rope_scaling="x"), "rotary scaling as 'x'"),
-        (edit_config(bos_token_id=2.0), "sets bos_token_id to 2.0; ids are whole numbers from 0 to 2047"),
+        (edit_config(rope_scaling="x"), "sets its rope scaling to 'x'"),
+        (edit_config(bos_token_id=2.0), "sets bos_token_id to 2.0; ids must be whole numbers from 0 to 2047"),
         (edit_config(eos_token_id=[2, 99999]), "sets eos_token_id to"),
-        (edit_weights(lambda s: s.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)})), "or as integers"),
+        (edit_weights(lambda s: s.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)})), "or integer"),
         (lambda folder: (folder / "config.json").write_text("[" * 100000), "config.json is not JSON"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": []}'), "no weight_map"),
     ],
@@ -371,7 +371,7 @@ def test_a_llama2c_file_of_another_length_is_refused_with_both(tmp_path: Path, v
     whole = path.read_bytes()
     for content, problem in ((whole[:-100], "truncated"), (whole + b"1234", "too long")):
         path.write_bytes(content)
-        with pytest.raises(InputError, match=f"is {problem}: {len(content)} bytes .* need {len(whole)}"):
+        with pytest.raises(InputError, match=f"is {problem}: it has {len(content)} bytes, .* need {len(whole)}"):
             open_checkpoint(path)
 
 
@@ -385,7 +385,7 @@ def test_other_llama2c_versions_and_other_files_are_refused(tmp_path: Path) -> N
         open_checkpoint(path)
     for content in (b"", b"hello", b"\xff" * 1000):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="is no known checkpoint; known are: Hugging Face folder"):
+        with pytest.raises(InputError, match="is not a supported checkpoint; supported are: Hugging Face folder"):
             open_checkpoint(path)
     with pytest.raises(InputError, match="does not exist"):
         open_checkpoint(tmp_path / "absent")

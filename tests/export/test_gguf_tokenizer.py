@@ -192,10 +192,10 @@ def test_a_whole_tokenizer_json_is_taken_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "pre", "tokens", "message"),
     [
-        ("gpt2", "default", ["a", "b"], "splits text as 'default', and known are gpt-2, llama-bpe"),
+        ("gpt2", "default", ["a", "b"], "splits text as 'default', which is unsupported .supported: gpt-2, llama-bpe"),
         ("gpt2", "gpt-2", ["a", "a"], "its tokenizer of 2 tokens is damaged"),
-        ("llama", "default", ["a", "b"], "has 2 tokens and 0 scores"),
-        ("bert", "default", ["a", "b"], "its tokenizer is 'bert'"),
+        ("llama", "default", ["a", "b"], "has 2 tokens but 0 scores"),
+        ("bert", "default", ["a", "b"], "its tokenizer kind 'bert' is unsupported"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_made_is_refused_when_it_is_wanted(

@@ -215,21 +215,21 @@ def test_verifying_needs_the_same_text(calibrated_toy: ExportOptions, tmp_path: 
     other = tmp_path / "other.txt"
     other.write_text("Once upon a time")
     arguments = [str(calibrated_toy.output), "--checkpoint", str(calibrated_toy.checkpoint)]
-    with pytest.raises(InputError, match=r"toy.pte was calibrated with a text; give the same one by --calibrate FILE"):
+    with pytest.raises(InputError, match=r"toy.pte was calibrated with a text; give that text with --calibrate FILE"):
         command.main(arguments)
     with pytest.raises(InputError, match=r"other.txt is not the text that .*toy.pte was calibrated with \(SHA-256"):
         command.main([*arguments, "--calibrate", str(other)])
     with pytest.raises(InputError, match=r"made from another model"):
         command.main([str(calibrated_toy.output), "--calibrate", str(TEXT)])
-    with pytest.raises(InputError, match=r"is for calibrated files, and .*toy.pte is none; leave it out"):
+    with pytest.raises(InputError, match=r"needs a calibrated file, but .*toy.pte is not one; leave it out"):
         command.main([str(toy_pte), *arguments[1:], "--calibrate", str(TEXT)])
 
 
 @pytest.mark.parametrize(
     ("text", "changes", "message"),
     [
-        (None, {}, r"--calibrate .*text.txt is no file; give a text file"),
-        (b"\xff\xfe", {}, r"text.txt is not UTF-8; give a text file that is"),
+        (None, {}, r"--calibrate .*text.txt is not a file; give a text file"),
+        (b"\xff\xfe", {}, r"text.txt is not UTF-8; give a text file in UTF-8"),
         (b"", {}, r"text.txt has fewer than two tokens; give a longer text"),
         (b"Once", {"quantize": "fp32"}, r"text.txt is for quantised layers.*give --quantize 8da4w"),
         (b"Once upon", {"tokenizer": Path("none")}, r"needs a tokenizer; give --tokenizer FILE"),

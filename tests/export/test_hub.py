@@ -105,7 +105,7 @@ def test_weights_are_taken_once_and_pickled_ones_where_there_are_no_others(
         (lambda: errors.GatedRepoError("403", response=Mock()), "is gated; accept its licence at https://hugging"),
         (
             lambda: errors.RepositoryNotFoundError("404", response=Mock()),
-            "neither a path here nor a model on the Hugging",
+            "neither an existing path nor a model on the Hugging",
         ),
         (lambda: errors.LocalEntryNotFoundError("offline"), "the Hugging Face hub cannot be reached"),
         (lambda: ConnectionError("reset by peer\nand more"), r"could not be downloaded .*\(reset by peer\); try again"),
@@ -124,7 +124,7 @@ def test_what_cannot_be_had_is_one_sentence(raised: Any, message: str, monkeypat
 
 def test_without_network_and_cache_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="cannot be reached, and its cache does not hold all of it"):
+    with pytest.raises(InputError, match="cannot be reached, and its cache is incomplete"):
         hub.download(NAME, cache=tmp_path)
 
 

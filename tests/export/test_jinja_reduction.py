@@ -223,12 +223,15 @@ def test_named_templates_are_the_public_ones() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{% for m in messages %}", "line 1 of the chat template is no Jinja"),
-        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "leaves out or moves a message of user"),
+        ("{% for m in messages %}", "line 1 of the chat template is not valid Jinja"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "leaves out or moves a user message"),
         ("{% for t in tools %}{{ t }}{% endfor %}", "cannot be rendered"),
-        ("{{ raise_exception('no') }}", "refuses messages of user"),
-        ("{{ messages | length }}{% for m in messages %}[{{ m.content }}]{% endfor %}", "when more follow"),
-        ("{% for m in messages %}[{{ m.content.lstrip() }}]{% endfor %}", "white space in what is of user"),
+        ("{{ raise_exception('no') }}", "refuses the roles user"),
+        (
+            "{{ messages | length }}{% for m in messages %}[{{ m.content }}]{% endfor %}",
+            "the first turn changes if more follow",
+        ),
+        ("{% for m in messages %}[{{ m.content.lstrip() }}]{% endfor %}", "white space in a user message"),
         (
             "{% for m in messages %}[{{ m.content | replace('\\n\\n', '\\n') }}]{% endfor %}",
             "cannot be reduced to data: of the",
@@ -247,12 +250,15 @@ def test_what_cannot_be_reduced_is_refused_in_one_sentence(source: str, message:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "the messages are of nobody"),
-        ([("user", "a"), ("assistant", "b")], "the messages are of user, assistant; give user and assistant in turns"),
-        ([("assistant", "b")], "of assistant"),
-        ([("user", "a"), ("user", "b"), ("user", "c")], "of user, user, user"),
-        ([("user", "a"), ("system", "b"), ("user", "c")], "of user, system, user"),
-        ([("system", "a"), ("user", "b")], "takes no system message"),
+        ([], "the roles of the messages are none"),
+        (
+            [("user", "a"), ("assistant", "b")],
+            "the roles of the messages are user, assistant; give user and assistant in turns",
+        ),
+        ([("assistant", "b")], "are assistant"),
+        ([("user", "a"), ("user", "b"), ("user", "c")], "are user, user, user"),
+        ([("user", "a"), ("system", "b"), ("user", "c")], "are user, system, user"),
+        ([("system", "a"), ("user", "b")], "supports no system message"),
     ],
 )
 def test_messages_out_of_turn_are_refused(messages: list[tuple[str, str]], message: str) -> None:
@@ -267,7 +273,7 @@ def test_a_token_that_is_cut_out_of_any_text_is_refused_in_a_message() -> None:
     ours = ours_of(theirs)
     for template in (jinja_of(public), reduced(jinja_of(public))):
         assert template.encode([("user", "a  b")], ours)
-        message = r"a message holds <\|im_start\|>, which stands between messages; leave it out"
+        message = r"a message holds <\|im_start\|>, which separates messages; leave it out"
         with pytest.raises(InputError, match=message):
             template.encode([("user", "a<|im_start|>b")], ours)
 
@@ -317,9 +323,9 @@ LAST_THREE = "{% for m in messages[-3:] %}{{ m.content }}{% endfor %}"
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("llama4", "llama4 is neither a file nor a name; give --chat-template llama2"),
+        ("llama4", "llama4 is neither a file nor a known name; give --chat-template llama2"),
         ("chatml", r"needs <\|im_end\|>, <\|im_start\|>, which the tokenizer lacks; give another"),
-        ("broken.jinja", "--chat-template .*broken.jinja: line 1 of the chat template is no Jinja"),
+        ("broken.jinja", "--chat-template .*broken.jinja: line 1 of the chat template is not valid Jinja"),
     ],
 )
 def test_a_template_that_is_asked_for_and_cannot_be_had_fails_the_export(
@@ -336,9 +342,13 @@ def test_a_template_that_is_asked_for_and_cannot_be_had_fails_the_export(
 @pytest.mark.parametrize(
     ("source", "carries", "warning"),
     [
-        (LAST_THREE, True, "only Python can render the chat template; llama_runner cannot: it cannot be reduced"),
-        ("{% for m in messages %}", False, "carry no chat template, for line 1 .*; give --chat-template llama2, "),
-        ("{{ nothing.there.is }}", False, "carry no chat template, for the chat template cannot be rendered"),
+        (
+            LAST_THREE,
+            True,
+            "only the Python runtime can render the chat template; llama_runner cannot: it cannot be reduced",
+        ),
+        ("{% for m in messages %}", False, "have no chat template, because line 1 .*; give --chat-template llama2, "),
+        ("{{ nothing.there.is }}", False, "have no chat template, because the chat template cannot be rendered"),
     ],
 )
 def test_a_checkpoints_own_template_never_fails_the_export(

@@ -35,7 +35,7 @@ def test_a_module_runs_in_executorchs_own_runtime(tmp_path: Path, backend: str) 
 
 
 def test_what_differs_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(VerificationError, match=r"result \d differs by .* from the module's"):
+    with pytest.raises(VerificationError, match=r"output \d differs by .* from the module's"):
         export_module(Mine().eval(), (torch.randn(2, 4, 16), torch.randn(8, 1)), tmp_path / "a.pte", limit=0.0)
     assert not list(tmp_path.iterdir())
 

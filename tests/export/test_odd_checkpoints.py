@@ -152,10 +152,10 @@ def test_a_gguf_may_rotate_a_part_of_each_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"split__count": 3, "split__no": 1}, "is part 2 of 3; merge them first: llama-gguf-split --merge"),
+        ({"split__count": 3, "split__no": 1}, "is part 2 of 3; merge the parts first: llama-gguf-split --merge"),
         (
             {"llama__rope__scaling__type": "yarn", "llama__rope__scaling__factor": 4.0},
-            "rope scaling 'yarn'; only linear",
+            "unsupported rope scaling 'yarn'; give a file with linear",
         ),
     ],
 )
@@ -171,7 +171,9 @@ def test_a_type_that_no_longer_exists_is_named(tmp_path: Path) -> None:
     data, name = path.read_bytes(), b"blk.0.ffn_up.weight"
     at = data.index(name) + len(name) + 4 + 2 * 8  # behind the number of dimensions and the dimensions
     path.write_bytes(data[:at] + (31).to_bytes(4, "little") + data[at + 4 :])
-    with pytest.raises(InputError, match=r"stored as Q4_0_4_4 \(type 31\), which no longer exists; give another"):
+    with pytest.raises(
+        InputError, match=r"stored as Q4_0_4_4 \(type 31\), which GGUF no longer has; give a file with another"
+    ):
         open_checkpoint(path)
 
 
@@ -216,7 +218,7 @@ def test_a_file_of_weights_is_read_with_the_configuration_beside_it(name: str, f
     found = open_checkpoint(folder / name).build().state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     (folder / "config.json").unlink()
-    with pytest.raises(InputError, match=r"is weights alone; put the checkpoint's config.json beside it"):
+    with pytest.raises(InputError, match=r"has weights but no config.json beside it; put the checkpoint's there"):
         open_checkpoint(folder / name)
 
 
@@ -243,5 +245,5 @@ def test_metas_file_alone_is_read_with_its_settings_beside_it(tmp_path: Path) ->
     (folder / "consolidated.00.pth").rename(folder / "model.pth")
     assert open_checkpoint(folder / "model.pth").config == expected.config
     (folder / "params.json").unlink()
-    with pytest.raises(InputError, match=r"without settings; put the checkpoint's params.json beside it"):
+    with pytest.raises(InputError, match=r"has weights but no params.json beside it; put the checkpoint's there"):
         open_checkpoint(folder / "model.pth")

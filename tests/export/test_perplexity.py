@@ -177,19 +177,19 @@ def test_without_a_tokenizer_nothing_is_said_of_perplexity(tmp_path: Path) -> No
     assert quality is not None
     assert (quality.text, quality.quantised.perplexity, quality.quantised.increase) == ("random tokens", None, None)
     assert (quality.quantised.tokens, quality.file.tokens) == (512, 64)
-    assert "no tokenizer, so random tokens and no perplexity" in str(verdict)
+    assert "random tokens and no perplexity" in str(verdict)
     assert quality.failure is None, "only the file is held to a limit"
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--eval-text", "absent.txt"], "--eval-text absent.txt is no file"),
+        (["--eval-text", "absent.txt"], "--eval-text absent.txt is not a file"),
         (["--eval-text", "bytes.txt"], "--eval-text bytes.txt is not UTF-8"),
         (["--eval-text", "empty.txt"], "--eval-text empty.txt has fewer than two tokens"),
-        (["--max-ppl-increase=-1%"], "--max-ppl-increase -0.01 is impossible"),
-        (["--max-ppl-increase", "nan"], "--max-ppl-increase nan is impossible"),
-        (["--max-ppl-increase", "2%", "--quantize", "fp32"], "--max-ppl-increase is for quantised files"),
+        (["--max-ppl-increase=-1%"], "--max-ppl-increase -0.01 is invalid"),
+        (["--max-ppl-increase", "nan"], "--max-ppl-increase nan is invalid"),
+        (["--max-ppl-increase", "2%", "--quantize", "fp32"], "--max-ppl-increase needs a quantised file"),
         (["--eval-text", "good.txt", "--tokenizer", "none"], "--eval-text needs a tokenizer"),
     ],
 )
@@ -211,11 +211,11 @@ def test_a_share_that_is_none_is_refused(share: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as caught:
         llama.main(["--quantize", "8da8w", "--max-ppl-increase", share])
     assert caught.value.code == 2
-    assert f"{share} is no share; give one such as 2% or 0.02" in capsys.readouterr().err
+    assert f"{share} is invalid; give a share such as 2% or 0.02" in capsys.readouterr().err
 
 
 def test_a_float32_file_has_no_report(toy_pte: Path) -> None:
-    with pytest.raises(InputError, match="--report is for quantised files"):
+    with pytest.raises(InputError, match="--report needs a quantised file"):
         command.main([str(toy_pte), "--report"])
 
 

@@ -40,15 +40,17 @@ def test_as_few_shards_as_a_size_allows() -> None:
     assert Sharding(shard_bytes=sum(sizes)).spans(config, FP32) == (range(6),)
     assert len(Sharding(shard_bytes=sum(sizes) - 1).spans(config, FP32)) == 2
     assert len(Sharding(shard_bytes=max(sizes)).spans(config, FP32)) <= 6
-    with pytest.raises(InputError, match=f"--shard-bytes {max(sizes) - 1} is less than one block takes.*{max(sizes)}"):
+    with pytest.raises(
+        InputError, match=f"--shard-bytes {max(sizes) - 1} is too small for the largest block.*{max(sizes)}"
+    ):
         Sharding(shard_bytes=max(sizes) - 1).spans(config, FP32)
 
 
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
-        (lambda: Sharding(0), "--shards 0 is impossible"),
-        (lambda: Sharding(2, 100), "--shards and --shard-bytes both say"),
+        (lambda: Sharding(0), "--shards 0 is invalid"),
+        (lambda: Sharding(2, 100), "--shards and --shard-bytes cannot be combined"),
         (lambda: Sharding(3).spans(TOY, FP32), "--shards 3 is more than the model's 2 blocks"),
     ],
 )

@@ -106,5 +106,5 @@ def test_models_that_cannot_be_sliced_are_refused(
 def test_slices_and_shards_do_not_mix() -> None:
     sharded = replace(planned(random_model(GROUPED), GRAPH), sharding=Sharding(2))
     first, second = metadata_of(in_slices(GROUPED, 2), 0), metadata_of(sharded, 1)
-    with pytest.raises(InputError, match="is not of the same export as"):
+    with pytest.raises(InputError, match="is from another export than"):
         join_parts({Path("slice"): first, Path("shard"): second})

@@ -165,4 +165,4 @@ def test_what_it_refuses_is_told_at_export(part: str, value: dict[str, Any], nam
     path.write_bytes(data)
     done = subprocess.run([TOOL, path], input=b"", capture_output=True, check=False)
     assert done.returncode == 2
-    assert b"which this runner does not know" in done.stderr
+    assert b"which this runner does not support" in done.stderr

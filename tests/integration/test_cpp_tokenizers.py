@@ -237,7 +237,7 @@ def test_refuses_what_it_does_not_implement(part: str, value: object, tool: Path
     path.write_text(json.dumps(json.loads(_gpt2()) | {part: value}))
     done = subprocess.run([tool, path], input=b"", capture_output=True, check=False)
     assert done.returncode == 2
-    assert b"which this runner does not know" in done.stderr
+    assert b"which this runner does not support" in done.stderr
 
 
 def test_decodes_as_the_libraries_do(tool: Path, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_a_second_identical_export_is_skipped_and_a_different_one_is_not(
     again = Recorder()
     export_llama(first, again)
     assert again.stages == ["open"]
-    assert again.notes == [f"{output} is already this export; --force makes it again"]
+    assert again.notes == [f"{output} is up to date; --force exports it again"]
     assert output.stat().st_mtime_ns == before
 
     for other in (replace(first, force=True), replace(first, prefill_chunk=5)):
@@ -193,7 +193,7 @@ def test_a_context_beyond_the_trained_one_is_warned_of_with_both_numbers(
     progress = Recorder()
     options = replace(toy_options, max_seq_len=60, backend="portable", output=tmp_path / "long.pte")
     export_llama(options, progress)
-    assert progress.notes == ["warning: --max-seq-len 60 is beyond the 48 the model was trained for"]
+    assert progress.notes == ["warning: --max-seq-len 60 is more than the 48 positions the model was trained for"]
     assert read_metadata(tmp_path / "long.pte").max_seq_len == 60
 
 
@@ -208,25 +208,28 @@ def exits_with(arguments: list[str], main: Callable[[list[str]], int]) -> int | 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-seq-len", "0"], "--max-seq-len 0 is impossible; give 1 or more"),
+        (["--max-seq-len", "0"], "--max-seq-len 0 is invalid; give 1 or more"),
         (["--max-seq-len", "-3"], "--max-seq-len -3"),
         (["--prefill-chunk", "0"], "--prefill-chunk 0"),
         (["--max-seq-len", "16", "--prefill-chunk", "17"], "--prefill-chunk 17 is larger than --max-seq-len 16"),
         (["--backend", "abacus"], "--backend abacus is unknown; choose from xnnpack, portable"),
         (["--quantize", "fp12"], "--quantize fp12 is unknown; choose from fp32"),
         (["--kv-dtype", "fp8"], "--kv-dtype fp8 is unknown; choose from fp32, fp16, int8"),
-        (["--kv-dtype", "fp16", "--attention", "aten"], "--kv-dtype fp16 needs --attention fused, and here it is aten"),
-        (["--kv-dtype", "int8", "--no-kv-cache"], "--kv-dtype int8 needs --attention fused"),
+        (["--kv-dtype", "fp16", "--attention", "aten"], "--kv-dtype fp16 is unsupported with --attention aten"),
+        (["--kv-dtype", "int8", "--no-kv-cache"], "--kv-dtype int8 is unsupported with --attention aten"),
         (
             ["--attention", "fused", "--no-kv-cache"],
-            "--attention fused reads KV caches, which --no-kv-cache leaves out",
+            "--attention fused needs a KV cache; leave",
         ),
-        (["--attention", "fused", "--backend", "vulkan"], "--attention fused is not for --backend vulkan; choose from"),
-        (["--original-context"], "--original-context needs a model whose context was extended"),
+        (
+            ["--attention", "fused", "--backend", "vulkan"],
+            "--attention fused is unsupported by --backend vulkan; choose from",
+        ),
+        (["--original-context"], "--original-context needs a model with an extended context"),
         (["--checkpoint", "absent"], "checkpoint absent does not exist"),
         (["--checkpoint", "cut.bin", "--tokenizer", "none"], "cut.bin is truncated"),
-        (["--checkpoint", "whole.bin"], "whole.bin comes with no tokenizer; give --tokenizer FILE"),
-        (["--checkpoint", "whole.bin", "--tokenizer", "absent"], "tokenizer absent is no file"),
+        (["--checkpoint", "whole.bin"], "whole.bin has no tokenizer; give --tokenizer FILE"),
+        (["--checkpoint", "whole.bin", "--tokenizer", "absent"], "tokenizer absent is not a file"),
         (["--checkpoint", "whole.bin", "--tokenizer", "whole.bin"], "tokenizer whole.bin: its content is neither"),
         (
             ["--output", "/proc/absent/a.pte"],
@@ -236,7 +239,7 @@ def exits_with(arguments: list[str], main: Callable[[list[str]], int]) -> int | 
         (["--max-seq-len", "1000000000000"], "--max-seq-len 1000000000000 needs KV caches of"),
         (
             ["--checkpoint", "whole.bin", "--tokenizer", "none", "--output", "./whole.bin"],
-            "is one of the files to read",
+            "is one of the checkpoint's files",
         ),
     ],
 )
@@ -261,7 +264,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> No
     from tests.support.checkpoints import write_llama2c
 
     small = write_llama2c(random_model(replace(TOY, vocab_size=100)), tmp_path / "small.bin", 1)
-    with pytest.raises(InputError, match=r"has \d+ ids where the model has 100"):
+    with pytest.raises(InputError, match=r"has \d+ ids, but the model has 100"):
         export_llama(ExportOptions(checkpoint=small, tokenizer=BUILT_IN / "tokenizer.model"))
 
 

@@ -60,7 +60,7 @@ def test_the_eos_beside_a_given_tokenizer_ends_a_text(tmp_path: Path) -> None:
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<start>"}}')
     assert open_tokenizer(tmp_path / "tokenizer.json").stop_ids == (1,)
     (tmp_path / "special_tokens_map.json").write_text("{")
-    with pytest.raises(InputError, match=r"special_tokens_map.json is no JSON"):
+    with pytest.raises(InputError, match=r"special_tokens_map.json is not JSON"):
         open_tokenizer(tmp_path / "tokenizer.json")
 
 
@@ -74,7 +74,7 @@ def test_the_tokenizers_eos_ends_a_text_where_nothing_else_says_what_does(model:
     (model / "tokenizer_config.json").write_text("{}")
     planned = plan(options)
     assert planned.provenance["stop_ids"] == []
-    assert any("nothing says which token ends a text" in warning for warning in planned.warnings)
+    assert any("the checkpoint names no token that ends a text" in warning for warning in planned.warnings)
 
 
 def test_a_byte_order_mark_before_json_is_skipped(model: Path) -> None:
@@ -141,7 +141,7 @@ def test_added_tokens_that_a_sentencepiece_model_lacks_are_named(place: str, bar
 def test_a_vocabulary_and_merges_are_named_with_what_makes_one_file_of_them(bare: Path) -> None:
     settle(bare, vocab={"a": 0})
     (bare / "merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(InputError, match=r"has its tokenizer as vocab.json and merges.txt; save a tokenizer.json"):
+    with pytest.raises(InputError, match=r"has its tokenizer only as vocab.json and merges.txt; save a tokenizer.json"):
         plan(ExportOptions(checkpoint=bare, output=bare / "x.pte"))
 
 

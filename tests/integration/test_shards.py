@@ -141,7 +141,7 @@ def test_what_does_not_make_one_model_is_refused_by_name(
     refused(foreign, "foreign/2-of-3.pte is not of the same export")
     twice = folder("twice")
     shutil.copy(twice / "2-of-3.pte", twice / "copy.pte")
-    refused(twice, "which another shard has")
+    refused(twice, "which another shard also has")
     damaged = folder("damaged")
     with (damaged / "3-of-3.pte").open("r+b") as file:
         file.seek(2000)
@@ -170,7 +170,7 @@ def budget(runner: Path, folder: Path, shards: int = 1) -> str:
     loads varies.
     """
     refused = subprocess.run([runner, folder, "--prompt-ids", "1", "--memory-budget", "1MB"], capture_output=True)
-    lacking = re.search(rb"alone takes (\d+) MB; give (\d+) MB more", refused.stderr)
+    lacking = re.search(rb"needs (\d+) MB; give (\d+) MB more", refused.stderr)
     assert refused.returncode == 2
     assert lacking, refused.stderr
     return f"{int(lacking[1]) * (shards - 1) + int(lacking[2]) + 2}MB"

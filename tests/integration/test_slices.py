@@ -220,12 +220,12 @@ def test_slices_tell_what_the_whole_does(slices: Path, whole: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
-        (lambda options: Sharding(slices=0), "--tensor-parallel 0 is impossible"),
-        (lambda options: Sharding(2, slices=2), "--tensor-parallel 2 slices every block, and --shards"),
-        (lambda options: Sharding(shard_bytes=100, slices=2), "--tensor-parallel 2 slices every block, and --shards"),
-        (lambda options: export_llama(replace(options, attention="aten")), "needs --attention fused, and here it is"),
-        (lambda options: export_llama(replace(options, kv_cache=False)), "needs --attention fused, and here it is"),
-        (lambda options: export_llama(replace(options, batch_size=2)), "for one text at once, not --batch-size 2"),
+        (lambda options: Sharding(slices=0), "--tensor-parallel 0 is invalid"),
+        (lambda options: Sharding(2, slices=2), "--tensor-parallel 2 cannot be combined with --shards"),
+        (lambda options: Sharding(shard_bytes=100, slices=2), "--tensor-parallel 2 cannot be combined with --shards"),
+        (lambda options: export_llama(replace(options, attention="aten")), "is unsupported with --attention aten"),
+        (lambda options: export_llama(replace(options, kv_cache=False)), "is unsupported with --attention aten"),
+        (lambda options: export_llama(replace(options, batch_size=2)), "cannot be combined with --batch-size 2"),
     ],
 )
 def test_flags_that_contradict_slices_are_refused(
@@ -247,11 +247,11 @@ def test_what_does_not_make_one_model_is_refused_by_name(
     refused([first], r"slice 2 of 2 is missing beside .*1-of-2\.pte")
     refused([second], r"slice 1 of 2 is missing beside .*2-of-2\.pte")
     copy = Path(shutil.copy(second, tmp_path / "copy.pte"))
-    refused([first, second, copy], r"copy\.pte is slice 2 of 2, as another is")
-    refused([first, whole], "is not of the same export as")
-    refused([first, second], "--memory-budget is for shards, and .* one of 2 slices", memory_budget=1 << 40)
-    refused([first], r"1-of-2\.pte is one of 2 slices, which run at once", partial=True)
-    refused([whole], r"small-whole\.pte is no slice", group=Alone())
+    refused([first, second, copy], r"copy\.pte is slice 2 of 2, as is another file")
+    refused([first, whole], "is from another export than")
+    refused([first, second], "--memory-budget is unsupported for slices, and .* one of 2;", memory_budget=1 << 40)
+    refused([first], r"1-of-2\.pte is one of 2 slices, which run only together", partial=True)
+    refused([whole], r"small-whole\.pte is not a slice", group=Alone())
     done = subprocess.run([runner, slices, "--prompt-ids", "1"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "1-of-2.pte is one of 2 slices, which only the Python runtime runs; export without" in done.stderr

@@ -185,9 +185,9 @@ def test_ids_of_no_piece_have_no_text(shared: Path) -> None:
         (b"", "neither SentencePiece"),
         (b"plain text, nothing else", "neither SentencePiece"),
         (b'{"model": 1}', "damaged tokenizer.json"),
-        (WORD_PIECE.encode(), "decoder WordPiece is not supported"),
+        (WORD_PIECE.encode(), "decoder WordPiece is unsupported"),
         (b"\n\xff\xff\xff broken protobuf", "damaged sentencepiece"),
-        (b"aGVsbG8= 0\nnot-base64!! x\n", "line 2 .* is no `base64 rank`"),
+        (b"aGVsbG8= 0\nnot-base64!! x\n", "line 2 .* is not `base64 rank`"),
         (b"aGVsbG8= 0\nd29ybGQ= 7\n", "gaps or repeats"),
     ],
 )
@@ -199,7 +199,7 @@ def test_what_is_no_tokenizer_is_refused(content: bytes, message: str, tmp_path:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="absent is no file"):
+    with pytest.raises(InputError, match="absent is not a file"):
         open_tokenizer(tmp_path / "absent")
 
 

@@ -53,7 +53,7 @@ def test_a_bad_prompt_is_reported_in_its_place_and_the_others_go_on(three_toys: 
 
 def test_a_bias_for_a_token_that_is_not_there_is_refused(three_toys: Path) -> None:
     options = GenerationOptions(SamplingOptions(logit_bias={TOY.vocab_size: 1.0}))
-    with pytest.raises(InputError, match=f"logit-bias {TOY.vocab_size} is impossible"):
+    with pytest.raises(InputError, match=f"logit-bias {TOY.vocab_size} is invalid"):
         list(batch(Program(three_toys), PROMPTS, options))
 
 
@@ -74,12 +74,12 @@ def test_the_command_takes_lines_and_objects(
     objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [objects[0][key] for key in ("token_ids", "text")] == [lines[0][key] for key in ("token_ids", "text")]
     assert objects[1]["token_ids"] == lines[0]["token_ids"]
-    assert objects[2]["error"] == 'line 3, {"promt": 1}, is no prompt; give an object with "prompt" or "prompt_ids"'
+    assert objects[2]["error"] == 'line 3, {"promt": 1}, is not a prompt; give an object with "prompt" or "prompt_ids"'
 
 
 def test_a_file_without_prompts_is_refused(three_toys: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n \n")
-    for name, message in (("empty", "has no prompts; give one in each line"), ("absent", "cannot be read")):
+    for name, message in (("empty", "has no prompts; give one per line"), ("absent", "cannot be read")):
         with pytest.raises(InputError, match=message):
             command.main([str(three_toys), "--prompts-file", str(tmp_path / name)])
 
@@ -95,9 +95,13 @@ MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
         ("prompts", '{"prompt": "a\N{LINE SEPARATOR}b"}\n', ["a\N{LINE SEPARATOR}b"]),
         ("prompts", "a\fb\vc\x85d\r\n\n  e\n", ["a\fb\vc\x85d", "  e"]),
         ("prompts", MARK + 'text\n{"prompt": "b"}\n', ["text", '{"prompt": "b"}']),
-        ("a.jsonl", '{"prompt": "a"}\n\n{"prompt":\n{"prompt": "c"}\n', ["a", "line 3 is no JSON", "c"]),
-        ("prompts", '{"prompt": "a"}\n"b"\n', ["a", 'line 2, "b", is no prompt']),
-        ("a.jsonl", "text\n[1]\n" + "[" * 100_000, ["line 1 is no JSON", "line 2, [1], is no prompt", "line 3 is no"]),
+        ("a.jsonl", '{"prompt": "a"}\n\n{"prompt":\n{"prompt": "c"}\n', ["a", "line 3 is not JSON", "c"]),
+        ("prompts", '{"prompt": "a"}\n"b"\n', ["a", 'line 2, "b", is not a prompt']),
+        (
+            "a.jsonl",
+            "text\n[1]\n" + "[" * 100_000,
+            ["line 1 is not JSON", "line 2, [1], is not a prompt", "line 3 is not"],
+        ),
     ],
 )
 def test_lines_end_where_files_end_them_and_a_bad_one_is_named_in_its_place(

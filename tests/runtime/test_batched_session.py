@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs() -> None:
 
 
 def test_a_session_refuses_a_file_for_several_texts() -> None:
-    with pytest.raises(InputError, match="extends 3 texts at once; use runtime"):
+    with pytest.raises(InputError, match="exported for 3 texts at once; use `llama-pte batch`"):
         Session(EagerSteps(BATCHES["fused"]))
     one = BatchedSession(EagerSteps(Kind(KINDS["fused"].config, FUSED)))
     assert len(one) == 1

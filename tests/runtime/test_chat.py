@@ -189,7 +189,7 @@ def test_a_stop_token_is_no_text_and_ends_the_answer() -> None:
 def test_a_file_without_a_template_is_refused_with_the_flag(toy_program: Program) -> None:
     with pytest.raises(InputError, match="no chat template; export it again with --chat-template llama2, llama3"):
         Chat(toy_program, OPTIONS, Rng(0))
-    with pytest.raises(InputError, match="takes no system message"):
+    with pytest.raises(InputError, match="supports no system message"):
         Chat(toy_program, OPTIONS, Rng(0), "sys", NAMED["gemma"])
 
 
@@ -229,7 +229,7 @@ def test_the_command_answers_each_line(
     chat.instruct(None)
     answers.append("".join(step.text for step in chat.send("Once upon a time")))
     assert told.out == "".join(f"{answer}\n" for answer in answers)
-    assert told.err == f"error: /nothing is unknown; /help lists what can be given\n{command._HELP}\n"
+    assert told.err == f"error: /nothing is unknown; /help lists the commands\n{command._HELP}\n"
     assert program.metadata.stop_ids == (2,)
 
 
@@ -249,7 +249,7 @@ def test_the_command_says_when_the_context_is_full(
 def test_a_named_template_may_be_given_in_place_of_the_files(
     tiny_pte: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(InputError, match="carries no chat template"):
+    with pytest.raises(InputError, match="has no chat template"):
         command.main([str(tiny_pte)])
     with pytest.raises(InputError, match="--chat-template llama4 is unknown; choose from llama2"):
         command.main([str(tiny_pte), "--chat-template", "llama4"])
@@ -334,7 +334,7 @@ def test_cpp_prints_what_python_prints(talk: str | bytes, flags: list[str], runn
 def test_cpp_refuses_what_python_refuses(runner: Path, tiny_pte: Path, chat_pte: Path) -> None:
     done = subprocess.run([runner, tiny_pte, "--chat"], capture_output=True, text=True, input="", check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: the file carries no chat template; export it again with --chat-template\n"
+    assert done.stderr == "error: the file has no chat template; export it again with --chat-template\n"
     for flags, message in ((["--seed", "x"], "--seed x"), (["--prompt", "x"], "--prompt"), (["--bench"], "--bench")):
         call = [runner, chat_pte, "--chat", *flags]
         done = subprocess.run(call, capture_output=True, text=True, input="", check=False)

@@ -38,7 +38,7 @@ def test_a_command_that_is_started_reports_bad_input_in_one_sentence() -> None:
     call = [sys.executable, "-m", "export.inspect", "nothing.pte"]
     done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: nothing.pte is no file; export one with `python -m export.llama`\n"
+    assert done.stderr == "error: nothing.pte is not a file; export one with `python -m export.llama`\n"
 
 
 def test_help_ends_with_the_examples_of_the_docstring() -> None:

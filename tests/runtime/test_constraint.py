@@ -144,10 +144,10 @@ def test_the_command_says_json(tiny_pte: Path, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"type": ', "holds no JSON schema"),
-        ("\udcff", "holds no JSON schema"),
-        ("[1]", "holds no JSON schema"),
-        ('{"type": "objekt"}', "the grammar cannot be used .Invalid type: objekt.; simplify or mend it"),
+        ('{"type": ', "is not a valid JSON schema"),
+        ("\udcff", "is not a valid JSON schema"),
+        ("[1]", "is not a valid JSON schema"),
+        ('{"type": "objekt"}', "the grammar cannot be used .Invalid type: objekt.; simplify or correct it"),
         ('{"not": {"type": "string"}}', "the grammar cannot be used"),
     ],
 )
@@ -160,9 +160,9 @@ def test_what_is_no_schema_is_refused(content: str, message: str, tiny_pte: Path
 
 
 def test_bad_flags_are_refused(tiny_pte: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="absent is no file; give one that holds a JSON schema"):
+    with pytest.raises(InputError, match="absent is not a file; give one with a JSON schema"):
         command.main([str(tiny_pte), "--json-schema", str(tmp_path / "absent")])
-    with pytest.raises(InputError, match=r"the grammar cannot be used \(unclosed group\); simplify or mend it"):
+    with pytest.raises(InputError, match=r"the grammar cannot be used \(unclosed group\); simplify or correct it"):
         command.main([str(tiny_pte), "--regex", "(a"])
     monkeypatch.setitem(sys.modules, "llguidance", None)
     for flag, value in (("--regex", "a"), ("--json-schema", "schema.json")):
@@ -199,7 +199,7 @@ def test_a_grammar_that_the_vocabulary_cannot_spell_is_refused() -> None:
     for token in (0, 2):
         assert np.flatnonzero(constraint.allowed()).tolist() == [token]
         constraint.take(token)
-    with pytest.raises(InputError, match="no token goes on as the grammar wants"):
+    with pytest.raises(InputError, match="no token continues the text by the grammar"):
         constraint.allowed()
-    with pytest.raises(InputError, match="no token that can open a text goes on as the grammar wants"):
+    with pytest.raises(InputError, match="no token that can begin a text follows the grammar"):
         Constraint(regex(" a"), Letters(), (3,), 4, [3]).allowed()

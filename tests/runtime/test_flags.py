@@ -53,7 +53,7 @@ def test_what_the_checkpoint_recommends_is_how_chats_choose_unless_asked_otherwi
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9}),
         ({"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
         ({"temperature": None, "top_k": 20.0}, {"top_k": 20}),
-        ({"temperature": "warm"}, "sets temperature to 'warm', which is impossible"),
+        ({"temperature": "warm"}, "sets temperature to 'warm', which is invalid"),
         ({"top_k": 2.5}, "sets top_k to 2.5"),
     ],
 )

@@ -109,7 +109,7 @@ def test_penalties_look_back_on_the_prompt_and_what_followed(toy_program: Progra
 
 
 def test_a_bias_beyond_the_vocabulary_is_refused(toy_program: Program) -> None:
-    with pytest.raises(InputError, match="logit-bias 2048 is impossible; ids run from 0 to 2047"):
+    with pytest.raises(InputError, match="logit-bias 2048 is invalid; give ids from 0 to 2047"):
         ids(toy_program, [1], GenerationOptions(SamplingOptions(logit_bias={2047: 1.0, 2048: 1.0})))
 
 
@@ -176,17 +176,17 @@ def test_a_bias_that_is_none_is_refused(value: str, toy_pte: Path, capsys: pytes
     with pytest.raises(SystemExit) as caught:
         command.main([str(toy_pte), "--logit-bias", value])
     assert caught.value.code == 2
-    assert f"'{value}' is no bias; give an id and a number such as 1724=-2.5" in capsys.readouterr().err
+    assert f"'{value}' is invalid; give an id and a number such as 1724=-2.5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--max-new-tokens", "0"], "--max-new-tokens 0"),
-        (["--stop", ""], "--stop '' is impossible; give at least one character"),
-        (["--logprobs", "-1", "--format", "json"], "--logprobs -1 is impossible; give 0 or more"),
-        (["--logprobs", "3"], "--logprobs 3 is impossible; it cannot be told in a text: add --format json"),
-        (["--logit-bias", "99999=1"], "logit-bias 99999 is impossible; ids run from 0 to 2047"),
+        (["--stop", ""], "--stop '' is invalid; give at least one character"),
+        (["--logprobs", "-1", "--format", "json"], "--logprobs -1 is invalid; give 0 or more"),
+        (["--logprobs", "3"], "--logprobs 3 is invalid for --format text; give --format json"),
+        (["--logit-bias", "99999=1"], "logit-bias 99999 is invalid; give ids from 0 to 2047"),
         (["--threads", "0"], "--threads 0"),
         (["--temperature", "-1"], "temperature -1.0"),
         (["--prompt-ids", "1,99999"], "token 99999 is not in the vocabulary"),

@@ -154,4 +154,4 @@ def test_a_client_that_leaves_takes_all_its_texts_along(own_model: Model, monkey
 
 def test_the_end_of_the_server_is_told_once_for_all_texts(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     told = told_by_the_end(own_model, Gate(own_model.program, monkeypatch), {"prompt": [STORY, OTHER], "n": 2})
-    assert [text.count("the server ends") for text in told] == [1, 1]
+    assert [text.count("the server is shutting down") for text in told] == [1, 1]

@@ -83,7 +83,7 @@ def _seen(position: int, window: int) -> int:
 def test_what_does_not_fit_is_refused_with_all_three_numbers() -> None:
     subject = cache()
     subject.commit(rows(10, float), 10)
-    with pytest.raises(InputError, match="3 tokens do not fit behind the 10 in the cache, which holds 12"):
+    with pytest.raises(InputError, match="3 tokens do not fit after the 10 in the cache, which holds 12"):
         subject.plan(3)
 
 

@@ -34,7 +34,7 @@ def test_an_unknown_command_is_bad_input_in_one_sentence(
     assert main() == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("error: exprot is no sub-command of llama-pte; choose from export, verify, ")
+    assert said.err.startswith("error: exprot is not a sub-command of llama-pte; choose from export, verify, ")
     assert said.err.count("\n") == 1
 
 
@@ -65,4 +65,4 @@ def test_a_sub_command_takes_the_other_arguments_and_gives_its_exit_code(tmp_pat
     missing = str(tmp_path / "nothing.pte")
     done = run("inspect", missing, "--format", "json")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {missing} is no file; ")
+    assert done.stderr.startswith(f"error: {missing} is not a file; ")

@@ -29,9 +29,7 @@ def test_the_first_stays_and_then_the_largest() -> None:
 
 
 def test_too_little_is_refused_with_what_is_missing() -> None:
-    with pytest.raises(
-        InputError, match="leaves 30 MB for weights, and shard 2 of 3 alone takes 50 MB; give 20 MB more"
-    ):
+    with pytest.raises(InputError, match="leaves 30 MB for weights, but shard 2 of 3 needs 50 MB; give 20 MB more"):
         choose_resident([10_000_000, 50_000_000, 20_000_000], 30_000_000)
     with pytest.raises(InputError, match="leaves 0 MB"):
         choose_resident([1_000_000], -5)

@@ -158,15 +158,15 @@ def test_a_newer_version_a_foreign_file_and_an_absent_one_are_told_apart(tmp_pat
     with pytest.raises(InputError, match=f"format version {FORMAT_VERSION + 1}, newer than this version's"):
         check_file(path)
     write(path, PROGRAM, version=FORMAT_VERSION - 1)
-    with pytest.raises(InputError, match=f"format version {FORMAT_VERSION - 1}, and this version reads"):
+    with pytest.raises(InputError, match=f"format version {FORMAT_VERSION - 1}, but this version reads"):
         check_file(path)
     path.write_bytes(PROGRAM)
     with pytest.raises(InputError, match="truncated or was not made by llama-pte"):
         check_file(path)
     path.write_bytes(b"hello")
-    with pytest.raises(InputError, match=r"is no \.pte file"):
+    with pytest.raises(InputError, match=r"is not a \.pte file"):
         check_file(path)
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="is not a file"):
         check_file(tmp_path / "absent.pte")
 
 

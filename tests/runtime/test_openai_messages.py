@@ -185,23 +185,23 @@ HISTORY = {"role": "assistant", "content": None}
 @pytest.mark.parametrize(
     ("values", "param", "message"),
     [
-        ({"tools": {}}, "tools", "tools {} is no list of functions; give one"),
-        ({"tools": [{}]}, "tools", 'tools has {}, which describes no function; give {"type": "function"'),
-        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools", "which describes no function"),
-        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools", "which describes no function"),
+        ({"tools": {}}, "tools", "tools {} is invalid; give a list of functions"),
+        ({"tools": [{}]}, "tools", 'tools has {}, which is not a function; give {"type": "function"'),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools", "which is not a function"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools", "which is not a function"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools", "the parameters []"),
         ({"tools": [{"type": "function", "function": {"name": "f", "description": 1}}]}, "tools", "the description 1"),
-        ({"tools": [PET, PET]}, "tools", 'tools has "pet" more than once; give each function a name of its own'),
+        ({"tools": [PET, PET]}, "tools", 'tools has "pet" more than once; give each function a different name'),
         ({"tools": [PET], "tool_choice": "any"}, "tool_choice", 'tool_choice "any" is unknown; give none, auto, req'),
         ({"tools": [PET], "tool_choice": {"type": "function"}}, "tool_choice", "is unknown; give none, auto"),
         (
             {"tools": [WAIT], "tool_choice": NAMED},
             "tool_choice",
-            'names "pet", which is none of the tools; give "wait"',
+            'names "pet", which is not in tools; give "wait"',
         ),
-        ({"tool_choice": NAMED}, "tool_choice", 'names "pet", which is none of the tools; give it in tools, too'),
-        ({"tool_choice": "required"}, "tool_choice", "impossible without tools"),
-        ({"tools": [PET], "parallel_tool_calls": 1}, "parallel_tool_calls", "neither true nor false"),
+        ({"tool_choice": NAMED}, "tool_choice", 'names "pet", which is not in tools; give it in tools as well'),
+        ({"tool_choice": "required"}, "tool_choice", "needs tools"),
+        ({"tools": [PET], "parallel_tool_calls": 1}, "parallel_tool_calls", "is invalid; give true or false"),
         (
             {
                 "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "no"}}}],
@@ -211,18 +211,18 @@ HISTORY = {"role": "assistant", "content": None}
             "the grammar cannot be used",
         ),
         ({"messages": [{**HISTORY, "tool_calls": {"x": 1}}]}, "messages", "give a list of calls"),
-        ({"messages": [{**HISTORY, "tool_calls": [{}]}]}, "messages", "tool_calls has {}, which calls no function"),
+        ({"messages": [{**HISTORY, "tool_calls": [{}]}]}, "messages", "tool_calls has {}, which is not a call"),
         (
             {"messages": [{**HISTORY, "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]},
             "messages",
-            'tool_calls has the arguments "[1]" for "f"; give an object as JSON',
+            'the arguments "[1]" of "f" are invalid; give an object as JSON',
         ),
         (
             {"messages": [{**HISTORY, "tool_calls": [{"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]}]},
             "messages",
             "give an object as JSON",
         ),
-        ({"messages": [HISTORY]}, "messages", "the content null is no text"),
+        ({"messages": [HISTORY]}, "messages", "the content null is invalid"),
     ],
 )
 def test_what_is_malformed_is_refused(server: Server, values: dict[str, Any], param: str, message: str) -> None:
@@ -240,4 +240,4 @@ def test_without_llguidance_only_a_call_that_must_be_is_refused(
     assert server.post("chat/completions", messages=MESSAGES, tools=[PET], max_tokens=1).status_code == 200
     error = server.post("chat/completions", messages=MESSAGES, tools=[PET], tool_choice="required").json()["error"]
     assert error["param"] == "tool_choice"
-    assert error["message"] == "the server lacks llguidance for it; run there: pip install 'llama-pte[constrain]'"
+    assert error["message"] == "the server lacks llguidance; run there: pip install 'llama-pte[constrain]'"

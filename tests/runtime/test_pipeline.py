@@ -193,7 +193,7 @@ def test_where_a_rank_is_killed_the_others_end_and_a_new_run_repeats_no_token(
     assert journal.read_bytes().count(b"\n") == 1 + count
     (code, _, error) = ended(start([[*command(shards, prompts, 0.7), "--journal", journal]]))[0]
     assert code == 2
-    assert "is not of this run" in error
+    assert "belongs to a run with another model" in error
 
 
 def test_a_rank_that_does_not_answer_ends_the_others_in_time(
@@ -216,23 +216,23 @@ def test_a_rank_that_does_not_answer_ends_the_others_in_time(
     [
         ("missing", ("the shard with blocks 1 to 1 is missing beside", "1-of-5.pte")),
         pytest.param(
-            "foreign", ("rank 1's", "2-of-5.pte is not of the same export as rank 0's"), marks=pytest.mark.slow
+            "foreign", ("rank 1's", "2-of-5.pte is from another export than rank 0's"), marks=pytest.mark.slow
         ),
         pytest.param(
-            "too few", ("3 ranks need as many shards, and there are 2; export with --shards 3",), marks=pytest.mark.slow
+            "too few", ("3 ranks need as many shards, but there are 2; export with --shards 3",), marks=pytest.mark.slow
         ),
         pytest.param("damaged", ("rank 1:", "-of-5.pte is damaged: its checksum"), marks=pytest.mark.slow),
         pytest.param(
             "slices",
-            ("2 slices cannot be dealt out to 3 ranks; start as many ranks, or a divisor",),
+            ("2 slices cannot be divided among 3 ranks; start 2 ranks, or a divisor of it",),
             marks=pytest.mark.slow,
         ),
         pytest.param(
             "no slice", ("rank 1 lacks slice 2 of 2; copy it there, or export again",), marks=pytest.mark.slow
         ),
-        ("other options", ("rank 1 was given", "give all the same options")),
+        ("other options", ("rank 1 has the options", "give all ranks the same")),
         pytest.param(
-            "no device", ("rank 1: LLAMA_PTE_DEVICE=cpu:9999 is no device of this machine",), marks=pytest.mark.slow
+            "no device", ("rank 1: LLAMA_PTE_DEVICE=cpu:9999 is invalid on this machine",), marks=pytest.mark.slow
         ),
     ],
 )

@@ -97,11 +97,11 @@ def test_a_file_of_hosts_says_what_was_written(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("", "'hosts'"),
-        ("[[hosts]", "is no file of hosts"),
-        ('[[hosts]]\nname="a"\nmemory="1GB"', "a needs one of seconds and speed"),
-        ('[[hosts]]\nname="a"\nmemory="1GB"\nspeed="1GB"\nseconds=[1]', "a needs one of seconds and speed"),
-        ('[[hosts]]\nname="a"\nmemory="1GB"\nseconds=[1]', "a has the seconds of 1 shards, and there are 2"),
-        ('[[hosts]]\nname="a"\nmemory="much"\nspeed="1GB"', "much is no size"),
+        ("[[hosts]", "toml is invalid"),
+        ('[[hosts]]\nname="a"\nmemory="1GB"', "a needs either seconds or speed"),
+        ('[[hosts]]\nname="a"\nmemory="1GB"\nspeed="1GB"\nseconds=[1]', "a needs either seconds or speed"),
+        ('[[hosts]]\nname="a"\nmemory="1GB"\nseconds=[1]', "a has the seconds of 1 shards, but there are 2"),
+        ('[[hosts]]\nname="a"\nmemory="much"\nspeed="1GB"', "much is invalid"),
         ('[[hosts]]\nname="a"\nmemory="1GB"\nspeed="1GB"\nspeeed="1GB"', "speeed is unknown"),
     ],
 )
@@ -126,5 +126,5 @@ def test_the_command_plans_with_what_ranks_measured(
     assert command.main([str(shards), "--hosts", str(hosts), "--texts", "3"]) == 0
     assert re.search(r"tok/s with 3 texts together, [\d.]+ tok/s with one; bound by ", capsys.readouterr().out)
     hosts.write_text('[[hosts]]\nname = "small"\nmemory = "10kB"\nspeed = "1GB"\n')
-    with pytest.raises(InputError, match="cannot be given in order to 1 hosts with 0 MB"):
+    with pytest.raises(InputError, match="cannot be assigned in order to 1 hosts with 0 MB"):
         command.main([str(shards), "--hosts", str(hosts)])

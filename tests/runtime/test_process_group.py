@@ -55,7 +55,7 @@ def test_cores_are_shared_by_the_ranks_of_a_host_or_named(monkeypatch: pytest.Mo
         assert os.sched_getaffinity(0) == {0}
         for wrong in ("gpu", "cpu:", "cpu:9999", "cpu:1-0"):
             monkeypatch.setenv("LLAMA_PTE_DEVICE", wrong)
-            with pytest.raises(InputError, match=f"LLAMA_PTE_DEVICE={wrong} is no device of this machine"):
+            with pytest.raises(InputError, match=f"LLAMA_PTE_DEVICE={wrong} is invalid on this machine"):
                 pin_cores(None)
     finally:
         os.sched_setaffinity(0, before)

@@ -38,7 +38,7 @@ def test_programs_of_equal_shape_keep_to_their_own_weights(tmp_path: Path) -> No
 @pytest.mark.parametrize("size", [0, 40, 5000, -1])
 def test_a_truncated_file_is_refused(toy_pte: Path, tmp_path: Path, size: int) -> None:
     (tmp_path / "cut.pte").write_bytes(toy_pte.read_bytes()[:size])
-    with pytest.raises(InputError, match=r"cut\.pte is (truncated|no \.pte file)"):
+    with pytest.raises(InputError, match=r"cut\.pte is (truncated|not a \.pte file)"):
         Program(tmp_path / "cut.pte")
 
 
@@ -48,13 +48,17 @@ def test_a_file_that_needs_what_this_runtime_lacks_is_refused_by_name(toy_pte: P
         requirements=Requirements("9.9.9", ("AbacusBackend",), ("aten::embedding.out", "toy::add.out")),
     )
     write_program(assembled(planned(toy_model(), GraphOptions(48, 1))), metadata, tmp_path / "other.pte")
-    with pytest.raises(InputError, match=r"needs AbacusBackend, toy::add\.out, which .* made with ExecuTorch 9\.9\.9"):
+    with pytest.raises(
+        InputError, match=r"needs AbacusBackend, toy::add\.out, which .* install ExecuTorch 9\.9\.9, which made"
+    ):
         Program(tmp_path / "other.pte")
 
 
 def test_where_our_own_kernels_were_not_compiled_it_says_so(toy_pte: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executorch._C, "_get_operator_names", lambda: ["aten::embedding.out"])
-    with pytest.raises(InputError, match=r"needs llama_pte::attention\.out, .* it again, with a C\+\+ compiler"):
+    with pytest.raises(
+        InputError, match=r"needs llama_pte::attention\.out, .* install a C\+\+ compiler, then llama-pte again"
+    ):
         Program(toy_pte)
 
 

@@ -55,14 +55,14 @@ def test_the_model_is_listed(server: Server) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        (b"{", 400, "the body is no JSON"),
-        (b"[1]", 400, "the body is [1]; send an object"),
+        (b"{", 400, "the body is not JSON"),
+        (b"[1]", 400, "the body [1] is invalid; send an object"),
         (b'{"prompt": "\\ud800"}', 400, "surrogates not allowed"),
-        (b'{"prompt": "x", "temperature": NaN}', 400, "NaN is no number"),
-        (b"[" * 15000, 400, "the body is no JSON"),
-        (b"\xff\xfe\xfd", 400, "the body is no JSON"),
+        (b'{"prompt": "x", "temperature": NaN}', 400, "NaN is not a number"),
+        (b"[" * 15000, 400, "the body is not JSON"),
+        (b"\xff\xfe\xfd", 400, "the body is not JSON"),
         (b" " * (LIMIT + 1), 413, f"more than {LIMIT} bytes"),
-        (b'{"model": "other", "prompt": "x"}', 404, 'the model "other" is not served here; give "tiny"'),
+        (b'{"model": "other", "prompt": "x"}', 404, 'the model "other" is not served; give "tiny"'),
         (json.dumps({"prompt": "word " * 600}).encode(), 400, "the context only 512; shorten it"),
     ],
 )
@@ -75,7 +75,7 @@ def test_a_body_that_cannot_be_read_is_refused(server: Server, body: bytes, stat
 def test_other_paths_and_methods_are_told_what_there_is(server: Server) -> None:
     for answer, status in ((httpx.get(f"{server.url}/v2"), 404), (httpx.get(f"{server.url}/v1/completions"), 405)):
         assert answer.status_code == status
-        assert "is no endpoint; see /v1/models" in answer.json()["error"]["message"]
+        assert "is not an endpoint; see /v1/models" in answer.json()["error"]["message"]
 
 
 def test_without_a_template_messages_are_refused_with_the_flag_that_gives_one(toy_pte: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_stream_is_left_in_its_midst(own_model: Model, monkeypatch: pytest.Mon
 
 def test_the_end_of_the_server_is_told_to_those_who_wait(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     told = told_by_the_end(own_model, Gate(own_model.program, monkeypatch), {"prompt": "Once"}, sessions=1)
-    assert [text.count("the server ends") for text in told] == [1, 1]
+    assert [text.count("the server is shutting down") for text in told] == [1, 1]
 
 
 def test_a_failure_is_an_error_for_one_client(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,13 +249,13 @@ def test_ctrl_c_ends_the_command_while_it_answers(tiny_pte: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sessions", "0"], "--sessions 0 is impossible"),
-        (["--port", "99999"], "--port 99999 cannot be listened at"),
-        (["--host", "nowhere.invalid"], "--host nowhere.invalid --port 8000 cannot be listened at"),
-        (["--api-key", ""], "--api-key '' is impossible"),
+        (["--sessions", "0"], "--sessions 0 is invalid"),
+        (["--port", "99999"], "--port 99999 is not available"),
+        (["--host", "nowhere.invalid"], "--host nowhere.invalid --port 8000 is not available"),
+        (["--api-key", ""], "--api-key '' is invalid"),
         (["--chat-template", "llama3"], "which the tokenizer lacks"),
         (["--chat-template", "mine"], "--chat-template mine is unknown; choose from"),
-        (["--threads", "0"], "--threads 0 is impossible"),
+        (["--threads", "0"], "--threads 0 is invalid"),
     ],
 )
 def test_the_command_refuses_impossible_flags(toy_pte: Path, flags: list[str], message: str) -> None:
@@ -267,7 +267,7 @@ def test_numbers_of_things_are_none_or_more(toy_pte: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit) as caught:
         serve.main([str(toy_pte), "--max-queue", "-1"])
     assert caught.value.code == 2
-    assert "'-1' is impossible; give a whole number, 0 or more" in capsys.readouterr().err
+    assert "'-1' is invalid; give a whole number, 0 or more" in capsys.readouterr().err
 
 
 def test_without_its_libraries_the_command_says_how_to_get_them(toy_pte: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ class Player:
             del self.text[position:]
             self._furthest = self._furthest if position else 0
         else:
-            with pytest.raises(InputError, match=f"rewind to position {position}: .* has been written over"):
+            with pytest.raises(InputError, match=f"rewind to position {position}: .* has been overwritten"):
                 self.session.rewind(position)
 
     def _keep(self) -> None:
@@ -197,7 +197,7 @@ def test_a_text_of_ten_contexts_takes_no_more_memory_and_slides_now_and_then(toy
 def test_a_window_as_long_as_the_context_leaves_nothing_to_forget() -> None:
     session = Session(EagerSteps(Kind(replace(WINDOW, sliding_window=CONTEXT - 3))))
     session.prefill([1] * CONTEXT)
-    with pytest.raises(InputError, match=f"of the {CONTEXT} tokens none can be forgotten"):
+    with pytest.raises(InputError, match=f"none of the {CONTEXT} tokens can be forgotten"):
         session.slide()
 
 
@@ -360,7 +360,7 @@ def test_a_prompt_that_cannot_be_is_refused_and_changes_nothing(toy_program: Pro
     session.prefill([1, 2, 3])
     for tokens, message in (
         ([], "the prompt is empty"),
-        ([TOY.vocab_size], f"token {TOY.vocab_size} is not in the vocabulary; ids run from 0 to {TOY.vocab_size - 1}"),
+        ([TOY.vocab_size], f"token {TOY.vocab_size} is not in the vocabulary; give ids from 0 to {TOY.vocab_size - 1}"),
         ([5, -1], "token -1"),
         ([7] * 46, "has 46 tokens, but only 45 of 48 positions are free"),
     ):

@@ -96,6 +96,6 @@ def test_a_discarded_session_leaves_its_place(toy_program: Program) -> None:
 
 
 def test_no_sessions_at_all_are_refused(toy_program: Program) -> None:
-    with pytest.raises(InputError, match="--sessions 0 is impossible; give 1 or more"):
+    with pytest.raises(InputError, match="--sessions 0 is invalid; give 1 or more"):
         SessionPool(toy_program, 0)
     assert TOY.context > len(LONG) + 4

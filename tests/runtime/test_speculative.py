@@ -70,5 +70,5 @@ def test_a_draft_model_is_asked_for_its_likeliest_tokens(toy_program: Program) -
     assert draft.guess([1] * 47, 3) == [], "its context has no room"
     found = generate(Session(toy_program), [1, 5, 9], options, Rng(0), drafter=Draft(toy_program, vocab_size))
     assert [step.token for step in found] == expected
-    with pytest.raises(InputError, match=f"the draft has {vocab_size} ids where the model has 7"):
+    with pytest.raises(InputError, match=f"the draft model has {vocab_size} ids, but the model has 7"):
         Draft(toy_program, 7)

@@ -41,12 +41,12 @@ def test_another_runs_journal_and_what_is_none_stay_as_they_are(tmp_path: Path) 
     path = tmp_path / "run"
     for content in (b"a text of mine", b"a text of mine\nwith lines", b"\n"):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="run is not of this run, with its model, prompts and options"):
+        with pytest.raises(InputError, match="run belongs to a run with another model, prompts or options"):
             TokenLog(path, RUN)
         assert path.read_bytes() == content
     path.unlink()
     TokenLog(path, RUN).add(0, 1)
-    with pytest.raises(InputError, match="is not of this run"):
+    with pytest.raises(InputError, match="belongs to a run with another model"):
         TokenLog(path, RUN | {"model": "other"})
     with pytest.raises(InputError, match=r"cannot be used \(Is a directory\); give another file"):
         TokenLog(tmp_path, RUN)

@@ -132,7 +132,7 @@ def test_functions_are_told_of_with_what_the_user_says_where_there_is_no_system_
     turn = f"<start_of_turn>user\n{TOLD}\n\n{USER['content']}<end_of_turn>\n<start_of_turn>model\n"
     for template in (NAMED["gemma"], jinja_of(PUBLIC["gemma"])):
         assert text_of(template, [USER], [WEATHER, CLOCK]) == f"<bos>{turn}"
-    with pytest.raises(InputError, match="only with what a user says"):
+    with pytest.raises(InputError, match="needs a user message for tools"):
         encode(NAMED["gemma"], read([{"role": "assistant", "content": "Hi"}]), [CLOCK], TINY)
 
 

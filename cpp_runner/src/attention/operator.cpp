@@ -103,7 +103,7 @@ bool form_of(ScalarType dtype, RowForm& form) {
     }
 }
 
-/// Reads the sizes from the tensors; returns false if they are impossible.
+/// Reads the sizes from the tensors; returns false if they are invalid.
 bool measure(et::Span<et::EValue*> args, Attention& a) {
     const Tensor& q = args[kQ]->toTensor();
     const Tensor& cache = args[kKCache]->toTensor();
@@ -152,7 +152,7 @@ bool resize(Tensor tensor, int64_t rows, int64_t length, int64_t width) {
 void attention_out(et::KernelRuntimeContext& ctx, et::Span<et::EValue*> args) {
     ET_KERNEL_CHECK_MSG(ctx, well_typed(args), InvalidArgument, , "%s: the types are not those of its schema", kName);
     Attention a{};
-    ET_KERNEL_CHECK_MSG(ctx, measure(args, a), InvalidArgument, , "%s: impossible sizes or numbers", kName);
+    ET_KERNEL_CHECK_MSG(ctx, measure(args, a), InvalidArgument, , "%s: invalid sizes or numbers", kName);
     ET_KERNEL_CHECK_MSG(ctx, well_shaped(args, a), InvalidArgument, , "%s: shapes or dtypes do not match", kName);
     const Tensor& out = args[kOut]->toTensor();
     const Tensor& k_rows = args[kKRows]->toTensor();
@@ -166,7 +166,7 @@ void attention_out(et::KernelRuntimeContext& ctx, et::Span<et::EValue*> args) {
     a.position = args[kStart]->toTensor().const_data_ptr<int64_t>();
     for (int64_t b = 0; b < a.batch; ++b) {
         ET_KERNEL_CHECK_MSG(ctx, a.position[b] >= 0 && a.position[b] <= kMostPosition, InvalidArgument, ,
-                            "%s: impossible position", kName);
+                            "%s: invalid position", kName);
     }
     const auto floats = [&](Argument i) {
         return args[i]->isTensor() ? args[i]->toTensor().const_data_ptr<float>() : nullptr;

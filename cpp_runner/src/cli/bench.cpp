@@ -71,8 +71,8 @@ Result<Measured> bench(const std::string& path, const Program::Options& options,
         measured.decode.push_back({position, 1 / *seconds, moved / *seconds});
     }
     if (measured.prefill.empty() && measured.decode.empty()) {
-        return Error{path + " has room for " + std::to_string(session->capacity()) +
-                     " positions; give smaller numbers to --prefill or --decode"};
+        return Error{"--prefill and --decode are too large for the " + std::to_string(session->capacity()) +
+                     " positions of " + path + "; give smaller numbers"};
     }
     measured.peak_bytes = peak_memory();
     // Last, because it raises the peak memory.

@@ -14,11 +14,11 @@ namespace llama_runner {
 namespace {
 
 constexpr char kHelp[] =
-    "/system TEXT  set the system message; without TEXT, take it away\n"
-    "/reset        start anew, with the same system message\n"
-    "/help         this list\n"
-    "/exit         leave, as Ctrl-D does\n"
-    "Ctrl-C ends an answer, and leaves at an empty prompt.\n";
+    "/system TEXT  set the system message; without TEXT, remove it\n"
+    "/reset        start a new conversation with the same system message\n"
+    "/help         list the commands\n"
+    "/exit         quit, as Ctrl-D does\n"
+    "Ctrl-C ends an answer, and quits at an empty prompt.\n";
 
 volatile std::sig_atomic_t interrupted = 0;
 
@@ -53,7 +53,7 @@ Result<bool> obey(Chat& chat, const std::string& line) {
     } else if (name == "/help") {
         std::fputs(kHelp, stderr);
     } else {
-        return Error{name + " is unknown; /help lists what can be given"};
+        return Error{name + " is unknown; /help lists the commands"};
     }
     return true;
 }

@@ -33,7 +33,7 @@ struct Statistics {
 };
 
 Error unusable(const std::string& flag, const std::string& value, const std::string& fix) {
-    return {"--" + flag + " " + value + " is impossible; " + fix};
+    return {"--" + flag + " " + value + " is invalid; " + fix};
 }
 
 /// Reads a whole number from -2^63 to 2^64 - 1, modulo 2^64.
@@ -125,8 +125,8 @@ Result<void> run(Arguments& arguments) {
     arguments.asked.change(arguments.generation.sampling);
     if (auto checked = arguments.generation.check(); !checked) return checked;
     if (arguments.generation.logprobs && !arguments.json) {
-        return unusable("logprobs", std::to_string(*arguments.generation.logprobs),
-                        "it cannot be told in a text: add --format json");
+        return Error{"--logprobs " + std::to_string(*arguments.generation.logprobs) +
+                     " is invalid for --format text; give --format json"};
     }
     const auto seed = seed_of(arguments.seed);
     if (!seed) return seed.error();
@@ -209,7 +209,7 @@ Result<void> talk(Arguments& arguments) {
 
 /// Runs the command: prints text to stdout and statistics to stderr. Returns exit code 0, or 2 for bad input.
 int main(int count, char** values) {
-    CLI::App app("Runs an exported .pte.", "llama_runner");
+    CLI::App app("Continues a prompt with the model in a .pte file.", "llama_runner");
     app.footer(
         "\nExamples:\n"
         "  llama_runner tiny.pte --prompt \"Once upon a time\"\n"

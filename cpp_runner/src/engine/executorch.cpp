@@ -132,7 +132,7 @@ struct Loaded {
 Result<std::unique_ptr<Loaded>> load(const et::Program& program, const char* name, const BackendOptions& options) {
     last_complaint[0] = '\0';
     const auto meta = program.method_meta(name);
-    if (!meta.ok()) return Error{std::string("the file carries no ") + name + "; export it again"};
+    if (!meta.ok()) return Error{std::string("the file has no ") + name + "; export it again"};
     auto loaded = std::make_unique<Loaded>();
     for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
         loaded->planned.emplace_back(static_cast<size_t>(*meta->memory_planned_buffer_size(i)));
@@ -239,19 +239,20 @@ Result<void> check_requirements(const std::string& path, const Requirements& nee
         names += (shown > 0 ? ", " : "") + *name;
     }
     if (missing.size() > kMost) names += " and " + std::to_string(missing.size() - kMost) + " more";
-    return Error{path + " needs " + names + ", which the ExecuTorch here lacks; it was made with ExecuTorch " +
-                 needed.executorch + ": install that, or export the file again"};
+    return Error{path + " needs " + names + ", which the installed ExecuTorch lacks; install ExecuTorch " +
+                 needed.executorch + ", which made the file, or export it again"};
 }
 
 Result<void> set_threads(int64_t threads) {
-    if (threads < 1) return Error{"--threads " + std::to_string(threads) + " is impossible; give 1 or more"};
+    if (threads < 1) return Error{"--threads " + std::to_string(threads) + " is invalid; give 1 or more"};
 #ifdef ET_USE_THREADPOOL
     auto* const pool = executorch::extension::threadpool::get_threadpool();
     if (pool != nullptr && pool->_unsafe_reset_threadpool(static_cast<uint32_t>(std::min<int64_t>(threads, 1024)))) {
         return {};
     }
 #endif
-    return Error{"--threads " + std::to_string(threads) + " is impossible: ExecuTorch here has no thread pool"};
+    return Error{"--threads " + std::to_string(threads) +
+                 " is invalid, because this ExecuTorch has no thread pool; leave it out"};
 }
 
 Threads::Threads(bool is_small) : is_small_(is_small) {

@@ -52,7 +52,7 @@ size_t KVCache::filled_bytes(int64_t position) const {
 
 Result<int64_t> KVCache::plan(int64_t length) const {
     if (length < 1 || length > capacity_ - state_.position) {
-        return Error{std::to_string(length) + " tokens do not fit behind the " + std::to_string(state_.position) +
+        return Error{std::to_string(length) + " tokens do not fit after the " + std::to_string(state_.position) +
                      " in the cache, which holds " + std::to_string(capacity_) +
                      "; shorten the prompt or export with a larger --max-seq-len"};
     }
@@ -91,7 +91,7 @@ Result<void> KVCache::rewind(int64_t position) {
         state_.first = 0;
     } else if (state_.first > std::max(position - ring_ + 1, int64_t{0})) {
         return Error{"cannot rewind to position " + std::to_string(position) + ": the model sees " +
-                     std::to_string(ring_) + " positions at a time, and their cache has been written over; rewind to " +
+                     std::to_string(ring_) + " positions at a time, and their cache has been overwritten; rewind to " +
                      std::to_string(state_.first + ring_ - 1) + " or later, or to 0"};
     }
     state_.position = position;

@@ -32,9 +32,9 @@ Result<std::vector<bool>> choose_resident(std::span<const int64_t> sizes, int64_
     }
     if (taken + largest_other(sizes.size()) > room) {
         const auto largest = std::ranges::max_element(sizes);
-        return Error{"--memory-budget leaves " + megabytes(room) + " MB for weights, and shard " +
-                     std::to_string(largest - sizes.begin() + 1) + " of " + std::to_string(sizes.size()) +
-                     " alone takes " + megabytes(*largest) + " MB; give " + megabytes(*largest - room) +
+        return Error{"--memory-budget leaves " + megabytes(room) + " MB for weights, but shard " +
+                     std::to_string(largest - sizes.begin() + 1) + " of " + std::to_string(sizes.size()) + " needs " +
+                     megabytes(*largest) + " MB; give " + megabytes(*largest - room) +
                      " MB more, or export with more --shards"};
     }
     return found;

@@ -147,7 +147,7 @@ Result<void> Session::check(std::span<const int64_t> tokens) const {
     const int64_t vocab_size = program_->metadata().vocab_size;
     for (const int64_t token : tokens) {
         if (token < 0 || token >= vocab_size) {
-            return Error{"token " + std::to_string(token) + " is not in the vocabulary; ids run from 0 to " +
+            return Error{"token " + std::to_string(token) + " is not in the vocabulary; give ids from 0 to " +
                          std::to_string(vocab_size - 1)};
         }
     }
@@ -272,12 +272,12 @@ Result<void> Session::load(const std::string& path) {
 Result<int64_t> Session::slide() {
     const Metadata& metadata = program_->metadata();
     if (metadata.positions == "learned" && cached()) {
-        return Error{"the model has learned positions, which cached keys cannot change; stop where it is full"};
+        return Error{"sliding is unsupported for a model with learned positions; stop when the context is full"};
     }
     const int64_t count = std::min((position() - kSinks) / 2, cache_.room(kSinks));
     if (count < 1) {
-        return Error{"of the " + std::to_string(position()) +
-                     " tokens none can be forgotten, because the model sees all but " + std::to_string(kSinks) +
+        return Error{"none of the " + std::to_string(position()) +
+                     " tokens can be forgotten, because the model sees all but " + std::to_string(kSinks) +
                      " of them; export with a larger --max-seq-len"};
     }
     const Angles angles = earlier(metadata.rope, count);

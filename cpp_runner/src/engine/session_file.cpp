@@ -74,10 +74,10 @@ Result<OpenSessionFile> open_session_file(const std::string& path, const std::ar
     Header header;
     if (std::fread(&header, sizeof header, 1, file.get()) != 1 ||
         std::memcmp(header.magic, kMagic, sizeof kMagic) != 0) {
-        return Error{path + " is no saved session; give one"};
+        return Error{path + " is not a saved session; give one"};
     }
     if (header.version != kSnapshotVersion) {
-        return Error{path + " has version " + std::to_string(header.version) + ", and this one reads " +
+        return Error{path + " has version " + std::to_string(header.version) + ", but this program reads " +
                      std::to_string(kSnapshotVersion) + "; save the session again"};
     }
     if (std::memcmp(header.identity, identity.data(), identity.size()) != 0) {

@@ -54,7 +54,7 @@ class Reader {
 
     json parsed(const char* name) {
         json result = json::parse(text(name), nullptr, false);
-        if (result.is_discarded()) fail(std::string(name) + " is no JSON");
+        if (result.is_discarded()) fail(std::string(name) + " is not JSON");
         return result;
     }
 
@@ -72,7 +72,7 @@ class Reader {
         single<ConstantTensor>(name, [&](ConstantTensor tensor) {
             if (!tensor.is_float32 || tensor.shape.size() != dimensions || tensor.shape.back() < 1 ||
                 tensor.nbytes == 0) {
-                return fail(std::string(name) + " is no float32 tensor of " + std::to_string(dimensions) +
+                return fail(std::string(name) + " is not a float32 tensor of " + std::to_string(dimensions) +
                             " dimensions");
             }
             width = tensor.shape.back();
@@ -92,13 +92,13 @@ class Reader {
 
     std::string text(const json& object, const char* key) {
         const json& value = member(object, key);
-        if (!value.is_string()) fail(std::string(key) + " is no string");
+        if (!value.is_string()) fail(std::string(key) + " is not a string");
         return value.is_string() ? value.get<std::string>() : "";
     }
 
     int64_t integer(const json& object, const char* key) {
         const json& value = member(object, key);
-        if (!value.is_number_integer()) fail(std::string(key) + " is no whole number");
+        if (!value.is_number_integer()) fail(std::string(key) + " is not a whole number");
         return value.is_number_integer() ? value.get<int64_t>() : 0;
     }
 
@@ -106,7 +106,7 @@ class Reader {
         std::vector<std::string> result;
         for (const json& item : member(object, key)) {
             item.is_string() ? result.push_back(item.get<std::string>())
-                             : fail(std::string(key) + " is no list of strings");
+                             : fail(std::string(key) + " is not a list of strings");
         }
         return result;
     }
@@ -136,7 +136,7 @@ TensorSpec tensor_spec(Reader& reader, const json& object, StepSize most) {
         const int64_t fixed = size.is_number_integer() ? std::max(size.get<int64_t>(), int64_t{0}) : 0;
         const int64_t value = size == "L" ? kLength : size == "R" ? kRows : fixed;
         if (value == 0 || most.of(value) > kMostElements / elements) {
-            reader.fail("the shape of " + spec.name + " is impossible");
+            reader.fail("the shape of " + spec.name + " is invalid");
             break;
         }
         elements *= most.of(value);
@@ -164,11 +164,11 @@ MethodSpec method_spec(Reader& reader, const json& object) {
                     object.contains("slices") ? reader.integer(object, "slices") : 1};
     if (spec.min_length < 1 || spec.max_length < spec.min_length || spec.max_length > kMostElements ||
         spec.max_rows < 1 || spec.max_rows > spec.max_length) {
-        reader.fail("the lengths of method " + spec.name + " are impossible");
+        reader.fail("the lengths of method " + spec.name + " are invalid");
         return spec;
     }
     if (spec.start_layer < 0 || spec.end_layer < spec.start_layer + (spec.slices == 1)) {
-        reader.fail("the blocks of method " + spec.name + " are impossible");
+        reader.fail("the blocks of method " + spec.name + " are invalid");
     }
     for (const json& input : reader.member(object, "inputs")) {
         spec.inputs.push_back(tensor_spec(reader, input, spec.most()));
@@ -185,7 +185,7 @@ SamplingOptions sampling_of(Reader& reader) {
     const auto read = [&](const char* key, auto& value) {
         const auto at = given.find(key);
         if (at == given.end()) return;
-        if (!at->is_number()) return reader.fail(std::string("get_sampling has a ") + key + " that is no number");
+        if (!at->is_number()) return reader.fail(std::string("get_sampling has a ") + key + " that is not a number");
         at->get_to(value);
     };
     read("temperature", found.temperature);
@@ -242,7 +242,8 @@ Result<Metadata> from_constants(const Constants& constants) {
     metadata.matrix_bytes = reader.integer("get_matrix_bytes", 1);
     metadata.activation_bytes = reader.integer("get_activation_bytes", 0);
     if (reader.integer("get_batch_size", 1) != 1) {
-        reader.fail("it extends several texts at once, which this runner cannot: leave --batch-size out");
+        reader.fail(
+            "it was exported for several texts at once, which this runner does not support: leave --batch-size out");
     }
     if (const int64_t id = reader.integer("get_bos_id", -1); id >= 0) metadata.bos_id = id;
     reader.values("get_eos_ids", [&](std::vector<Constant> ids) {
@@ -261,7 +262,7 @@ Result<Metadata> from_constants(const Constants& constants) {
     metadata.positions = reader.text(config, "positions");
     for (const json& layer : reader.member(config, "nope_layers")) {
         layer.is_number_integer() ? metadata.nope_layers.push_back(layer.get<int64_t>())
-                                  : reader.fail("nope_layers is no list of whole numbers");
+                                  : reader.fail("nope_layers is not a list of whole numbers");
     }
     int64_t width = 0;
     metadata.rope.cos = reader.floats("get_rope_cos", 2, metadata.rope.width);

@@ -47,12 +47,12 @@ Result<Metadata> join_parts(std::span<const NamedMetadata> shards) {
                          " slices, which only the Python runtime runs; export without --tensor-parallel"};
         }
         if (metadata->identity != whole.identity || metadata->methods.size() != whole.methods.size()) {
-            return Error{path + " is not of the same export as " + shards[0].path +
+            return Error{path + " is from another export than " + shards[0].path +
                          "; keep the shards of one export together"};
         }
         if (first.start_layer < end) {
-            return Error{path + " has blocks from " + std::to_string(first.start_layer) +
-                         " on, which another shard has; remove one"};
+            return Error{path + " has block " + std::to_string(first.start_layer) +
+                         ", which another shard also has; remove one"};
         }
         if (first.start_layer > end) return missing(first.start_layer);
         end = first.end_layer;

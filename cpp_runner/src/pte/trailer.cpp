@@ -51,12 +51,12 @@ Result<void> check_file(const std::string& path, bool checksum) {
     }
     if (!trailer.is_ours) {
         if (is_program) {
-            return Error{path + " is truncated or was not made by llama-pte; copy it again or export it anew"};
+            return Error{path + " is truncated or was not made by llama-pte; copy or export it again"};
         }
-        return Error{path + " is no .pte file; export one with `python -m export.llama`"};
+        return Error{path + " is not a .pte file; export one with `python -m export.llama`"};
     }
     if (trailer.version < kFormatVersion) {
-        return Error{path + " has format version " + std::to_string(trailer.version) + ", and this version reads " +
+        return Error{path + " has format version " + std::to_string(trailer.version) + ", but this version reads " +
                      std::to_string(kFormatVersion) + "; export it again"};
     }
     if (trailer.version > kFormatVersion) {
@@ -65,11 +65,11 @@ Result<void> check_file(const std::string& path, bool checksum) {
     }
     const uint64_t length = size - Trailer::kSize;
     if (trailer.length != length) {
-        return Error{path + " is damaged: " + std::to_string(length) + " bytes of " + std::to_string(trailer.length) +
-                     " are there; copy it again"};
+        return Error{path + " is damaged: it has " + std::to_string(length) + " of " + std::to_string(trailer.length) +
+                     " bytes; copy it again"};
     }
     if (checksum && checksum_of(file.get(), length) != trailer.digest) {
-        return Error{path + " is damaged: its checksum does not match; copy it again or export it anew"};
+        return Error{path + " is damaged: its checksum does not match; copy or export it again"};
     }
     return {};
 }

@@ -60,7 +60,7 @@ Result<ChatTemplate> ChatTemplate::from_json(std::string_view text) {
     if (file.is_null() && member(whole, "jinja").is_object()) {
         return Error{
             "the file's chat template needs Jinja, which this runner lacks; export again with --chat-template "
-            "NAME, or talk with python -m runtime.chat"};
+            "NAME, or use `llama-pte chat`"};
     }
     const auto has_texts = [](const json& object, std::initializer_list<const char*> keys) {
         return std::ranges::all_of(keys, [&](const char* key) { return member(object, key).is_string(); });
@@ -98,11 +98,11 @@ Result<void> ChatTemplate::check(std::span<const Message> messages) const {
         std::string roles;
         for (const Message& message : messages)
             roles += (roles.empty() ? "" : ", ") + std::string(name_of(message.role));
-        return Error{"the messages are of " + (roles.empty() ? "nobody" : roles) +
+        return Error{"the roles of the messages are " + (roles.empty() ? "none" : roles) +
                      "; give user and assistant in turns, the user first and last, and before them at most one of "
                      "system"};
     }
-    if (has_system && !system) return Error{"the chat template takes no system message; leave it out"};
+    if (has_system && !system) return Error{"the chat template supports no system message; leave it out"};
     return {};
 }
 
@@ -184,7 +184,7 @@ Result<std::vector<int64_t>> ChatTemplate::encode(std::span<const Message> messa
         if (!is_marker(marker) || own.find(marker) == std::string::npos) continue;
         for (const Part& part : *found) {
             if (!part.parse_special && part.text.find(marker) != std::string::npos) {
-                return Error{"a message holds " + marker + ", which stands between messages; leave it out"};
+                return Error{"a message holds " + marker + ", which separates messages; leave it out"};
             }
         }
     }

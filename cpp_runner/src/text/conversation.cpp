@@ -14,9 +14,9 @@ Result<Chat> Chat::create(Program& program, GenerationOptions options, Rng& rng,
     return guarded([&]() -> Result<Chat> {
         const Tokenizer* tokenizer = program.tokenizer();
         const Metadata& metadata = program.metadata();
-        if (tokenizer == nullptr) return Error{"the file carries no tokenizer; export it again with --tokenizer"};
+        if (tokenizer == nullptr) return Error{"the file has no tokenizer; export it again with --tokenizer"};
         if (metadata.chat_template.empty()) {
-            return Error{"the file carries no chat template; export it again with --chat-template"};
+            return Error{"the file has no chat template; export it again with --chat-template"};
         }
         auto found = ChatTemplate::from_json(metadata.chat_template);
         if (!found) return found.error();

@@ -15,7 +15,7 @@ constexpr size_t kTextRoom = 1024;
 Result<void> check_ids(const SamplingOptions& options, int64_t vocab_size) {
     for (const auto& [token, bias] : options.logit_bias) {
         if (token >= vocab_size) {
-            return Error{"logit-bias " + std::to_string(token) + " is impossible; ids run from 0 to " +
+            return Error{"logit-bias " + std::to_string(token) + " is invalid; give ids from 0 to " +
                          std::to_string(vocab_size - 1)};
         }
     }
@@ -32,13 +32,13 @@ std::optional<std::string_view> name_of(FinishReason reason) {
 Result<void> GenerationOptions::check() const {
     if (auto checked = sampling.check(); !checked) return checked;
     if (max_new_tokens && *max_new_tokens < 1) {
-        return Error{"--max-new-tokens " + std::to_string(*max_new_tokens) + " is impossible; give 1 or more"};
+        return Error{"--max-new-tokens " + std::to_string(*max_new_tokens) + " is invalid; give 1 or more"};
     }
     if (std::ranges::find(stop_strings, "") != stop_strings.end()) {
-        return Error{"--stop '' is impossible; give at least one character"};
+        return Error{"--stop '' is invalid; give at least one character"};
     }
     if (logprobs && *logprobs < 0) {
-        return Error{"--logprobs " + std::to_string(*logprobs) + " is impossible; give 0 or more"};
+        return Error{"--logprobs " + std::to_string(*logprobs) + " is invalid; give 0 or more"};
     }
     return {};
 }
@@ -102,7 +102,7 @@ Result<Generator> Generator::create(Session& session, std::span<const int64_t> p
     if (auto checked = options.check(); !checked) return checked.error();
     if (!options.stop_strings.empty() && tokenizer == nullptr) {
         return Error{"--stop '" + options.stop_strings.front() +
-                     "' needs a tokenizer, and the file carries none; leave it out"};
+                     "' needs a tokenizer, but the file has none; leave it out"};
     }
     if (auto checked = check_ids(options.sampling, session.vocab_size()); !checked) return checked.error();
     return guarded([&]() -> Result<Generator> {
@@ -193,7 +193,7 @@ void Generator::tell(bool stop, bool end) {
 
 Result<std::vector<int64_t>> prompt_ids(const Program& program, std::string_view text, bool parse_special) {
     if (program.tokenizer() == nullptr) {
-        return Error{"the file carries no tokenizer; give --prompt-ids, or export again with --tokenizer"};
+        return Error{"the file has no tokenizer; give --prompt-ids, or export again with --tokenizer"};
     }
     return guarded([&] {
         auto ids = program.tokenizer()->encode(text, parse_special);

@@ -72,7 +72,7 @@ class BpeModel final : public TokenModel {
         const auto b = vocab_.find(right);
         const auto merged = vocab_.find(left + right.substr(std::min(prefix_.size(), right.size())));
         if (a == vocab_.end() || b == vocab_.end() || merged == vocab_.end()) {
-            return damaged_json("merge " + std::to_string(rank_) + " is not of its vocabulary");
+            return damaged_json("merge " + std::to_string(rank_) + " is not in its vocabulary");
         }
         merges_[uint64_t{a->second} << 32 | b->second] = {rank_++, merged->second};
         return {};

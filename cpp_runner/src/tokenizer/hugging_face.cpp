@@ -241,7 +241,7 @@ Result<std::unique_ptr<Tokenizer>> open_tokenizer_json(std::string_view data) {
         return !too_deep;
     };
     const json file = json::parse(data, is_flat, false);
-    if (file.is_discarded() || too_deep) return damaged_json("it is no JSON");
+    if (file.is_discarded() || too_deep) return damaged_json("it is not JSON");
     // The post_processor only adds special tokens, which `encode` never adds; padding and truncation are ignored, too.
     auto tokenizer = std::make_unique<JsonTokenizer>();
     if (auto opened = tokenizer->open(file); !opened) return opened.error();

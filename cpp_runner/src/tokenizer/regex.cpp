@@ -49,7 +49,7 @@ Result<Regex> Regex::compile_as(std::string_view pattern, uint32_t options) {
     if (compiled == nullptr) {
         std::array<PCRE2_UCHAR, 128> message{};
         pcre2_get_error_message(number, message.data(), message.size());
-        return Error{"its pattern is wrong (" + std::string(reinterpret_cast<const char*>(message.data())) + ")"};
+        return Error{"its pattern is invalid (" + std::string(reinterpret_cast<const char*>(message.data())) + ")"};
     }
     Regex regex;
     regex.code_.reset(new Code{compiled});

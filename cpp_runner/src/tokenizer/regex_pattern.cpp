@@ -56,10 +56,10 @@ class Translator {
             const std::string_view here = rest_;
             if (!next() || groups_.size() > kMostNesting) {
                 return Error{"its pattern has '" + std::string(here.substr(0, 12)) +
-                             "', which this runner does not know"};
+                             "', which this runner does not support"};
             }
         }
-        if (groups_.size() != 1) return Error{"its pattern '" + std::string(whole_) + "' has an open group"};
+        if (groups_.size() != 1) return Error{"its pattern '" + std::string(whole_) + "' has an unclosed group"};
         result_.append(groups_.back().closers, ')');
         return std::move(result_);
     }

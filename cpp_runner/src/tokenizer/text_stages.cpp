@@ -14,7 +14,7 @@ Section Section::part(size_t from, size_t to) const {
 
 Error unknown_part(const std::string& what) {
     return {"the tokenizer.json has " + what +
-            ", which this runner does not know; use the checkpoint's SentencePiece or tiktoken file, or the Python "
+            ", which this runner does not support; use the checkpoint's SentencePiece or tiktoken file, or the Python "
             "runtime"};
 }
 

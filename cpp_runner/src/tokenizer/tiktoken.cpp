@@ -88,7 +88,7 @@ class TiktokenTokenizer final : public Tokenizer {
             auto line = parse_line(data.substr(0, end));
             if (!line) {
                 return Error{"line " + std::to_string(lines.size() + 1) +
-                             " of the tiktoken file is no `base64 rank`; copy the file again"};
+                             " of the tiktoken file is not `base64 rank`; copy the file again"};
             }
             lines.push_back(*std::move(line));
             data.remove_prefix(std::min(end + (data.substr(end).starts_with("\r\n") ? 2 : 1), data.size()));
