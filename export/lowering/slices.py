@@ -43,9 +43,9 @@ def sliced(config: ModelConfig, count: int) -> ModelConfig:
     flag = f"--tensor-parallel {count}"
     for words, has in _UNABLE.items():
         if has(config):
-            raise InputError(f"{flag} is not for a model with {words}; leave it out")
+            raise InputError(f"{flag} is unsupported for a model with {words}; leave it out")
     if count > config.n_heads:
-        raise InputError(f"{flag} is more than the model's {config.n_heads} heads; give at most so many")
+        raise InputError(f"{flag} is more than the model's {config.n_heads} heads; give at most that")
     return dataclasses.replace(
         config,
         n_heads=ceil_share(config.n_heads, count),
@@ -79,13 +79,13 @@ def check_groups(config: ModelConfig, scheme: Scheme, count: int) -> None:
         form, of_slice = (scheme.format(name, each) for each in (whole[name][1], columns))
         if form.group_size and not form.fits(columns):
             raise InputError(
-                f"--tensor-parallel {count} leaves {columns} columns of {name}, which are not whole groups of "
-                f"{form.group_size}; give a --group-size that divides them, --quantize 8da8w, or fewer slices"
+                f"--tensor-parallel {count} leaves {columns} columns of {name}, which is not a multiple of the group "
+                f"size {form.group_size}; give a --group-size that divides them, --quantize 8da8w, or fewer slices"
             )
         if form != of_slice:
             raise InputError(
-                f"--tensor-parallel {count} leaves {columns} columns of {name}, which are whole groups of "
-                f"{of_slice.group_size} where the model's {whole[name][1]} are not; give another --group-size, "
+                f"--tensor-parallel {count} leaves {columns} columns of {name}, which is a multiple of the group size "
+                f"{of_slice.group_size}, but the model's {whole[name][1]} columns are not; give another --group-size, "
                 "--quantize 8da8w, or another number of slices"
             )
 
@@ -149,7 +149,7 @@ class SlicedSource(WeightSource):
     def stored(self, name: str) -> Tensor:
         """Returns the slice's share of a matrix in the scheme's format."""
         found, axis = self._whole.stored(name), _axis(name)
-        assert axis is not None, f"{name} is no matrix"
+        assert axis is not None, f"{name} is not a matrix"
         return self._whole.format(name).share(found, axis, functools.partial(self._share, name=name, axis=axis))
 
     def _share(self, whole: Tensor, padding: float = 0.0, *, name: str, axis: int) -> Tensor:

@@ -76,7 +76,7 @@ class CalibrationText:
         """
         if not (scheme.linear.can_calibrate or scheme.head.can_calibrate):
             raise InputError(
-                f"--calibrate {self.path} is for quantised layers, and these are float32; give --quantize 8da4w as "
+                f"--calibrate {self.path} needs quantised layers, but these are float32; give --quantize 8da4w as "
                 "well, or leave it out"
             )
 

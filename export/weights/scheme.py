@@ -131,13 +131,13 @@ def adjusted(
     """Returns a scheme with some settings replaced. None keeps the scheme's own setting.
 
     Raises:
-        InputError: the combination is not possible.
+        InputError: a setting is invalid, or has no effect.
     """
     four = Integer(4, group_size or scheme.linear.group_size or GROUP_SIZES[0])
     formats: dict[int, Format] = {4: four, 8: BYTE}
     for flag, bits in (("embedding", embedding_bits), ("head", head_bits)):
         if bits is not None and bits not in formats:
-            raise InputError(f"--{flag}-bits {bits} is impossible; give 4 or 8")
+            raise InputError(f"--{flag}-bits {bits} is invalid; give 4 or 8")
     made = Scheme(
         linear=four if _is_four(scheme.linear) else scheme.linear,
         embedding=formats[embedding_bits] if embedding_bits else scheme.embedding,
@@ -145,9 +145,9 @@ def adjusted(
         rounding=rounding,
     )
     if group_size is not None and group_size not in GROUP_SIZES:
-        raise InputError(f"--group-size {group_size} is impossible; give {', '.join(map(str, GROUP_SIZES))}")
+        raise InputError(f"--group-size {group_size} is invalid; give {', '.join(map(str, GROUP_SIZES))}")
     if group_size is not None and four not in (made.linear, made.embedding, made.head):
-        raise InputError(f"--group-size {group_size} is of 4-bit weights, and nothing here has 4 bits; leave it out")
+        raise InputError(f"--group-size {group_size} needs 4-bit weights, but nothing has 4 bits; leave it out")
     return made
 
 

@@ -43,10 +43,10 @@ def test_flags_change_what_they_name() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((48, None, None), "--group-size 48 is impossible; give 32, 64, 128"),
-        ((64, None, None), "--group-size 64 is of 4-bit weights"),
-        ((None, 5, None), "--embedding-bits 5 is impossible; give 4 or 8"),
-        ((None, None, 16), "--head-bits 16 is impossible; give 4 or 8"),
+        ((48, None, None), "--group-size 48 is invalid; give 32, 64, 128"),
+        ((64, None, None), "--group-size 64 needs 4-bit weights"),
+        ((None, 5, None), "--embedding-bits 5 is invalid; give 4 or 8"),
+        ((None, None, 16), "--head-bits 16 is invalid; give 4 or 8"),
     ],
 )
 def test_schemes_that_there_are_not_are_refused(flags: tuple[int | None, ...], message: str) -> None:

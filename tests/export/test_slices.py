@@ -82,17 +82,17 @@ FOUR = SCHEMES["8da4w"]
 @pytest.mark.parametrize(
     ("config", "scheme", "count", "problem"),
     [
-        (GROUPED, SCHEMES["fp32"], 9, "--tensor-parallel 9 is more than the model's 8 heads; give at most so many"),
-        (replace(GROUPED, post_norms=True), FOUR, 2, "is not for a model with norms behind attention"),
-        (replace(GROUPED, parallel=True), FOUR, 2, "is not for a model with parallel blocks"),
-        (replace(GROUPED, n_experts=2, n_chosen_experts=1), FOUR, 2, "is not for a model with a mixture of experts"),
-        (replace(GROUPED, positions="alibi"), FOUR, 2, "is not for a model with ALiBi"),
-        (GROUPED, FOUR, 4, "leaves 16 columns of layers.0.attention.wo.weight, which are not whole groups of 32"),
+        (GROUPED, SCHEMES["fp32"], 9, "--tensor-parallel 9 is more than the model's 8 heads; give at most that"),
+        (replace(GROUPED, post_norms=True), FOUR, 2, "is unsupported for a model with norms behind attention"),
+        (replace(GROUPED, parallel=True), FOUR, 2, "is unsupported for a model with parallel blocks"),
+        (replace(GROUPED, n_experts=2, n_chosen_experts=1), FOUR, 2, "is unsupported for a model with a mixture"),
+        (replace(GROUPED, positions="alibi"), FOUR, 2, "is unsupported for a model with ALiBi"),
+        (GROUPED, FOUR, 4, "16 columns of layers.0.attention.wo.weight, which is not a multiple of the group size 32"),
         (
             replace(GROUPED, hidden_dim=63, head_dim=32),
             FOUR,
             2,
-            "leaves 32 columns of layers.0.feed_forward.w2.weight, which are whole groups of 32 where the model's 63",
+            "columns of layers.0.feed_forward.w2.weight, which is a multiple of the group size 32, but the model's 63",
         ),
     ],
 )
