@@ -5,7 +5,7 @@ STORY ?= Once upon a time
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 CMAKE := $(CURDIR)/$(BIN)/cmake
-CPP := cpp_runner/src/*.cpp cpp_runner/src/*/* cpp_runner/include/*.h cpp_runner/include/*/*.h \
+CPP := cpp_runner/src/*.cpp cpp_runner/src/*.h cpp_runner/src/*/* cpp_runner/include/*.h cpp_runner/include/*/*.h \
 	tests/cpp/*.c tests/cpp/*.cpp tests/cpp/*.h examples/cpp/*.cpp
 NATIVE := g++ libcli11-dev nlohmann-json3-dev libxxhash-dev libpcre2-dev libutf8proc-dev libgtest-dev
 CROSS := g++-aarch64-linux-gnu qemu-user-static libpcre2-dev:arm64 libutf8proc-dev:arm64
@@ -50,7 +50,7 @@ runner-aarch64: .venv/.ready
 
 # torch comes first and by itself: on Linux the newest build drags in gigabytes of CUDA, and a pinned one need not. Then
 # what our own build needs, which is thereby not fetched a second time for an environment of its own.
-.venv/.ready: pyproject.toml setup.py $(wildcard cpp_runner/src/attention/*)
+.venv/.ready: pyproject.toml setup.py $(wildcard cpp_runner/src/attention/* cpp_runner/src/python_api.*)
 	$(call need,g++)
 	@$(PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $(PYTHON) must be 3.10 or newer, with venv (Debian: apt-get install python3-venv)"; exit 2; }

@@ -1,4 +1,6 @@
-"""Builds runtime/_operators: kernels that our files call and ExecuTorch lacks. All else stands in pyproject.toml."""
+"""Builds runtime/_operators: kernels that our files call and ExecuTorch lacks, and C functions for Python. All else
+stands in pyproject.toml.
+"""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,14 +12,18 @@ assert found, "executorch is needed for its headers: pip install executorch==1.5
 assert found.submodule_search_locations
 EXECUTORCH = Path(found.submodule_search_locations[0])
 SOURCES = Path("cpp_runner/src")
-KERNELS = ("attention.cpp", "operator.cpp", "bandwidth.cpp")
+FILES = ("attention/attention.cpp", "attention/operator.cpp", "attention/bandwidth.cpp", "python_api.cpp")
 
 setup(
     ext_modules=[
         Extension(
             "runtime._operators",
-            [str(SOURCES / "attention" / name) for name in KERNELS],
-            depends=[*map(str, SOURCES.glob("attention/*")), "cpp_runner/include/llama_runner/measure.h"],
+            [str(SOURCES / name) for name in FILES],
+            depends=[
+                *map(str, SOURCES.glob("attention/*")),
+                str(SOURCES / "python_api.h"),
+                "cpp_runner/include/llama_runner/measure.h",
+            ],
             include_dirs=[
                 "cpp_runner/include",
                 str(SOURCES),

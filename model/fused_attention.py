@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.alibi import alibi_slopes
 from model.kv_row_format import decode, encode
-from model.model import Attention, Block, Embeddings, Head, Llama, Step, softcap
+from model.model import Attention, Block, BlockCache, Embeddings, Head, Llama, Step, softcap
 from model.rotary import Angles, rope
 
 _ARGUMENTS = (
@@ -160,8 +160,7 @@ class FusedLlama(Embeddings):
         angles: Angles | None,
         start: Tensor,
         select: Tensor | None,
-        k_caches: Sequence[Tensor],
-        v_caches: Sequence[Tensor],
+        caches: Sequence[BlockCache],
         positions: Tensor | None = None,
     ) -> Step:
         """Runs one step. `start` is as in `attention`; the other arguments are as in `Llama.forward`."""
@@ -170,10 +169,9 @@ class FusedLlama(Embeddings):
         first, *others, last = self.segments.values()
         q, k, v = first(x)
         k_rows, v_rows = [], []
-        for number, (rotates, *numbers) in enumerate(self._settings):
+        for number, ((rotates, *numbers), cache) in enumerate(zip(self._settings, caches, strict=True)):
             cos, sin = angles if rotates and angles else (None, None)
-            caches = (k_caches[number], v_caches[number])
-            out, k, v = torch.ops.llama_pte.attention(q, k, v, cos, sin, self._slopes, *caches, start, *numbers)
+            out, k, v = torch.ops.llama_pte.attention(q, k, v, cos, sin, self._slopes, *cache, start, *numbers)
             k_rows.append(k)
             v_rows.append(v)
             if number < len(others):

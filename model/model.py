@@ -57,6 +57,13 @@ def softcap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else torch.tanh(x * (1 / cap)) * cap
 
 
+class BlockCache(NamedTuple):
+    """The cached rows of one block: its keys, already rotated, and its values, [B*K, T, Dh] each."""
+
+    k: Tensor
+    v: Tensor
+
+
 class Attention(nn.Module):
     """Grouped-query attention (https://arxiv.org/abs/2305.13245) over the cached rows and the L new rows.
 
@@ -99,8 +106,7 @@ class Attention(nn.Module):
         v: Tensor,
         angles: Angles | None,
         mask: Tensor,
-        k_cache: Tensor | None = None,
-        v_cache: Tensor | None = None,
+        cache: BlockCache | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes attention from the L new rows to the T cached and L new positions.
 
@@ -109,14 +115,14 @@ class Attention(nn.Module):
             angles: cos and sin, [B, L, P] each; None for a model without rotary embedding.
             mask: [B, L, T+L], or [B*H, L, T+L] if it differs between heads. It is added to the scores: 0 or a bias for
                 visible positions, a large negative number for hidden ones.
-            k_cache, v_cache: [B*K, T, Dh], with the keys already rotated; None if T is 0.
+            cache: the T cached rows; None if T is 0.
 
         Returns:
             The attention output [B, L, H*Dh], and the rows to append to the two caches, [B*K, L, Dh] each.
         """
         B, L, _ = q.shape
         K, G, Dh = self.n_kv_heads, self.group, self.head_dim
-        T = 0 if k_cache is None else k_cache.shape[1]
+        T = 0 if cache is None else cache.k.shape[1]
 
         q = q.view(B, L, K * G, Dh).transpose(1, 2)  # [B, H, L, Dh]
         k = k.view(B, L, K, Dh).transpose(1, 2)  # [B, K, L, Dh]
@@ -134,14 +140,14 @@ class Attention(nn.Module):
 
         # Scores and outputs are computed in two parts, cached and new, so that the caches are never copied.
         scores = torch.bmm(q, k.transpose(1, 2))
-        if k_cache is not None:
-            scores = torch.cat((torch.bmm(q, k_cache.transpose(1, 2)), scores), dim=-1)
+        if cache is not None:
+            scores = torch.cat((torch.bmm(q, cache.k.transpose(1, 2)), scores), dim=-1)
         scores = softcap(scores.view(B, K * G, L, T + L), self.softcap) + mask.view(B, -1, L, T + L)
         weights = F.softmax(scores, dim=-1).view(B * K, G * L, T + L)
-        if v_cache is None:
+        if cache is None:
             out = torch.bmm(weights, v)  # [B*K, G*L, Dh]
         else:
-            out = torch.bmm(weights[..., :T], v_cache) + torch.bmm(weights[..., T:], v)
+            out = torch.bmm(weights[..., :T], cache.v) + torch.bmm(weights[..., T:], v)
 
         return out.view(B, K * G, L, Dh).transpose(1, 2).reshape(B, L, K * G * Dh), k, v
 
@@ -226,19 +232,14 @@ class Block(nn.Module):
         self.ffn_post_norm = Norm(config) if config.post_norms else nn.Identity()
 
     def forward(
-        self,
-        x: Tensor,
-        angles: Angles | None,
-        mask: Tensor,
-        k_cache: Tensor | None = None,
-        v_cache: Tensor | None = None,
+        self, x: Tensor, angles: Angles | None, mask: Tensor, cache: BlockCache | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the block on [B, L, D].
 
         Returns:
             The output [B, L, D] and the rows to append to the caches. The arguments are those of `Attention.attend`.
         """
-        out, k, v = self.attention.attend(*self.project(x), angles, mask, k_cache, v_cache)
+        out, k, v = self.attention.attend(*self.project(x), angles, mask, cache)
         return self.finish(x, out), k, v
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -358,8 +359,7 @@ class Llama(Embeddings):
         angles: Angles | None,
         masks: Sequence[Tensor],
         select: Tensor | None,
-        k_caches: Sequence[Tensor | None] | None = None,
-        v_caches: Sequence[Tensor | None] | None = None,
+        caches: Sequence[BlockCache] | None = None,
         positions: Tensor | None = None,
     ) -> Step:
         """Runs one step on L tokens of each sequence.
@@ -370,15 +370,14 @@ class Llama(Embeddings):
             masks: one per block, as in `Attention.attend`; blocks with equal masks may share one tensor.
             select: [B, R, L], one-hot rows that select the positions of each sequence for which logits are computed;
                 None for a shard without the head.
-            k_caches, v_caches: one tensor [B*K, T, Dh] per block; None if nothing is cached.
+            caches: one per block; None if nothing is cached.
             positions: [B, L], int64, for a model with learned position embeddings.
         """
         if self.begins:
             x = self.embed(x, positions)
         k_rows, v_rows, none = [], [], [None] * len(self.span)
-        caches = zip(k_caches or none, v_caches or none, strict=True)
-        for layer, mask, (k_cache, v_cache) in zip(self.layers.values(), masks, caches, strict=True):
-            x, k, v = layer(x, angles, mask, k_cache, v_cache)
+        for layer, mask, cache in zip(self.layers.values(), masks, caches or none, strict=True):
+            x, k, v = layer(x, angles, mask, cache)
             k_rows.append(k)
             v_rows.append(v)
         if not self.ends:

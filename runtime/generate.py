@@ -102,13 +102,12 @@ def main(arguments: list[str] | None = None) -> int:
     load = time.perf_counter() - start
     prompt = options.prompt_ids or prompt_ids(program, text, options.parse_special)
     statistics = Statistics(load, len(prompt))
-    generation = replace(generation, stop_ids=program.metadata.stop_ids)
+    generation = replace(generation, stop_ids=program.metadata.stop_ids, drafter=_drafter(options, program))
     constraint = _constraint(options, program, prompt)
     session = Session(program)
     if options.session and options.session.exists():
         session.load(options.session)
-    rng, drafter = Rng(options.seed), _drafter(options, program)
-    steps = generate(session, prompt, generation, rng, program.tokenizer, constraint, drafter)
+    steps = generate(session, prompt, generation, Rng(options.seed), program.tokenizer, constraint)
     if options.format == "json":
         _print_json(prompt, _timed(steps, statistics), statistics)
     else:

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from model.config import ModelConfig
 from model.fused_attention import FusedLlama, Segment
 from model.kv_row_format import row_width
-from model.model import Block, Head, Llama
+from model.model import Block, BlockCache, Head, Llama
 from model.tensor_parallel import Attend, Embed, Merge, SlicedLlama
 from preproc.position_inputs import mask_name, names
 from runtime.pte.metadata import CACHES, K_CACHE, K_ROWS, ROWS, STREAM, V_ROWS, MethodSpec, TensorSpec, of_layer
@@ -243,12 +243,12 @@ def step(model: Llama | FusedLlama, inputs: Mapping[str, Tensor]) -> dict[str, T
     x = inputs["tokens" if model.begins else STREAM]
     angles = (inputs["cos"], inputs["sin"]) if "cos" in inputs else None
     cached = of_layer(K_CACHE, span.start) in inputs
-    caches = [[inputs[of_layer(role, layer)] for layer in span] for role in CACHES if cached]
+    caches = [BlockCache(*(inputs[of_layer(role, layer)] for role in CACHES)) for layer in span] if cached else None
     if isinstance(model, FusedLlama):
-        found = model(x, angles, inputs["start"], select, *caches, positions=positions)
+        found = model(x, angles, inputs["start"], select, caches, positions)
     else:
         masks = [inputs[mask_name(model.config, layer)] for layer in span]
-        found = model(x, angles, masks, select, *caches, positions=positions)
+        found = model(x, angles, masks, select, caches, positions)
     others = {"logits": found.logits, "hidden": found.hidden, STREAM: found.stream}
     return {
         **{of_layer(K_ROWS, layer): rows for layer, rows in zip(span, found.k_rows, strict=True)},
@@ -307,5 +307,5 @@ class _FlatPiece(nn.Module):
         if not isinstance(self.module, Block):
             return self.module(*tensors)
         x, *others = tensors
-        angles, rest = (others[:2], others[2:]) if self.rotated else (None, others)
-        return self.module(x, angles, *rest)
+        angles, (mask, *cache) = (tuple(others[:2]), others[2:]) if self.rotated else (None, others)
+        return self.module(x, angles, mask, BlockCache(*cache) if cache else None)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
+from executorch.exir._serialize._flatbuffer_program import _patch_generated_flatbuffer_aliases
+from executorch.exir._serialize.generated.executorch_flatbuffer.Program import Program
 from executorch.exir.passes import MemoryPlanningPass
-from flatbuffers.table import Table  # type: ignore[import-untyped]
 
 from export.lowering.assemble import Assembled
 from export.lowering.lower import to_bytes
@@ -34,37 +35,33 @@ def write_program(assembled: Assembled, metadata: Metadata, path: Path) -> None:
         stream.write(checked.trailer.pack())
 
 
-_SEGMENTS, _CONSTANTS, _NAMED = 4, 5, 7
-"""Field numbers of a program, in the order of executorch/schema/program.fbs."""
+_OFFSET, _SIZE = 4, 6
+"""The places of DataSegment's fields in its table of fields, as in the generated DataSegment.py."""
 
 
 def _sharing(program: bytes, shared: Mapping[str, tuple[int, int]]) -> bytes:
     """Returns the first piece of a file, which contains everything but the data, changed so that named data refers to
     the bytes of a constant in the file.
 
+    It is changed in place and not written anew, because ExecuTorch's writer leaves out an offset that is 0: the piece
+    would become shorter, and its header wrong.
+
     Args:
         shared: maps the name of the data to the constant's number and size.
     """
+    if not shared:
+        return program
+    _patch_generated_flatbuffer_aliases()
     made = bytearray(program)
-    root = Table(made, *struct.unpack_from("<I", made))
-
-    def field(table: Table, number: int) -> int:
-        """Returns the offset at which a field starts."""
-        return int(table.Pos + table.Offset(4 + 2 * number))
-
-    def item(table: Table, number: int, index: int) -> Table:
-        return Table(made, table.Indirect(table.Vector(table.Offset(4 + 2 * number)) + 4 * index))
-
-    constants = Table(made, root.Indirect(field(root, _CONSTANTS)))  # the first segment, so it starts at 0
-    offsets = constants.Vector(constants.Offset(6))
-    for index in range(root.VectorLen(root.Offset(4 + 2 * _NAMED)) if shared else 0):
-        data = item(root, _NAMED, index)
-        if found := shared.get(data.String(field(data, 0)).decode()):
+    tables = Program.GetRootAs(made)
+    for index in range(tables.NamedDataLength()):
+        data = tables.NamedData(index)
+        if found := shared.get(data.Key().decode()):
             number, size = found
-            segment = item(root, _SEGMENTS, *struct.unpack_from("<I", made, field(data, 1)))
-            (offset,) = struct.unpack_from("<Q", made, offsets + 8 * number)
-            struct.pack_into("<Q", made, field(segment, 0), offset)
-            struct.pack_into("<Q", made, field(segment, 1), size)
+            segment = tables.Segments(data.SegmentIndex())._tab
+            offset = tables.ConstantSegment().Offsets(number)  # in the first segment, which starts at 0
+            for field, value in ((_OFFSET, offset), (_SIZE, size)):
+                struct.pack_into("<Q", made, segment.Pos + segment.Offset(field), value)
     return bytes(made)
 
 

@@ -100,7 +100,7 @@ class _Embeddings(_Pair):
 
 
 class _Blocks(_Pair):
-    def forward(self, x: Tensor, angles: Angles | None, mask: Tensor, *caches: None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, angles: Angles | None, mask: Tensor, cache: None) -> tuple[Tensor, Tensor, Tensor]:
         """Maps the two streams [2, L, D] to the block's results [2, L, D] and the quantised block's new rows. The
         quantised block is also run on the float32 stream, for its own error.
         """

@@ -22,42 +22,25 @@ from runtime.pte.metadata import Metadata, Requirements, from_constants
 
 # Loading a library registers its kernels. The bindings include no kernels for low-bit weights, unlike ExecuTorch's C++
 # libraries; the attention kernel is this project's own (setup.py).
-_LIBRARIES = Path(_C.__file__).parents[2] / "lib"
-_EXECUTORCH, _THREADPOOL, _ = (
-    ctypes.CDLL(str(_LIBRARIES / f"lib{name}.so"))
-    for name in ("executorch", "executorch_threadpool", "executorch_kernels_quantized")
-)
+for _name in ("executorch", "executorch_threadpool", "executorch_kernels_quantized"):
+    ctypes.CDLL(str(Path(_C.__file__).parents[2] / "lib" / f"lib{_name}.so"))
 _NOT_COMPILED = "llama-pte's own kernels were not compiled; install a C++ compiler, then llama-pte again"
 _OPERATORS = find_spec("runtime._operators")
 _OURS = ctypes.CDLL(str(_OPERATORS.origin)) if _OPERATORS else None
+"""The functions of cpp_runner/src/python_api.h. Without them, files exported with `--attention aten` run too, but each
+of their methods holds all weights, and small models are slower.
+"""
+
+if _OURS:
+    _OURS.llama_pte_read_bandwidth.argtypes = [ctypes.c_int]
+    _OURS.llama_pte_read_bandwidth.restype = ctypes.c_double
+    _OURS.llama_pte_set_threads_off.argtypes = [ctypes.c_bool]
+    _OURS.llama_pte_set_threads_off.restype = None
+    _refused = _OURS.llama_pte_share_packed_weights()
+    assert _refused == 0, f"ExecuTorch refuses to share packed weights: {_refused}"
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 """glibc's malloc_trim, which returns freed memory to the system; None with another C library."""
-
-_set_without_threads = _THREADPOOL._ZN10executorch9extension10threadpool17NoThreadPoolGuard11set_enabledEb
-_set_without_threads.argtypes = [ctypes.c_bool]
-
-
-class _BackendOption(ctypes.Structure):
-    """BackendOption of executorch/runtime/backend/options.h: a key and a variant; kind 0 is bool."""
-
-    _fields_ = (("key", ctypes.c_char * 64), ("value", ctypes.c_char * 256), ("kind", ctypes.c_uint32))
-
-
-class _Options(ctypes.Structure):
-    _fields_ = (("data", ctypes.POINTER(_BackendOption)), ("size", ctypes.c_size_t))
-
-
-def _share_packed_weights() -> None:
-    """Makes XNNPACK pack each weight once for all methods, which halves the memory and shortens loading."""
-    set_option = _EXECUTORCH._ZN10executorch7runtime10set_optionEPKcNS0_4SpanINS0_13BackendOptionEEE
-    set_option.argtypes = [ctypes.c_char_p, _Options]
-    option = _BackendOption(key=b"weight_cache_enabled", value=b"\1", kind=0)
-    error = set_option(b"XnnpackBackend", _Options(ctypes.pointer(option), 1))
-    assert error == 0, f"ExecuTorch refuses to share packed weights: {error}"
-
-
-_share_packed_weights()
 
 
 class Shard:
@@ -139,13 +122,14 @@ def start_threads(threads: int | None) -> None:
 @contextmanager
 def threads_off(wanted: bool = True) -> Iterator[None]:
     """Makes ExecuTorch compute in the caller's thread only, if `wanted`."""
-    if wanted:
-        _set_without_threads(True)
+    if not wanted or _OURS is None:
+        yield
+        return
+    _OURS.llama_pte_set_threads_off(True)
     try:
         yield
     finally:
-        if wanted:
-            _set_without_threads(False)
+        _OURS.llama_pte_set_threads_off(False)
 
 
 @contextmanager
@@ -215,5 +199,4 @@ def read_bandwidth(threads: int) -> float:
     """
     if _OURS is None:
         raise InputError(_NOT_COMPILED)
-    _OURS.llama_pte_read_bandwidth.restype = ctypes.c_double
-    return float(_OURS.llama_pte_read_bandwidth(ctypes.c_int(threads)))
+    return float(_OURS.llama_pte_read_bandwidth(threads))

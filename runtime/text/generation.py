@@ -50,6 +50,7 @@ class GenerationOptions:
             probabilities at all.
         on_full: what to do when the context is full: "stop" ends the text, "slide" calls `Session.slide`.
         shown_ids: special tokens whose names appear in the text; other special tokens do not appear.
+        drafter: guesses the next tokens, which changes only the time a text takes; see `runtime.text.speculative`.
     """
 
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -59,6 +60,7 @@ class GenerationOptions:
     logprobs: int | None = None
     on_full: Literal["stop", "slide"] = "stop"
     shown_ids: tuple[int, ...] = ()
+    drafter: Drafter | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -222,7 +224,6 @@ def generate(
     rng: Rng,
     tokenizer: Tokenizer | None = None,
     constraint: Constraint | None = None,
-    drafter: Drafter | None = None,
 ) -> Iterator[Step]:
     """Replaces the session's text by the prompt and yields the tokens that follow it.
 
@@ -233,7 +234,6 @@ def generate(
 
     Args:
         tokenizer, constraint: see `Generation`.
-        drafter: guesses the next tokens; it changes only the time taken, see `runtime.text.speculative`.
 
     Raises:
         InputError: the prompt is empty or does not fit, see `Session.prefill`; stop strings or a constraint lack a
@@ -249,7 +249,7 @@ def generate(
             return
         if session.position == session.capacity:
             session.slide()
-        steps = _next(session, generation, drafter)
+        steps = _next(session, generation, options.drafter)
 
 
 def _next(session: Session, generation: Generation, drafter: Drafter | None) -> list[Step]:

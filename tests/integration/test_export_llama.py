@@ -92,18 +92,19 @@ GREEDY_200 = itertools.product(
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "backend", "attention", "chunk"),
-    [pytest.param(*way, marks=() if way in GREEDY_200_FAST else pytest.mark.slow) for way in GREEDY_200],
+    "way",
+    [
+        pytest.param(way, id="-".join(map(str, way)), marks=() if way in GREEDY_200_FAST else pytest.mark.slow)
+        for way in GREEDY_200
+    ],
 )
 def test_stories260k_prints_greedy_200(
     stories260k: ExportOptions,
     shared: Path,
     capfd: pytest.CaptureFixture[str],
-    checkpoint: str,
-    backend: str,
-    attention: str,
-    chunk: int,
+    way: tuple[str, str, str, int],
 ) -> None:
+    checkpoint, backend, attention, chunk = way
     output = MODELS / f"{checkpoint}-{backend}-{attention}-{chunk}.pte"
     options = replace(stories260k, checkpoint=stories260k.checkpoint.with_name(checkpoint), backend=backend)
     pte = export_llama(replace(options, attention=attention, prefill_chunk=chunk, output=output))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from model.fused_attention import FusedLlama
 from model.kv_row_format import KV_DTYPES, decode, encode
+from model.model import BlockCache
 from preproc.mask import held
 from preproc.position_inputs import Positions, mask_name, names
 from tests.support.kinds import CONTEXT, KINDS, Kind
@@ -27,16 +28,15 @@ def test_the_devices_operator_has_the_same_schema() -> None:
     assert (places, count) == ([argument.name for argument in schema.arguments], "arguments")
 
 
-def random_caches(kind: Kind, position: int) -> dict[str, list[Tensor]]:
+def random_caches(kind: Kind, position: int) -> list[BlockCache]:
     """Of a text of `position` tokens; slots that hold nothing yet are full of what must not be read."""
     config = kind.config
-    caches: dict[str, list[Tensor]] = {"k": [], "v": []}
+    caches = list[BlockCache]()
     for layer in range(config.n_layers):
         slots = min(CONTEXT, config.window(layer) or CONTEXT)
         empty = (held(position, slots) < 0).view(1, slots, 1)
-        for found in caches.values():
-            cache = torch.randn(config.n_kv_heads, slots, config.head_dim)
-            found.append(torch.where(empty, 1e4, cache))
+        shape = (config.n_kv_heads, slots, config.head_dim)
+        caches.append(BlockCache(*(torch.where(empty, 1e4, torch.randn(shape)) for _ in "kv")))
     return caches
 
 
@@ -53,9 +53,9 @@ def test_a_fused_model_computes_what_the_plain_one_does(name: str, position: int
     tokens, select = torch.randint(config.vocab_size, (1, length)), torch.eye(length)[None]
     angles = (made("cos"), made("sin")) if config.positions == "rope" else None
     ids = made("positions") if "positions" in names(config) else None
-    masks = [made(mask_name(config, layer), cache.shape[1]) for layer, cache in enumerate(caches["k"])]
-    plain = kind.model(tokens, angles, masks, select, caches["k"], caches["v"], ids)
-    fused = FusedLlama(kind.model)(tokens, angles, made("start"), select, caches["k"], caches["v"], ids)
+    masks = [made(mask_name(config, layer), cache.k.shape[1]) for layer, cache in enumerate(caches)]
+    plain = kind.model(tokens, angles, masks, select, caches, ids)
+    fused = FusedLlama(kind.model)(tokens, angles, made("start"), select, caches, ids)
     torch.testing.assert_close(fused, plain, atol=1e-4, rtol=1e-4)
 
 

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -48,10 +49,11 @@ def test_a_guess_changes_nothing_but_the_number_of_steps(
     name: str, prompt: list[int], temperature: float, wrong: int
 ) -> None:
     """To the end of the context, whether guesses are right or wrong; each coin is drawn for the same token."""
-    program, options = EagerSteps(KINDS[name]), GenerationOptions(SamplingOptions(temperature))
+    program = EagerSteps(KINDS[name])
 
     def text(drafter: Drafter | None) -> list[int]:
-        return [step.token for step in generate(Session(program), prompt, options, Rng(3), drafter=drafter)]
+        options = GenerationOptions(SamplingOptions(temperature), drafter=drafter)
+        return [step.token for step in generate(Session(program), prompt, options, Rng(3))]
 
     expected = text(None)
     knowing = Certain(prompt + expected, wrong)
@@ -68,7 +70,7 @@ def test_a_draft_model_is_asked_for_its_likeliest_tokens(toy_program: Program) -
     assert draft.guess([1, 5, 9], 3) == expected[:3]
     assert draft.guess([1, 5, 9, expected[0]], 2) == expected[1:3]
     assert draft.guess([1] * 47, 3) == [], "its context has no room"
-    found = generate(Session(toy_program), [1, 5, 9], options, Rng(0), drafter=Draft(toy_program, vocab_size))
+    found = generate(Session(toy_program), [1, 5, 9], replace(options, drafter=Draft(toy_program, vocab_size)), Rng(0))
     assert [step.token for step in found] == expected
     with pytest.raises(InputError, match=f"the draft model has {vocab_size} ids, but the model has 7"):
         Draft(toy_program, 7)

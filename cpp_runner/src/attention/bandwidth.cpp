@@ -49,8 +49,3 @@ double read_bandwidth(int threads) {
 }
 
 }  // namespace llama_runner
-
-/// The C function for Python, which loads it with the operators.
-extern "C" __attribute__((visibility("default"))) double llama_pte_read_bandwidth(int threads) {
-    return llama_runner::read_bandwidth(threads);
-}

@@ -4,47 +4,17 @@
 #include <optional>
 #include <vector>
 
-#include "tokenizer/unicode_tables.h"
+#include "tokenizer/regex_characters.h"
+#include "tokenizer/unicode_sets.h"
 
 namespace llama_runner {
 
 namespace {
 
-/// The members of Unicode's White_Space. PCRE2's own \s also has U+180E.
-constexpr std::string_view kSpaceMembers =
-    R"(\t-\r \x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000})";
-
 constexpr int kMostNesting = 64;
 
 /// Pairs of letters that match a single character if case is ignored, such as "ss" and U+00DF.
 constexpr std::string_view kFoldedPairs[] = {"ss", "st", "ff", "fi", "fl"};
-
-bool is_hex(char c) { return std::string_view("0123456789abcdefABCDEF").find(c) != std::string_view::npos; }
-
-bool is_letter_or_digit(char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); }
-
-bool is_ascii(char c) { return static_cast<unsigned char>(c) < 0x80; }
-
-char lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; }
-
-std::string classes(std::string_view members, bool negated) {
-    return (negated ? "[^" : "[") + std::string(members) + "]";
-}
-
-/// The contents of a class: members to write between brackets, and expressions for one character each.
-struct Members {
-    std::string plain;
-    std::vector<std::string> others;
-
-    std::string expression() const {
-        if (others.empty()) return classes(plain, false);
-        std::string result = "(?:";
-        if (!plain.empty()) result += classes(plain, false) + "|";
-        for (const std::string& other : others) result += other + "|";
-        result.back() = ')';
-        return result;
-    }
-};
 
 class Translator {
   public:
@@ -116,18 +86,18 @@ class Translator {
             case '{':
                 return repeat();
             case '[': {
-                const auto found = bracket(0);
+                const auto found = read_class(rest_, group().is_caseless);
                 return found && add_atom(*found);
             }
             default:
                 break;
         }
-        if (const auto set = one_of_set()) return add_atom(*set);
+        if (const auto set = read_set(rest_, group().is_caseless)) return add_atom(*set);
         return add_literal();
     }
 
     bool add_literal() {
-        const auto found = literal();
+        const auto found = read_literal(rest_);
         if (!found) return false;
         if (!group().is_caseless) return add_atom(*found);
         const char c = lower(found->back());
@@ -225,178 +195,13 @@ class Translator {
     }
 
     static std::string boundary(bool negated) {
-        const std::string word = classes(word_members(), false);
+        const std::string word = "[" + word_members() + "]";
         const std::string ahead = "(?=" + word + ")";
         const std::string behind = "(?<=" + word + ")";
         const std::string not_ahead = "(?!" + word + ")";
         const std::string not_behind = "(?<!" + word + ")";
         return negated ? "(?:" + behind + ahead + "|" + not_behind + not_ahead + ")"
                        : "(?:" + behind + not_ahead + "|" + not_behind + ahead + ")";
-    }
-
-    /// Translates \s, \p{L} and similar outside of classes.
-    std::optional<std::string> one_of_set() {
-        bool negated = false;
-        const auto members = set(negated);
-        if (!members) return std::nullopt;
-        return classes(*members, negated);
-    }
-
-    /// Returns the members of \s, \p{L} and similar.
-    std::optional<std::string> set(bool& negated) {
-        if (rest_.size() < 2 || rest_[0] != '\\') return std::nullopt;
-        const char name = lower(rest_[1]);
-        negated = rest_[1] != name;
-        if (name == 's' || name == 'w' || name == 'd') {
-            rest_.remove_prefix(2);
-            if (name == 's') return std::string(kSpaceMembers);
-            return name == 'w' ? word_members() : members_of("Nd");
-        }
-        if (name != 'p' || rest_.size() < 3 || rest_[2] != '{') return std::nullopt;
-        const size_t end = rest_.find('}');
-        if (end == std::string_view::npos) return std::nullopt;
-        std::string_view property = rest_.substr(3, end - 3);
-        if (property.starts_with('^')) {
-            negated = !negated;
-            property.remove_prefix(1);
-        }
-        const bool has_case = property == "Lu" || property == "Ll" || property == "Lt";
-        if (has_case && group().is_caseless) return std::nullopt;
-        auto members = members_of(property);
-        if (members) rest_.remove_prefix(end + 1);
-        return members;
-    }
-
-    static std::optional<std::string> members_of(std::string_view name) {
-        for (const auto& [property, pcre2, added] : kProperties) {
-            if (property == name) return std::string(pcre2).append(added);
-        }
-        return std::nullopt;
-    }
-
-    /// Returns a literal character, escaped for use inside and outside of classes.
-    std::optional<std::string> literal() {
-        if (rest_[0] != '\\') {
-            const char c = rest_[0];
-            rest_.remove_prefix(1);
-            std::string text(1, c);
-            while (!rest_.empty() && !is_ascii(c) && (static_cast<unsigned char>(rest_[0]) & 0xC0) == 0x80) {
-                text += rest_[0];
-                rest_.remove_prefix(1);
-            }
-            const bool is_plain = !is_ascii(c) || is_letter_or_digit(c) || static_cast<unsigned char>(c) <= ' ';
-            return is_plain ? text : "\\" + text;
-        }
-        if (rest_.size() < 2 || !is_ascii(rest_[1])) return std::nullopt;
-        const char c = rest_[1];
-        if (c == 'x' || c == 'u') return code();
-        constexpr std::string_view kControls = "nrtf";
-        if (is_letter_or_digit(c) && kControls.find(c) == std::string_view::npos && c != 'v') return std::nullopt;
-        rest_.remove_prefix(2);
-        if (c == 'v') return "\\x{0B}";
-        return static_cast<unsigned char>(c) <= ' ' ? std::string(1, c) : std::string("\\") + c;
-    }
-
-    /// Translates \xHH, \x{H...} or \uHHHH.
-    std::optional<std::string> code() {
-        std::string_view digits;
-        size_t length = 0;
-        if (rest_.starts_with("\\x{")) {
-            const size_t end = std::min(rest_.find('}'), rest_.size());
-            digits = rest_.substr(3, end - 3);
-            length = end + 1;
-        } else {
-            digits = rest_.substr(2, rest_[1] == 'x' ? 2 : 4);
-            if (digits.size() != (rest_[1] == 'x' ? 2u : 4u)) return std::nullopt;
-            // In Oniguruma two digits are a byte, which beyond ASCII is no character.
-            if (rest_[1] == 'x' && digits[0] > '7') return std::nullopt;
-            length = 2 + digits.size();
-        }
-        if (digits.empty() || digits.size() > 6 || length > rest_.size()) return std::nullopt;
-        if (!std::all_of(digits.begin(), digits.end(), is_hex)) return std::nullopt;
-        rest_.remove_prefix(length);
-        return "\\x{" + std::string(digits) + "}";
-    }
-
-    /// Translates [...] to an expression for one character.
-    std::optional<std::string> bracket(int depth) {
-        if (depth > kMostNesting || !take("[")) return std::nullopt;
-        const bool negated = take("^");
-        if (rest_.starts_with(']')) return std::nullopt;
-        std::vector<Members> all(1);
-        bool may_start_range = false;  // whether the last item was a literal, which may start a range
-        bool after_set = false;
-        while (!take("]")) {
-            if (rest_.empty() || rest_.starts_with("[:")) return std::nullopt;
-            Members& members = all.back();
-            if (take("&&")) {
-                if (members.plain.empty() && members.others.empty()) return std::nullopt;
-                if (rest_.starts_with(']') || rest_.starts_with("&")) return std::nullopt;
-                all.emplace_back();
-                may_start_range = after_set = false;
-            } else if (rest_[0] == '[') {
-                const auto inner = bracket(depth + 1);
-                if (!inner) return std::nullopt;
-                members.others.push_back(*inner);
-                may_start_range = false, after_set = true;
-            } else if (rest_[0] == '-') {
-                rest_.remove_prefix(1);
-                if (rest_.starts_with(']')) {
-                    members.plain += "\\-";
-                } else if (!range(members, may_start_range, after_set)) {
-                    return std::nullopt;
-                }
-                may_start_range = false, after_set = true;
-            } else if (!member(members, may_start_range)) {
-                return std::nullopt;
-            } else {
-                after_set = !may_start_range;
-            }
-        }
-        return combined(all, negated);
-    }
-
-    /// Translates what follows a "-": the end of a range, or the next item if the "-" is literal.
-    bool range(Members& members, bool is_range, bool after_set) {
-        if (after_set) return false;
-        if (!is_range) {
-            members.plain += "\\-";
-            return true;
-        }
-        if (rest_.empty() || rest_[0] == '[' || rest_.starts_with("&&")) return false;
-        const auto end = class_literal();
-        if (!end) return false;
-        members.plain += "-" + *end;
-        return true;
-    }
-
-    bool member(Members& members, bool& is_literal) {
-        bool negated = false;
-        if (const auto found = set(negated)) {
-            negated ? members.others.push_back(classes(*found, true)) : void(members.plain += *found);
-            is_literal = false;
-            return true;
-        }
-        const auto found = class_literal();
-        if (!found) return false;
-        members.plain += *found;
-        is_literal = true;
-        return true;
-    }
-
-    std::optional<std::string> class_literal() {
-        auto found = literal();
-        const bool is_wide = found && (!is_ascii(found->front()) || found->starts_with("\\x"));
-        if (is_wide && group().is_caseless) return std::nullopt;
-        return found;
-    }
-
-    static std::string combined(const std::vector<Members>& all, bool negated) {
-        if (all.size() == 1 && all[0].others.empty()) return classes(all[0].plain, negated);
-        std::string result;
-        for (size_t i = 0; i + 1 < all.size(); ++i) result += "(?=" + all[i].expression() + ")";
-        result += all.back().expression();
-        return negated ? "(?:(?!" + result + ")(?s:.))" : "(?:" + result + ")";
     }
 
     void copy(size_t count) {
