@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from export.lowering.backends import BACKENDS, partitioners, quietly
 from export.lowering.lower import Code, Codes, delegates, to_bytes
-from export.lowering.shortcuts import known_operators
+from export.lowering.patches import known_operators
 from export.lowering.slices import SlicedSource
 from export.lowering.trace import kinds, parameter_name, trace
 from export.weights.scheme import is_shared

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from export.lowering.backends import BACKENDS, Backend
 from export.lowering.export_cache import ExportCache
-from export.lowering.shortcuts import known_operators, no_patterns
+from export.lowering.patches import known_operators, no_patterns
 from export.lowering.slices import sliced
 from export.lowering.trace import dynamic_shapes, kinds, parameter_name, trace_piece
 from export.weights.formats.float32 import FLOAT
