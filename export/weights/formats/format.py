@@ -64,7 +64,7 @@ class Format(ABC):
 
     def to_json(self) -> dict[str, Any]:
         """Returns the format as JSON types, for `export.weights.formats.registry.parse`."""
-        return {"kind": self.kind} | asdict(self)  # type: ignore[call-overload,no-any-return]  # a dataclass
+        return {"kind": self.kind} | asdict(self)  # type: ignore[call-overload]  # a dataclass
 
     @abstractmethod
     def nbytes(self, rows: int, columns: int) -> int:

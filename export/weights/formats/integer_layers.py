@@ -56,6 +56,7 @@ class QuantizedLinear(nn.Module):
     """A linear layer with low-bit weights, whose inputs are quantised to 8 bits per token at run time."""
 
     weight: IntxUnpackedToInt8Tensor
+    bias: Tensor | None
 
     def __init__(self, weight: IntxUnpackedToInt8Tensor, bias: Tensor | None, width: int | None = None) -> None:
         """Takes a quantised matrix, and the number of consecutive inputs that share quantisation parameters; None for
