@@ -5,8 +5,9 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import IO
+from typing import IO, Any, cast
 
+import torch
 from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
 from executorch.exir._serialize._cord import FileBackedData
 from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
@@ -19,7 +20,8 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from export.lowering.backends import BACKENDS, partitioners, quietly
-from export.lowering.lower import Code, Codes, delegates, to_bytes
+from export.lowering.code import Code, Delegate
+from export.lowering.lower import Codes, delegates, to_bytes
 from export.lowering.patches import known_operators
 from export.lowering.slices import SlicedSource
 from export.lowering.trace import kinds, parameter_name, trace
@@ -110,24 +112,44 @@ def operators(program: ExportedProgram) -> Iterator[str]:
 
 
 class LoweredPiece(nn.Module):
-    """A block or head as a backend's code, with the same arguments and results as the original module."""
+    """A block or head as lowered code, with the same arguments and results as the original module."""
 
     def __init__(self, name: str, code: Code, data: "_Data") -> None:
         """Copies `code` and gives the copy the weights of the piece `name`."""
         super().__init__()
-        self.code = _with_weights(name, code, data)
-        self.results = code.results
-        self.arguments = list[int | str]()
-        for number, argument in enumerate(code.arguments):
-            if not isinstance(argument, int):
-                value = data.weight(name, argument).float() if isinstance(argument, str) else argument
-                self.register_buffer(f"constant_{number}", value)
-            self.arguments.append(argument if isinstance(argument, int) else f"constant_{number}")
+        self.code = code
+        self.delegates = nn.ModuleList(_with_weights(name, delegate, data) for delegate in code.delegates)
+        for number, call in enumerate(code.calls):
+            for index, (kind, value) in enumerate(call.arguments):
+                if kind == "parameter":
+                    self.register_buffer(f"constant_{number}_{index}", data.weight(name, value).float())
+                elif isinstance(value, Tensor):
+                    self.register_buffer(f"constant_{number}_{index}", value)
 
     def forward(self, *arguments: object) -> tuple[Tensor, ...]:
         given = [argument for argument in tree_leaves(arguments) if argument is not None]
-        results = self.code(*(given[i] if isinstance(i, int) else getattr(self, i) for i in self.arguments))
-        return tuple(results[i] for i in self.results)
+        made, delegates = list[Any](), iter(self.delegates)
+
+        def value(kind: str, found: Any, constant: str = "") -> Any:
+            if kind == "input":
+                return given[found]
+            if kind == "result":
+                call, index = found
+                return made[call] if index is None else made[call][index]
+            return getattr(self, constant, found)
+
+        for number, call in enumerate(self.code.calls):
+            run = next(delegates) if isinstance(call.target, Delegate) else _operator(call.target)
+            made.append(run(*(value(*each, f"constant_{number}_{i}") for i, each in enumerate(call.arguments))))
+        return tuple(value(*each) for each in self.code.results)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    """Returns an operator by its name, such as llama_pte.linear.default."""
+    found: Any = torch.ops
+    for part in name.split("."):
+        found = getattr(found, part)
+    return cast(Callable[..., Any], found)
 
 
 class _Data:
@@ -162,8 +184,10 @@ class _Data:
         return to_bytes(self._last[1][number])
 
 
-def _with_weights(name: str, code: Code, data: _Data) -> LoweredBackendModule:
-    """Copies the code, with a unique name for each weight. The weights themselves are read when the file is written."""
+def _with_weights(name: str, code: Delegate, data: _Data) -> LoweredBackendModule:
+    """Copies a delegate, with a unique name for each weight. The weights themselves are read when the file is
+    written.
+    """
     payload, buffers, entries = code.payload, list[Deferred](), dict[str, DataEntry]()
     for part in code.data:
         parameter = parameter_name(data.source.config, name, part.parameter)

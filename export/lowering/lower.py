@@ -4,13 +4,13 @@ replaced.
 
 import dataclasses
 import hashlib
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from executorch.exir import to_edge_transform_and_lower
-from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.utils import is_same_node
 from executorch.exir.delegate import executorch_call_delegate
 from executorch.exir.lowered_backend_module import LoweredBackendModule, get_lowered_submodules
@@ -19,10 +19,11 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from export.lowering.backends import BACKENDS, Backend
+from export.lowering.code import Code, Part, Value, decoded
 from export.lowering.export_cache import ExportCache
 from export.lowering.patches import known_operators, no_patterns
 from export.lowering.slices import sliced
-from export.lowering.trace import dynamic_shapes, kinds, parameter_name, trace_piece
+from export.lowering.trace import kinds, parameter_name, trace_piece
 from export.weights.formats.float32 import FLOAT
 from export.weights.formats.format import Format
 from export.weights.scheme import Scheme, swaps_pairs
@@ -31,49 +32,10 @@ from model.config import ModelConfig
 from model.fused_attention import FusedLlama
 from model.model import Llama
 from model.tensor_parallel import SlicedLlama
-from runtime.pte.metadata import MethodSpec, TensorSpec
+from runtime.pte.metadata import MethodSpec
 from runtime.pte.parts import session_methods
 
 NO_CACHE = ExportCache(None)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a parameter in a backend's code.
-
-    Attributes:
-        key: name in the code: a prefix, and 64 hexadecimal digits.
-        parameter: name of the parameter within the piece.
-        number: index in the list returned by `Format.parts`.
-        nbytes: size of the data, in bytes.
-    """
-
-    key: str
-    parameter: str
-    number: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Code:
-    """A block or head, lowered for a backend with random weights, for one method.
-
-    Attributes:
-        backend_id, payload, compile_specs: the backend's code, in which data is named by its SHA-256.
-        arguments: arguments of the code: a number for an argument of the piece, a name for one of its parameters, or a
-            constant tensor.
-        results: indices of the code's results that the piece returns, in order.
-        data: the parameter parts to which the code refers by name.
-        stand_in: graph with the code's arguments and results, used where only their shapes matter.
-    """
-
-    backend_id: str
-    payload: bytes
-    compile_specs: list[CompileSpec]
-    arguments: tuple[int | str | Tensor, ...]
-    results: tuple[int, ...]
-    data: tuple["Part", ...]
-    stand_in: ExportedProgram
 
 
 Codes = Mapping[tuple[str, str], Code]
@@ -110,7 +72,7 @@ def lower(
                     piece = piece or _RandomPiece.of(part, first.span, name, scheme)
                     entry = _lowered(trace_piece(part, name, piece.module, spec), BACKENDS[backend], piece)
                     cache.put(key, entry)
-                codes[spec.name, kind] = _code(entry, spec)
+                codes[spec.name, kind] = decoded(entry, spec)
     is_same_node.cache_clear()  # otherwise it keeps every compared graph, with its weights
     return codes
 
@@ -187,46 +149,66 @@ def _key(config: ModelConfig, spec: MethodSpec, backend: str, scheme: Scheme) ->
 
 
 def _lowered(graph: ExportedProgram, backend: Backend, piece: _RandomPiece) -> dict[str, Any]:
-    """Lowers a graph and returns the content of its `Code`, as plain values and tensors for the cache."""
+    """Lowers a graph and returns the content of its `Code`, for `export.lowering.code.decoded`."""
     with no_patterns():
-        lowered = to_edge_transform_and_lower(graph, partitioner=backend.partitioners()).exported_program()
-    (delegate,) = delegates(lowered)
-    call: Any = next(node for node in lowered.graph.nodes if node.target is executorch_call_delegate)
-    results: Any = lowered.graph.output_node().args[0]
-    inputs, rows = list(lowered.graph_signature.user_inputs), _rows(graph)
+        program = to_edge_transform_and_lower(graph, partitioner=backend.partitioners()).exported_program()
+    rows, values, calls = _rows(graph), dict[Node, Value](), list[dict[str, Any]]()
+    needed = _needed(program.graph.output_node())
+    for node in program.graph.nodes:
+        if node not in needed:  # checks of sizes
+            continue
+        if node.op == "placeholder":
+            values[node] = _placeholder(program, node)
+        elif node.target is operator.getitem:
+            values[node] = Value("result", (values[node.args[0]].value[0], node.args[1]))
+        elif node.op == "call_function":
+            values[node] = Value("result", (len(calls), None))
+            calls.append(_call(program, node, values, piece, rows))
+    results: Any = program.graph.output_node().args[0]
+    return {"calls": calls, "results": [tuple(values[node]) for node in results]}
+
+
+def _needed(output: Node) -> set[Node]:
+    """Returns the nodes from which the results are computed."""
+    found, left = set[Node](), [output]
+    while left:
+        node = left.pop()
+        left += set(node.all_input_nodes) - found
+        found.add(node)
+    return found
+
+
+def _call(
+    program: ExportedProgram, node: Node, values: Mapping[Node, Value], piece: _RandomPiece, rows: str | None
+) -> dict[str, Any]:
+    """Returns the content of a `Call`."""
+    is_delegate = node.target is executorch_call_delegate
+    given = node.args[1:] if is_delegate else node.args
+    assert not node.kwargs, f"{node.target} has arguments by name: {node.kwargs}"
+    arguments = [tuple(values[each] if isinstance(each, Node) else Value("constant", each)) for each in given]
+    if not is_delegate:
+        return {"operator": str(getattr(node.target, "_op", node.target)), "arguments": arguments}
+    delegate = program.graph_module.get_submodule(str(node.args[0]))
+    assert isinstance(delegate, LoweredBackendModule)
     return {
         "backend_id": delegate.backend_id,
         "payload": torch.frombuffer(bytearray(delegate.processed_bytes), dtype=torch.uint8),
         "compile_specs": [(spec.key, bytes(spec.value).hex()) for spec in delegate.compile_specs],
-        "arguments": [_argument(lowered, node, inputs) for node in call.args[1:]],
-        "results": [result.args[1] for result in results],
+        "arguments": arguments,
         "data": [dataclasses.astuple(part) for part in _data(delegate, piece)],
-        "takes": [_shape(node.meta["val"], rows) for node in call.args[1:]],
-        "gives": [_shape(value, rows) for value in call.meta["val"]],
+        "takes": [_shape(each.meta["val"], rows) for each in given if isinstance(each, Node)],
+        "gives": [_shape(value, rows) for value in node.meta["val"]],
     }
 
 
-def _code(entry: Mapping[str, Any], spec: MethodSpec) -> Code:
-    """Returns the code from a result of `_lowered`."""
-    return Code(
-        backend_id=entry["backend_id"],
-        payload=to_bytes(entry["payload"]),
-        compile_specs=[CompileSpec(key, bytes.fromhex(value)) for key, value in entry["compile_specs"]],
-        arguments=tuple(entry["arguments"]),
-        results=tuple(entry["results"]),
-        data=tuple(Part(*fields) for fields in entry["data"]),
-        stand_in=_stand_in(entry["takes"], entry["gives"], spec),
-    )
-
-
-def _argument(program: ExportedProgram, node: Node, inputs: list[str]) -> int | str | Tensor:
+def _placeholder(program: ExportedProgram, node: Node) -> Value:
+    signature, inputs = program.graph_signature, list(program.graph_signature.user_inputs)
     if node.name in inputs:
-        return inputs.index(node.name)
-    signature = program.graph_signature
+        return Value("input", inputs.index(node.name))
     if node.name in signature.inputs_to_parameters:
-        return signature.inputs_to_parameters[node.name].removeprefix("module.")
+        return Value("parameter", signature.inputs_to_parameters[node.name].removeprefix("module."))
     constant = (signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants)[node.name]
-    return program.state_dict.get(constant, program.constants.get(constant))
+    return Value("constant", program.state_dict.get(constant, program.constants.get(constant)))
 
 
 def _data(delegate: LoweredBackendModule, piece: _RandomPiece) -> tuple[Part, ...]:
@@ -240,29 +222,6 @@ def _data(delegate: LoweredBackendModule, piece: _RandomPiece) -> tuple[Part, ..
                 found.append(Part(key, name, number, data.nbytes))
     assert {part.key for part in found} == stored.keys(), "the backend changed a weight, so its code fits no other"
     return tuple(found)
-
-
-class _Shapes(nn.Module):
-    """A module that returns empty tensors of the given specs, with sizes taken from the arguments."""
-
-    def __init__(self, arguments: list[TensorSpec], results: list[TensorSpec]) -> None:
-        super().__init__()
-        self.results = results
-        found = ((number, spec.shape.index("R")) for number, spec in enumerate(arguments) if "R" in spec.shape)
-        self.rows = next(found, None)
-
-    def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        rows = arguments[self.rows[0]].shape[self.rows[1]] if self.rows else 1
-        return tuple(arguments[0].new_empty(result.sizes(arguments[0].shape[1], rows)) for result in self.results)
-
-
-def _stand_in(takes: Sequence[Any], gives: Sequence[Any], spec: MethodSpec) -> ExportedProgram:
-    arguments, results = ([TensorSpec("", tuple(size), dtype) for size, dtype in found] for found in (takes, gives))
-    return torch.export.export(
-        _Shapes(arguments, results),
-        tuple(argument.zeros(spec.max_length, spec.max_rows) for argument in arguments),
-        dynamic_shapes=dynamic_shapes("arguments", arguments, spec),
-    )
 
 
 def _rows(graph: ExportedProgram) -> str | None:

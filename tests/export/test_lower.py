@@ -3,7 +3,8 @@ from dataclasses import replace
 
 import torch
 
-from export.lowering.lower import Code, Codes, lower
+from export.lowering.code import Code, Delegate, Value
+from export.lowering.lower import Codes, lower
 from export.lowering.trace import GraphOptions, signatures
 from export.weights.formats.integer import BYTE
 from export.weights.scheme import SCHEMES
@@ -19,25 +20,32 @@ def lowered(quantize: str) -> Codes:
     return lower(CONFIG, [METHODS], "xnnpack", SCHEMES[quantize])
 
 
+def only(code: Code) -> Delegate:
+    """Returns the delegate of a piece that a backend takes as a whole."""
+    (call,) = code.calls
+    assert isinstance(call.target, Delegate)
+    return call.target
+
+
 def test_each_kind_of_piece_becomes_code_once_for_each_method() -> None:
     codes = lowered("fp32")
     assert set(codes) == {(method, name) for method in ("decode", "prefill") for name in ("block", "head")}
     names = {"attention.wq", "attention.wk", "attention.wv", "attention.wo"}
     names |= {"feed_forward.w1", "feed_forward.w2", "feed_forward.w3"}
     for code in codes.values():
-        assert code.backend_id == "XnnpackBackend"
-        assert all(code.payload.count(part.key.encode()) == 1 for part in code.data)
-    assert {part.parameter for part in codes["decode", "block"].data} == {f"{name}.weight" for name in names}
-    assert {part.parameter for part in codes["prefill", "head"].data} == {"output.weight"}
+        assert only(code).backend_id == "XnnpackBackend"
+        assert all(only(code).payload.count(part.key.encode()) == 1 for part in only(code).data)
+    assert {part.parameter for part in only(codes["decode", "block"]).data} == {f"{name}.weight" for name in names}
+    assert {part.parameter for part in only(codes["prefill", "head"]).data} == {"output.weight"}
 
 
 def test_a_segment_is_one_code_for_every_length() -> None:
     codes = lower(TOY, [signatures(TOY, GraphOptions(48, 7, "fused"))], "xnnpack", SCHEMES["fp32"])
     assert set(codes) == {("forward", kind) for kind in ("after", "before after", "before head")}
     joint = codes["forward", "before after"]
-    sides = {part.parameter.split(".")[0] for part in joint.data}
+    sides = {part.parameter.split(".")[0] for part in only(joint).data}
     assert (sides, len(joint.results)) == ({"before", "after"}, 4)
-    assert {argument for argument in joint.arguments if isinstance(argument, int)} == {0, 1}
+    assert inputs(joint) == {0, 1}
 
 
 def test_shards_have_their_ends_in_common() -> None:
@@ -52,13 +60,17 @@ def test_shards_have_their_ends_in_common() -> None:
 def test_no_cache_is_copied() -> None:
     """A cache is an argument of the code itself: nothing expands, concatenates, clones or reshapes it before."""
     code = lowered("fp32")["prefill", "block"]
-    assert {argument for argument in code.arguments if isinstance(argument, int)} == set(range(6))
+    assert inputs(code) == set(range(6))
+    shapes = dict(zip(code.calls[0].arguments, shapes_of(only(code)), strict=True))
     k_cache, v_cache = 4, 5  # behind x, cos, sin and mask
-    assert shapes_of(code)[code.arguments.index(k_cache)] == (2, 48, 8)
-    assert shapes_of(code)[code.arguments.index(v_cache)] == (2, 48, 8)
+    assert shapes[Value("input", k_cache)] == shapes[Value("input", v_cache)] == (2, 48, 8)
 
 
-def shapes_of(code: Code) -> list[tuple[int, ...]]:
+def inputs(code: Code) -> set[int]:
+    return {value for call in code.calls for kind, value in call.arguments if kind == "input"}
+
+
+def shapes_of(code: Delegate) -> list[tuple[int, ...]]:
     return [tuple(node.meta["val"].shape) for node in code.stand_in.graph.nodes if node.op == "placeholder"]
 
 
@@ -69,14 +81,14 @@ def test_portable_lowers_no_block_by_itself() -> None:
 def test_bytes_are_stored_as_they_are_with_a_scale_a_row() -> None:
     code = lowered("8da8w")["decode", "head"]
     (_, codes), (_, scales) = BYTE.parts(BYTE.stored(torch.randn(TOY.vocab_size, TOY.dim), "nearest"))
-    assert [part.nbytes for part in code.data] == [codes.nbytes, scales.nbytes]
+    assert [part.nbytes for part in only(code).data] == [codes.nbytes, scales.nbytes]
     assert scales.dtype == torch.float32
 
 
 def test_a_quantised_weight_has_its_scales_as_a_part() -> None:
     code = lowered("8da4w")["decode", "head"]
     rows, columns = TOY.vocab_size, TOY.dim
-    assert [(part.parameter, part.number, part.nbytes) for part in code.data] == [
+    assert [(part.parameter, part.number, part.nbytes) for part in only(code).data] == [
         ("output.weight", 0, rows * columns // 2),
         ("output.weight", 1, rows * columns // 32 * 2),
     ]
