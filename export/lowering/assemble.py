@@ -40,12 +40,14 @@ class Assembled:
         requirements: backends and operators that a runtime needs to run them.
         delegates: number of parts of the programs that a backend runs.
         shared: maps the name of a backend's data to the constant of the programs with the same bytes.
+        deferred: maps the bytes of a constant that stands in for a matrix to the matrix.
     """
 
     edge: EdgeProgramManager
     requirements: Requirements
     delegates: int
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    deferred: Mapping[bytes, "Deferred"] = field(default_factory=dict)
 
 
 @known_operators()
@@ -67,8 +69,8 @@ def assemble(
     span, fused = first.span, first.is_fused
     source, identity = part_of(source, identity, first)
     by_kind = kinds(source.config, first, source.scheme.careful) if codes else {}
-    others = {name: source.piece(name) for name in (embedding_names if codes else piece_names)(source.config, span)}
-    data = _Data(source, identity, others.get("tok_embeddings"), BACKENDS[backend].alignment)
+    data = _Data(source, identity, BACKENDS[backend].alignment)
+    others = {name: data.piece(name) for name in (embedding_names if codes else piece_names)(source.config, span)}
     for spec in session_methods(methods):
         made = others | {name: LoweredPiece(name, codes[spec.name, kind], data) for name, kind in by_kind.items()}
         if isinstance(source, SlicedSource):
@@ -88,6 +90,7 @@ def assemble(
         ),
         delegates=sum(len(delegates(program)) for program in finished),
         shared=data.shared,
+        deferred=data.deferred,
     )
 
 
@@ -122,7 +125,7 @@ class LoweredPiece(nn.Module):
         for number, call in enumerate(code.calls):
             for index, (kind, value) in enumerate(call.arguments):
                 if kind == "parameter":
-                    self.register_buffer(f"constant_{number}_{index}", data.weight(name, value).float())
+                    self.register_buffer(f"constant_{number}_{index}", data.argument(name, value))
                 elif isinstance(value, Tensor):
                     self.register_buffer(f"constant_{number}_{index}", value)
 
@@ -153,27 +156,58 @@ def _operator(name: str) -> Callable[..., Any]:
 
 
 class _Data:
-    """The data that the backend stores for each weight, produced only when it is requested."""
+    """The data of a file's weights, produced only when it is requested.
 
-    def __init__(self, source: WeightSource, identity: str, embedding: nn.Module | None, alignment: int) -> None:
+    Attributes:
+        shared, deferred: see `Assembled`.
+    """
+
+    def __init__(self, source: WeightSource, identity: str, alignment: int) -> None:
         self.source = source
         self.identity = identity
         self.alignment = alignment
         self.shared = dict[str, Tensor]()
-        self._constants = list(embedding.state_dict().values()) if embedding else []
+        self.deferred = dict[bytes, Deferred]()
+        self._embedding: list[Tensor] | None = None
         self._last: tuple[str, list[Tensor]] = ("", [])
 
-    def weight(self, piece: str, role: str) -> Tensor:
-        """Returns a parameter of a piece, as it is on storage."""
-        return self.source.weight(parameter_name(self.source.config, piece, role))
+    def piece(self, name: str) -> nn.Module:
+        """Returns a part of the model that is not lowered by itself, with its weights as constants. The embedding comes
+        before the head.
+        """
+        form = self.source.format(f"{name}.weight")
+        if form.by_operator:
+            self._embedding = []
+            return form.embedding(self.stand_in(f"{name}.weight"), self.source.config.dim)
+        piece = self.source.piece(name)
+        if name == "tok_embeddings":
+            self._embedding = list(piece.state_dict().values())
+        return piece
+
+    def argument(self, piece: str, role: str) -> Tensor:
+        """Returns a parameter of a piece that is an argument of a call."""
+        name = parameter_name(self.source.config, piece, role)
+        return self.stand_in(name) if self.source.format(name).by_operator else self.source.weight(name).float()
+
+    def stand_in(self, name: str) -> Tensor:
+        """Returns a small constant that stands in for a matrix until the file is written. Its bytes say which."""
+        if name == "head.output.weight" and self._is_shared:
+            name = "tok_embeddings.weight"
+        digest = weight_digest(self.identity, name, 0)
+        nbytes = self.source.format(name).nbytes(*self.source.matrices[name])
+        self.deferred[bytes.fromhex(digest)] = Deferred(digest, nbytes, functools.partial(self.part, name, 0))
+        return torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
 
     def constant(self, name: str, number: int, nbytes: int) -> Tensor | None:
         """Returns the embedding's tensor that has the same bytes as a part of a parameter, or None if there is none."""
-        is_here = self._constants and is_shared(self.source.config, self.source.scheme)
-        if name != "head.output.weight" or not is_here:
+        if name != "head.output.weight" or not self._is_shared or not self._embedding:
             return None
-        constant = self._constants[number]
+        constant = self._embedding[number]
         return constant if constant.nbytes == nbytes else None
+
+    @property
+    def _is_shared(self) -> bool:
+        return self._embedding is not None and is_shared(self.source.config, self.source.scheme)
 
     def part(self, name: str, number: int) -> bytes:
         """Returns the bytes of one part of a parameter. The parts of the last parameter are kept, because a parameter's
@@ -222,6 +256,10 @@ class Deferred(FileBackedData):  # type: ignore[misc]  # ExecuTorch's exir is no
 
     def __len__(self) -> int:
         return self._size
+
+    def __deepcopy__(self, _: object) -> "Deferred":
+        """Returns the same object, because ExecuTorch copies a program before it serialises it."""
+        return self
 
     def prefix(self, size: int) -> bytes:
         """Returns a substitute for the first bytes in comparisons of data: the digest of the name, equal only for equal

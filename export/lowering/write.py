@@ -2,15 +2,17 @@
 
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
+from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, ExecutorchProgramManager, schema
 from executorch.exir._serialize._flatbuffer_program import _patch_generated_flatbuffer_aliases
+from executorch.exir._serialize._serialize import serialize_for_executorch
 from executorch.exir._serialize.generated.executorch_flatbuffer.Program import Program
 from executorch.exir.passes import MemoryPlanningPass
 
-from export.lowering.assemble import Assembled
+from export.lowering.assemble import Assembled, Deferred
 from export.lowering.lower import to_bytes
 from runtime.pte.metadata import Metadata, to_constants
 from runtime.pte.trailer import Trailer
@@ -24,15 +26,39 @@ def write_program(assembled: Assembled, metadata: Metadata, path: Path) -> None:
     edge = assembled.edge
     programs = {name: edge.exported_program(name) for name in edge.methods}
     planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
-    program = EdgeProgramManager(programs, to_constants(metadata), edge.compile_config).to_executorch(
-        ExecutorchBackendConfig(memory_planning_pass=planning)
-    )
+    config = ExecutorchBackendConfig(memory_planning_pass=planning)
+    program = EdgeProgramManager(programs, to_constants(metadata), edge.compile_config).to_executorch(config)
     constants = [buffer.storage for buffer in program.executorch_program.constant_buffer]
     shared = {key: (constants.index(to_bytes(tensor)), tensor.nbytes) for key, tensor in assembled.shared.items()}
     with path.open("wb") as stream:
         checked = _Checked(stream, lambda piece: _sharing(piece, shared))
+        if assembled.deferred:
+            _with_matrices(program, assembled.deferred, replace(config, constant_tensor_alignment=_ALIGNMENT))
         program.write_to_file(checked)
         stream.write(checked.trailer.pack())
+
+
+_ALIGNMENT = 64
+"""Alignment of constants that are matrices, in bytes: a cache line."""
+
+
+def _with_matrices(
+    program: ExecutorchProgramManager, deferred: Mapping[bytes, Deferred], config: ExecutorchBackendConfig
+) -> None:
+    """Puts matrices in place of the constants that stand in for them, see `Assembled.deferred`, and serialises the
+    program again. The matrices are read only when it is written.
+    """
+    tables, matrices = program.executorch_program, dict[int, Deferred]()
+    for number, buffer in enumerate(tables.constant_buffer):
+        if matrix := deferred.get(buffer.storage):
+            buffer.storage, matrices[number] = matrix, matrix
+    for plan in tables.execution_plan:
+        for value in plan.values:
+            if isinstance(value.val, schema.Tensor) and value.val.data_buffer_idx in matrices:
+                value.val.sizes = [len(matrices[value.val.data_buffer_idx])]
+    program._pte_data, _ = serialize_for_executorch(
+        program._emitter_output, config, program._data_serializer, program._named_data
+    )
 
 
 _OFFSET, _SIZE = 4, 6

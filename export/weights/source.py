@@ -52,13 +52,12 @@ class WeightSource:
 
     def format(self, name: str) -> Format:
         """Returns the storage format of a parameter: the scheme's for matrices, float32 for all others."""
-        columns = self._columns.get(name)
-        return FLOAT if columns is None else self.scheme.format(name, columns)
+        return self.scheme.format(name, self.matrices[name][1]) if name in self.matrices else FLOAT
 
     @functools.cached_property
-    def _columns(self) -> dict[str, int]:
-        columns = {name: shape[1] for name, shape in matrices(self.config).items()}
-        return columns | {"tok_embeddings.weight": self.config.dim}
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Names and shapes of all matrices that can be quantised."""
+        return matrices(self.config) | {"tok_embeddings.weight": (self.config.vocab_size, self.config.dim)}
 
     def parts(self, name: str) -> list[tuple[str, Tensor]]:
         """Returns the data to which a lowered piece refers by name for one of its parameters, see `Format.parts`."""
@@ -90,7 +89,7 @@ class WeightSource:
         """Returns a part of the model (tok_embeddings, layers.0, head) with its weights in the scheme's formats."""
         weight = f"{name}.weight"
         if name == "tok_embeddings":
-            return self.format(weight).embedding(self.stored(weight))
+            return self.format(weight).embedding(self.stored(weight), self.config.dim)
         widths, piece = columns(self.config, self.slices), self.frame(name)
         for path, layer in linear_layers(piece):
             weight = f"{name}.{path}.weight"

@@ -43,7 +43,7 @@ def test_an_embedding_is_looked_up_as_it_is_exported(form: Integer, operator: st
     torch.manual_seed(0)
     weight, tokens = torch.randn(7, 96) * torch.rand(7, 1), torch.tensor([[2, 0, 6], [1, 1, 5]])
     quantised = form.stored(weight, "nearest")
-    layer = form.embedding(quantised)
+    layer = form.embedding(quantised, 96)
     torch.testing.assert_close(layer(tokens), quantised.dequantize()[tokens])
     exported = torch.export.export(layer, (tokens,))
     assert operator in str(exported.graph)

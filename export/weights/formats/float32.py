@@ -36,7 +36,7 @@ class Float32(Format):
         layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         return layer
 
-    def embedding(self, stored: Tensor) -> nn.Module:
+    def embedding(self, stored: Tensor, columns: int) -> nn.Module:
         layer = nn.Embedding(stored.shape[0], stored.shape[1], device="meta")
         layer.weight = nn.Parameter(stored, requires_grad=False)
         return layer

@@ -33,6 +33,7 @@ class Format(ABC):
         group_size: number of consecutive weights in a row that are stored together; None if a row can be divided
             anywhere.
         rounds_inputs: whether linear layers round their inputs to 8 bits.
+        by_operator: whether linear layers and embeddings are operators that take the stored matrix as an argument.
         can_calibrate: whether `export.quality.gptq` can round to this format.
         swaps_pairs: whether a linear layer that uses the embedding's bytes takes its inputs in swapped pairs.
         max_ppl_increase: relative increase of perplexity that verification allows by default; None for a format that
@@ -43,6 +44,7 @@ class Format(ABC):
     bits: int | None
     group_size: int | None
     rounds_inputs: ClassVar[bool] = False
+    by_operator: ClassVar[bool] = False
     can_calibrate: ClassVar[bool] = False
 
     @property
@@ -94,8 +96,13 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def embedding(self, stored: Tensor) -> nn.Module:
-        """Returns an embedding with the stored matrix [V, D], which maps tokens [B, L], int64, to rows [B, L, D]."""
+    def embedding(self, stored: Tensor, columns: int) -> nn.Module:
+        """Returns an embedding, which maps tokens [B, L], int64, to rows [B, L, D].
+
+        Args:
+            stored: the stored matrix [V, D].
+            columns: D.
+        """
 
     @abstractmethod
     def parts(self, stored: Tensor) -> list[tuple[str, Tensor]]:

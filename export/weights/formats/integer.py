@@ -62,7 +62,7 @@ class Integer(Format):
     def linear(self, stored: Tensor, bias: Tensor | None, width: int | None = None) -> nn.Module:
         return QuantizedLinear(_torchao(stored), bias, width)
 
-    def embedding(self, stored: Tensor) -> nn.Module:
+    def embedding(self, stored: Tensor, columns: int) -> nn.Module:
         return QuantizedEmbedding(_torchao(stored))
 
     def parts(self, stored: Tensor) -> list[tuple[str, Tensor]]:
