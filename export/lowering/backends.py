@@ -86,7 +86,7 @@ BACKENDS = {
         alignment=16,
         packs=True,
         attention=("fused", "aten"),
-        formats=frozenset({"float32", "integer"}),
+        formats=frozenset({"float32", "integer", "blocks"}),
     ),
     "portable": Backend(attention=("aten", "fused")),
     "openvino": Backend("OpenvinoBackend", _openvino, packages=("openvino", "nncf")),

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from export.weights.formats.blocks import Blocks
 from export.weights.formats.float32 import FLOAT
 from export.weights.formats.format import Format
 from export.weights.formats.integer import BYTE, Integer
 from export.weights.formats.registry import parse
+from model.block_linear import BLOCK_FORMS
 from model.config import ModelConfig
 from model.errors import InputError
 from model.model import Llama
@@ -95,7 +97,7 @@ SCHEMES = {
     "8da4w": Scheme(linear=_FOUR, head=_FOUR, embedding=BYTE),
     "mixed": Scheme(linear=_FOUR, head=BYTE, embedding=BYTE),
     "8da8w": Scheme(linear=BYTE, head=BYTE, embedding=BYTE),
-}
+} | {name.lower(): Scheme(*[Blocks.of(name)] * 3) for name in BLOCK_FORMS}
 """The schemes available to `--quantize`: 8-bit dynamic activations (8da) with weights of 4 or 8 bits (4w, 8w). `mixed`
 has 4-bit weights except in the blocks with the greatest loss, see `export.planning.scheme_search`.
 """

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from export.weights.formats.blocks import Blocks
 from export.weights.formats.float32 import Float32
 from export.weights.formats.format import Format
 from export.weights.formats.integer import Integer
 
-FORMATS: dict[str, type[Format]] = {form.kind: form for form in (Float32, Integer)}
+FORMATS: dict[str, type[Format]] = {form.kind: form for form in (Float32, Integer, Blocks)}
 
 
 def parse(found: Mapping[str, Any]) -> Format:

@@ -1,0 +1,113 @@
+"""Blocks, GGUF's formats of weights in blocks, which this project's own operators run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from export.weights.formats.block_rounding import blocks_of
+from export.weights.formats.format import Format, Share
+from export.weights.rows import by_rows
+from model.block_linear import BLOCK_FORMS, GROUP, relaid
+
+
+@dataclass(frozen=True)
+class Blocks(Format):
+    """Blocks of codes with their scales, as in GGUF. The inputs of linear layers are rounded to 8 bits per block of 32
+    when a layer is run. A stored matrix is uint8 [rows, bytes of a row], as in a GGUF file.
+
+    Attributes:
+        name: GGUF's name of the type, a key of `model.block_linear.BLOCK_FORMS`.
+        bits: bits of a code.
+        group_size: number of weights in a block.
+    """
+
+    kind: ClassVar[str] = "blocks"
+    rounds_inputs: ClassVar[bool] = True
+    by_operator: ClassVar[bool] = True
+    name: str
+    bits: int
+    group_size: int
+
+    @staticmethod
+    def of(name: str) -> "Blocks":
+        """Returns the format of a GGUF type."""
+        form = BLOCK_FORMS[name]
+        return Blocks(name, form.bits, form.columns)
+
+    def __str__(self) -> str:
+        return f"GGUF's {self.name}"
+
+    @property
+    def max_ppl_increase(self) -> float:
+        return 0.05 if self.bits == 8 else 0.1
+
+    @property
+    def fallback(self) -> Format:
+        """A type with shorter blocks, as llama.cpp chooses it."""
+        return Blocks.of(_SHORTER.get(self.name, "Q8_0"))
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Returns the size of a matrix, whose rows are stored in whole groups."""
+        return -(-rows // GROUP) * GROUP * self._row_bytes(columns)
+
+    def _row_bytes(self, columns: int) -> int:
+        return columns // self.group_size * BLOCK_FORMS[self.name].block_bytes
+
+    def stored(self, weight: Tensor, rounding: str) -> Tensor:
+        (blocks,) = by_rows(weight, lambda part: [blocks_of(part.float(), self.name)])
+        return blocks
+
+    def random(self, shape: Sequence[int]) -> Tensor:
+        return self.stored(torch.randn(*shape), "nearest")
+
+    def linear(self, stored: Tensor, bias: Tensor | None, width: int | None = None) -> nn.Module:
+        return BlockLinear(self.name, stored, bias)
+
+    def embedding(self, stored: Tensor, columns: int) -> nn.Module:
+        return BlockEmbedding(self.name, stored, columns)
+
+    def parts(self, stored: Tensor) -> list[tuple[str, Tensor]]:
+        return [("", relaid(stored, self.name).flatten())]
+
+    def share(self, stored: Tensor, axis: int, take: Share) -> Tensor:
+        return take(stored)
+
+
+_SHORTER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1"}
+
+
+class BlockLinear(nn.Module):
+    """A linear layer with weights in blocks."""
+
+    def __init__(self, kind: str, weight: Tensor, bias: Tensor | None) -> None:
+        """Takes GGUF's blocks [N, row bytes]."""
+        super().__init__()
+        self.kind = kind
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [..., K] to [..., N]. In an export, only the shapes of weights matter."""
+        weight = self.weight if torch.compiler.is_exporting() else relaid(self.weight, self.kind).flatten()
+        out: Tensor = torch.ops.llama_pte.linear(x, weight, self.bias, self.kind, self.weight.shape[0])
+        return out
+
+
+class BlockEmbedding(nn.Module):
+    """An embedding with rows in blocks."""
+
+    def __init__(self, kind: str, weight: Tensor, columns: int) -> None:
+        """Takes GGUF's blocks [V, row bytes]; in an export, any tensor that stands in for them."""
+        super().__init__()
+        self.kind = kind
+        self.columns = columns
+        self.register_buffer("weight", weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Maps tokens [B, L], int64, to rows [B, L, D]."""
+        weight = self.weight if torch.compiler.is_exporting() else relaid(self.weight, self.kind).flatten()
+        out: Tensor = torch.ops.llama_pte.block_rows(weight, tokens, self.kind, self.columns)
+        return out
