@@ -10,14 +10,20 @@ assert found, "executorch is needed for its headers: pip install executorch==1.5
 assert found.submodule_search_locations
 EXECUTORCH = Path(found.submodule_search_locations[0])
 SOURCES = Path("cpp_runner/src")
-KERNELS = ("attention.cpp", "operator.cpp", "bandwidth.cpp")
+KERNELS = {
+    "attention": ("attention.cpp", "bandwidth.cpp", "operator.cpp"),
+    "linear": ("blocks.cpp", "linear.cpp", "operator.cpp"),
+}
 
 setup(
     ext_modules=[
         Extension(
             "runtime._operators",
-            [str(SOURCES / "attention" / name) for name in KERNELS],
-            depends=[*map(str, SOURCES.glob("attention/*")), "cpp_runner/include/llama_runner/measure.h"],
+            [str(SOURCES / room / name) for room, names in KERNELS.items() for name in names],
+            depends=[
+                *(str(path) for room in KERNELS for path in SOURCES.glob(f"{room}/*")),
+                "cpp_runner/include/llama_runner/measure.h",
+            ],
             include_dirs=[
                 "cpp_runner/include",
                 str(SOURCES),
