@@ -1,0 +1,245 @@
+"""Linear layers whose weights are in GGUF's blocks, as an operator; this module defines what it computes in PyTorch.
+
+cpp_runner/src/linear/kernel.inc implements the operator for devices. A matrix is laid out in groups of 16 rows, whose
+numbers stand side by side (cpp_runner/src/linear/blocks.h). They stay what they are in GGUF, and take as many bytes.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+_GROUP = 16
+_COLUMNS = 32
+_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_MXFP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
+@dataclass(frozen=True)
+class BlockForm:
+    """A format of weights in blocks: a weight is d * code + m.
+
+    Attributes:
+        head: what a block stores in front of its codes.
+            scale: float16 d.
+            scale_and_offset: float16 d and m.
+            exponent: a byte e, and d is 2^(e - 128).
+            six_bits: float16 D and M, and 12 bytes with 6-bit s and t of 8 blocks: d = D * s, m = -M * t.
+            bytes: float16 D, and int8 s of 16 half blocks: d = D * s.
+        bits: of a code.
+        zero: subtracted from a code.
+        table: the numbers that codes stand for.
+    """
+
+    head: Literal["scale", "scale_and_offset", "exponent", "six_bits", "bytes"]
+    bits: int
+    zero: int = 0
+    table: tuple[int, ...] = ()
+
+    @property
+    def head_bytes(self) -> int:
+        """Number of bytes of a head, for each row."""
+        return {"scale": 2, "scale_and_offset": 4, "exponent": 1, "six_bits": 16, "bytes": 18}[self.head]
+
+    @property
+    def halves(self) -> int:
+        """Number of bytes of a head that are float16."""
+        return {"scale": 2, "scale_and_offset": 4, "exponent": 0, "six_bits": 4, "bytes": 2}[self.head]
+
+    @property
+    def columns(self) -> int:
+        """Number of columns of a block, of which a matrix has a multiple."""
+        return 8 * _COLUMNS if self.head in ("six_bits", "bytes") else _COLUMNS
+
+    @property
+    def block_bytes(self) -> int:
+        """Number of bytes of a block, for each row."""
+        return self.head_bytes + self.columns * self.bits // 8
+
+
+BLOCK_FORMS = {
+    "Q8_0": BlockForm("scale", 8),
+    "Q4_0": BlockForm("scale", 4, 8),
+    "Q4_1": BlockForm("scale_and_offset", 4),
+    "Q5_0": BlockForm("scale", 5, 16),
+    "Q5_1": BlockForm("scale_and_offset", 5),
+    "Q4_K": BlockForm("six_bits", 4),
+    "Q5_K": BlockForm("six_bits", 5),
+    "Q6_K": BlockForm("bytes", 6, 32),
+    "IQ4_NL": BlockForm("scale", 4, table=_IQ4_NL),
+    "MXFP4": BlockForm("exponent", 4, table=_MXFP4),
+}
+"""All formats, by GGUF's names."""
+
+
+def relaid(blocks: Tensor, kind: str) -> Tensor:
+    """Brings GGUF's blocks of a matrix, uint8 [N, row bytes], into groups, uint8 [groups, group bytes]."""
+    form = BLOCK_FORMS[kind]
+    N = blocks.shape[0]
+    padded = torch.nn.functional.pad(blocks, (0, 0, 0, -N % _GROUP))
+    head, codes = _taken_apart(padded.view(len(padded), -1, form.block_bytes), form)
+    groups, count = len(padded) // _GROUP, head.shape[1]
+    head = head.view(groups, _GROUP, count, form.head_bytes).transpose(1, 2)
+    halves = head[..., : form.halves].view(groups, count, _GROUP, form.halves // 2, 2).transpose(2, 3)
+    singles = head[..., form.halves :].transpose(2, 3)
+    # [groups, blocks, parts of 32 columns, vectors of 64 bytes, rows, columns]
+    codes = codes.view(groups, _GROUP, count, -1, 8, 4).permute(0, 2, 3, 4, 1, 5)
+    low, high = codes & 15, codes >> 4
+    pieces = [codes] if form.bits == 8 else [low[:, :, :, :4] | low[:, :, :, 4:] << 4]
+    if form.bits == 5:
+        pieces.append((high << _along(3, range(8))).sum(3, keepdim=True, dtype=torch.uint8))
+    if form.bits == 6:
+        pairs = torch.unflatten(high, 3, (2, 4)) << _along(4, (0, 2, 4, 6), 7)
+        pieces.append(pairs.sum(4, dtype=torch.uint8))
+    planes = torch.cat([piece.flatten(3) for piece in pieces], dim=3)
+    return torch.cat([piece.flatten(2) for piece in (halves, singles, planes)], dim=2).flatten(1)
+
+
+def _along(dim: int, values: range | tuple[int, ...], dims: int = 6) -> Tensor:
+    """Returns bytes along one of `dims` dimensions."""
+    return torch.tensor(list(values), dtype=torch.uint8).view([-1 if i == dim else 1 for i in range(dims)])
+
+
+def _taken_apart(blocks: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
+    """Takes GGUF's blocks [.., block bytes] apart into heads [.., head bytes] and codes [.., columns], all uint8."""
+    if form.head == "bytes":  # Q6_K has its head at the end, with D last
+        low, high, scales, scale = torch.split(blocks, [128, 64, 16, 2], dim=-1)
+        nibbles = torch.unflatten(low, -1, (2, 1, 64)) >> _along(1, (0, 4), 3) & 15
+        pairs = torch.unflatten(high, -1, (2, 1, 32)) >> _along(1, (0, 2, 4, 6), 3) & 3
+        return torch.cat((scale, scales), dim=-1), (nibbles.flatten(-3) | pairs.flatten(-3) << 4)
+    head, rest = blocks[..., : form.head_bytes], blocks[..., form.head_bytes :]
+    if form.bits == 8:
+        return head, rest
+    high_bytes = form.columns // 8 * (form.bits - 4)
+    high, low = rest[..., :high_bytes], rest[..., high_bytes:]
+    codes = (torch.unflatten(low, -1, (-1, 1, min(32, low.shape[-1]))) >> _along(1, (0, 4), 3) & 15).flatten(-3)
+    if high_bytes == 0:
+        return head, codes
+    if form.columns > _COLUMNS:  # a byte has a bit of each block of 32 columns
+        bits = high.unsqueeze(-2) >> _along(0, range(8), 2)
+    else:  # of 8 consecutive columns
+        bits = high.unsqueeze(-1) >> _along(1, range(8), 2)
+    return head, codes | (bits & 1).flatten(-2) << 4
+
+
+def _codes(planes: Tensor, form: BlockForm) -> Tensor:
+    """Returns the int8 codes [.., 8 vectors, 64] of planes [.., bytes]: signed, or looked up."""
+    planes = torch.unflatten(planes, -1, (-1, 64))
+    if form.bits == 8:
+        return planes.view(torch.int8)
+    codes = torch.cat((planes[..., :4, :] & 15, planes[..., :4, :] >> 4), dim=-2)
+    if form.bits == 5:
+        codes = codes | (planes[..., 4:, :] >> _along(0, range(8), 2) & 1) << 4
+    if form.bits == 6:
+        pairs = planes[..., 4:, None, :] >> _along(1, (0, 2, 4, 6), 3) & 3
+        codes = codes | pairs.flatten(-3, -2) << 4
+    if form.table:
+        return torch.tensor(form.table, dtype=torch.int8)[codes.long()]
+    return codes.view(torch.int8) - form.zero
+
+
+def _scales(head: Tensor, form: BlockForm) -> tuple[Tensor, Tensor | None]:
+    """Returns d and, if the format has it, m of heads [groups, blocks, ..]: float32 [groups, blocks, parts, 16]."""
+    halves, singles = head[..., : form.halves * _GROUP], head[..., form.halves * _GROUP :]
+    first = torch.unflatten(halves.contiguous().view(torch.float16).float(), -1, (-1, _GROUP))
+    singles = torch.unflatten(singles, -1, (-1, _GROUP)) if singles.shape[-1] else singles
+    if form.head == "exponent":
+        e = singles.int()
+        return torch.where(e < 2, e + 1 << 21, e - 1 << 23).view(torch.float32), None
+    if form.head == "bytes":
+        return first * singles.view(torch.int8).float(), None
+    if form.head == "six_bits":
+        a, b, c = torch.split(singles, 4, dim=-2)
+        s = torch.cat((a & 63, c & 15 | a >> 2 & 48), dim=-2)
+        t = torch.cat((b & 63, c >> 4 | b >> 2 & 48), dim=-2)
+        return first[..., :1, :] * s.float(), -(first[..., 1:, :] * t.float())
+    return first[..., :1, :], first[..., 1:, :] if form.head == "scale_and_offset" else None
+
+
+def _unpacked(groups: Tensor, form: BlockForm) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the codes [N, K], d [N, K / 32 or K / 16] and m [N, K / 32], as float32."""
+    blocks = torch.unflatten(groups, 1, (-1, _GROUP * form.block_bytes))
+    head, planes = blocks[..., : _GROUP * form.head_bytes], blocks[..., _GROUP * form.head_bytes :]
+    codes = torch.unflatten(_codes(torch.unflatten(planes, -1, (form.columns // _COLUMNS, -1)), form), -1, (_GROUP, 4))
+    d, m = _scales(head, form)
+
+    def by_row(x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
+
+    return codes.permute(0, 4, 1, 2, 3, 5).flatten(2).flatten(0, 1).float(), by_row(d), None if m is None else by_row(m)
+
+
+def rows(weight: Tensor, kind: str, tokens: Tensor) -> Tensor:
+    """Returns the rows of a matrix in groups that `tokens` [..] select, as float32 [.., K]."""
+    ids = tokens.flatten()
+    codes, d, m = _unpacked(weight[ids // _GROUP], BLOCK_FORMS[kind])
+
+    def selected(x: Tensor) -> Tensor:
+        return torch.unflatten(x, 0, (-1, _GROUP))[torch.arange(len(ids)), ids % _GROUP]
+
+    d = selected(d).unsqueeze(-1)
+    numbers = torch.unflatten(selected(codes), 1, (d.shape[1], -1)) * d
+    if m is not None:
+        numbers = numbers + selected(m).unsqueeze(-1)
+    return numbers.view(*tokens.shape, -1)
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds each 32 numbers of rows [L, K] to 8 bits.
+
+    Returns:
+        The codes [L, K / 32, 32] and the scales [L, K / 32], as float32.
+    """
+    x = torch.unflatten(x, -1, (-1, _COLUMNS))
+    scale = x.abs().amax(-1) / 127
+    codes = torch.where(scale.unsqueeze(-1) == 0, 0, (x / scale.unsqueeze(-1)).round().clamp(-127, 127))
+    return codes, scale
+
+
+_LIBRARY = torch.library.Library("llama_pte", "FRAGMENT")  # type: ignore[no-untyped-call]
+_ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, str kind, int rows"
+for _schema in (f"linear({_ARGUMENTS}) -> Tensor", f"linear.out({_ARGUMENTS}, *, Tensor(a!) out) -> Tensor(a!)"):
+    _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
+
+
+@torch.library.impl(_LIBRARY, "linear", "CompositeExplicitAutograd")
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, rows: int) -> Tensor:
+    """Multiplies by a matrix in blocks.
+
+    Every operation is rounded as in the kernel (cpp_runner/src/linear/linear.h), so that results are bitwise equal.
+
+    Args:
+        x: [.., K] float32.
+        weight: groups of rows, see `relaid`.
+        bias: [N], or None.
+        kind: a key of `BLOCK_FORMS`.
+        rows: N.
+    """
+    codes, d, m = _unpacked(weight, BLOCK_FORMS[kind])
+    by_x, scale = rounded(x.view(-1, x.shape[-1]))
+    parts = d.shape[1] // scale.shape[1]  # 2 in a format with two scales for 32 columns, else 1
+    width = _COLUMNS // parts
+    out = x.new_zeros(len(by_x), len(codes))
+    for b in range(scale.shape[1]):
+        products = []
+        for i in range(parts):
+            # Sums of integers below 2^24, which are exact in float32 in any order.
+            of_matrix = codes[:, b * _COLUMNS + i * width :][:, :width]
+            products.append(by_x[:, b, i * width :][:, :width] @ of_matrix.T * d[:, b * parts + i])
+        if m is not None:
+            products.append(by_x[:, b].sum(1, keepdim=True) * m[:, b])
+        total = products[0] + products[1] if len(products) > 1 else products[0]
+        out = out + total * scale[:, b, None]
+    out = out[:, :rows]
+    return (out if bias is None else out + bias).view(*x.shape[:-1], rows)
+
+
+@torch.library.register_fake("llama_pte::linear")  # type: ignore[untyped-decorator]
+def _shape(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, rows: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@torch.library.register_fake("llama_pte::linear.out")  # type: ignore[untyped-decorator]
+def _out_shape(*_: object, out: Tensor) -> Tensor:
+    return out
