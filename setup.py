@@ -12,7 +12,11 @@ assert found, "executorch is needed for its headers: pip install executorch==1.5
 assert found.submodule_search_locations
 EXECUTORCH = Path(found.submodule_search_locations[0])
 SOURCES = Path("cpp_runner/src")
-FILES = ("attention/attention.cpp", "attention/operator.cpp", "attention/bandwidth.cpp", "python_api.cpp")
+KERNELS = {
+    "attention": ("attention.cpp", "bandwidth.cpp", "operator.cpp"),
+    "linear": ("blocks.cpp", "linear.cpp", "operator.cpp"),
+}
+FILES = (*(f"{folder}/{name}" for folder, names in KERNELS.items() for name in names), "python_api.cpp")
 
 setup(
     ext_modules=[
@@ -20,7 +24,7 @@ setup(
             "runtime._operators",
             [str(SOURCES / name) for name in FILES],
             depends=[
-                *map(str, SOURCES.glob("attention/*")),
+                *(str(path) for folder in KERNELS for path in SOURCES.glob(f"{folder}/*")),
                 str(SOURCES / "python_api.h"),
                 "cpp_runner/include/llama_runner/measure.h",
             ],

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 CPP = Path(__file__).parents[1] / "cpp_runner"
-ROOMS = ["support", "pte", "attention", "preproc", "tokenizer", "engine", "text", "cli"]
+ROOMS = ["support", "pte", "attention", "linear", "preproc", "tokenizer", "engine", "text", "cli"]
 HEADER_ONLY = {"result": "support", "measure": "support", "steps": "engine"}
 
 

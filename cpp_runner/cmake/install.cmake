@@ -5,7 +5,7 @@ include(CMakePackageConfigHelpers)
 set(package_folder "${CMAKE_INSTALL_LIBDIR}/cmake/llama_runner")
 
 # The operator's objects as an archive of their own, which the package links as a whole.
-add_library(llama_runner_operator STATIC $<TARGET_OBJECTS:llama_runner_attention>)
+add_library(llama_runner_operator STATIC $<TARGET_OBJECTS:llama_runner_kernels>)
 
 set_target_properties(
   llama_runner llama_runner_shared

@@ -7,16 +7,12 @@
 // Linking this file registers it.
 
 #include <executorch/runtime/kernel/kernel_includes.h>
-#include <executorch/runtime/kernel/operator_registry.h>
-#include <executorch/runtime/kernel/thread_parallel_interface.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstring>
 #include <initializer_list>
 
 #include "attention/attention.h"
+#include "attention/operators.h"
 
 namespace et = executorch::runtime;
 
@@ -49,17 +45,6 @@ enum Argument : size_t {
     kVRows,
     kArguments,
 };
-
-/// Runs tasks on ExecuTorch's threads, assigned one at a time, because tasks and cores differ in speed.
-void over_threads(int64_t count, void (*task)(const void* context, int64_t index), const void* context) {
-    const int64_t threads = std::min(count, executorch::extension::get_thread_count());
-    std::atomic<int64_t> next = 0;
-    const auto work = [&](int64_t, int64_t) {
-        for (int64_t i = next++; i < count; i = next++) task(context, i);
-    };
-    if (threads > 1 && executorch::extension::parallel_for(0, threads, 1, work)) return;
-    work(0, 1);
-}
 
 bool is(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {
     if (tensor.scalar_type() != dtype || tensor.dim() != static_cast<ptrdiff_t>(shape.size())) return false;
@@ -185,15 +170,7 @@ void attention_out(et::KernelRuntimeContext& ctx, et::Span<et::EValue*> args) {
     attend(a, over_threads);
 }
 
-/// Registers the operator only once: a process may load this file twice, with the C library and with Python's, and
-/// registering twice would abort it.
-[[maybe_unused]] const et::Error registered = [] {
-    for (const et::Kernel& kernel : et::get_registered_kernels()) {
-        if (std::strcmp(kernel.name_, kName) == 0) return et::Error::Ok;
-    }
-    static const et::Kernel kernel(kName, attention_out);
-    return et::register_kernels({&kernel, 1});
-}();
+[[maybe_unused]] const et::Error registered = register_once(kName, attention_out);
 
 }  // namespace
 

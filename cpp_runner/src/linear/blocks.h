@@ -1,0 +1,100 @@
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+
+namespace llama_runner {
+
+/// A format of weights in blocks, as GGUF defines it.
+enum class BlockType : uint8_t { kQ8_0, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ4_K, kQ5_K, kQ6_K, kIQ4_NL, kMXFP4 };
+
+/// What a block stores in front of its codes, for each row. All but d and m of a block of 32 columns are combined to
+/// them: a weight is d * code + m.
+enum class BlockHead : uint8_t {
+    kScale,           // float16 d; m = 0
+    kScaleAndOffset,  // float16 d, float16 m
+    kExponent,        // uint8 e: d = 2^(e - 128); m = 0
+    kSixBits,         // float16 D, float16 M, and 12 bytes with 6-bit s and t of 8 blocks: d = D * s, m = -M * t
+    kBytes,           // float16 D, and int8 s of 16 half blocks of 16 columns: d = D * s; m = 0
+};
+
+/// A matrix is stored in groups of 16 rows, the last padded with zeros. A group is a sequence of blocks, and a block
+/// has its head, then the codes of each 32 columns. It takes as many bytes as GGUF's blocks of 16 rows.
+///
+/// The head has the 16 numbers of the rows side by side: all d, then all m; of kSixBits and kBytes, each byte of the
+/// rows in turn. The codes of 32 columns are 8 vectors of 64 bytes. Byte 4 * r + j of vector q belongs to row r and
+/// column 4 * q + j, so that each 32-bit lane holds what an instruction for dot products of bytes takes from one row.
+/// Codes of 8 bits are stored so. Of shorter codes, the low 4 bits come first, in 4 vectors: vector i has those of
+/// vector i in its low and of vector i + 4 in its high nibbles. Then come the fifth bits in one vector: bit q of its
+/// bytes belongs to vector q; or the fifth and sixth bits in two: bits 2 * s and 2 * s + 1 of i belong to vector
+/// 4 * i + s.
+struct BlockForm {
+    std::string_view name;
+    BlockHead head;
+    int bits;             // of a code
+    int zero;             // subtracted from a code, as far as it is not signed or looked up
+    const int8_t* table;  // 16 numbers that codes stand for, or null
+};
+
+constexpr int64_t kGroupRows = 16;
+constexpr int64_t kBlockColumns = 32;
+
+constexpr std::array<int8_t, 16> kIQ4_NLTable = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                                 1,    13,   25,  38,  53,  69,  89,  113};
+constexpr std::array<int8_t, 16> kMXFP4Table = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+/// The forms, in the order of BlockType.
+constexpr std::array<BlockForm, 10> kBlockForms = {{
+    {"Q8_0", BlockHead::kScale, 8, 0, nullptr},
+    {"Q4_0", BlockHead::kScale, 4, 8, nullptr},
+    {"Q4_1", BlockHead::kScaleAndOffset, 4, 0, nullptr},
+    {"Q5_0", BlockHead::kScale, 5, 16, nullptr},
+    {"Q5_1", BlockHead::kScaleAndOffset, 5, 0, nullptr},
+    {"Q4_K", BlockHead::kSixBits, 4, 0, nullptr},
+    {"Q5_K", BlockHead::kSixBits, 5, 0, nullptr},
+    {"Q6_K", BlockHead::kBytes, 6, 32, nullptr},
+    {"IQ4_NL", BlockHead::kScale, 4, 0, kIQ4_NLTable.data()},
+    {"MXFP4", BlockHead::kExponent, 4, 0, kMXFP4Table.data()},
+}};
+
+constexpr const BlockForm& form_of(BlockType type) { return kBlockForms[static_cast<size_t>(type)]; }
+
+std::optional<BlockType> block_type_of(std::string_view name);
+
+/// Returns the number of bytes of a head for each row.
+constexpr size_t head_bytes(BlockHead head) {
+    constexpr size_t kBytes[] = {2, 4, 1, 16, 18};
+    return kBytes[static_cast<size_t>(head)];
+}
+
+/// Returns how many times 32 columns share a head.
+constexpr int64_t blocks_per_head(BlockHead head) {
+    return head == BlockHead::kSixBits || head == BlockHead::kBytes ? 8 : 1;
+}
+
+/// Returns the number of bytes of the codes of 32 columns of a group.
+constexpr size_t code_bytes(int bits) { return static_cast<size_t>(bits * kGroupRows * kBlockColumns / 8); }
+
+/// Returns the number of columns of a block; a matrix has a multiple of it.
+constexpr int64_t block_columns(BlockType type) { return blocks_per_head(form_of(type).head) * kBlockColumns; }
+
+/// Returns the number of bytes of one row's block in GGUF.
+constexpr size_t block_bytes(BlockType type) {
+    const BlockForm& form = form_of(type);
+    return head_bytes(form.head) +
+           static_cast<size_t>(blocks_per_head(form.head)) * code_bytes(form.bits) / static_cast<size_t>(kGroupRows);
+}
+
+constexpr int64_t groups_of(int64_t rows) { return (rows + kGroupRows - 1) / kGroupRows; }
+
+constexpr size_t group_bytes(BlockType type, int64_t columns) {
+    return static_cast<size_t>(columns / block_columns(type) * kGroupRows) * block_bytes(type);
+}
+
+/// Brings GGUF's blocks of a matrix into groups.
+void lay(BlockType type, int64_t rows, int64_t columns, const std::byte* blocks, std::byte* groups);
+
+}  // namespace llama_runner

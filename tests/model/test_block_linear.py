@@ -1,0 +1,112 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from executorch.exir import EdgeCompileConfig, to_edge
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from torch import Tensor, nn
+
+from model.block_linear import BLOCK_FORMS, relaid, rounded, rows
+from runtime.engine.executorch import _C  # which loads the operators
+
+HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,)}
+"""Where the float16 numbers stand in blocks that the gguf package cannot make."""
+
+OPERATOR = (Path(__file__).parents[2] / "cpp_runner" / "src" / "linear" / "operator.cpp").read_text()
+
+
+def test_the_devices_operator_has_the_same_schema() -> None:
+    schema = torch.ops.llama_pte.linear.out._schema
+    comment = " ".join(re.findall(r"^// ?(.*)", OPERATOR.partition("#include")[0], re.MULTILINE))
+    (said,) = re.findall(r"linear(\(.* -> Tensor\(a!\))", re.sub(r"\s+", " ", comment))
+    assert f'kName = "{schema.name}.{schema.overload_name}";' in OPERATOR
+    assert f"{schema.name}.{schema.overload_name}{said}" == str(schema)
+    (members,) = re.findall(r"enum Argument : size_t \{(.*?)\}", OPERATOR, re.DOTALL)
+    *places, count = (name.lower() for name in re.findall(r"k(\w+),? ", members))
+    assert (places, count) == ([argument.name for argument in schema.arguments], "arguments")
+
+
+def blocks_of(kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns a matrix in GGUF's blocks: random numbers rounded by gguf, or random bytes where it cannot."""
+    N, K = shape
+    random = np.random.default_rng(N)
+    columns, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    if kind not in HALVES:
+        return quantize(random.standard_normal((N, K)).astype(np.float32), GGMLQuantizationType[kind])
+    blocks = random.integers(0, 256, (N, K // columns, size), dtype=np.uint8)
+    for at in HALVES[kind]:
+        scales = (random.standard_normal((N, K // columns, 1)) / 64).astype(np.float16)
+        blocks[..., at : at + 2] = scales.view(np.uint8)
+    return blocks.reshape(N, -1)
+
+
+def matrix(kind: str, *shape: int) -> tuple[Tensor, Tensor]:
+    """Returns a matrix in groups, and the numbers that it stands for."""
+    blocks = blocks_of(kind, shape)
+    numbers = torch.from_numpy(dequantize(blocks, GGMLQuantizationType[kind]).copy())
+    return relaid(torch.from_numpy(blocks), kind), numbers
+
+
+@pytest.mark.parametrize("kind", BLOCK_FORMS)
+def test_groups_hold_ggufs_numbers_in_as_many_bytes(kind: str) -> None:
+    weight, numbers = matrix(kind, 37, 512)
+    assert weight.numel() == 48 * 512 // BLOCK_FORMS[kind].columns * GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
+    for tokens in (torch.arange(37), torch.tensor([[36, 0], [5, 36]])):
+        assert torch.equal(rows(weight, kind, tokens), numbers[tokens])
+
+
+@pytest.mark.parametrize("kind", BLOCK_FORMS)
+def test_only_the_rounding_of_inputs_is_lost(kind: str) -> None:
+    torch.manual_seed(0)
+    weight, numbers = matrix(kind, 37, 512)
+    x, bias = torch.randn(2, 5, 512), torch.randn(37)
+    x[0, 0, :32] = 0
+    codes, scale = rounded(x.flatten(0, 1))
+    near = (codes * scale.unsqueeze(-1)).view(2, 5, 512)
+    assert bool(((near - x).abs() <= scale.repeat_interleave(32, -1).view(2, 5, 512) * 0.5001).all())
+    y = torch.ops.llama_pte.linear(x, weight, bias, kind, 37)
+    exact = (near.double() @ numbers.double().T + bias).float()
+    torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+    plain = torch.ops.llama_pte.linear(x, weight, None, kind, 37)
+    assert torch.equal(plain + bias, y)
+
+
+class BlockLinear(nn.Module):
+    """Calls the operator."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, kind: str) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.llama_pte.linear(x, self.weight, self.bias, self.kind, len(self.bias))
+
+
+@pytest.mark.parametrize("kind", BLOCK_FORMS)
+def test_the_kernel_computes_the_same_bits(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weight, _ = matrix(kind, 37, 512)
+    module = BlockLinear(weight, torch.randn(37), kind)
+    length = torch.export.Dim("length", min=1, max=100)
+    program = torch.export.export(module, (torch.randn(2, 40, 512),), dynamic_shapes=({1: length},))
+    path = tmp_path / "linear.pte"
+    edge = to_edge(program, compile_config=EdgeCompileConfig(_check_ir_validity=False))
+    path.write_bytes(edge.to_executorch().buffer)
+    loaded = _C._load_for_executorch(str(path))
+    for L in (1, 7, 100):
+        x = torch.randn(2, L, 512) * torch.logspace(-3, 3, 512)
+        (y,) = loaded.run_method("forward", (x,))
+        assert torch.equal(y, module(x)), L
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    weight, _ = matrix("Q4_0", 20, 64)
+    x = torch.randn(9, 64)
+    together = torch.ops.llama_pte.linear(x, weight, None, "Q4_0", 20)
+    for row, y in zip(x, together, strict=True):
+        assert torch.equal(torch.ops.llama_pte.linear(row, weight, None, "Q4_0", 20), y)
