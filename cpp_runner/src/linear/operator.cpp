@@ -1,8 +1,10 @@
-// llama_pte::linear.out, an ExecuTorch operator that calls multiply() of linear.h:
+// ExecuTorch operators on matrices in blocks: llama_pte::linear.out calls multiply() of linear.h,
+// llama_pte::block_rows.out looks rows up:
 //
 //   linear(Tensor x, Tensor weight, Tensor? bias, str kind, int rows, *, Tensor(a!) out) -> Tensor(a!)
+//   block_rows(Tensor weight, Tensor tokens, str kind, int columns, *, Tensor(a!) out) -> Tensor(a!)
 //
-// Linking this file registers it.
+// A matrix is a flat tensor of bytes, see blocks.h. Linking this file registers both.
 
 #include <executorch/runtime/kernel/kernel_includes.h>
 
@@ -36,8 +38,8 @@ bool well_typed(et::Span<et::EValue*> args) {
     const Tensor& out = args[kOut]->toTensor();
     return (args[kBias]->isTensor() || args[kBias]->isNone()) && args[kKind]->isString() && args[kRows]->isInt() &&
            x.scalar_type() == ScalarType::Float && x.dim() >= 1 && x.dim() <= kMostDimensions &&
-           args[kWeight]->toTensor().scalar_type() == ScalarType::Byte && args[kWeight]->toTensor().dim() == 2 &&
-           out.scalar_type() == ScalarType::Float && out.dim() == x.dim();
+           args[kWeight]->toTensor().scalar_type() == ScalarType::Byte && out.scalar_type() == ScalarType::Float &&
+           out.dim() == x.dim();
 }
 
 /// Reads the sizes from the arguments; returns false if they do not match.
@@ -58,8 +60,7 @@ bool measure(et::Span<et::EValue*> args, Linear& linear) {
         if (bias.scalar_type() != ScalarType::Float || bias.dim() != 1 || bias.size(0) != linear.rows) return false;
         linear.bias = bias.const_data_ptr<float>();
     }
-    return weight.size(0) == groups_of(linear.rows) &&
-           static_cast<size_t>(weight.size(1)) == group_bytes(linear.type, linear.columns);
+    return weight.nbytes() == static_cast<size_t>(groups_of(linear.rows)) * group_bytes(linear.type, linear.columns);
 }
 
 bool resize(Tensor out, const Tensor& x, int64_t rows) {
@@ -91,7 +92,41 @@ void linear_out(et::KernelRuntimeContext& ctx, et::Span<et::EValue*> args) {
     multiply(linear, static_cast<std::byte*>(*scratch), over_threads);
 }
 
+constexpr const char* kRowsName = "llama_pte::block_rows.out";
+
+void block_rows_out(et::KernelRuntimeContext& ctx, et::Span<et::EValue*> args) {
+    const bool well_typed = args.size() >= 5 && args[0]->isTensor() && args[1]->isTensor() && args[2]->isString() &&
+                            args[3]->isInt() && args[4]->isTensor();
+    ET_KERNEL_CHECK_MSG(ctx, well_typed, InvalidArgument, , "%s: the types are not those of its schema", kRowsName);
+    const Tensor& weight = args[0]->toTensor();
+    const Tensor& tokens = args[1]->toTensor();
+    const Tensor& out = args[4]->toTensor();
+    const auto kind = args[2]->toString();
+    const std::optional<BlockType> type = block_type_of({kind.data(), kind.size()});
+    const int64_t columns = args[3]->toInt();
+    const bool matches = type && columns > 0 && columns <= kMostSize && columns % block_columns(*type) == 0 &&
+                         weight.scalar_type() == ScalarType::Byte && tokens.scalar_type() == ScalarType::Long &&
+                         out.scalar_type() == ScalarType::Float && tokens.dim() + 1 == out.dim() &&
+                         out.dim() <= kMostDimensions && et::tensor_is_contiguous(tokens);
+    ET_KERNEL_CHECK_MSG(ctx, matches, InvalidArgument, , "%s: unknown format, or sizes do not match", kRowsName);
+    SizesType shape[kMostDimensions];
+    const auto dims = static_cast<size_t>(out.dim());
+    for (size_t i = 0; i + 1 < dims; ++i) shape[i] = static_cast<SizesType>(tokens.size(static_cast<ptrdiff_t>(i)));
+    shape[dims - 1] = static_cast<SizesType>(columns);
+    ET_KERNEL_CHECK_MSG(ctx, et::resize_tensor(out, {shape, dims}) == et::Error::Ok && et::tensor_is_contiguous(out),
+                        InvalidArgument, , "%s: the result does not fit", kRowsName);
+    const auto rows = static_cast<int64_t>(weight.nbytes() / group_bytes(*type, columns)) * kGroupRows;
+    const auto* ids = tokens.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < tokens.numel(); ++i) {
+        ET_KERNEL_CHECK_MSG(ctx, ids[i] >= 0 && ids[i] < rows, InvalidArgument, , "%s: no row %lld", kRowsName,
+                            static_cast<long long>(ids[i]));
+        read_row(*type, columns, static_cast<const std::byte*>(weight.const_data_ptr()), ids[i],
+                 out.mutable_data_ptr<float>() + i * columns);
+    }
+}
+
 [[maybe_unused]] const et::Error registered = register_once(kName, linear_out);
+[[maybe_unused]] const et::Error rows_registered = register_once(kRowsName, block_rows_out);
 
 }  // namespace
 
