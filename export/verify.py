@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir)
     config = for_length(checkpoint.config, metadata.max_seq_len)
     slices = metadata.provenance["options"].get("tensor_parallel", 1)
-    source = WeightSource(config, checkpoint.weights, scheme, slices=slices)
+    source = WeightSource(config, checkpoint.weights, scheme, slices=slices, blocks=checkpoint.blocks)
     with tempfile.TemporaryDirectory(prefix="llama-pte-") as folder:
         source = _with_calibration(source, options.file, options.calibrate, Path(folder))
         verdict = verify(options.file, source, gate)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -32,6 +32,18 @@ class LazyWeights(Mapping[str, Tensor]):
         return len(self._readers)
 
 
+class StoredBlocks(NamedTuple):
+    """A matrix in GGUF's blocks on storage.
+
+    Attributes:
+        kind: GGUF's name of the type, such as Q4_1.
+        read: returns the blocks, uint8 [N, row bytes].
+    """
+
+    kind: str
+    read: Callable[[], Tensor]
+
+
 @dataclass(frozen=True)
 class ChatSource:
     """A checkpoint's settings for chat; each is None if the checkpoint does not give it.
@@ -53,6 +65,8 @@ class Checkpoint:
     Attributes:
         config: dimensions and features of the model.
         weights: lazy state dict of `model.model.Llama`, in the dtype of the file.
+        blocks: matrices that the file has in GGUF's blocks, by name: the type, and a function that returns the blocks,
+            uint8 [N, row bytes].
         files: the files that make up the checkpoint, for `digest`.
         layout: name of the layout.
         bos_id: id that starts a text, or None if the checkpoint does not say.
@@ -75,6 +89,7 @@ class Checkpoint:
     chat: ChatSource = ChatSource()
     sampling: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    blocks: Mapping[str, "StoredBlocks"] = field(default_factory=dict)
 
     def digest(self) -> str:
         """Returns the XXH3-128 hash of the content of all files, in hex. It does not depend on their paths."""

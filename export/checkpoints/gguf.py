@@ -1,6 +1,7 @@
 """Reader of GGUF files of the `llama` architecture. Quantised tensors are dequantised as they are read."""
 
 import struct
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from export.checkpoints.checkpoint import (
     Checkpoint,
     Index,
     Storage,
+    StoredBlocks,
     TensorSource,
     match,
     read_head,
+    renamed,
     token_ids,
 )
 from export.checkpoints.gguf_file import MAGIC, GGUFTensor, read_gguf
 from export.checkpoints.gguf_tokenizer import STARTS_TEXTS, TOKENIZER, tokenizer_bytes
+from model.block_linear import BLOCK_FORMS
 from model.config import ModelConfig, RopeScaling
 from model.errors import InputError
 from model.rotary import llama3_scaled
@@ -73,7 +77,11 @@ def open_gguf(path: Path) -> Checkpoint:
         name: TensorSource(tensor.shape, partial(_read, tensor), tensor.kind not in _NO_WEIGHTS)
         for name, tensor in file.tensors.items()
     }
-    weights = match(path, config, sources, Storage(GGUF_NAMES, interleaved=True), {_ROPE_FACTORS})
+    storage = Storage(GGUF_NAMES, interleaved=True)
+    weights = match(path, config, sources, storage, {_ROPE_FACTORS})
+    raw = {name: replace(source, read=partial(_read_blocks, file.tensors[name])) for name, source in sources.items()}
+    stored = match(path, config, raw, storage, {_ROPE_FACTORS})
+    kinds = {name: file.tensors[renamed(name, GGUF_NAMES)].kind.name for name in stored}
     bos, eos, eot, eom = (
         token_ids(fields.get(key), key, path, config.vocab_size)
         for key in (f"{TOKENIZER}{name}_token_id" for name in ("bos", "eos", "eot", "eom"))
@@ -91,6 +99,11 @@ def open_gguf(path: Path) -> Checkpoint:
         tokenizer=partial(_tokenizer, path, fields) if f"{TOKENIZER}model" in fields else None,
         chat=_chat(fields, bos, eos),
         warnings=_warnings(path, fields),
+        blocks={
+            name: StoredBlocks(kind, partial(stored.__getitem__, name))
+            for name, kind in kinds.items()
+            if kind in BLOCK_FORMS
+        },
     )
 
 
@@ -176,3 +189,7 @@ def _scaling(path: Path, tensor: GGUFTensor, theta: float) -> RopeScaling:
 
 def _read(tensor: GGUFTensor, index: Index) -> Tensor:
     return torch.from_numpy(tensor.read())[index]
+
+
+def _read_blocks(tensor: GGUFTensor, index: Index) -> Tensor:
+    return torch.from_numpy(tensor.blocks())[index]

@@ -62,11 +62,14 @@ class GGUFTensor:
         per_block, block_bytes = GGML_QUANT_SIZES[self.kind]
         return math.prod(self.shape) // per_block * block_bytes
 
+    def blocks(self) -> np.ndarray:
+        """Returns the bytes of each row, uint8."""
+        data = np.memmap(self.path, np.uint8, mode="c", offset=self.offset, shape=(self.size,))
+        return data.reshape(*self.shape[:-1], -1)
+
     def read(self) -> np.ndarray:
         """Returns the values as float32."""
-        data = np.memmap(self.path, np.uint8, mode="c", offset=self.offset, shape=(self.size,))
-        rows = data.reshape(*self.shape[:-1], -1)
-        return np.ascontiguousarray(dequantize(rows, self.kind), dtype=np.float32).reshape(self.shape)
+        return np.ascontiguousarray(dequantize(self.blocks(), self.kind), dtype=np.float32).reshape(self.shape)
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,9 @@ def plan(options: ExportOptions) -> Plan:
     provenance |= _chat(chat, tokenizer, provenance)
     provenance["calibration"] = {"sha256": text.sha256} if text else None
     return Plan(
-        source=WeightSource(config, checkpoint.weights, scheme, slices=options.sharding.slices),
+        source=WeightSource(
+            config, checkpoint.weights, scheme, slices=options.sharding.slices, blocks=checkpoint.blocks
+        ),
         graph=graph,
         sharding=options.sharding,
         tokenizer=tokenizer,

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from export.checkpoints.checkpoint import StoredBlocks
+from export.weights.formats.blocks import Blocks
 from export.weights.formats.float32 import FLOAT
 from export.weights.formats.format import Format
 from export.weights.scheme import CALIBRATED, Scheme, is_shared, matrices
@@ -31,24 +33,34 @@ class WeightSource:
         scheme: Scheme,
         calibrated: Mapping[str, Tensor] | None = None,
         slices: int = 1,
+        blocks: Mapping[str, StoredBlocks] | None = None,
     ) -> None:
-        """Takes the model's parameters, and the matrices that `export.quality.gptq` has calibrated, by name."""
+        """Takes the model's parameters, the matrices that `export.quality.gptq` has calibrated, and those that the
+        checkpoint has in blocks, by name.
+        """
         self.config = config
         self.scheme = scheme
         self.slices = slices
         self._weights = weights
         self._calibrated = calibrated or {}
+        self._blocks = blocks or {}
 
     def weight(self, name: str) -> Tensor:
         """Returns a parameter of the model, read from storage, in the checkpoint's dtype."""
-        tied = self.config.tied and name == "head.output.weight"
-        return self._weights["tok_embeddings.weight" if tied else name]
+        return self._weights[self._stored_name(name)]
+
+    def _stored_name(self, name: str) -> str:
+        return "tok_embeddings.weight" if self.config.tied and name == "head.output.weight" else name
 
     def stored(self, name: str) -> Tensor:
         """Returns a parameter as its format stores it."""
         if self.is_calibrated(name):
             return self._calibrated[name]
-        return self.format(name).stored(self.weight(name), self.scheme.plain_rounding)
+        form = self.format(name)
+        blocks = self._blocks.get(self._stored_name(name))
+        if blocks and isinstance(form, Blocks) and form.name == blocks.kind:
+            return blocks.read()
+        return form.stored(self.weight(name), self.scheme.plain_rounding)
 
     def format(self, name: str) -> Format:
         """Returns the storage format of a parameter: the scheme's for matrices, float32 for all others."""
@@ -75,11 +87,11 @@ class WeightSource:
 
     def with_scheme(self, scheme: Scheme) -> "WeightSource":
         """Returns a source of the same model with another scheme."""
-        return WeightSource(self.config, self._weights, scheme, slices=self.slices)
+        return WeightSource(self.config, self._weights, scheme, slices=self.slices, blocks=self._blocks)
 
     def with_calibrated(self, matrices: Mapping[str, Tensor]) -> "WeightSource":
         """Returns the same source with calibrated matrices, by name."""
-        return WeightSource(self.config, self._weights, self.scheme, matrices, self.slices)
+        return WeightSource(self.config, self._weights, self.scheme, matrices, self.slices, self._blocks)
 
     def unquantised(self) -> "WeightSource":
         """Returns a source of the same model in float32."""
