@@ -11,26 +11,26 @@ namespace llama_runner {
 /// A format of weights in blocks, as GGUF defines it.
 enum class BlockType : uint8_t { kQ8_0, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ4_K, kQ5_K, kQ6_K, kIQ4_NL, kMXFP4 };
 
-/// What a block stores in front of its codes, for each row. All but d and m of a block of 32 columns are combined to
-/// them: a weight is d * code + m.
+/// What a block stores in front of its codes, for each row. A weight is d * code + m, and 32 columns have a d and an m
+/// of their own, for which 8 such blocks may share a head.
 enum class BlockHead : uint8_t {
     kScale,           // float16 d; m = 0
     kScaleAndOffset,  // float16 d, float16 m
     kExponent,        // uint8 e: d = 2^(e - 128); m = 0
     kSixBits,         // float16 D, float16 M, and 12 bytes with 6-bit s and t of 8 blocks: d = D * s, m = -M * t
-    kBytes,           // float16 D, and int8 s of 16 half blocks of 16 columns: d = D * s; m = 0
+    kBytes,           // float16 D, and int8 s of 16 halves of such blocks: d = D * s; m = 0
 };
 
 /// A matrix is stored in groups of 16 rows, the last padded with zeros. A group is a sequence of blocks, and a block
 /// has its head, then the codes of each 32 columns. It takes as many bytes as GGUF's blocks of 16 rows.
 ///
-/// The head has the 16 numbers of the rows side by side: all d, then all m; of kSixBits and kBytes, each byte of the
-/// rows in turn. The codes of 32 columns are 8 vectors of 64 bytes. Byte 4 * r + j of vector q belongs to row r and
-/// column 4 * q + j, so that each 32-bit lane holds what an instruction for dot products of bytes takes from one row.
-/// Codes of 8 bits are stored so. Of shorter codes, the low 4 bits come first, in 4 vectors: vector i has those of
-/// vector i in its low and of vector i + 4 in its high nibbles. Then come the fifth bits in one vector: bit q of its
-/// bytes belongs to vector q; or the fifth and sixth bits in two: bits 2 * s and 2 * s + 1 of i belong to vector
-/// 4 * i + s.
+/// A head has the float16 numbers of the 16 rows side by side, all d or D, then all m or M; then their first single
+/// bytes, all second ones, and so on, each as GGUF has it. The codes of 32 columns are 8 vectors of 64 bytes. Byte 4 *
+/// r + j of vector q belongs to row r and column 4 * q + j, so that each 32-bit lane holds what an instruction for dot
+/// products of bytes takes from one row. Codes of 8 bits are stored so. Of shorter codes, the low 4 bits come first, in
+/// 4 vectors: vector i has those of vector i in its low and of vector i + 4 in its high nibbles. Then come the fifth
+/// bits in one vector: bit q of its bytes belongs to vector q; or the fifth and sixth bits in two: bits 2 * s and 2 * s
+/// + 1 of i belong to vector 4 * i + s.
 struct BlockForm {
     std::string_view name;
     BlockHead head;
