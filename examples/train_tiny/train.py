@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -29,7 +30,7 @@ from export.checkpoints.families import HUGGING_FACE_NAMES
 from export.checkpoints.layouts import open_checkpoint
 from model.config import ModelConfig
 from model.errors import InputError
-from model.model import Block, Llama, Norm
+from model.model import Block, BlockCache, Llama, Norm
 from preproc import mask, rope
 
 COPY_LIMIT = 30
@@ -279,7 +280,8 @@ def sample(model: Llama, seeds: Sequence[int], length: int, temperature: float) 
         angles = (cos[position].expand(B, 1, -1), sin[position].expand(B, 1, -1))
         visible = mask.causal(position, 1, length).expand(B, -1, -1)
         masks = [visible] * config.n_layers
-        keys, values, logits, *_ = model(tokens[:, -1:], angles, masks, torch.ones(B, 1, 1), *map(tuple, caches))
+        cached = list(starmap(BlockCache, zip(*caches, strict=True)))
+        keys, values, logits, *_ = model(tokens[:, -1:], angles, masks, torch.ones(B, 1, 1), cached)
         caches[:, :, :, position] = torch.stack((torch.stack(keys), torch.stack(values))).squeeze(3)
         if temperature:
             chances = torch.softmax(logits[:, 0] / temperature, dim=-1)

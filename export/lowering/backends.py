@@ -133,7 +133,8 @@ def check(name: str, formats: Collection[str] = ()) -> None:
         raise InputError(f"--backend {name} {backend.refusal}; choose from {', '.join(lowering())}")
     if missing := [package for package in backend.packages if find_spec(package) is None]:
         raise InputError(
-            f"--backend {name} lacks the Python packages {', '.join(missing)}; run: pip install 'llama-pte[{name}]'"
+            f"--backend {name} needs {' and '.join(missing)}, which is not installed; run: pip install "
+            f"'llama-pte[{name}]'"
         )
     if not backend.formats >= set(formats):
         able = " or ".join(other for other, row in BACKENDS.items() if row.formats >= set(formats))

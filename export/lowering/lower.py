@@ -110,16 +110,15 @@ class _RandomPiece:
             module = whole.get_submodule(name)
         shapes = {role: parameter.shape for role, parameter in module.named_parameters()}
         formats = dict[str, Format](dict.fromkeys(shapes, FLOAT))
-        linear = dict(linear_layers(module))
-        for path, layer in linear.items():
-            full = parameter_name(config, name, f"{path}.weight")
-            formats[f"{path}.weight"] = scheme.format(full, layer.in_features)
+        linear = {path: parameter_name(config, name, f"{path}.weight") for path, _ in linear_layers(module)}
+        for path, full in linear.items():
+            formats[f"{path}.weight"] = scheme.format(full, shapes[f"{path}.weight"][1])
         with torch.random.fork_rng():
             torch.manual_seed(0)
             weights = {role: formats[role].random(shape) for role, shape in shapes.items()}
-        for path in linear:
+        for path, full in linear.items():
             made = formats[f"{path}.weight"].linear(weights[f"{path}.weight"], weights.get(f"{path}.bias"))
-            if path == "output" and swaps_pairs(config, span, scheme):
+            if full == "head.output.weight" and swaps_pairs(config, span, scheme):
                 made.register_forward_pre_hook(_swap_pairs)
             module.set_submodule(path, made)
         for role in shapes:

@@ -41,10 +41,10 @@ OUTSIDE = {"xnnpack": (EMBEDDING, "llama_pte::attention.out"), "openvino": (), "
 """The kernels that each leaves to the runtime."""
 REFUSED = {
     "ethos-u": r"--backend ethos-u needs activations quantised to 8 bits with calibrated ranges",
-    "qnn": r"--backend qnn needs Qualcomm's AI Engine Direct SDK \(QNN\), which is not on PyPI",
+    "qnn": r"--backend qnn needs Qualcomm's AI Engine Direct SDK \(QNN\), which is on .*, not on PyPI",
     "mediatek": r"--backend mediatek needs .*NeuroPilot Express SDK, which are on .*, not on PyPI",
-    "samsung": r"--backend samsung needs Samsung's Exynos AI LiteCore SDK, which is not on PyPI",
-    "nxp": r"--backend nxp needs NXP's eIQ Neutron SDK, which is not on PyPI",
+    "samsung": r"--backend samsung needs Samsung's Exynos AI LiteCore SDK, which is on Samsung's site.*, not on PyPI",
+    "nxp": r"--backend nxp needs NXP's eIQ Neutron SDK, which is on NXP's eIQ site, not on PyPI",
 }
 
 

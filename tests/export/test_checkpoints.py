@@ -321,7 +321,7 @@ def truncate(name: str, size: int) -> Callable[[Path], None]:
             "neither model.safetensors, pytorch_model.bin nor",
         ),
         (edit_config(architectures=["MambaForCausalLM"]), "unsupported architecture .*Mamba"),
-        (edit_config(hidden_act="quick_gelu"), "sets hidden_act to 'quick_gelu'; only 'silu' or"),
+        (edit_config(hidden_act="quick_gelu"), "sets hidden_act to 'quick_gelu', which is unsupported; only 'silu'"),
         (edit_config(architectures=["LlamaForCausalLM", "MptForCausalLM"]), "unsupported architecture"),
         (edit_config(architectures=[[]]), "unsupported architecture"),
         (edit_config(attention_bias=True), "lacks the weights model.layers.0.self_attn.k_proj.bias"),

@@ -234,11 +234,11 @@ def test_named_templates_are_the_public_ones() -> None:
         ("{% for m in messages %}[{{ m.content.lstrip() }}]{% endfor %}", "white space in a user message"),
         (
             "{% for m in messages %}[{{ m.content | replace('\\n\\n', '\\n') }}]{% endfor %}",
-            "cannot be reduced to data: of the",
+            "cannot be reduced to data: for the messages",
         ),
         ("{% for m in messages %}[{{ m.content.split('</think>')[-1] }}]{% endfor %}", "Because"),
         ("{{ strftime_now('%d')|int + 1 }}{% for m in messages %}[{{ m.content }}]{% endfor %}", "cannot be reduced"),
-        ("{% for m in messages[-3:] %}{{ m.role }}[{{ m.content }}]{% endfor %}", "cannot be reduced to data: of the"),
+        ("{% for m in messages[-3:] %}{{ m.role }}[{{ m.content }}]{% endfor %}", "reduced to data: for the messages"),
     ],
 )
 def test_what_cannot_be_reduced_is_refused_in_one_sentence(source: str, message: str) -> None:

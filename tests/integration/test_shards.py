@@ -138,7 +138,7 @@ def test_what_does_not_make_one_model_is_refused_by_name(
         refused(missing, "is missing beside", "the shard with blocks")
     foreign = folder("foreign")
     shutil.copy(other / "2-of-3.pte", foreign)
-    refused(foreign, "foreign/2-of-3.pte is not of the same export")
+    refused(foreign, "foreign/2-of-3.pte is from another export")
     twice = folder("twice")
     shutil.copy(twice / "2-of-3.pte", twice / "copy.pte")
     refused(twice, "which another shard also has")

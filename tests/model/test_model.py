@@ -1,6 +1,7 @@
 """The model against transformers, which nobody here wrote: in one pass, and through the caches."""
 
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from export.checkpoints.layouts import open_checkpoint
 from export.quality.eager import reference
-from model.model import Norm
+from model.model import BlockCache, Norm
 from preproc import mask, rope
 from tests.conftest import TOY, random_model
 from tests.preproc.test_rope import LLAMA3
@@ -79,8 +80,7 @@ def test_a_batch_with_cached_rows_gives_each_sequence_its_own_logits() -> None:
         (cos, sin),
         [torch.stack([mask.causal(p, length, capacity) for p in positions])] * TOY.n_layers,
         torch.eye(length).repeat(2, 1, 1),
-        caches[: TOY.n_layers],
-        caches[TOY.n_layers :],
+        list(starmap(BlockCache, zip(caches[: TOY.n_layers], caches[TOY.n_layers :], strict=True))),
     ).logits.flatten(0, 1)
     expected = torch.cat(reference(model, texts, [length] * len(texts)))
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)

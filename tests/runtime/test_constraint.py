@@ -172,9 +172,9 @@ def test_bad_flags_are_refused(tiny_pte: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_a_text_that_cannot_be_constrained_is_refused() -> None:
     tokenizer = open_tokenizer(BUILT_IN / "tokenizer.model")
-    with pytest.raises(InputError, match="carries no tokenizer"):
+    with pytest.raises(InputError, match="has no tokenizer"):
         Constraint(regex("a"), None, (2,), 2048, [1])
-    with pytest.raises(InputError, match="carries no stop token"):
+    with pytest.raises(InputError, match="has no stop token"):
         Constraint(regex("a"), tokenizer, (), 2048, [1])
     half = next(i for i in range(300) if tokenizer.piece(i, first=False) == b"\xe2")
     assert decode(tokenizer, [half]) == "\N{REPLACEMENT CHARACTER}"
