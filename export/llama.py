@@ -38,7 +38,7 @@ from export.quality.gptq import TOKENS, calibrate
 from export.quality.perplexity import Gate
 from export.quality.verification import VerificationError, add_flags, verify_once
 from export.weights.formats.integer import ROUNDINGS
-from export.weights.scheme import SCHEMES, matrices
+from export.weights.scheme import AS_STORED, SCHEMES, matrices
 from model.errors import InputError
 from model.kv_row_format import KV_DTYPES
 from preproc.chat_template import NAMED
@@ -333,7 +333,11 @@ def _add_part_flags(parser: argparse.ArgumentParser) -> None:
 def _add_scheme_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags for the storage of weights and caches."""
     add = parser.add_argument
-    add("--quantize", default="fp32", help=f"storage of weights: {', '.join(SCHEMES)} (default: %(default)s)")
+    add(
+        "--quantize",
+        default="fp32",
+        help=f"storage of weights: {', '.join(SCHEMES)}; or {AS_STORED}, as in a GGUF (default: %(default)s)",
+    )
     add(
         "--group-size",
         type=int,

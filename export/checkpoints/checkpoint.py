@@ -91,6 +91,11 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
     blocks: Mapping[str, "StoredBlocks"] = field(default_factory=dict)
 
+    @property
+    def block_kinds(self) -> dict[str, str]:
+        """GGUF's names of the types of `blocks`."""
+        return {name: stored.kind for name, stored in self.blocks.items()}
+
     def digest(self) -> str:
         """Returns the XXH3-128 hash of the content of all files, in hex. It does not depend on their paths."""
         return content_digest(self.files)

@@ -27,9 +27,13 @@ def write_program(assembled: Assembled, metadata: Metadata, path: Path) -> None:
     programs = {name: edge.exported_program(name) for name in edge.methods}
     planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
     config = ExecutorchBackendConfig(memory_planning_pass=planning)
-    program = EdgeProgramManager(programs, to_constants(metadata), edge.compile_config).to_executorch(config)
+    manager = EdgeProgramManager(programs, to_constants(metadata), edge.compile_config)
+    for key in assembled.deferred:  # names, by which verification finds the matrices
+        manager._named_data_store.add_named_data(key.hex(), key)
+    program = manager.to_executorch(config)
     constants = [buffer.storage for buffer in program.executorch_program.constant_buffer]
     shared = {key: (constants.index(to_bytes(tensor)), tensor.nbytes) for key, tensor in assembled.shared.items()}
+    shared |= {key.hex(): (constants.index(key), len(matrix)) for key, matrix in assembled.deferred.items()}
     with path.open("wb") as stream:
         checked = _Checked(stream, lambda piece: _sharing(piece, shared))
         if assembled.deferred:

@@ -37,7 +37,9 @@ class MemoryUse:
 
 def memory_use(metadata: Metadata) -> MemoryUse:
     """Returns the memory computed from the file's dimensions."""
+    scheme = Scheme.parse(metadata.provenance["options"]["scheme"])
     packed = any(row.packs and row.runtime in metadata.requirements.backends for row in BACKENDS.values())
+    packed = packed and not scheme.linear.by_operator
     return MemoryUse(
         weights=packed * metadata.matrix_bytes,
         caches=metadata.cache_bytes,

@@ -24,7 +24,7 @@ from export.planning.memory import activation_bytes, cache_bytes, matrix_bytes
 from export.planning.sharding import Sharding
 from export.quality.gptq import CalibrationText
 from export.weights.formats.integer import ROUNDINGS
-from export.weights.scheme import CALIBRATED, SCHEMES, Scheme, adjusted, swaps_pairs
+from export.weights.scheme import AS_STORED, CALIBRATED, SCHEMES, Scheme, adjusted, base_scheme, swaps_pairs
 from export.weights.source import WeightSource
 from model.alibi import alibi_slopes
 from model.config import ModelConfig
@@ -117,7 +117,7 @@ class ExportOptions:
         if self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size} is invalid; give 1 or more")
         for flag, value, known in (
-            ("quantize", self.quantize, SCHEMES),
+            ("quantize", self.quantize, (*SCHEMES, AS_STORED)),
             ("rounding", self.rounding, ROUNDINGS),
             ("kv-dtype", self.kv_dtype, KV_DTYPES),
         ):
@@ -226,7 +226,7 @@ def plan(options: ExportOptions) -> Plan:
     graph = _graph(checkpoint.config, options)
     config = for_length(checkpoint.config, graph.max_seq_len)
     scheme = adjusted(
-        SCHEMES[options.quantize],
+        base_scheme(options.quantize, config, checkpoint.block_kinds),
         options.group_size,
         options.embedding_bits,
         options.head_bits,
@@ -249,9 +249,7 @@ def plan(options: ExportOptions) -> Plan:
     provenance |= _chat(chat, tokenizer, provenance)
     provenance["calibration"] = {"sha256": text.sha256} if text else None
     return Plan(
-        source=WeightSource(
-            config, checkpoint.weights, scheme, slices=options.sharding.slices, blocks=checkpoint.blocks
-        ),
+        source=WeightSource(config, checkpoint.weights, scheme, None, options.sharding.slices, checkpoint.blocks),
         graph=graph,
         sharding=options.sharding,
         tokenizer=tokenizer,

@@ -76,7 +76,7 @@ class CalibrationText:
         """
         if not (scheme.linear.can_calibrate or scheme.head.can_calibrate):
             raise InputError(
-                f"--calibrate {self.path} needs quantised layers, but these are float32; give --quantize 8da4w as "
+                f"--calibrate {self.path} needs layers in 8da4w or 8da8w, but these are not; give --quantize 8da4w as "
                 "well, or leave it out"
             )
 

@@ -97,10 +97,14 @@ SCHEMES = {
     "8da4w": Scheme(linear=_FOUR, head=_FOUR, embedding=BYTE),
     "mixed": Scheme(linear=_FOUR, head=BYTE, embedding=BYTE),
     "8da8w": Scheme(linear=BYTE, head=BYTE, embedding=BYTE),
-} | {name.lower(): Scheme(*[Blocks.of(name)] * 3) for name in BLOCK_FORMS}
-"""The schemes available to `--quantize`: 8-bit dynamic activations (8da) with weights of 4 or 8 bits (4w, 8w). `mixed`
-has 4-bit weights except in the blocks with the greatest loss, see `export.planning.scheme_search`.
+} | {name.lower(): Scheme(Blocks.of(name), *[Blocks.of("Q8_0")] * 2) for name in BLOCK_FORMS}
+"""The schemes available to `--quantize`: 8-bit dynamic activations (8da) with weights of 4 or 8 bits (4w, 8w), and
+GGUF's types with a head and embedding in Q8_0. `mixed` has 4-bit weights except in the blocks with the greatest loss,
+see `export.planning.scheme_search`.
 """
+
+AS_STORED = "gguf"
+"""Name for `--quantize` that stands for the types that the matrices of a GGUF checkpoint have, see `as_stored`."""
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -112,14 +116,16 @@ def finer(scheme: Scheme) -> list[str]:
     formats, found = scheme.formats, list[str]()
     if any((form.group_size or 0) > GROUP_SIZES[0] for form in formats):
         found.append(f"--group-size {GROUP_SIZES[0]}")
-    has_four = any(form.bits == 4 for form in formats)
+    has_four = any(_is_four(form) for form in formats)
     if has_four and scheme.rounding == "nearest":
         found.append("--rounding hqq")
-    found += [f"--{name}-bits 8" for name in ("head", "embedding") if getattr(scheme, name).bits == 4]
-    if scheme.linear.bits == 4 and not scheme.careful:
+    found += [f"--{name}-bits 8" for name in ("head", "embedding") if _is_four(getattr(scheme, name))]
+    if _is_four(scheme.linear) and not scheme.careful:
         found.append("--quantize mixed")
     if has_four:
         found.append("--quantize 8da8w")
+    if any(isinstance(form, Blocks) and form.bits < 8 for form in formats):
+        found.append("--quantize q8_0")
     if any(form.bits for form in formats):
         found.append("--quantize fp32")
     if scheme.kv_dtype == "int8":
@@ -151,6 +157,33 @@ def adjusted(
     if group_size is not None and four not in (made.linear, made.embedding, made.head):
         raise InputError(f"--group-size {group_size} needs 4-bit weights, but nothing has 4 bits; leave it out")
     return made
+
+
+def base_scheme(quantize: str, config: ModelConfig, kinds: Mapping[str, str]) -> Scheme:
+    """Returns the scheme that `--quantize` names. `kinds` is as in `as_stored`."""
+    return as_stored(config, kinds) if quantize == AS_STORED else SCHEMES[quantize]
+
+
+def as_stored(config: ModelConfig, kinds: Mapping[str, str]) -> Scheme:
+    """Returns the scheme in which every matrix keeps the type that it has in a GGUF file.
+
+    Args:
+        kinds: maps the names of matrices in blocks to GGUF's names of their types.
+
+    Raises:
+        InputError: the blocks' matrices have several types, or none.
+    """
+    found = {kinds.get(name) for name in matrices(config) if name.startswith("layers.")}
+    if len(found) > 1 or None in found:
+        types = " and ".join(sorted(kind or "float" for kind in found))
+        raise InputError(
+            f"--quantize {AS_STORED} needs a GGUF whose layers all have one type of blocks, but these have {types}; "
+            f"choose from {', '.join(SCHEMES)}"
+        )
+    table = kinds.get("tok_embeddings.weight")
+    embedding = Blocks.of(table) if table else FLOAT
+    head = kinds.get("head.output.weight", table if config.tied else None)
+    return Scheme(Blocks.of(str(found.pop())), Blocks.of(head) if head else FLOAT, embedding)
 
 
 def _is_four(form: Format) -> bool:

@@ -231,7 +231,7 @@ def test_verifying_needs_the_same_text(calibrated_toy: ExportOptions, tmp_path: 
         (None, {}, r"--calibrate .*text.txt is not a file; give a text file"),
         (b"\xff\xfe", {}, r"text.txt is not UTF-8; give a text file in UTF-8"),
         (b"", {}, r"text.txt has fewer than two tokens; give a longer text"),
-        (b"Once", {"quantize": "fp32"}, r"text.txt needs quantised layers.*give --quantize 8da4w"),
+        (b"Once", {"quantize": "fp32"}, r"text.txt needs layers in 8da4w or 8da8w.*give --quantize 8da4w"),
         (b"Once upon", {"tokenizer": Path("none")}, r"needs a tokenizer; give --tokenizer FILE"),
         (b"Once upon", {"rounding": "hqq"}, r"--rounding hqq has no effect with --calibrate"),
     ],

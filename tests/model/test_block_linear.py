@@ -9,7 +9,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from torch import Tensor, nn
 
-from model.block_linear import BLOCK_FORMS, relaid, rounded, rows
+from model.block_linear import BLOCK_FORMS, relaid, rounded
 from runtime.engine.executorch import _C  # which loads the operators
 
 HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,)}
@@ -47,7 +47,7 @@ def matrix(kind: str, *shape: int) -> tuple[Tensor, Tensor]:
     """Returns a matrix in groups, and the numbers that it stands for."""
     blocks = blocks_of(kind, shape)
     numbers = torch.from_numpy(dequantize(blocks, GGMLQuantizationType[kind]).copy())
-    return relaid(torch.from_numpy(blocks), kind), numbers
+    return relaid(torch.from_numpy(blocks), kind).flatten(), numbers
 
 
 @pytest.mark.parametrize("kind", BLOCK_FORMS)
@@ -55,7 +55,7 @@ def test_groups_hold_ggufs_numbers_in_as_many_bytes(kind: str) -> None:
     weight, numbers = matrix(kind, 37, 512)
     assert weight.numel() == 48 * 512 // BLOCK_FORMS[kind].columns * GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
     for tokens in (torch.arange(37), torch.tensor([[36, 0], [5, 36]])):
-        assert torch.equal(rows(weight, kind, tokens), numbers[tokens])
+        assert torch.equal(torch.ops.llama_pte.block_rows(weight, tokens, kind, 512), numbers[tokens])
 
 
 @pytest.mark.parametrize("kind", BLOCK_FORMS)
