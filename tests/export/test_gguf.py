@@ -8,8 +8,12 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 
 from export.checkpoints.layouts import open_checkpoint
+from export.planning.plan import ExportOptions, plan
+from export.weights.formats.blocks import Blocks
 from model.config import RopeScaling
 from model.errors import InputError
 from model.rotary import inverse_frequencies
@@ -88,3 +92,25 @@ def test_gguf_integers_are_no_weights(tmp_path: Path) -> None:
     path.write_bytes(whole[:kind] + struct.pack("<I", gguf.GGMLQuantizationType.I32) + whole[kind + 4 :])
     with pytest.raises(InputError, match=r"quantised or integer weights: output_norm\.weight"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
+def test_a_ggufs_own_blocks_are_stored_bit_for_bit(tmp_path: Path, kind: str, tied: bool) -> None:
+    path = write_gguf(random_model(replace(WIDE, tied=tied)), tmp_path / "model.gguf", kind)
+    planned = plan(ExportOptions(checkpoint=path, quantize="gguf", max_seq_len=32, tokenizer=Path("none")))
+    source = planned.source
+    for name, weight in open_checkpoint(path).weights.items():
+        form = source.format(name)
+        if isinstance(form, Blocks):
+            found = dequantize(source.stored(name).numpy(), GGMLQuantizationType[form.name])
+            assert torch.equal(torch.from_numpy(found.copy()), weight), name
+    assert source.scheme.formats == (Blocks.of(kind),) * 3
+    other = plan(ExportOptions(checkpoint=path, quantize="q5_0", max_seq_len=32, tokenizer=Path("none"))).source
+    assert other.format("layers.0.attention.wq.weight") == Blocks.of("Q5_0"), "rounded anew"
+
+
+def test_weights_that_are_not_in_blocks_have_no_types_to_keep(tmp_path: Path) -> None:
+    path = write_gguf(random_model(WIDE), tmp_path / "model.gguf", "F16")
+    with pytest.raises(InputError, match=r"--quantize gguf needs a GGUF whose layers .* but these have float; choose"):
+        plan(ExportOptions(checkpoint=path, quantize="gguf", max_seq_len=32, tokenizer=Path("none")))

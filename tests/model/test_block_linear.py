@@ -21,7 +21,8 @@ OPERATOR = (Path(__file__).parents[2] / "cpp_runner" / "src" / "linear" / "opera
 def test_the_devices_operator_has_the_same_schema() -> None:
     schema = torch.ops.llama_pte.linear.out._schema
     comment = " ".join(re.findall(r"^// ?(.*)", OPERATOR.partition("#include")[0], re.MULTILINE))
-    (said,) = re.findall(r"linear(\(.* -> Tensor\(a!\))", re.sub(r"\s+", " ", comment))
+    said, of_rows = re.findall(r"(?:linear|block_rows)(\([^,]* .*? -> Tensor\(a!\))", re.sub(r"\s+", " ", comment))
+    assert f"llama_pte::block_rows.out{of_rows}" == str(torch.ops.llama_pte.block_rows.out._schema)
     assert f'kName = "{schema.name}.{schema.overload_name}";' in OPERATOR
     assert f"{schema.name}.{schema.overload_name}{said}" == str(schema)
     (members,) = re.findall(r"enum Argument : size_t \{(.*?)\}", OPERATOR, re.DOTALL)
