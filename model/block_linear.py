@@ -253,7 +253,7 @@ def block_rows(weight: Tensor, tokens: Tensor, kind: str, columns: int) -> Tenso
     codes, d, m = _unpacked(groups[ids // GROUP], form)
 
     def selected(x: Tensor) -> Tensor:
-        return x.unflatten(0, (-1, GROUP))[torch.arange(len(ids)), ids % GROUP]
+        return torch.unflatten(x, 0, (-1, GROUP))[torch.arange(len(ids)), ids % GROUP]
 
     x = selected(codes).view(len(ids), d.shape[1], -1) * selected(d).unsqueeze(-1)
     x = x if m is None else x.view(len(ids), m.shape[1], -1) + selected(m).unsqueeze(-1)

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import starmap
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -278,9 +277,8 @@ def sample(model: Llama, seeds: Sequence[int], length: int, temperature: float) 
     tokens = torch.full((B, 1), BOS)
     for position in range(length - 1):
         angles = (cos[position].expand(B, 1, -1), sin[position].expand(B, 1, -1))
-        visible = mask.causal(position, 1, length).expand(B, -1, -1)
-        masks = [visible] * config.n_layers
-        cached = list(starmap(BlockCache, zip(*caches, strict=True)))
+        masks = [mask.causal(position, 1, length).expand(B, -1, -1)] * config.n_layers
+        cached = [BlockCache(*both) for both in zip(*caches, strict=True)]
         keys, values, logits, *_ = model(tokens[:, -1:], angles, masks, torch.ones(B, 1, 1), cached)
         caches[:, :, :, position] = torch.stack((torch.stack(keys), torch.stack(values))).squeeze(3)
         if temperature:

@@ -97,7 +97,7 @@ SCHEMES = {
     "8da4w": Scheme(linear=_FOUR, head=_FOUR, embedding=BYTE),
     "mixed": Scheme(linear=_FOUR, head=BYTE, embedding=BYTE),
     "8da8w": Scheme(linear=BYTE, head=BYTE, embedding=BYTE),
-} | {name.lower(): Scheme(Blocks.of(name), *[Blocks.of("Q8_0")] * 2) for name in BLOCK_FORMS}
+} | {name.lower(): Scheme(Blocks.of(name), Blocks.of("Q8_0"), Blocks.of("Q8_0")) for name in BLOCK_FORMS}
 """The schemes available to `--quantize`: 8-bit dynamic activations (8da) with weights of 4 or 8 bits (4w, 8w), and
 GGUF's types with a head and embedding in Q8_0. `mixed` has 4-bit weights except in the blocks with the greatest loss,
 see `export.planning.scheme_search`.

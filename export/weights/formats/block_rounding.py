@@ -22,9 +22,9 @@ def blocks_of(weight: Tensor, kind: str, importance: Tensor | None = None) -> Te
         importance: [K], how much an error in each column counts; None for all alike.
     """
     form = BLOCK_FORMS[kind]
-    rows = weight.unflatten(1, (-1, form.columns))
+    rows = torch.unflatten(weight, 1, (-1, form.columns))
     counts = torch.ones_like(weight) if importance is None else importance.expand_as(weight)
-    counts = counts.unflatten(1, (-1, form.columns))
+    counts = torch.unflatten(counts, 1, (-1, form.columns))
     head, codes = _HEADS[form.head](rows, counts, form)
     return _PACKED.get(kind, _packed)(head, codes, form).flatten(1)
 
@@ -128,7 +128,7 @@ def _with_exponent(w: Tensor, counts: Tensor, form: BlockForm) -> tuple[Tensor, 
 
 def _with_six_bits(w: Tensor, counts: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
     most = (1 << form.bits) - 1
-    w, counts = w.unflatten(-1, (8, 32)), counts.unflatten(-1, (8, 32))
+    w, counts = torch.unflatten(w, -1, (8, 32)), torch.unflatten(counts, -1, (8, 32))
     d, m = _fitted_with_offset(w, counts, most, below=True)
     whole = torch.stack((d.amax(-1), -m.amin(-1)), dim=-1) / 63
     whole = whole.clamp(min=0).half()
@@ -143,7 +143,7 @@ def _with_six_bits(w: Tensor, counts: Tensor, form: BlockForm) -> tuple[Tensor, 
 
 def _with_bytes(w: Tensor, counts: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
     values, codes = _codebook(form)
-    w, counts = w.unflatten(-1, (16, 16)), counts.unflatten(-1, (16, 16))
+    w, counts = torch.unflatten(w, -1, (16, 16)), torch.unflatten(counts, -1, (16, 16))
     d = _fitted(w, counts, values)
     largest = d.gather(-1, d.abs().argmax(-1, keepdim=True))
     D = (largest / -128).half()
@@ -172,15 +172,15 @@ def _packed(head: Tensor, codes: Tensor, form: BlockForm) -> Tensor:
     low = codes & 15
     planes = [head, low[..., :16] | low[..., 16:] << 4]
     if form.bits == 5:
-        bits = (codes >> 4).unflatten(-1, (4, 8)) << torch.arange(8, dtype=torch.uint8)
+        bits = torch.unflatten(codes >> 4, -1, (4, 8)) << torch.arange(8, dtype=torch.uint8)
         planes.insert(1, bits.sum(-1, dtype=torch.uint8))
     return torch.cat(planes, dim=-1)
 
 
 def _packed_k(head: Tensor, codes: Tensor, form: BlockForm) -> Tensor:
     """Returns blocks of Q4_K and Q5_K, in which column i stands beside column i + 32."""
-    parts = codes.to(torch.uint8).unflatten(-1, (8, 32))
-    low = (parts & 15).unflatten(-2, (4, 2))
+    parts = torch.unflatten(codes.to(torch.uint8), -1, (8, 32))
+    low = torch.unflatten(parts & 15, -2, (4, 2))
     planes = [head, (low[..., 0, :] | low[..., 1, :] << 4).flatten(-2)]
     if form.bits == 5:
         bits = (parts >> 4) << torch.arange(8, dtype=torch.uint8).unsqueeze(-1)
@@ -190,8 +190,8 @@ def _packed_k(head: Tensor, codes: Tensor, form: BlockForm) -> Tensor:
 
 def _packed_6(head: Tensor, codes: Tensor, _: BlockForm) -> Tensor:
     """Returns blocks of Q6_K, whose head stands at the end with D last."""
-    halves = codes.to(torch.uint8).unflatten(-1, (2, 4, 32))
-    low = (halves & 15).unflatten(-2, (2, 2)).flatten(-2)
+    halves = torch.unflatten(codes.to(torch.uint8), -1, (2, 4, 32))
+    low = torch.unflatten(halves & 15, -2, (2, 2)).flatten(-2)
     high = (halves >> 4) << torch.tensor([0, 2, 4, 6], dtype=torch.uint8).unsqueeze(-1)
     planes = (low[..., 0, :] | low[..., 1, :] << 4).flatten(-2), high.sum(-2, dtype=torch.uint8).flatten(-2)
     return torch.cat((*planes, head[..., 2:], head[..., :2]), dim=-1)

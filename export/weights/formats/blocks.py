@@ -99,6 +99,8 @@ class BlockLinear(nn.Module):
 class BlockEmbedding(nn.Module):
     """An embedding with rows in blocks."""
 
+    weight: Tensor
+
     def __init__(self, kind: str, weight: Tensor, columns: int) -> None:
         """Takes GGUF's blocks [V, row bytes]; in an export, any tensor that stands in for them."""
         super().__init__()
