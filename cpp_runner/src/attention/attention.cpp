@@ -1,7 +1,6 @@
 #include "attention/attention.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <utility>
 
@@ -119,35 +118,12 @@ constexpr Kernel kKernels[] = {
 #endif
 };
 
-struct Found {
-    std::array<InstructionSet, std::size(kKernels)> sets{};
-    size_t count = 0;
-};
-
-Found find_sets() {
-    Found found;
-    for (const Kernel& kernel : kKernels) {
+bool supports([[maybe_unused]] InstructionSet set) {
 #if defined(__x86_64__)
-        if (kernel.set == InstructionSet::kAvx2 &&
-            !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) {
-            break;
-        }
-        if (kernel.set == InstructionSet::kAvx512 &&
-            !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))) {
-            break;
-        }
+    if (set == InstructionSet::kAvx2) return has_avx2();
+    if (set == InstructionSet::kAvx512) return has_avx512();
 #endif
-        found.sets[found.count++] = kernel.set;
-    }
-    return found;
-}
-
-const Kernel& kernel_of(InstructionSet set) {
-    for (const Kernel& kernel : kKernels) {
-        if (kernel.set == set) return kernel;
-    }
-    return kKernels[0];
+    return true;
 }
 
 /// Returns the number of chunks into which a step of one block of query rows splits the keys.
@@ -185,8 +161,8 @@ static int64_t head_dim_of(RowForm form, size_t bytes) {
 }
 
 std::span<const InstructionSet> instruction_sets() {
-    static const Found found = find_sets();
-    return {found.sets.data(), found.count};
+    static const SupportedSets found(kKernels, supports);
+    return found.sets();
 }
 
 void attend(const Attention& attention, ParallelFor parallel_for, InstructionSet set) {
@@ -199,7 +175,7 @@ void attend(const Attention& attention, ParallelFor parallel_for, InstructionSet
     Work work{attention, 0, 1, partial};
     work.blocks = (work.rows() + kTileRows - 1) / kTileRows;
     if (work.blocks == 1) work.chunks = chunks_of(attention, work.rows());
-    const Context context{kernel_of(set), work};
+    const Context context{kernel_of(kKernels, set), work};
 
     // For a few rows, waking a second thread would take longer than converting them.
     const int64_t tokens = attention.batch * attention.length;
@@ -233,7 +209,7 @@ void turn(RowForm form, std::span<const float> cos, std::span<const float> sin, 
     attention.rope_pairs = static_cast<int64_t>(cos.size());
     attention.cos = cos.data();
     attention.sin = sin.data();
-    kernel_of(instruction_sets().back()).turn(attention, row.data());
+    kernel_of(kKernels, instruction_sets().back()).turn(attention, row.data());
 }
 
 }  // namespace llama_runner

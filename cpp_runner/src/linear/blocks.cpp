@@ -1,7 +1,6 @@
 #include "linear/blocks.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
 namespace llama_runner {
@@ -113,63 +112,6 @@ void put_codes(int bits, const uint8_t* codes, size_t row, std::byte* group) {
     }
 }
 
-float half_at(const std::byte* from) {
-    uint16_t bits;
-    std::memcpy(&bits, from, sizeof bits);
-    const uint32_t sign = uint32_t{bits & 0x8000U} << 16;
-    const uint32_t magnitude = uint32_t{bits & 0x7fffU} << 13;
-    if (magnitude >= 0x0f800000U) return std::bit_cast<float>(sign | 0x7f800000U | (magnitude & 0x007fffffU));
-    return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112F));
-}
-
-/// The numbers of 16 columns of a row.
-struct Numbers {
-    float d;
-    float m;
-};
-
-/// Reads the numbers of half block `half` under a head, of which `row` has those of its group.
-Numbers numbers_at(BlockHead kind, const std::byte* head, size_t row, size_t half) {
-    const std::byte* singles = head + row;
-    const float first = kind == BlockHead::kExponent ? 0 : half_at(head + 2 * row);
-    switch (kind) {
-        case BlockHead::kScale:
-            return {first, 0};
-        case BlockHead::kScaleAndOffset:
-            return {first, half_at(head + 2 * (kRows + row))};
-        case BlockHead::kExponent: {
-            const uint32_t e = at(singles, 0);
-            return {std::bit_cast<float>(e < 2 ? (e + 1) << 21 : (e - 1) << 23), 0};
-        }
-        case BlockHead::kBytes:
-            return {first * static_cast<float>(static_cast<int8_t>(at(singles, (2 + half) * kRows))), 0};
-        case BlockHead::kSixBits:
-            break;
-    }
-    const size_t block = half / 2;
-    const std::byte* bytes = singles + (4 + block % 4) * kRows;
-    int s = at(bytes, 0), t = at(bytes, 4 * kRows);
-    if (block >= 4) {
-        const int low = at(bytes, 8 * kRows);
-        s = (low & 15) | (s >> 2 & 48);
-        t = (low >> 4) | (t >> 2 & 48);
-    }
-    const float offset = half_at(head + 2 * (kRows + row)) * static_cast<float>(t & 63);
-    return {first * static_cast<float>(s & 63), -offset};
-}
-
-/// Reads the code of column c of 32 columns of a row.
-float code_at(const BlockForm& form, const std::byte* codes, size_t row, size_t c) {
-    const size_t vector = c / 4;
-    const std::byte* at_row = codes + row * 4 + c % 4;
-    if (form.bits == 8) return static_cast<float>(static_cast<int8_t>(at(at_row, vector * 64)));
-    int code = at(at_row, vector % 4 * 64) >> (vector < 4 ? 0 : 4) & 15;
-    const std::byte* high = at_row + size_t{4} * 64;
-    if (form.bits == 5) code |= (at(high, 0) >> vector & 1) << 4;
-    if (form.bits == 6) code |= (at(high, vector / 4 * 64) >> (vector % 4 * 2) & 3) << 4;
-    return static_cast<float>(form.table ? form.table[code] : code - form.zero);
-}
-
 }  // namespace
 
 std::optional<BlockType> block_type_of(std::string_view name) {
@@ -177,23 +119,6 @@ std::optional<BlockType> block_type_of(std::string_view name) {
         if (kBlockForms[i].name == name) return static_cast<BlockType>(i);
     }
     return std::nullopt;
-}
-
-void read_row(BlockType type, int64_t columns, const std::byte* groups, int64_t row, float* out) {
-    const BlockForm& form = form_of(type);
-    const bool has_offset = form.head == BlockHead::kScaleAndOffset || form.head == BlockHead::kSixBits;
-    const auto in_group = static_cast<size_t>(row % kGroupRows);
-    const std::byte* block = groups + static_cast<size_t>(row / kGroupRows) * group_bytes(type, columns);
-    const auto width = static_cast<size_t>(block_columns(type));
-    for (size_t start = 0; start < static_cast<size_t>(columns); start += width, block += block_bytes(type) * kRows) {
-        const std::byte* codes = block + head_bytes(form.head) * kRows;
-        for (size_t c = 0; c < width; ++c) {
-            const Numbers numbers = numbers_at(form.head, block, in_group, c / 16);
-            const float code = code_at(form, codes + c / kColumns * code_bytes(form.bits), in_group, c % kColumns);
-            const float scaled = code * numbers.d;
-            out[start + c] = has_offset ? scaled + numbers.m : scaled;
-        }
-    }
 }
 
 void lay(BlockType type, int64_t rows, int64_t columns, const std::byte* blocks, std::byte* groups) {

@@ -94,9 +94,6 @@ constexpr size_t group_bytes(BlockType type, int64_t columns) {
     return static_cast<size_t>(columns / block_columns(type) * kGroupRows) * block_bytes(type);
 }
 
-/// Reads row `row` of a matrix in groups: K numbers, each code * d, and then + m if the form has it.
-void read_row(BlockType type, int64_t columns, const std::byte* groups, int64_t row, float* out);
-
 /// Brings GGUF's blocks of a matrix into groups.
 void lay(BlockType type, int64_t rows, int64_t columns, const std::byte* blocks, std::byte* groups);
 

@@ -113,48 +113,31 @@ constexpr Kernel kKernels[] = {
 #endif
 };
 
-struct Found {
-    std::array<IntegerSet, std::size(kKernels)> sets{};
-    size_t count = 0;
-};
+using RowReader = void (*)(int64_t columns, const std::byte* group, int row, float* out);
 
-bool has(IntegerSet set) {
+template <int... I>
+constexpr std::array<RowReader, sizeof...(I)> row_readers(std::integer_sequence<int, I...>) {
+    return {kPortable::read_row_of<static_cast<BlockType>(I)>...};
+}
+
+/// Reads a row, for each type. One instruction set is enough for the few rows that an embedding reads.
+constexpr auto kRowReaders = row_readers(std::make_integer_sequence<int, static_cast<int>(kBlockForms.size())>());
+
+bool supports([[maybe_unused]] IntegerSet set) {
 #if defined(__x86_64__)
-    if (set == IntegerSet::kAvx2) {
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    }
-    if (set == IntegerSet::kAvx512Vnni) {
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512vnni");
-    }
+    if (set == IntegerSet::kAvx2) return has_avx2();
+    if (set == IntegerSet::kAvx512Vnni) return has_avx512() && __builtin_cpu_supports("avx512vnni");
 #elif defined(__aarch64__)
     if (set == IntegerSet::kNeonDot) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif
     return true;
 }
 
-Found find_sets() {
-    Found found;
-    for (const Kernel& kernel : kKernels) {
-        if (!has(kernel.set)) break;
-        found.sets[found.count++] = kernel.set;
-    }
-    return found;
-}
-
-const Kernel& kernel_of(IntegerSet set) {
-    for (const Kernel& kernel : kKernels) {
-        if (kernel.set == set) return kernel;
-    }
-    return kKernels[0];
-}
-
 }  // namespace
 
 std::span<const IntegerSet> integer_sets() {
-    static const Found found = find_sets();
-    return {found.sets.data(), found.count};
+    static const SupportedSets found(kKernels, supports);
+    return found.sets();
 }
 
 size_t scratch_bytes(const Linear& linear) {
@@ -177,7 +160,7 @@ void multiply(const Linear& linear, std::byte* scratch, ParallelFor parallel_for
     };
     if (linear.tokens == 0) return;
     const Work work{linear, scratch, split(linear)};
-    const Context context{kernel_of(set), work};
+    const Context context{kernel_of(kKernels, set), work};
 
     // For a few rows, waking a second thread would take longer than rounding them.
     const int64_t tiles = (linear.tokens + kRoundTokens - 1) / kRoundTokens;
@@ -199,6 +182,11 @@ void multiply(const Linear& linear, std::byte* scratch, ParallelFor parallel_for
             kernel.multiply(whole, task);
         },
         &context);
+}
+
+void read_row(BlockType type, int64_t columns, const std::byte* weight, int64_t row, float* out) {
+    const std::byte* group = weight + static_cast<size_t>(row / kGroupRows) * group_bytes(type, columns);
+    kRowReaders[static_cast<size_t>(type)](columns, group, static_cast<int>(row % kGroupRows), out);
 }
 
 }  // namespace llama_runner

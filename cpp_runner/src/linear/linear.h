@@ -44,6 +44,9 @@ size_t scratch_bytes(const Linear& linear);
 void multiply(const Linear& linear, std::byte* scratch, ParallelFor parallel_for,
               IntegerSet set = integer_sets().back());
 
+/// Reads row `row` of a matrix with K columns: K numbers, each d * code, and then + m in formats that have it.
+void read_row(BlockType type, int64_t columns, const std::byte* weight, int64_t row, float* out);
+
 /// Returns into how many tasks multiply() splits a product, and how many groups of rows a task has at most.
 struct Split {
     int64_t token_tiles;      // each of up to kTileTokens rows of x

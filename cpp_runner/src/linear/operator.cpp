@@ -42,12 +42,16 @@ bool well_typed(et::Span<et::EValue*> args) {
            out.dim() == x.dim();
 }
 
+std::optional<BlockType> type_of(const et::EValue& kind) {
+    const auto name = kind.toString();
+    return block_type_of({name.data(), name.size()});
+}
+
 /// Reads the sizes from the arguments; returns false if they do not match.
 bool measure(et::Span<et::EValue*> args, Linear& linear) {
     const Tensor& x = args[kX]->toTensor();
     const Tensor& weight = args[kWeight]->toTensor();
-    const auto kind = args[kKind]->toString();
-    const std::optional<BlockType> type = block_type_of({kind.data(), kind.size()});
+    const std::optional<BlockType> type = type_of(*args[kKind]);
     if (!type) return false;
     linear.type = *type;
     linear.columns = x.size(x.dim() - 1);
@@ -63,11 +67,12 @@ bool measure(et::Span<et::EValue*> args, Linear& linear) {
     return weight.nbytes() == static_cast<size_t>(groups_of(linear.rows)) * group_bytes(linear.type, linear.columns);
 }
 
-bool resize(Tensor out, const Tensor& x, int64_t rows) {
+/// Gives the result the first dimensions of another tensor, and a last one of `size`.
+bool resize(Tensor out, const Tensor& like, int64_t size) {
     SizesType shape[kMostDimensions];
-    const auto dims = static_cast<size_t>(x.dim());
-    for (size_t i = 0; i < dims; ++i) shape[i] = static_cast<SizesType>(x.size(static_cast<ptrdiff_t>(i)));
-    shape[dims - 1] = static_cast<SizesType>(rows);
+    const auto dims = static_cast<size_t>(out.dim());
+    for (size_t i = 0; i + 1 < dims; ++i) shape[i] = static_cast<SizesType>(like.size(static_cast<ptrdiff_t>(i)));
+    shape[dims - 1] = static_cast<SizesType>(size);
     return et::resize_tensor(out, {shape, dims}) == et::Error::Ok && et::tensor_is_contiguous(out);
 }
 
@@ -101,20 +106,14 @@ void block_rows_out(et::KernelRuntimeContext& ctx, et::Span<et::EValue*> args) {
     const Tensor& weight = args[0]->toTensor();
     const Tensor& tokens = args[1]->toTensor();
     const Tensor& out = args[4]->toTensor();
-    const auto kind = args[2]->toString();
-    const std::optional<BlockType> type = block_type_of({kind.data(), kind.size()});
+    const std::optional<BlockType> type = type_of(*args[2]);
     const int64_t columns = args[3]->toInt();
     const bool matches = type && columns > 0 && columns <= kMostSize && columns % block_columns(*type) == 0 &&
                          weight.scalar_type() == ScalarType::Byte && tokens.scalar_type() == ScalarType::Long &&
                          out.scalar_type() == ScalarType::Float && tokens.dim() + 1 == out.dim() &&
                          out.dim() <= kMostDimensions && et::tensor_is_contiguous(tokens);
     ET_KERNEL_CHECK_MSG(ctx, matches, InvalidArgument, , "%s: unknown format, or sizes do not match", kRowsName);
-    SizesType shape[kMostDimensions];
-    const auto dims = static_cast<size_t>(out.dim());
-    for (size_t i = 0; i + 1 < dims; ++i) shape[i] = static_cast<SizesType>(tokens.size(static_cast<ptrdiff_t>(i)));
-    shape[dims - 1] = static_cast<SizesType>(columns);
-    ET_KERNEL_CHECK_MSG(ctx, et::resize_tensor(out, {shape, dims}) == et::Error::Ok && et::tensor_is_contiguous(out),
-                        InvalidArgument, , "%s: the result does not fit", kRowsName);
+    ET_KERNEL_CHECK_MSG(ctx, resize(out, tokens, columns), InvalidArgument, , "%s: the result does not fit", kRowsName);
     const auto rows = static_cast<int64_t>(weight.nbytes() / group_bytes(*type, columns)) * kGroupRows;
     const auto* ids = tokens.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < tokens.numel(); ++i) {
