@@ -20,14 +20,9 @@ from runtime.engine.program import files, read_metadata
 from runtime.pte.metadata import Metadata
 
 
-def scheme_of(metadata: Metadata) -> Scheme:
-    """Returns the scheme in which the file's matrices are stored."""
-    return Scheme.parse(metadata.provenance["options"]["scheme"])
-
-
 def describe(metadata: Metadata, size: int) -> dict[str, Any]:
     """Returns everything that `inspect` prints, as JSON types. `size` is the size of the file in bytes."""
-    config, memory, kv_dtype = metadata.config, memory_use(metadata), scheme_of(metadata).kv_dtype
+    config, memory, kv_dtype = metadata.config, memory_use(metadata), Scheme.of(metadata).kv_dtype
     heads = max((spec.sizes(1)[0] // metadata.batch_size for spec in metadata.caches), default=config.n_kv_heads)
     cached = dataclasses.replace(config, n_heads=heads, n_kv_heads=heads)
     lengths = sorted({metadata.max_seq_len, *(2**i for i in range(7, 18) if 2**i < metadata.max_seq_len)})
@@ -51,7 +46,7 @@ def describe(metadata: Metadata, size: int) -> dict[str, Any]:
 
 def _weights(metadata: Metadata) -> dict[str, Any]:
     """Returns the weight formats in words, and the matrices with a format other than the usual one."""
-    scheme = scheme_of(metadata)
+    scheme = Scheme.of(metadata)
     return {
         "quantize": metadata.provenance["options"]["quantize"],
         "linear": str(scheme.linear),

@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     gate = Gate.of(options.eval_text, options.max_ppl_increase)
     metadata = read_metadata(options.file)
-    scheme = Scheme.parse(metadata.provenance["options"]["scheme"])
+    scheme = Scheme.of(metadata)
     if options.report and scheme.max_ppl_increase is None:
         raise InputError(f"--report needs a quantised file, but {options.file} is float32; leave it out")
     checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir)

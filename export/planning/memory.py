@@ -37,7 +37,7 @@ class MemoryUse:
 
 def memory_use(metadata: Metadata) -> MemoryUse:
     """Returns the memory computed from the file's dimensions."""
-    scheme = Scheme.parse(metadata.provenance["options"]["scheme"])
+    scheme = Scheme.of(metadata)
     packed = any(row.packs and row.runtime in metadata.requirements.backends for row in BACKENDS.values())
     packed = packed and not scheme.linear.by_operator
     return MemoryUse(

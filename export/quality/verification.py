@@ -68,7 +68,7 @@ class Verdict:
         return Outcome(str(self), self.failure, self._report() if self.quality else None)
 
     def _report(self) -> dict[str, Any]:
-        scheme = Scheme.parse(self.metadata.provenance["options"]["scheme"])
+        scheme = Scheme.of(self.metadata)
         assert self.quality
         quality = asdict(self.quality) | {"worst": [loss.worst for loss in self.quality.worst]}
         quality["kl_limit"] = self.quality.kl_limit

@@ -17,6 +17,7 @@ from model.block_linear import BLOCK_FORMS
 from model.config import ModelConfig
 from model.errors import InputError
 from model.model import Llama
+from runtime.pte.metadata import Metadata
 
 CALIBRATED = "gptq"
 """Rounding of a scheme whose matrices are calibrated by `export.quality.gptq`."""
@@ -52,6 +53,11 @@ class Scheme:
         return Scheme(
             **formats, careful=tuple(found["careful"]), rounding=found["rounding"], kv_dtype=found["kv_dtype"]
         )
+
+    @staticmethod
+    def of(metadata: Metadata) -> "Scheme":
+        """Returns the scheme in which a file's matrices are stored."""
+        return Scheme.parse(metadata.provenance["options"]["scheme"])
 
     def to_json(self) -> dict[str, Any]:
         """Returns the scheme as JSON types, for `parse`."""

@@ -58,7 +58,7 @@ class WeightSource:
             return self._calibrated[name]
         form = self.format(name)
         blocks = self._blocks.get(self._stored_name(name))
-        if blocks and isinstance(form, Blocks) and form.name == blocks.kind:
+        if blocks and form == Blocks.of(blocks.kind):
             return blocks.read()
         return form.stored(self.weight(name), self.scheme.plain_rounding)
 

@@ -64,7 +64,7 @@ def test_quantised_files_give_the_eager_models_tokens(
     options = ExportOptions(max_seq_len=512, output=output, **scheme)
     export_llama(options)
     metadata = read_metadata(output)
-    source = plan(options).source.with_scheme(Scheme.parse(metadata.provenance["options"]["scheme"]))
+    source = plan(options).source.with_scheme(Scheme.of(metadata))
     model = source.model({name: source.piece(name) for name in piece_names(source.config)})
     prompt = from_bytes(metadata.tokenizer, metadata.tokenizer_kind).encode("The cat")
     text = [1, *prompt]

@@ -14,18 +14,12 @@ _STEPS = torch.linspace(0.7, 1.15, 19)
 """Scales that are tried for a block, relative to the one that covers its largest weight."""
 
 
-def blocks_of(weight: Tensor, kind: str, importance: Tensor | None = None) -> Tensor:
-    """Rounds a matrix [N, K] float32 to blocks, uint8 [N, row bytes].
-
-    Args:
-        kind: key of `model.block_linear.BLOCK_FORMS`.
-        importance: [K], how much an error in each column counts; None for all alike.
+def blocks_of(weight: Tensor, kind: str) -> Tensor:
+    """Rounds a matrix [N, K] float32 to blocks, uint8 [N, row bytes], of a kind in
+    `model.block_linear.BLOCK_FORMS`.
     """
     form = BLOCK_FORMS[kind]
-    rows = torch.unflatten(weight, 1, (-1, form.columns))
-    counts = torch.ones_like(weight) if importance is None else importance.expand_as(weight)
-    counts = torch.unflatten(counts, 1, (-1, form.columns))
-    head, codes = _HEADS[form.head](rows, counts, form)
+    head, codes = _HEADS[form.head](torch.unflatten(weight, 1, (-1, form.columns)), form)
     return _PACKED.get(kind, _packed)(head, codes, form).flatten(1)
 
 
@@ -43,23 +37,31 @@ def _nearest(x: Tensor, values: Tensor) -> Tensor:
     return torch.bucketize(x, (values[1:] + values[:-1]) / 2)
 
 
-def _fitted(w: Tensor, counts: Tensor, values: Tensor) -> Tensor:
+def _affine_codes(w: Tensor, d: Tensor, m: Tensor, most: int) -> Tensor:
+    """Returns the codes from 0 to `most` for w = d * code + m."""
+    return ((w - m) / _safe(d)).round().clamp(0, most)
+
+
+def _safe(d: Tensor) -> Tensor:
+    return torch.where(d == 0, 1.0, d)
+
+
+def _fitted(w: Tensor, values: Tensor) -> Tensor:
     """Returns the scale d of each block [.., n], for w = d * value, with the least squared error of those tried."""
     extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True))
-    most = values[values.abs().argmax()]
     best, least = torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
     for step in _STEPS:
-        for limit in {float(most), float(values[-1]), float(values[0])}:
+        for limit in (values[0], values[-1]):
             d = extreme / limit * step
-            found = values[_nearest(w / torch.where(d == 0, 1.0, d), values)]
-            squares = (counts * found.square()).sum(-1, keepdim=True)
-            d = torch.where(squares > 0, (counts * w * found).sum(-1, keepdim=True) / squares.clamp(min=1e-30), d)
-            error = (counts * (w - d * found).square()).sum(-1, keepdim=True)
+            found = values[_nearest(w / _safe(d), values)]
+            squares = found.square().sum(-1, keepdim=True)
+            d = torch.where(squares > 0, (w * found).sum(-1, keepdim=True) / squares.clamp(min=1e-30), d)
+            error = (w - d * found).square().sum(-1, keepdim=True)
             best, least = torch.where(error < least, d, best), torch.minimum(error, least)
     return best.squeeze(-1)
 
 
-def _fitted_with_offset(w: Tensor, counts: Tensor, most: int, below: bool) -> tuple[Tensor, Tensor]:
+def _fitted_with_offset(w: Tensor, most: int, below: bool) -> tuple[Tensor, Tensor]:
     """Returns the scale and offset of each block [.., n], for w = d * code + m and codes from 0 to `most`.
 
     Args:
@@ -69,23 +71,22 @@ def _fitted_with_offset(w: Tensor, counts: Tensor, most: int, below: bool) -> tu
     low = low.clamp(max=0) if below else low
     best = (high - low) / most, low
     least = torch.full_like(low, torch.inf)
-    total = counts.sum(-1, keepdim=True)
+    mean = w.sum(-1, keepdim=True) / w.shape[-1]
     for step in _STEPS:
         d = (high - low) / most * step
         m = low + (1 - step) / 2 * (high - low) if not below else low * (1 + step) / 2
         for _ in range(2):
-            codes = ((w - m) / torch.where(d == 0, 1.0, d)).round().clamp(0, most)
-            mean_code, mean = ((counts * each).sum(-1, keepdim=True) / total for each in (codes, w))
-            spread = (counts * (codes - mean_code).square()).sum(-1, keepdim=True)
-            slope = (counts * (codes - mean_code) * (w - mean)).sum(-1, keepdim=True) / spread.clamp(min=1e-30)
+            codes = _affine_codes(w, d, m, most)
+            mean_code = codes.sum(-1, keepdim=True) / w.shape[-1]
+            spread = (codes - mean_code).square().sum(-1, keepdim=True)
+            slope = ((codes - mean_code) * (w - mean)).sum(-1, keepdim=True) / spread.clamp(min=1e-30)
             d = torch.where(spread > 0, slope, d)
             m = mean - d * mean_code
             if below:
-                squares = (counts * codes.square()).sum(-1, keepdim=True).clamp(min=1e-30)
-                d = torch.where(m > 0, (counts * w * codes).sum(-1, keepdim=True) / squares, d)
+                squares = codes.square().sum(-1, keepdim=True).clamp(min=1e-30)
+                d = torch.where(m > 0, (w * codes).sum(-1, keepdim=True) / squares, d)
                 m = m.clamp(max=0)
-        codes = ((w - m) / torch.where(d == 0, 1.0, d)).round().clamp(0, most)
-        error = (counts * (w - d * codes - m).square()).sum(-1, keepdim=True)
+        error = (w - d * _affine_codes(w, d, m, most) - m).square().sum(-1, keepdim=True)
         best = torch.where(error < least, d, best[0]), torch.where(error < least, m, best[1])
         least = torch.minimum(error, least)
     return best[0].squeeze(-1), best[1].squeeze(-1)
@@ -96,55 +97,51 @@ def _bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-def _safe(d: Tensor) -> Tensor:
-    return torch.where(d == 0, 1.0, d)
-
-
-def _with_scale(w: Tensor, counts: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
+def _with_scale(w: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
     values, codes = _codebook(form)
-    d = _fitted(w, counts, values).half()
+    d = _fitted(w, values).half()
     found = _nearest(w / _safe(d.float()).unsqueeze(-1), values)
     return _bytes(d.unsqueeze(-1)), codes[found].to(torch.int16)
 
 
-def _with_scale_and_offset(w: Tensor, counts: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
+def _with_scale_and_offset(w: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
     most = (1 << form.bits) - 1
-    head = torch.stack(_fitted_with_offset(w, counts, most, below=False), dim=-1).half()
+    head = torch.stack(_fitted_with_offset(w, most, below=False), dim=-1).half()
     d, m = head.float().unsqueeze(-2).unbind(-1)
-    return _bytes(head), ((w - m) / _safe(d)).round().clamp(0, most).to(torch.int16)
+    return _bytes(head), _affine_codes(w, d, m, most).to(torch.int16)
 
 
-def _with_exponent(w: Tensor, counts: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
+def _with_exponent(w: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
     values, codes = _codebook(form)
     largest = w.abs().amax(-1, keepdim=True) / values[-1]
     exponent = torch.where(largest > 0, largest, 1.0).log2().ceil()
     tries = torch.stack([exponent - 1, exponent])
     d = tries.exp2()
-    errors = torch.stack([(counts * (w - each * values[_nearest(w / each, values)]).square()).sum(-1) for each in d])
+    errors = torch.stack([(w - each * values[_nearest(w / each, values)]).square().sum(-1) for each in d])
     exponent = torch.where(errors[0] < errors[1], tries[0].squeeze(-1), tries[1].squeeze(-1)).clamp(-126, 126)
     found = _nearest(w / exponent.exp2().unsqueeze(-1), values)
     return (exponent + 128).to(torch.uint8).unsqueeze(-1), codes[found].to(torch.int16)
 
 
-def _with_six_bits(w: Tensor, counts: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
+def _with_six_bits(w: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
     most = (1 << form.bits) - 1
-    w, counts = torch.unflatten(w, -1, (8, 32)), torch.unflatten(counts, -1, (8, 32))
-    d, m = _fitted_with_offset(w, counts, most, below=True)
+    w = torch.unflatten(w, -1, (8, 32))
+    d, m = _fitted_with_offset(w, most, below=True)
     whole = torch.stack((d.amax(-1), -m.amin(-1)), dim=-1) / 63
     whole = whole.clamp(min=0).half()
     D, M = whole.float().unsqueeze(-2).unbind(-1)
     s, t = ((each / _safe(top)).round().clamp(0, 63).to(torch.uint8) for each, top in ((d, D), (-m, M)))
     d, m = (D * s).unsqueeze(-1), -(M * t).unsqueeze(-1)
-    codes = ((w - m) / _safe(d)).round().clamp(0, most).to(torch.int16).flatten(-2)
+    codes = _affine_codes(w, d, m, most).to(torch.int16).flatten(-2)
     low = torch.cat((s[..., :4] | s[..., 4:] >> 4 << 6, t[..., :4] | t[..., 4:] >> 4 << 6), dim=-1)
     high = s[..., 4:] & 15 | t[..., 4:] << 4
     return torch.cat((_bytes(whole), low, high), dim=-1), codes
 
 
-def _with_bytes(w: Tensor, counts: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
+def _with_bytes(w: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
     values, codes = _codebook(form)
-    w, counts = torch.unflatten(w, -1, (16, 16)), torch.unflatten(counts, -1, (16, 16))
-    d = _fitted(w, counts, values)
+    w = torch.unflatten(w, -1, (16, 16))
+    d = _fitted(w, values)
     largest = d.gather(-1, d.abs().argmax(-1, keepdim=True))
     D = (largest / -128).half()
     s = (d / _safe(D.float())).round().clamp(-128, 127)
@@ -152,7 +149,7 @@ def _with_bytes(w: Tensor, counts: Tensor, form: BlockForm) -> tuple[Tensor, Ten
     return torch.cat((_bytes(D), _bytes(s.to(torch.int8))), dim=-1), codes[found].to(torch.int16).flatten(-2)
 
 
-_HEADS: dict[str, Callable[[Tensor, Tensor, BlockForm], tuple[Tensor, Tensor]]] = {
+_HEADS: dict[str, Callable[[Tensor, BlockForm], tuple[Tensor, Tensor]]] = {
     "scale": _with_scale,
     "scale_and_offset": _with_scale_and_offset,
     "exponent": _with_exponent,

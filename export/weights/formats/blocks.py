@@ -51,17 +51,15 @@ class Blocks(Format):
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Returns the size of a matrix, whose rows are stored in whole groups."""
-        return -(-rows // GROUP) * GROUP * self._row_bytes(columns)
-
-    def _row_bytes(self, columns: int) -> int:
-        return columns // self.group_size * BLOCK_FORMS[self.name].block_bytes
+        return -(-rows // GROUP) * GROUP * (columns // self.group_size) * BLOCK_FORMS[self.name].block_bytes
 
     def stored(self, weight: Tensor, rounding: str) -> Tensor:
         (blocks,) = by_rows(weight, lambda part: [blocks_of(part.float(), self.name)])
         return blocks
 
     def random(self, shape: Sequence[int]) -> Tensor:
-        return self.stored(torch.randn(*shape), "nearest")
+        """Returns random bytes, because only the shape of an operator's argument matters."""
+        return torch.randint(256, (shape[0], self.nbytes(GROUP, shape[1]) // GROUP), dtype=torch.uint8)
 
     def linear(self, stored: Tensor, bias: Tensor | None, width: int | None = None) -> nn.Module:
         return BlockLinear(self.name, stored, bias)
