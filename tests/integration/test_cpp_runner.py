@@ -327,12 +327,13 @@ def test_aarch64_prints_what_llama2_c_prints(aarch64: list[str | Path], stories_
 
 
 @pytest.mark.slow
-def test_aarch64_runs_four_bit_weights_as_this_machine_does(
-    aarch64: list[str | Path], runner: Path, tmp_path: Path
+@pytest.mark.parametrize("quantize", ["8da4w", "q4_0", "q5_1"])
+def test_aarch64_runs_quantised_weights_as_this_machine_does(
+    aarch64: list[str | Path], runner: Path, tmp_path: Path, quantize: str
 ) -> None:
-    """Weights of 4 bits in groups of 32 and activations of 8, which have kernels of their own on ARM."""
+    """Weights of few bits and activations of 8, which have kernels of their own on ARM."""
     output = tmp_path / "quantised.pte"
-    export_llama(ExportOptions(max_seq_len=512, prefill_chunk=8, quantize="8da4w", output=output))
+    export_llama(ExportOptions(max_seq_len=512, prefill_chunk=8, quantize=quantize, output=output))
     flags = [output, "--prompt", "Once upon a time", "--max-new-tokens", "40"]
     here, there = _run(runner, *flags), _run(*aarch64, *flags)
     assert len(here.stdout.split()) > 20
