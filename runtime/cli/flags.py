@@ -90,6 +90,17 @@ def add_threads_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_prompts_file_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag for a file of prompts, which `runtime.text.prompts.read_prompts` reads."""
+    parser.add_argument(
+        "--prompts-file",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file with one prompt, or one JSON object, per line",
+    )
+
+
 def generation_options(
     flags: argparse.Namespace, recommendation: Mapping[str, float] = MappingProxyType({})
 ) -> GenerationOptions:
