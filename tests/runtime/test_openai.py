@@ -133,17 +133,17 @@ def test_a_text_ends_before_a_stop_string(server: Server, expected: Callable[...
 
 def test_logprobs_are_those_of_generate(server: Server, expected: Callable[..., list[Step]]) -> None:
     steps = expected(STORY, 12, logprobs=3)
-    told = (
+    echoed = (
         server.client()
         .completions.create(model="tiny", prompt=STORY, temperature=0, max_tokens=12, logprobs=3)
         .choices[0]
     )
-    assert told.logprobs
-    assert told.logprobs.token_logprobs == pytest.approx([step.logprob for step in steps], abs=1e-4)
-    assert told.logprobs.tokens
-    assert told.logprobs.text_offset
+    assert echoed.logprobs
+    assert echoed.logprobs.token_logprobs == pytest.approx([step.logprob for step in steps], abs=1e-4)
+    assert echoed.logprobs.tokens
+    assert echoed.logprobs.text_offset
     assert all(
-        told.text.startswith(*pair) for pair in zip(told.logprobs.tokens, told.logprobs.text_offset, strict=True)
+        echoed.text.startswith(*pair) for pair in zip(echoed.logprobs.tokens, echoed.logprobs.text_offset, strict=True)
     )
     ids = NAMED["llama2"].encode([("user", "Hi")], server.model.tokenizer)
     steps = expected(ids, 12, logprobs=2)
@@ -194,9 +194,9 @@ def test_an_echo_with_logprobs_has_those_of_the_prompt(
         assert all(map(choice.text.startswith, logs.tokens[2:], logs.text_offset[2:]))
         chunks = list(server.client().completions.create(prompt=prompt, **ask, stream=True))
         assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
-        told = [part for chunk in chunks if (part := chunk.choices[0].logprobs)]
-        assert [value for part in told for value in part.token_logprobs or ()] == logs.token_logprobs
-        assert [value for part in told for value in part.text_offset or ()] == logs.text_offset
+        echoed = [part for chunk in chunks if (part := chunk.choices[0].logprobs)]
+        assert [value for part in echoed for value in part.token_logprobs or ()] == logs.token_logprobs
+        assert [value for part in echoed for value in part.text_offset or ()] == logs.text_offset
 
 
 def test_an_echo_without_logprobs_is_the_prompt_and_what_follows(

@@ -150,8 +150,8 @@ def test_hosts_on_a_slow_network_give_the_same_tokens(
 ) -> None:
     shards = folder(models, "stories260K")
     with hosts(count) as found:
-        prefixes, told = zip(*found, strict=True)
-        *results_there, _ = results(start([command(shards, prompts)] * count, told, prefixes))
+        prefixes, environments = zip(*found, strict=True)
+        *results_there, _ = results(start([command(shards, prompts)] * count, environments, prefixes))
     assert [result["token_ids"] for result in results_there] == expected(shards)
 
 
