@@ -1,4 +1,4 @@
-// The golden file that Python is tested against too (tests/runtime/test_chat.py), and what it does not hold.
+// Tests chats with the golden file of tests/runtime/test_chat.py, and with cases that it does not contain.
 
 #include "llama_runner/conversation.h"
 #include "llama_runner/program.h"
@@ -104,7 +104,7 @@ TEST(ChatTemplate, RefusesATokenThatIsCutOutOfAnyText) {
     EXPECT_EQ(made.end_id(**tokenizer, 2), std::nullopt);
 }
 
-/// chat.pte is made by tests/runtime/test_chat.py, which shows that it talks as Python does.
+/// tests/runtime/test_chat.py makes chat.pte and compares its chats with Python's.
 TEST(Chat, RefusesAFileWithoutATemplate) {
     REQUIRE_TINY(path);
     const auto program = Program::open(path, {});
