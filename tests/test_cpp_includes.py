@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 CPP = Path(__file__).parents[1] / "cpp_runner"
-ROOMS = ["support", "pte", "attention", "linear", "preproc", "tokenizer", "engine", "text", "cli"]
+LAYERS = ["support", "pte", "attention", "linear", "preproc", "tokenizer", "engine", "text", "cli"]
 HEADER_ONLY = {"result": "support", "measure": "support", "steps": "engine"}
 
 
@@ -17,7 +17,7 @@ def layer_of(file: str) -> int:
     name = Path(file).stem
     sources = [path.parent.name for path in CPP.glob(f"src/*/{name}.cpp")] if "llama_runner/" in file else []
     folder = HEADER_ONLY.get(name) or next(iter(sources), Path(file).parent.name)
-    return ROOMS.index(folder) if folder in ROOMS else len(ROOMS)
+    return LAYERS.index(folder) if folder in LAYERS else len(LAYERS)
 
 
 def test_includes_go_down() -> None:

@@ -81,12 +81,12 @@ def test_the_readme_is_short_and_leads_to_every_document() -> None:
         assert f"](docs/{name})" in DOCS["README.md"], name
 
 
-def test_the_table_of_what_a_file_carries_is_the_contracts() -> None:
+def test_the_table_of_metadata_is_that_of_the_code() -> None:
     rows = "".join(f"| `{name}` | {kind} | {meaning} |\n" for name, (kind, meaning) in FIELDS.items())
     assert f"| method | type | meaning |\n|---|---|---|\n{rows}\n" in DOCS["file-format.md"]
 
 
-def test_the_format_version_is_the_contracts() -> None:
+def test_the_format_version_is_that_of_the_code() -> None:
     assert f"the format version (uint32, now {FORMAT_VERSION})" in DOCS["file-format.md"]
 
 

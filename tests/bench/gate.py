@@ -248,7 +248,7 @@ def faults(right: Right, found: Observed, is_quick: bool) -> Iterator[tuple[str,
     """Yields the name of each fault and the checks that detect it: weights, numbers, or none.
 
     Args:
-        is_quick: numbers are not looked at where the weights already refuse it.
+        is_quick: skips the check of numbers for faults that the weights already detect.
     """
     for plant in PLANTED:
         source, by = plant(right.source), set[str]()

@@ -179,8 +179,8 @@ def stories(source: Path, folder: Path) -> Callable[[], Result]:
     """Returns a function that measures stories260K, a model so small that the overhead of a step dominates.
 
     Args:
-        source: llama2.c's run.c, compiled as its author does for speed.
-        folder: has stories260K.bin, tok512.bin and tok512.model.
+        source: llama2.c's run.c, compiled with its author's fastest flags.
+        folder: contains stories260K.bin, tok512.bin and tok512.model.
     """
     theirs, ours = FOLDER / "llama2c", FOLDER / "stories260K.pte"
     subprocess.run(["gcc", "-Ofast", "-march=native", source, "-lm", "-o", theirs], check=True)

@@ -1,5 +1,5 @@
-// Runs the tokenizers, the metadata reader and Program::open on damaged input for some seconds: each must return an error
-// or a working object. In the sanitizer build, undefined behaviour is a crash.
+// Runs the tokenizers, the metadata reader and Program::open on damaged input for some seconds: each must return an
+// error or a working object. In the sanitizer build, undefined behaviour is a crash.
 //
 //     fuzz SECONDS PTE TOKENIZER...
 

@@ -84,7 +84,7 @@ TEST(ChatTemplate, SaysThatItsJinjaIsNotForThisRunner) {
     EXPECT_TRUE(made.error().message.starts_with("the file's chat template needs Jinja, which this runner lacks; "));
 }
 
-TEST(ChatTemplate, RefusesATokenThatIsCutOutOfAnyText) {
+TEST(ChatTemplate, RefusesATokenMatchedInAnyText) {
     const auto tokenizer = from_bytes(
         R"({"model": {"vocab": {"a": 0, "b": 1}, "merges": []},
             "added_tokens": [{"id": 2, "content": "<x>", "special": false}, {"id": 3, "content": "--", "special": false}]})");

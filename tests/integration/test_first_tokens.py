@@ -118,7 +118,7 @@ def bare(model: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("adds", [None, True, False])
-def test_tokenizer_config_says_whether_a_text_of_sentencepiece_starts_with_bos(
+def test_tokenizer_config_decides_whether_a_sentencepiece_text_starts_with_bos(
     adds: bool | None, bare: Path, small: Path
 ) -> None:
     shutil.copy(small, bare / "tokenizer.model")
@@ -142,7 +142,7 @@ def test_added_tokens_that_a_sentencepiece_model_lacks_are_named(place: str, bar
     assert plan(ExportOptions(checkpoint=bare, output=bare / "x.pte")).tokenizer
 
 
-def test_a_vocabulary_and_merges_are_named_with_what_makes_one_file_of_them(bare: Path) -> None:
+def test_a_vocabulary_and_merges_are_refused_with_the_converter(bare: Path) -> None:
     write_settings(bare, vocab={"a": 0})
     (bare / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(InputError, match=r"has its tokenizer only as vocab.json and merges.txt; save a tokenizer.json"):

@@ -125,7 +125,7 @@ def test_log_probabilities_do_not_depend_on_the_sampler(toy_program: Program) ->
 
 
 @pytest.mark.parametrize("prompt", ["", "Once upon", "The dog \N{SNOWMAN}"])
-def test_the_text_goes_on_where_the_prompt_ends(toy_program: Program, prompt: str) -> None:
+def test_the_text_continues_the_prompt(toy_program: Program, prompt: str) -> None:
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(BUILT_IN / "tokenizer.model"))
     start = [1, *theirs.encode(prompt)]
     steps = ids(toy_program, start, GenerationOptions(SamplingOptions(temperature=1.5), max_new_tokens=20))

@@ -63,7 +63,7 @@ def saying(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return prescribe
 
 
-def asked(server: Server, **how: Any) -> tuple[Any, list[Any]]:
+def chat(server: Server, **how: Any) -> tuple[Any, list[Any]]:
     """Returns a choice of a whole answer, and the chunks of the same answer as a stream."""
     ask = server.client().chat.completions.create
     how = {"model": "tiny", "messages": MESSAGES, "seed": 1, **how}
@@ -87,7 +87,7 @@ def check_alike(whole: Any, stream: list[Any]) -> None:
 @pytest.mark.parametrize("choice", ["required", NAMED])
 def test_a_required_call_has_valid_arguments(server: Server, choice: Any) -> None:
     for seed in range(4):
-        whole, stream = asked(server, tools=[WAIT, PET], tool_choice=choice, seed=seed, parallel_tool_calls=False)
+        whole, stream = chat(server, tools=[WAIT, PET], tool_choice=choice, seed=seed, parallel_tool_calls=False)
         check_alike(whole, stream)
         assert (whole.finish_reason, whole.message.content) == ("tool_calls", None)
         (call,) = whole.message.tool_calls
@@ -101,7 +101,7 @@ def test_a_required_call_has_valid_arguments(server: Server, choice: Any) -> Non
 @pytest.mark.parametrize("marker", ["<|python_tag|>", "[TOOL_CALLS]", "<|tool_call|>"])
 def test_calls_are_read_in_the_templates_form(model: Model, marker: str) -> None:
     with serving(replace(model, template=brief(marker))) as server:
-        whole, stream = asked(server, tools=[PET], tool_choice="required", parallel_tool_calls=False)
+        whole, stream = chat(server, tools=[PET], tool_choice="required", parallel_tool_calls=False)
     check_alike(whole, stream)
     jsonschema.validate(json.loads(whole.message.tool_calls[0].function.arguments), SCHEMA)
     assert (len(whole.message.tool_calls[0].id) == 9) == (marker == "[TOOL_CALLS]")
@@ -126,7 +126,7 @@ def test_generated_text_is_split_into_content_and_calls(
     reason: str,
 ) -> None:
     saying(f"\n{text}")
-    whole, stream = asked(server, tools=[PET], logprobs=True)
+    whole, stream = chat(server, tools=[PET], logprobs=True)
     check_alike(whole, stream)
     assert (whole.message.content or "").strip() == (content or "")
     assert (called(whole.message.tool_calls), whole.finish_reason) == (calls, reason)
@@ -138,18 +138,18 @@ def test_generated_text_is_split_into_content_and_calls(
 def test_without_tools_a_call_stays_text(server: Server, saying: Callable[[str], None]) -> None:
     saying(f"\n{CALL}")
     for how in ({}, {"tools": [PET], "tool_choice": "none"}):
-        whole, stream = asked(server, **how)
+        whole, stream = chat(server, **how)
         check_alike(whole, stream)
         assert CALL in whole.message.content
         assert (whole.message.tool_calls, whole.finish_reason) == (None, "stop")
 
 
 def test_a_chat_continues_after_a_call(server: Server) -> None:
-    first, _ = asked(server, tools=[PET], tool_choice=NAMED)
+    first, _ = chat(server, tools=[PET], tool_choice=NAMED)
     call = first.message.tool_calls[0]
     more = [*MESSAGES, first.message, {"role": "tool", "tool_call_id": call.id, "content": "Rex"}]
     for how in ({"tools": [PET]}, {}):
-        whole, stream = asked(server, messages=more, max_tokens=8, **how)
+        whole, stream = chat(server, messages=more, max_tokens=8, **how)
         check_alike(whole, stream)
         assert whole.message.content
 
@@ -158,7 +158,7 @@ def test_an_answer_with_a_response_format_may_be_a_call(server: Server) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "boolean"}}}
     seen = set()
     for seed in range(12):
-        whole, stream = asked(server, tools=[PET], response_format=form, seed=seed, temperature=3)
+        whole, stream = chat(server, tools=[PET], response_format=form, seed=seed, temperature=3)
         check_alike(whole, stream)
         seen.add(whole.finish_reason)
         if whole.finish_reason == "stop":

@@ -69,10 +69,10 @@ PLAIN: list[tuple[Form, str]] = [
 def read(form: Form, pieces: list[str]) -> tuple[str, list[Call]]:
     """Returns the content and the calls that a reader finds in all pieces."""
     reader = CallReader(form, NAMES)
-    said = [each for piece in pieces for each in reader.add(piece)] + reader.finish()
-    texts = [each for each in said if isinstance(each, str)]
+    found = [each for piece in pieces for each in reader.add(piece)] + reader.finish()
+    texts = [each for each in found if isinstance(each, str)]
     assert all(texts)
-    return "".join(texts), [each for each in said if isinstance(each, Call)]
+    return "".join(texts), [each for each in found if isinstance(each, Call)]
 
 
 @pytest.mark.parametrize(("form", "text", "content", "calls"), READ)
@@ -149,7 +149,7 @@ def with_tokens(form: Form) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(model.to_str().encode())
 
 
-def said(form: Form, tokenizer: Tokenizer, seed: int, several: bool) -> str:
+def generated_call(form: Form, tokenizer: Tokenizer, seed: int, several: bool) -> str:
     """Generates a required call from random logits."""
     stop_ids = tokenizer.stop_ids or (0,)
     grammar = rules("start: calls\n" + call_rules(form, FUNCTIONS, several, tokenizer.specials))
@@ -170,7 +170,7 @@ def test_the_grammar_gives_only_valid_calls(form: Form, kind: str) -> None:
     names, counts = [function["name"] for function in FUNCTIONS], set()
     for seed, several in itertools.product(range(16), (False, True)):
         reader = CallReader(form, names)
-        calls = [*reader.add(said(form, tokenizer, seed, several)), *reader.finish()]
+        calls = [*reader.add(generated_call(form, tokenizer, seed, several)), *reader.finish()]
         for call in calls:
             assert isinstance(call, Call)
             if call.name == names[1]:

@@ -103,10 +103,7 @@ def test_templates_with_tools_are_rendered_as_by_transformers(name: str, message
         (jinja_of(WITH_TOOLS["qwen2.5"]), ToolSupport(HERMES, True, True, True)),
         (jinja_of(WITH_TOOLS["llama3.1"]), ToolSupport(LLAMA3, True, True, True)),
         (jinja_of(WITH_TOOLS["mistral v0.3"]), ToolSupport(MISTRAL, True, True, False)),
-        (
-            jinja_of(PUBLIC["qwen3"]),
-            ToolSupport(HERMES, True, False, True),
-        ),  # the tests' copy of the template renders no calls
+        (jinja_of(PUBLIC["qwen3"]), ToolSupport(HERMES, True, False, True)),  # the tests' copy renders no calls
         (jinja_of(PUBLIC["smollm2"]), ToolSupport(HERMES, False, False, True)),
         (jinja_of(PUBLIC["llama3.2"]), ToolSupport(HERMES, False, False, True)),  # only mentions that tools exist
         (jinja_of(PUBLIC["gemma"]), ToolSupport(HERMES, False, False, False)),

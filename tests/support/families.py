@@ -35,7 +35,7 @@ class Case:
 
     Attributes:
         exported: whether the default run also exports it; the others are exported by the slow tests.
-        norms: how large the weights of the norms are.
+        norms: factor of the norms' weights.
     """
 
     architecture: str

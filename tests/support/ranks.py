@@ -21,8 +21,8 @@ def start(
     """Starts one process per rank, each with `python -m` and its command.
 
     Args:
-        environments: what each has beside this process's environment.
-        prefixes: commands that each is started by.
+        environments: environment variables of each rank, in addition to this process's.
+        prefixes: a command for each rank that runs the process, such as `ip netns exec`.
     """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
