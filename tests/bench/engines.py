@@ -1,6 +1,6 @@
-"""The systems that `peers` compares, each run in a process of its own: python -m tests.bench.engines NAME FILE CONTEXT.
+"""The systems that `peers` compares, each run in its own process: python -m tests.bench.engines NAME FILE CONTEXT.
 
-It prints a line when the first token is there, and at the end what it measured, as JSON.
+Prints an empty line after the first token, and the measurements as JSON at the end.
 """
 
 import ctypes
@@ -19,28 +19,28 @@ from runtime.engine.measure import median_seconds, peak_memory, seconds
 
 PROMPT = 512
 POSITIONS = {2048: (16, 1000), 8192: (4000,)}
-"""--max-seq-len of all systems alike -> the positions to decode at."""
+"""--max-seq-len of every system -> the positions at which decode is measured."""
 STEPS = 16
-"""Tokens decoded at each: their median time counts."""
+"""Tokens decoded at each position; the median time is reported."""
 
 Result = dict[str, float]
-"""What was measured of one system, by row: tokens a second, seconds, bytes."""
+"""Measurements of one system, by row of the table, in tokens per second, seconds or bytes."""
 
 
 class Engine(Protocol):
-    """A system with a file opened: a text is prefilled from its start, and decoded on from there."""
+    """A system with an opened file."""
 
     def prefill(self, length: int) -> None:
-        """Starts a text of so many tokens."""
+        """Starts a new text of `length` tokens."""
         ...
 
     def decode(self) -> None:
-        """One token more."""
+        """Decodes one token."""
         ...
 
 
 class Ours:
-    """The Python runtime of this project."""
+    """The project's Python runtime."""
 
     def __init__(self, file: Path, context: int) -> None:
         from runtime.engine.program import Program
@@ -62,7 +62,7 @@ class Ours:
 
 
 class ExportLlm:
-    """ExecuTorch's export_llm, run by its Python bindings: its operator needs PyTorch's libraries."""
+    """ExecuTorch's export_llm, run through its Python bindings because its operator needs PyTorch's libraries."""
 
     def __init__(self, file: Path, context: int) -> None:
         import executorch.extension.llm.custom_ops.custom_ops
@@ -94,7 +94,7 @@ def _quiet() -> Any:
 
 
 class LlamaCpp:
-    """llama.cpp by llama-cpp-python."""
+    """llama.cpp, run through llama-cpp-python."""
 
     flash = 0
 
@@ -145,20 +145,20 @@ class LlamaCpp:
         return torch.from_numpy(np.stack(rows))
 
     def _step(self, count: int) -> None:
-        tokens = (ctypes.c_int32 * count)(*[5] * count)  # outlives the batch, which only points at it
+        tokens = (ctypes.c_int32 * count)(*[5] * count)  # must outlive the batch, which only points to it
         code = self._library.llama_decode(self._context, self._library.llama_batch_get_one(tokens, count))
         assert code == 0, f"llama_decode failed: {code}"
         self._library.llama_synchronize(self._context)
 
 
 class LlamaCppFlash(LlamaCpp):
-    """The same with flash attention."""
+    """llama.cpp with flash attention."""
 
     flash = 1
 
 
 def decode_row(position: int, context: int) -> str:
-    """The name of a row."""
+    """Returns the name of a row of the table."""
     return f"decode at {position:,} of {context:,}"
 
 

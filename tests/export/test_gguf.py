@@ -1,4 +1,4 @@
-"""GGUF files: weights, settings and damage; the tokenizer in them is tested in test_gguf_tokenizer.py."""
+"""Tests GGUF files: weights, settings and damage. Their tokenizers are tested in test_gguf_tokenizer.py."""
 
 import random
 import struct
@@ -21,16 +21,14 @@ from tests.conftest import TOY, random_model
 from tests.support.checkpoints import write_gguf
 
 WIDE = replace(TOY, dim=64, head_dim=16, hidden_dim=96)
-"""Every width a multiple of 32, the block of GGUF's quantised formats."""
+"""A model whose widths are multiples of 32, the block size of GGUF's quantised types."""
 
 
 @pytest.mark.parametrize(
     ("kind", "worst"), [("F32", 0.0), ("F16", 1e-3), ("BF16", 4e-3), ("Q8_0", 0.01), ("Q4_0", 0.2)]
 )
 @pytest.mark.parametrize("tied", [True, False])
-def test_gguf_files_open_as_what_was_written_up_to_their_storage(
-    tmp_path: Path, kind: str, worst: float, tied: bool
-) -> None:
+def test_gguf_files_survive_a_round_trip_up_to_rounding(tmp_path: Path, kind: str, worst: float, tied: bool) -> None:
     model = random_model(replace(WIDE, tied=tied))
     checkpoint = open_checkpoint(write_gguf(model, tmp_path / "model.gguf", kind))
     assert checkpoint.config == replace(model.config, norm_eps=checkpoint.config.norm_eps)
@@ -83,11 +81,11 @@ def test_a_damaged_gguf_file_is_refused_or_opens_but_never_crashes(tmp_path: Pat
     assert not any("\n" in message for message in refused)
 
 
-def test_gguf_integers_are_no_weights(tmp_path: Path) -> None:
+def test_gguf_integers_are_refused_as_weights(tmp_path: Path) -> None:
     path = write_gguf(random_model(WIDE), tmp_path / "model.gguf", "F32")
     whole = path.read_bytes()
     name = b"output_norm.weight"
-    kind = whole.index(name) + len(name) + 4 + 8  # after the count of dimensions and the one dimension
+    kind = whole.index(name) + len(name) + 4 + 8  # behind the number of dimensions and the one dimension
     assert whole[kind : kind + 4] == struct.pack("<I", gguf.GGMLQuantizationType.F32)
     path.write_bytes(whole[:kind] + struct.pack("<I", gguf.GGMLQuantizationType.I32) + whole[kind + 4 :])
     with pytest.raises(InputError, match=r"quantised or integer weights: output_norm\.weight"):
@@ -110,7 +108,7 @@ def test_a_ggufs_own_blocks_are_stored_bit_for_bit(tmp_path: Path, kind: str, ti
     assert other.format("layers.0.attention.wq.weight") == Blocks.of("Q5_0"), "rounded anew"
 
 
-def test_weights_that_are_not_in_blocks_have_no_types_to_keep(tmp_path: Path) -> None:
+def test_weights_without_blocks_keep_no_types(tmp_path: Path) -> None:
     path = write_gguf(random_model(WIDE), tmp_path / "model.gguf", "F16")
     with pytest.raises(InputError, match=r"--quantize gguf needs a GGUF whose layers .* but these have float; choose"):
         plan(ExportOptions(checkpoint=path, quantize="gguf", max_seq_len=32, tokenizer=Path("none")))

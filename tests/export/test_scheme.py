@@ -25,7 +25,7 @@ def test_each_matrix_has_its_format() -> None:
     assert SCHEMES["fp32"].format("layers.0.feed_forward.router.weight", 64) == FLOAT
 
 
-def test_what_a_file_says_is_the_scheme_again() -> None:
+def test_a_scheme_survives_json() -> None:
     for scheme in SCHEMES.values():
         made = replace(scheme, careful=(0, 3), rounding="hqq")
         assert Scheme.parse(json.loads(json.dumps(made.to_json()))) == made
@@ -49,12 +49,12 @@ def test_flags_change_what_they_name() -> None:
         ((None, None, 16), "--head-bits 16 is invalid; give 4 or 8"),
     ],
 )
-def test_schemes_that_there_are_not_are_refused(flags: tuple[int | None, ...], message: str) -> None:
+def test_impossible_schemes_are_refused(flags: tuple[int | None, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         adjusted(SCHEMES["8da8w"], *flags, "nearest")
 
 
-def test_matrices_and_those_kept_are_the_models() -> None:
+def test_matrices_and_kept_layers_are_those_of_the_model() -> None:
     found = matrices(TOY)
     named = {name: tuple(p.shape) for name, p in Llama(replace(TOY, tied=False)).named_parameters() if p.dim() == 2}
     assert found == {name: shape for name, shape in named.items() if name != "tok_embeddings.weight"}
@@ -63,7 +63,7 @@ def test_matrices_and_those_kept_are_the_models() -> None:
     assert format_exceptions(TOY, SCHEMES["8da4w"]) == w2
 
 
-def test_bytes_are_weights_and_scales() -> None:
+def test_size_counts_weights_and_scales() -> None:
     assert FLOAT.nbytes(10, 64) == 2560
     assert BYTE.nbytes(10, 64) == 10 * (64 + 4)
     assert FOUR.nbytes(10, 64) == 10 * (32 + 4)

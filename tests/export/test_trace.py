@@ -7,7 +7,7 @@ from model.fused_attention import FusedLlama
 from tests.conftest import TOY, random_model, toy_model
 
 
-def test_each_method_has_the_signature_that_is_written_down() -> None:
+def test_each_method_has_its_signature() -> None:
     options = [
         GraphOptions(48, 7),
         GraphOptions(16, 1),
@@ -28,8 +28,8 @@ def test_each_method_has_the_signature_that_is_written_down() -> None:
             assert {str(output.dtype) for output in outputs} == {"torch.float32"}
 
 
-def test_nothing_in_the_graph_depends_on_a_value() -> None:
-    """The same graph serves every position: no branch, no symbolic size, no constant but weights."""
+def test_the_graph_does_not_depend_on_values() -> None:
+    """One graph must serve every position: it has no branch, no symbolic size, and no constant but weights."""
     program = trace(toy_model(), signatures(TOY, GraphOptions(48, 7)))["prefill"]
     assert not program.constants
     assert not program.range_constraints
@@ -45,7 +45,7 @@ def test_where_attention_is_fused_one_method_takes_any_length() -> None:
         assert [tuple(output.shape) for output in outputs] == [spec.sizes(length) for spec in method.outputs]
 
 
-def test_names_say_role_and_layer() -> None:
+def test_names_contain_role_and_layer() -> None:
     method = signature(TOY, "decode", 1, GraphOptions(48, 1))
     assert [spec.name for spec in method.inputs] == [
         *("tokens", "cos", "sin", "mask", "select"),

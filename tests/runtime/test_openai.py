@@ -30,17 +30,17 @@ def server(tiny_pte: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def expected(tiny_pte: Path) -> Callable[..., list[Step]]:
-    """What generate says, run by a program of its own: a server's belongs to its scheduler."""
+    """Returns a function that generates a text with a separate program, as the server's belongs to its scheduler."""
     program = Program(tiny_pte)
 
-    def said(
+    def generated(
         prompt: str | list[int], tokens: int, seed: int = 0, logprobs: int | None = None, **how: Any
     ) -> list[Step]:
         ids = prompt_ids(program, prompt) if isinstance(prompt, str) else prompt
         options = GenerationOptions(SamplingOptions(**how), tokens, program.metadata.stop_ids, logprobs=logprobs)
         return list(generate(Session(program), ids, options, Rng(seed), program.tokenizer))
 
-    return said
+    return generated
 
 
 def text_of(steps: list[Step]) -> str:
@@ -55,9 +55,7 @@ def text_of(steps: list[Step]) -> str:
         {"temperature": 1.1, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.3, "logit_bias": {300: 4.0}},
     ],
 )
-def test_a_completion_is_what_generate_gives(
-    server: Server, expected: Callable[..., list[Step]], how: dict[str, Any]
-) -> None:
+def test_a_completion_equals_generate(server: Server, expected: Callable[..., list[Step]], how: dict[str, Any]) -> None:
     steps = expected(STORY, 30, seed=5, **how)
     body: dict[str, Any] = {"prompt": STORY, "max_tokens": 30, "seed": 5, **how}
     body["logit_bias"] = {str(token): bias for token, bias in how.get("logit_bias", {}).items()}
@@ -68,22 +66,24 @@ def test_a_completion_is_what_generate_gives(
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_stream_tells_what_the_whole_answer_says(server: Server, seed: int) -> None:
+def test_a_stream_equals_the_whole_answer(server: Server, seed: int) -> None:
     ask = server.client().chat.completions.create
     how: Any = {"model": "tiny", "messages": MESSAGES, "temperature": 0.8, "seed": seed, "max_completion_tokens": 40}
     whole = ask(**how)
     chunks = list(ask(**how, stream=True, stream_options={"include_usage": True}))
-    said = [choice for chunk in chunks for choice in chunk.choices]
-    assert "".join(choice.delta.content or "" for choice in said) == whole.choices[0].message.content
-    assert said[0].delta.role == "assistant"
-    assert [choice.finish_reason for choice in said] == [None] * (len(said) - 1) + [whole.choices[0].finish_reason]
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    assert "".join(choice.delta.content or "" for choice in choices) == whole.choices[0].message.content
+    assert choices[0].delta.role == "assistant"
+    assert [choice.finish_reason for choice in choices] == [None] * (len(choices) - 1) + [
+        whole.choices[0].finish_reason
+    ]
     assert chunks[-1].usage
     assert whole.usage
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
-def test_messages_become_the_templates_text(server: Server, expected: Callable[..., list[Step]]) -> None:
+def test_messages_are_rendered_by_the_template(server: Server, expected: Callable[..., list[Step]]) -> None:
     talk = [("system", "Tell stories."), ("user", "Of a dog, please.")]
     ids = NAMED["llama2"].encode(talk, server.model.tokenizer)
     parts: Any = [
@@ -109,13 +109,13 @@ def test_a_completion_streams_too_and_without_a_limit_has_16_tokens(server: Serv
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
 
 
-def test_one_seed_gives_one_text_and_none_a_new_one(server: Server) -> None:
-    def said(**how: Any) -> str:
+def test_equal_seeds_give_equal_texts_and_no_seed_a_new_one(server: Server) -> None:
+    def generated(**how: Any) -> str:
         return server.client().completions.create(model="tiny", prompt=STORY, max_tokens=30, **how).choices[0].text
 
-    assert said(seed=3) == said(seed=3)
-    assert said(seed=3) != said(seed=4)
-    assert len({said() for _ in range(4)}) > 1
+    assert generated(seed=3) == generated(seed=3)
+    assert generated(seed=3) != generated(seed=4)
+    assert len({generated() for _ in range(4)}) > 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -133,17 +133,17 @@ def test_a_text_ends_before_a_stop_string(server: Server, expected: Callable[...
 
 def test_logprobs_are_those_of_generate(server: Server, expected: Callable[..., list[Step]]) -> None:
     steps = expected(STORY, 12, logprobs=3)
-    told = (
+    echoed = (
         server.client()
         .completions.create(model="tiny", prompt=STORY, temperature=0, max_tokens=12, logprobs=3)
         .choices[0]
     )
-    assert told.logprobs
-    assert told.logprobs.token_logprobs == pytest.approx([step.logprob for step in steps], abs=1e-4)
-    assert told.logprobs.tokens
-    assert told.logprobs.text_offset
+    assert echoed.logprobs
+    assert echoed.logprobs.token_logprobs == pytest.approx([step.logprob for step in steps], abs=1e-4)
+    assert echoed.logprobs.tokens
+    assert echoed.logprobs.text_offset
     assert all(
-        told.text.startswith(*pair) for pair in zip(told.logprobs.tokens, told.logprobs.text_offset, strict=True)
+        echoed.text.startswith(*pair) for pair in zip(echoed.logprobs.tokens, echoed.logprobs.text_offset, strict=True)
     )
     ids = NAMED["llama2"].encode([("user", "Hi")], server.model.tokenizer)
     steps = expected(ids, 12, logprobs=2)
@@ -163,7 +163,7 @@ def test_logprobs_are_those_of_generate(server: Server, expected: Callable[..., 
 
 
 @pytest.mark.parametrize("tokens", [0, 3])
-def test_an_echo_with_logprobs_tells_how_likely_the_prompts_tokens_are(
+def test_an_echo_with_logprobs_has_those_of_the_prompt(
     server: Server, expected: Callable[..., list[Step]], tokens: int
 ) -> None:
     ids, seen = prompt_ids(server.model.program, STORY), list[float]()
@@ -194,9 +194,9 @@ def test_an_echo_with_logprobs_tells_how_likely_the_prompts_tokens_are(
         assert all(map(choice.text.startswith, logs.tokens[2:], logs.text_offset[2:]))
         chunks = list(server.client().completions.create(prompt=prompt, **ask, stream=True))
         assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
-        told = [part for chunk in chunks if (part := chunk.choices[0].logprobs)]
-        assert [value for part in told for value in part.token_logprobs or ()] == logs.token_logprobs
-        assert [value for part in told for value in part.text_offset or ()] == logs.text_offset
+        echoed = [part for chunk in chunks if (part := chunk.choices[0].logprobs)]
+        assert [value for part in echoed for value in part.token_logprobs or ()] == logs.token_logprobs
+        assert [value for part in echoed for value in part.text_offset or ()] == logs.text_offset
 
 
 def test_an_echo_without_logprobs_is_the_prompt_and_what_follows(
@@ -213,7 +213,7 @@ def test_an_echo_without_logprobs_is_the_prompt_and_what_follows(
     assert (alone["choices"][0]["text"], alone["usage"]["completion_tokens"]) == (STORY, 0)
 
 
-def test_a_response_format_is_kept(server: Server) -> None:
+def test_a_response_format_is_followed(server: Server) -> None:
     schema = {"type": "object", "properties": {"pet": {"enum": ["dog", "cat"]}}, "required": ["pet"]}
     schema["additionalProperties"] = False  # type: ignore[assignment]
     form: Any = {"type": "json_schema", "json_schema": {"name": "pet", "schema": schema}}
@@ -228,11 +228,11 @@ def test_a_response_format_is_kept(server: Server) -> None:
     assert (answer.choices[0].message.content or "").startswith("{")
 
 
-def test_a_talk_that_goes_on_is_not_run_again(server: Server, tiny_pte: Path) -> None:
+def test_a_continued_chat_reuses_its_cache(server: Server, tiny_pte: Path) -> None:
     ask = server.client().chat.completions.create
     first = ask(model="tiny", messages=MESSAGES, temperature=0, max_tokens=30)
-    said = first.choices[0].message.content
-    more: Any = [*MESSAGES, {"role": "assistant", "content": said}, {"role": "user", "content": "Go on."}]
+    generated = first.choices[0].message.content
+    more: Any = [*MESSAGES, {"role": "assistant", "content": generated}, {"role": "user", "content": "Go on."}]
     second = ask(model="tiny", messages=more, temperature=0, max_tokens=30)
     assert first.usage
     assert second.usage
@@ -309,7 +309,7 @@ def test_a_talk_that_goes_on_is_not_run_again(server: Server, tiny_pte: Path) ->
         ("chat/completions", {"messages": MESSAGES, "top_logprobs": 1}, "top_logprobs", "add logprobs: true"),
     ],
 )
-def test_what_is_impossible_is_refused(
+def test_invalid_values_are_refused(
     server: Server, endpoint: str, values: dict[str, Any], param: str, message: str
 ) -> None:
     answer = server.post(endpoint, **values)
@@ -323,7 +323,7 @@ def test_unknown_parameters_and_nulls_are_ignored(server: Server) -> None:
     assert server.post("completions", prompt="x", max_tokens=1, best_of=1, **harmless).status_code == 200
 
 
-def test_values_that_ask_for_nothing_change_nothing(server: Server) -> None:
+def test_default_values_change_nothing(server: Server) -> None:
     idle: dict[str, Any] = {"top_k": -1, "stop": "", "logit_bias": {}, "functions": [], "tools": [], "user": ""}
     texts = {"suffix": "", "echo": False, "best_of": 0, "n": 1, "logprobs": None}
     talk = {"n": 1, "logprobs": False, "top_logprobs": 0, "tool_choice": "auto", "parallel_tool_calls": True}
@@ -365,7 +365,7 @@ def test_a_jinja_template_takes_the_messages_that_it_renders(roles: str, server:
 
 
 @pytest.mark.parametrize(("origin", "is_let"), [("http://localhost:3000", True), ("https://elsewhere.example", False)])
-def test_pages_of_this_machine_may_ask_from_a_browser(origin: str, is_let: bool, server: Server) -> None:
+def test_only_local_pages_may_send_requests_from_a_browser(origin: str, is_let: bool, server: Server) -> None:
     headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
     answer = httpx.options(f"{server.url}/v1/chat/completions", headers=headers)
     assert (answer.status_code == 200) == is_let

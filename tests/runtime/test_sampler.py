@@ -35,7 +35,7 @@ def test_temperature_zero_takes_the_first_of_the_likeliest_and_draws_no_coin() -
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_tokens_come_as_often_as_softmax_says(temperature: float) -> None:
+def test_token_frequencies_follow_softmax(temperature: float) -> None:
     expected = torch.softmax(LOGITS.double() / temperature, dim=0).numpy()
     assert np.abs(share(SamplingOptions(temperature)) - expected).max() < 0.012  # 3.4 sigma of 20,000 draws
 
@@ -70,7 +70,7 @@ def test_a_draw_is_always_among_the_tokens_that_were_kept(
 
 
 class Coin(Rng):
-    """Shows the number that it is given."""
+    """A random generator that returns a fixed number."""
 
     def __init__(self, value: float) -> None:
         super().__init__(0)
@@ -81,8 +81,8 @@ class Coin(Rng):
 
 
 def transformers_scores(logits: Tensor, options: SamplingOptions, recent: list[int]) -> Tensor:
-    """What transformers' processors make of logits, [V] float64; -inf for tokens that fall away. Those of OpenAI's two
-    penalties, which transformers lacks, are as https://platform.openai.com/docs/api-reference/completions says.
+    """Applies transformers' processors to logits [V] and returns float64, -inf for excluded tokens. OpenAI's two
+    penalties, which transformers lacks, follow https://platform.openai.com/docs/api-reference/completions.
     """
     window = recent[-options.penalty_window :]
     ids = torch.tensor([window], dtype=torch.int64)
@@ -120,7 +120,7 @@ def transformers_scores(logits: Tensor, options: SamplingOptions, recent: list[i
 def test_the_distribution_is_that_of_transformers_processors(
     seed: int, recent: list[int], options: SamplingOptions
 ) -> None:
-    """A coin in the middle of each token's share of [0, 1) draws that token, and so no other has a share."""
+    """Checks each token's share of [0, 1): a coin in its middle must draw that token."""
     logits = 2 * torch.randn(30, generator=torch.Generator().manual_seed(seed))
     shares = torch.softmax(transformers_scores(logits, options, recent), 0).numpy()
     is_ordered = options.top_k or options.top_p < 1
@@ -165,7 +165,7 @@ def test_min_p_keeps_what_is_exactly_p_times_as_likely() -> None:
 
 
 @pytest.mark.parametrize("options", [SamplingOptions(), SamplingOptions(1.0), SamplingOptions(0.7, 3, 0.9)])
-def test_without_bias_and_penalties_logits_are_not_gone_through_once_more(
+def test_without_bias_and_penalties_logits_are_read_only_once(
     options: SamplingOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(sampler, "_adjusted")
