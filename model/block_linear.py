@@ -5,7 +5,7 @@ numbers stand side by side (cpp_runner/src/linear/blocks.h). They stay what they
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -183,18 +183,15 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _LIBRARY = torch.library.Library("llama_pte", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LINEAR = "Tensor x, Tensor weight, Tensor? bias, str kind, int rows"
+_MATRIX = "Tensor weight{0}, Tensor? bias{0}, str kind{0}, int rows{0}"
 _ROWS = "Tensor weight, Tensor tokens, str kind, int columns"
 for _schema in (
-    f"linear({_LINEAR}) -> Tensor",
-    f"linear.out({_LINEAR}, *, Tensor(a!) out) -> Tensor(a!)",
     f"block_rows({_ROWS}) -> Tensor",
     f"block_rows.out({_ROWS}, *, Tensor(a!) out) -> Tensor(a!)",
 ):
     _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
 
 
-@torch.library.impl(_LIBRARY, "linear", "CompositeExplicitAutograd")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, rows: int) -> Tensor:
     """Multiplies by a matrix in blocks. Every operation is rounded as in the kernel (linear.h), so that the results
     are bitwise equal.
@@ -225,14 +222,44 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, rows: int)
     return (out if bias is None else out + bias).view(*x.shape[:-1], rows)
 
 
-@torch.library.register_fake("llama_pte::linear")  # type: ignore[untyped-decorator]
-def _shape(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, rows: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
+MOST_MATRICES = 3
+"""Number of matrices that one operator multiplies by. linear2 and linear3 take what calls of `linear` with the same x
+take, one after another, and return their results.
+"""
 
 
-@torch.library.register_fake("llama_pte::linear.out")  # type: ignore[untyped-decorator]
-def _out_shape(*_: object, out: Tensor) -> Tensor:
-    return out
+def _linears(x: Tensor, *matrices: Any) -> tuple[Tensor, ...]:
+    """Multiplies x by several matrices, each given by four arguments of `linear`."""
+    return tuple(linear(x, *matrices[i : i + 4]) for i in range(0, len(matrices), 4))
+
+
+def _shapes(x: Tensor, *matrices: Any) -> Any:
+    made = tuple(x.new_empty(*x.shape[:-1], rows) for rows in matrices[3::4])
+    return made if len(made) > 1 else made[0]
+
+
+def _out_shapes(*_: object, **outs: Tensor) -> Any:
+    return tuple(outs.values()) if len(outs) > 1 else outs["out"]
+
+
+def _define(count: int) -> None:
+    """Defines linear, linear2 or linear3, which multiplies by `count` matrices."""
+    name = f"linear{count if count > 1 else ''}"
+    numbers, letters = ("", "2", "3")[:count], "abc"[:count]
+    given = ", ".join(["Tensor x", *(_MATRIX.format(number) for number in numbers)])
+    outs = ", ".join(f"Tensor({letter}!) out{number}" for letter, number in zip(letters, numbers, strict=True))
+    made, written = ", ".join(["Tensor"] * count), ", ".join(f"Tensor({letter}!)" for letter in letters)
+    if count > 1:
+        made, written = f"({made})", f"({written})"
+    _LIBRARY.define(f"{name}({given}) -> {made}")  # type: ignore[no-untyped-call]
+    _LIBRARY.define(f"{name}.out({given}, *, {outs}) -> {written}")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, _linears if count > 1 else linear, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"llama_pte::{name}", _shapes)
+    torch.library.register_fake(f"llama_pte::{name}.out", _out_shapes)
+
+
+for _count in range(1, MOST_MATRICES + 1):
+    _define(_count)
 
 
 @torch.library.impl(_LIBRARY, "block_rows", "CompositeExplicitAutograd")

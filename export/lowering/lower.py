@@ -5,7 +5,8 @@ replaced.
 import dataclasses
 import hashlib
 import operator
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from export.weights.formats.float32 import FLOAT
 from export.weights.formats.format import Format
 from export.weights.scheme import Scheme, swaps_pairs
 from export.weights.source import linear_layers
+from model.block_linear import MOST_MATRICES
 from model.config import ModelConfig
 from model.fused_attention import FusedLlama
 from model.model import Llama
@@ -152,7 +154,7 @@ def _lowered(graph: ExportedProgram, backend: Backend, piece: _RandomPiece) -> d
     with no_patterns():
         program = to_edge_transform_and_lower(graph, partitioner=backend.partitioners()).exported_program()
     rows, values, calls = _rows(graph), dict[Node, Value](), list[dict[str, Any]]()
-    needed = _needed(program.graph.output_node())
+    needed, products = _needed(program.graph.output_node()), _products(program.graph.nodes)
     for node in program.graph.nodes:
         if node not in needed:  # checks of sizes
             continue
@@ -160,9 +162,11 @@ def _lowered(graph: ExportedProgram, backend: Backend, piece: _RandomPiece) -> d
             values[node] = _placeholder(program, node)
         elif node.target is operator.getitem:
             values[node] = Value("result", (values[node.args[0]].value[0], node.args[1]))
-        elif node.op == "call_function":
-            values[node] = Value("result", (len(calls), None))
-            calls.append(_call(program, node, values, piece, rows))
+        elif node.op == "call_function" and node not in values:
+            together = products.get(node, [node])
+            for index, each in enumerate(together):
+                values[each] = Value("result", (len(calls), index if len(together) > 1 else None))
+            calls.append(_call(program, together, values, piece, rows))
     results: Any = program.graph.output_node().args[0]
     return {"calls": calls, "results": [tuple(values[node]) for node in results]}
 
@@ -177,16 +181,37 @@ def _needed(output: Node) -> set[Node]:
     return found
 
 
+def _operator(node: Node) -> str:
+    """Returns the name of the operator that a node calls, such as llama_pte.linear.default."""
+    return str(getattr(node.target, "_op", node.target))
+
+
+def _products(nodes: Iterable[Node]) -> dict[Node, list[Node]]:
+    """Returns the products of the same input by matrices in blocks, which become one call, by the first of them."""
+    by_input = defaultdict[Any, list[Node]](list)
+    for node in nodes:
+        if _operator(node) == "llama_pte.linear.default":
+            by_input[node.args[0]].append(node)
+    n = MOST_MATRICES
+    return {found[i]: found[i : i + n] for found in by_input.values() for i in range(0, len(found), n)}
+
+
 def _call(
-    program: ExportedProgram, node: Node, values: Mapping[Node, Value], piece: _RandomPiece, rows: str | None
+    program: ExportedProgram,
+    together: Sequence[Node],
+    values: Mapping[Node, Value],
+    piece: _RandomPiece,
+    rows: str | None,
 ) -> dict[str, Any]:
-    """Returns the content of a `Call`."""
+    """Returns the content of a `Call` that computes the results of one or more nodes."""
+    node, *others = together
     is_delegate = node.target is executorch_call_delegate
-    given = node.args[1:] if is_delegate else node.args
+    given = [*node.args[is_delegate:], *(argument for each in others for argument in each.args[1:])]
     assert not node.kwargs, f"{node.target} has arguments by name: {node.kwargs}"
     arguments = [tuple(values[each] if isinstance(each, Node) else Value("constant", each)) for each in given]
     if not is_delegate:
-        return {"operator": str(getattr(node.target, "_op", node.target)), "arguments": arguments}
+        name = f"llama_pte.linear{len(together)}.default" if others else _operator(node)
+        return {"operator": name, "arguments": arguments}
     delegate = program.graph_module.get_submodule(str(node.args[0]))
     assert isinstance(delegate, LoweredBackendModule)
     return {

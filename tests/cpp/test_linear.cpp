@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <string>
 
@@ -116,6 +117,25 @@ TEST_P(LinearOn, IsTheSameOnEveryNumberOfThreads) {
     }
 }
 
+TEST_P(LinearOn, ComputesSeveralAsItDoesEach) {
+    for (const int64_t tokens : {1, 3, 70}) {
+        Product alone[] = {{BlockType::kQ4_K, tokens, 512, 300, true},
+                           {BlockType::kQ6_K, tokens, 512, 20},
+                           {BlockType::kQ8_0, tokens, 512, 1}};
+        Product together[] = {{BlockType::kQ4_K, tokens, 512, 300, true},
+                              {BlockType::kQ6_K, tokens, 512, 20},
+                              {BlockType::kQ8_0, tokens, 512, 1}};
+        std::vector<Linear> linears;
+        for (size_t i = 0; i < 3; ++i) {
+            alone[i].linear.x = together[i].linear.x = alone[0].x.data();
+            alone[i].multiply(in_order, GetParam());
+            linears.push_back(together[i].linear);
+        }
+        multiply(linears, together[0].scratch.data(), on_three_threads, GetParam());
+        for (size_t i = 0; i < 3; ++i) EXPECT_TRUE(same(alone[i].out, together[i].out)) << tokens << ", matrix " << i;
+    }
+}
+
 TEST_P(LinearOn, TakesTheLargestNumbersExactly) {
     Product product(BlockType::kQ8_0, 1, 64, 16);
     for (size_t i = 0; i < product.x.size(); ++i) product.x[i] = i % 3 == 0 ? 127.0f : -127.0f;
@@ -150,29 +170,50 @@ std::string name_of(const ::testing::TestParamInfo<IntegerSet>& set) {
 
 INSTANTIATE_TEST_SUITE_P(Cpu, LinearOn, ::testing::ValuesIn(integer_sets().begin(), integer_sets().end()), name_of);
 
-/// Returns the share of idle time of all cores, if a task's time is proportional to its number of groups.
-double idle(const Linear& linear, int64_t cores) {
-    const Split tasks = split(linear);
-    const int64_t groups = groups_of(linear.rows);
-    std::vector<int64_t> work(static_cast<size_t>(cores));
-    int64_t total = 0;
-    for (int64_t tile = 0; tile < tasks.token_tiles; ++tile) {
-        for (int64_t task = 0; task < tasks.tasks_per_tile; ++task) {
-            const int64_t size = std::min(tasks.groups_per_task, groups - task * tasks.groups_per_task);
-            *std::ranges::min_element(work) += size;
-            total += size;
+/// Returns the share of idle time of all threads, if a task's time is proportional to its number of groups, and threads
+/// take tasks as in over_threads().
+double idle(std::span<const Linear> linears, size_t threads) {
+    std::vector<int64_t> tasks;
+    for (int64_t tile = 0; tile < split(linears[0]).token_tiles; ++tile) {
+        for (const Linear& linear : linears) {
+            for (int64_t left = groups_of(linear.rows); left > 0; left -= split(linear).groups_per_task) {
+                tasks.push_back(std::min(left, split(linear).groups_per_task));
+            }
         }
     }
-    return 1 - static_cast<double>(total) / static_cast<double>(cores * *std::ranges::max_element(work));
+    std::vector<size_t> next, end;
+    for (size_t t = 0; t < threads; ++t) {
+        next.push_back(t * tasks.size() / threads);
+        end.push_back((t + 1) * tasks.size() / threads);
+    }
+    std::vector<int64_t> work(threads);
+    for (size_t done = 0; done < tasks.size(); ++done) {
+        const auto thread = static_cast<size_t>(std::ranges::min_element(work) - work.begin());
+        size_t part = thread;
+        while (next[part] == end[part]) part = (part + 1) % threads;
+        work[thread] += tasks[next[part]++];
+    }
+    const auto total = static_cast<double>(std::accumulate(work.begin(), work.end(), int64_t{0}));
+    return 1 - total / static_cast<double>(static_cast<int64_t>(threads) * *std::ranges::max_element(work));
 }
 
-TEST(Linear, KeepsCoresBusy) {
-    for (const auto& [columns, rows] :
-         {std::array<int64_t, 2>{2048, 8192}, {8192, 2048}, {2048, 2048}, {2048, 512}, {2048, 128256}}) {
-        for (const int64_t cores : {2, 3, 4, 8, 16}) {
+TEST(Linear, KeepsThreadsBusy) {
+    using Rows = std::vector<int64_t>;
+    for (const auto& [columns, matrices] : {std::pair<int64_t, Rows>{2048, {8192}},
+                                            {8192, {2048}},
+                                            {2048, {2048}},
+                                            {2048, {512}},
+                                            {2048, {128256}},
+                                            {2048, {2048, 512, 512}},
+                                            {2048, {8192, 8192}}}) {
+        for (const size_t threads : {2, 3, 4, 8, 16}) {
             for (const int64_t tokens : {1, 8, 128, 512}) {
-                const Linear linear{BlockType::kQ4_0, tokens, columns, rows, nullptr, nullptr, nullptr, nullptr};
-                EXPECT_LT(idle(linear, cores), 0.05) << rows << " rows, " << cores << " cores, " << tokens << " tokens";
+                std::vector<Linear> linears;
+                for (const int64_t rows : matrices) {
+                    linears.push_back({BlockType::kQ4_0, tokens, columns, rows, nullptr, nullptr, nullptr, nullptr});
+                }
+                EXPECT_LT(idle(linears, threads), 0.05) << matrices.size() << " matrices of " << matrices[0]
+                                                        << " rows, " << threads << " threads, " << tokens << " tokens";
             }
         }
     }

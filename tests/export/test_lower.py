@@ -92,3 +92,21 @@ def test_a_quantised_weight_has_its_scales_as_a_part() -> None:
         ("output.weight", 0, rows * columns // 2),
         ("output.weight", 1, rows * columns // 32 * 2),
     ]
+
+
+def test_products_of_the_same_input_by_blocks_are_one_call() -> None:
+    graph = GraphOptions(48, 7, "fused")
+    code = lower(CONFIG, [signatures(CONFIG, graph)], "xnnpack", SCHEMES["q4_1"])["forward", "before after"]
+    calls = [call for call in code.calls if isinstance(call.target, str)]
+    weights = {
+        call.target: [value for kind, value in call.arguments if kind == "parameter" and value.endswith("weight")]
+        for call in calls
+    }
+    assert len(calls) == 4
+    assert weights == {
+        "llama_pte.linear.default": ["before.feed_forward.w2.weight"],  # wo has the same name, and comes before
+        "llama_pte.linear2.default": ["before.feed_forward.w1.weight", "before.feed_forward.w3.weight"],
+        "llama_pte.linear3.default": [f"after.attention.{name}.weight" for name in ("wq", "wk", "wv")],
+    }
+    last = code.calls.index(calls[-1])
+    assert code.results[:3] == tuple(Value("result", (last, i)) for i in range(3))

@@ -1,5 +1,7 @@
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,16 +20,20 @@ HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,)}
 OPERATOR = (Path(__file__).parents[2] / "cpp_runner" / "src" / "linear" / "operator.cpp").read_text()
 
 
-def test_the_devices_operator_has_the_same_schema() -> None:
+def test_the_devices_operators_have_the_same_schemas() -> None:
     schema = torch.ops.llama_pte.linear.out._schema
     comment = " ".join(re.findall(r"^// ?(.*)", OPERATOR.partition("#include")[0], re.MULTILINE))
     of_linear, of_rows = re.findall(r"(?:linear|block_rows)(\([^,]* .*? -> Tensor\(a!\))", re.sub(r"\s+", " ", comment))
     assert f"llama_pte::block_rows.out{of_rows}" == str(torch.ops.llama_pte.block_rows.out._schema)
-    assert f'kName = "{schema.name}.{schema.overload_name}";' in OPERATOR
     assert f"{schema.name}.{schema.overload_name}{of_linear}" == str(schema)
     (members,) = re.findall(r"enum Argument : size_t \{(.*?)\}", OPERATOR, re.DOTALL)
-    *places, count = (name.lower() for name in re.findall(r"k(\w+),? ", members))
-    assert (places, count) == ([argument.name for argument in schema.arguments], "arguments")
+    *matrix, count = (name.lower() for name in re.findall(r"k(\w+),? ", members))
+    assert count == "arguments"
+    (names,) = re.findall(r"kNames\[\] = \{(.*?)\}", OPERATOR, re.DOTALL)
+    for number, name in enumerate(re.findall(r'"llama_pte::(\w+)\.out"', names), 1):
+        suffixes = ("", "2", "3")[:number]
+        expected = ["x", *(each + suffix for suffix in suffixes for each in matrix), *(f"out{i}" for i in suffixes)]
+        assert [each.name for each in getattr(torch.ops.llama_pte, name).out._schema.arguments] == expected
 
 
 def blocks_of(kind: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -75,24 +81,29 @@ def test_the_operator_only_rounds_its_inputs(kind: str) -> None:
     assert torch.equal(plain + bias, y)
 
 
-class BlockLinear(nn.Module):
-    """A module that only calls the operator."""
+class BlockLinears(nn.Module):
+    """Calls the operator for one or more matrices [37, 512]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, kind: str) -> None:
+    def __init__(self, kinds: Sequence[str]) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-        self.kind = kind
+        self.kinds = kinds
+        for i, kind in enumerate(kinds):
+            self.register_buffer(f"weight{i}", matrix(kind, 37, 512)[0])
+            self.register_buffer(f"bias{i}", torch.randn(37))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.llama_pte.linear(x, self.weight, self.bias, self.kind, len(self.bias))
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        given = [
+            [getattr(self, f"weight{i}"), getattr(self, f"bias{i}"), kind, 37] for i, kind in enumerate(self.kinds)
+        ]
+        operator = getattr(torch.ops.llama_pte, f"linear{len(given) if len(given) > 1 else ''}")
+        made: Any = operator(x, *(argument for arguments in given for argument in arguments))
+        return made if len(given) > 1 else (made,)
 
 
-@pytest.mark.parametrize("kind", BLOCK_FORMS)
-def test_the_kernel_computes_the_same_bits(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kinds", [*((kind,) for kind in BLOCK_FORMS), ("Q8_0", "Q4_K"), ("Q4_1", "Q6_K", "Q4_0")])
+def test_the_kernel_computes_the_same_bits(kinds: tuple[str, ...], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    weight, _ = matrix(kind, 37, 512)
-    module = BlockLinear(weight, torch.randn(37), kind)
+    module = BlockLinears(kinds)
     length = torch.export.Dim("length", min=1, max=100)
     program = torch.export.export(module, (torch.randn(2, 40, 512),), dynamic_shapes=({1: length},))
     path = tmp_path / "linear.pte"
@@ -101,8 +112,8 @@ def test_the_kernel_computes_the_same_bits(kind: str, tmp_path: Path) -> None:
     loaded = _C._load_for_executorch(str(path))
     for L in (1, 7, 100):
         x = torch.randn(2, L, 512) * torch.logspace(-3, 3, 512)
-        (y,) = loaded.run_method("forward", (x,))
-        assert torch.equal(y, module(x)), L
+        found = loaded.run_method("forward", (x,))
+        assert all(torch.equal(y, expected) for y, expected in zip(found, module(x), strict=True)), L
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:

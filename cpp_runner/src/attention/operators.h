@@ -4,18 +4,33 @@
 #include <executorch/runtime/kernel/thread_parallel_interface.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
 
 namespace llama_runner {
 
-/// Runs tasks on ExecuTorch's threads, assigned one at a time, because tasks and cores differ in speed.
+constexpr int64_t kMostThreads = 64;
+
+/// Runs tasks on ExecuTorch's threads. Each thread has a part of consecutive tasks, which often read consecutive
+/// memory; then it takes tasks of the others, because tasks and cores differ in speed.
 inline void over_threads(int64_t count, void (*task)(const void* context, int64_t index), const void* context) {
-    const int64_t threads = std::min(count, executorch::extension::get_thread_count());
-    std::atomic<int64_t> next = 0;
-    const auto work = [&](int64_t, int64_t) {
-        for (int64_t i = next++; i < count; i = next++) task(context, i);
+    struct alignas(64) Part {
+        std::atomic<int64_t> next;
+        int64_t end;
+    };
+    const int64_t threads = std::min({count, executorch::extension::get_thread_count(), kMostThreads});
+    std::array<Part, kMostThreads> parts;
+    for (int64_t t = 0; t < threads; ++t) {
+        parts[static_cast<size_t>(t)].next.store(t * count / threads, std::memory_order_relaxed);
+        parts[static_cast<size_t>(t)].end = (t + 1) * count / threads;
+    }
+    const auto work = [&](int64_t thread, int64_t) {
+        for (int64_t t = 0; t < threads; ++t) {
+            Part& part = parts[static_cast<size_t>((thread + t) % threads)];
+            for (int64_t i = part.next++; i < part.end; i = part.next++) task(context, i);
+        }
     };
     if (threads > 1 && executorch::extension::parallel_for(0, threads, 1, work)) return;
     work(0, 1);

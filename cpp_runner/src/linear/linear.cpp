@@ -22,23 +22,39 @@ constexpr int64_t kTasks = 128;      // at least, if there are as many groups of
 constexpr int64_t kMostGroups = 8;   // in a task
 constexpr int64_t kRoundTokens = 8;  // rows of x that a task rounds
 
-// The rounded rows of x, for each block: 32 codes, the scale, and two numbers that depend on the sums of the codes.
-constexpr int64_t kRoundedBytes = kBlockColumns + 4 + 8;
+// Products of fewer bytes of weights, for each row of x, are computed sooner by one thread than a second one wakes up.
+constexpr size_t kAlone = size_t{1} << 17;
 
-struct Work {
-    const Linear& linear;
+// The rounded rows of x, for each block: 32 codes, the scale, their sum as float32, and minus the sums of all codes and
+// of the first 16 as int32.
+constexpr int64_t kRoundedBytes = kBlockColumns + 16;
+
+/// Rows of x, and where they are rounded to.
+struct Rounding {
+    const float* x;
+    int64_t tokens;
+    int64_t columns;
     std::byte* scratch;
-    Split split;
 
-    int64_t blocks() const { return linear.columns / kBlockColumns; }
+    int64_t blocks() const { return columns / kBlockColumns; }
     std::byte* rounded(int64_t token) const { return scratch + token * blocks() * kRoundedBytes; }
+};
+
+/// Groups of rows of a matrix, and rows of x by which they are multiplied.
+struct Task {
+    const Linear& linear;
+    const Rounding& rounding;
+    int64_t group;
+    int64_t end;  // after the last group
+    int64_t token;
+    int count;  // of rows of x
 };
 
 /// The functions for one instruction set.
 struct Kernel {
     IntegerSet set;
-    void (*round)(const Work& work, int64_t tile);  // tile: of kRoundTokens rows of x
-    void (*multiply)(const Work& work, int64_t task);
+    void (*round)(const Rounding& rounding, int64_t tile);  // tile: of kRoundTokens rows of x
+    void (*multiply)(const Task& task);
 };
 
 }  // namespace
@@ -133,6 +149,10 @@ bool supports([[maybe_unused]] IntegerSet set) {
     return true;
 }
 
+void in_order(int64_t count, void (*task)(const void* context, int64_t index), const void* context) {
+    for (int64_t i = 0; i < count; ++i) task(context, i);
+}
+
 }  // namespace
 
 std::span<const IntegerSet> integer_sets() {
@@ -153,35 +173,48 @@ Split split(const Linear& linear) {
     return split;
 }
 
-void multiply(const Linear& linear, std::byte* scratch, ParallelFor parallel_for, IntegerSet set) {
+void multiply(std::span<const Linear> linears, std::byte* scratch, ParallelFor parallel_for, IntegerSet set) {
     struct Context {
         const Kernel& kernel;
-        const Work& work;
-    };
-    if (linear.tokens == 0) return;
-    const Work work{linear, scratch, split(linear)};
-    const Context context{kernel_of(kKernels, set), work};
+        const Rounding& rounding;
+        std::span<const Linear> linears;
+        int64_t tasks_per_tile;
 
-    // For a few rows, waking a second thread would take longer than rounding them.
-    const int64_t tiles = (linear.tokens + kRoundTokens - 1) / kRoundTokens;
-    if (tiles == 1) {
-        context.kernel.round(work, 0);
-    } else {
-        parallel_for(
-            tiles,
-            [](const void* opaque, int64_t tile) {
-                const auto& [kernel, whole] = *static_cast<const Context*>(opaque);
-                kernel.round(whole, tile);
-            },
-            &context);
+        void run(int64_t task) const {
+            const int64_t token = task / tasks_per_tile * kTileTokens;
+            const auto count = static_cast<int>(std::min(rounding.tokens - token, kTileTokens));
+            task %= tasks_per_tile;
+            for (const Linear& linear : linears) {
+                const auto [tiles, groups, tasks] = split(linear);
+                if (task < tasks) {
+                    const int64_t group = task * groups;
+                    const int64_t end = std::min(group + groups, groups_of(linear.rows));
+                    return kernel.multiply({linear, rounding, group, end, token, count});
+                }
+                task -= tasks;
+            }
+        }
+    };
+    const int64_t tokens = linears[0].tokens;
+    if (tokens == 0) return;
+    const Rounding rounding{linears[0].x, tokens, linears[0].columns, scratch};
+    Context context{kernel_of(kKernels, set), rounding, linears, 0};
+    size_t bytes = 0;
+    for (const Linear& linear : linears) {
+        context.tasks_per_tile += split(linear).tasks_per_tile;
+        bytes += static_cast<size_t>(groups_of(linear.rows)) * group_bytes(linear.type, linear.columns);
     }
-    parallel_for(
-        work.split.token_tiles * work.split.tasks_per_tile,
-        [](const void* opaque, int64_t task) {
-            const auto& [kernel, whole] = *static_cast<const Context*>(opaque);
-            kernel.multiply(whole, task);
+    const int64_t roundings = (tokens + kRoundTokens - 1) / kRoundTokens;
+    const ParallelFor run = bytes * static_cast<size_t>(tokens) < kAlone ? in_order : parallel_for;
+    (roundings == 1 ? in_order : run)(
+        roundings,
+        [](const void* opaque, int64_t tile) {
+            const auto& whole = *static_cast<const Context*>(opaque);
+            whole.kernel.round(whole.rounding, tile);
         },
         &context);
+    run((tokens + kTileTokens - 1) / kTileTokens * context.tasks_per_tile,
+        [](const void* opaque, int64_t task) { static_cast<const Context*>(opaque)->run(task); }, &context);
 }
 
 void read_row(BlockType type, int64_t columns, const std::byte* weight, int64_t row, float* out) {

@@ -40,14 +40,21 @@ std::span<const IntegerSet> integer_sets();
 /// Returns the number of bytes that multiply() needs for the rounded rows of x.
 size_t scratch_bytes(const Linear& linear);
 
-/// Computes a product. Needs about 10 KB of stack and no heap.
-void multiply(const Linear& linear, std::byte* scratch, ParallelFor parallel_for,
+/// Computes products of the same x, whose types may differ. It is rounded once, and threads meet once for all of them.
+/// Needs about 10 KB of stack and no heap.
+void multiply(std::span<const Linear> linears, std::byte* scratch, ParallelFor parallel_for,
               IntegerSet set = integer_sets().back());
+
+/// Computes a product.
+inline void multiply(const Linear& linear, std::byte* scratch, ParallelFor parallel_for,
+                     IntegerSet set = integer_sets().back()) {
+    multiply(std::span(&linear, 1), scratch, parallel_for, set);
+}
 
 /// Reads row `row` of a matrix with K columns: K numbers, each d * code, and then + m in formats that have it.
 void read_row(BlockType type, int64_t columns, const std::byte* weight, int64_t row, float* out);
 
-/// Returns into how many tasks multiply() splits a product, and how many groups of rows a task has at most.
+/// How multiply() splits a product into tasks.
 struct Split {
     int64_t token_tiles;      // each of up to kTileTokens rows of x
     int64_t groups_per_task;  // groups of rows of the matrix

@@ -4,7 +4,9 @@
 //   linear(Tensor x, Tensor weight, Tensor? bias, str kind, int rows, *, Tensor(a!) out) -> Tensor(a!)
 //   block_rows(Tensor weight, Tensor tokens, str kind, int columns, *, Tensor(a!) out) -> Tensor(a!)
 //
-// A matrix is a flat tensor of bytes, see blocks.h. Linking this file registers both.
+// A matrix is a flat tensor of bytes, see blocks.h. linear2.out and linear3.out multiply x by two and by three
+// matrices: the arguments of each follow those of the one before, and each has a result. Linking this file registers
+// all four.
 
 #include <executorch/runtime/kernel/kernel_includes.h>
 
@@ -21,25 +23,43 @@ using executorch::aten::ScalarType;
 using executorch::aten::SizesType;
 using executorch::aten::Tensor;
 
-constexpr const char* kName = "llama_pte::linear.out";
+constexpr const char* kNames[] = {"llama_pte::linear.out", "llama_pte::linear2.out", "llama_pte::linear3.out"};
 constexpr ptrdiff_t kMostDimensions = 8;
 constexpr int64_t kMostSize = int64_t{1} << 31;  // of a dimension, so that products cannot overflow
 constexpr size_t kStackBytes = size_t{1} << 16;  // of rounded rows, more than a step of decoding has
 
-enum Argument : size_t { kX, kWeight, kBias, kKind, kRows, kOut, kArguments };
+enum Argument : size_t { kWeight, kBias, kKind, kRows, kArguments };
+
+/// The arguments of linear with N matrices: x, then kArguments of each matrix, then the results.
+template <size_t N>
+struct Arguments {
+    et::Span<et::EValue*> all;
+
+    static constexpr size_t kCount = 1 + N * (kArguments + 1);
+    const et::EValue& x() const { return *all[0]; }
+    const et::EValue& of(size_t matrix, Argument argument) const { return *all[1 + matrix * kArguments + argument]; }
+    const et::EValue& out(size_t matrix) const { return *all[1 + N * kArguments + matrix]; }
+};
+
+bool is_plain(const et::EValue& value, ScalarType dtype) {
+    return value.isTensor() && value.toTensor().scalar_type() == dtype && et::tensor_is_contiguous(value.toTensor());
+}
 
 /// Checks the types of all arguments, and the ranks of those from which sizes are taken.
-bool well_typed(et::Span<et::EValue*> args) {
-    if (args.size() < kArguments) return false;
-    for (const size_t i : {kX, kWeight, kOut}) {
-        if (!args[i]->isTensor() || !et::tensor_is_contiguous(args[i]->toTensor())) return false;
+template <size_t N>
+bool well_typed(const Arguments<N>& args) {
+    if (args.all.size() < args.kCount || !is_plain(args.x(), ScalarType::Float)) return false;
+    const ptrdiff_t dims = args.x().toTensor().dim();
+    if (dims < 1 || dims > kMostDimensions) return false;
+    for (size_t i = 0; i < N; ++i) {
+        const et::EValue& bias = args.of(i, kBias);
+        if (!is_plain(args.of(i, kWeight), ScalarType::Byte) || !(bias.isNone() || is_plain(bias, ScalarType::Float)) ||
+            !args.of(i, kKind).isString() || !args.of(i, kRows).isInt() || !is_plain(args.out(i), ScalarType::Float) ||
+            args.out(i).toTensor().dim() != dims) {
+            return false;
+        }
     }
-    const Tensor& x = args[kX]->toTensor();
-    const Tensor& out = args[kOut]->toTensor();
-    return (args[kBias]->isTensor() || args[kBias]->isNone()) && args[kKind]->isString() && args[kRows]->isInt() &&
-           x.scalar_type() == ScalarType::Float && x.dim() >= 1 && x.dim() <= kMostDimensions &&
-           args[kWeight]->toTensor().scalar_type() == ScalarType::Byte && out.scalar_type() == ScalarType::Float &&
-           out.dim() == x.dim();
+    return true;
 }
 
 std::optional<BlockType> type_of(const et::EValue& kind) {
@@ -47,21 +67,24 @@ std::optional<BlockType> type_of(const et::EValue& kind) {
     return block_type_of({name.data(), name.size()});
 }
 
-/// Reads the sizes from the arguments; returns false if they do not match.
-bool measure(et::Span<et::EValue*> args, Linear& linear) {
-    const Tensor& x = args[kX]->toTensor();
-    const Tensor& weight = args[kWeight]->toTensor();
-    const std::optional<BlockType> type = type_of(*args[kKind]);
+/// Reads a product from the arguments, without its result; returns false if the sizes do not match.
+template <size_t N>
+bool measure(const Arguments<N>& args, size_t matrix, Linear& linear) {
+    const Tensor& x = args.x().toTensor();
+    const Tensor& weight = args.of(matrix, kWeight).toTensor();
+    const std::optional<BlockType> type = type_of(args.of(matrix, kKind));
     if (!type) return false;
     linear.type = *type;
     linear.columns = x.size(x.dim() - 1);
-    linear.rows = args[kRows]->toInt();
+    linear.rows = args.of(matrix, kRows).toInt();
     if (linear.columns < 1 || linear.columns % block_columns(linear.type) != 0) return false;
     if (linear.rows < 1 || linear.rows > kMostSize || linear.columns > kMostSize) return false;
     linear.tokens = x.numel() / linear.columns;
-    if (args[kBias]->isTensor()) {
-        const Tensor& bias = args[kBias]->toTensor();
-        if (bias.scalar_type() != ScalarType::Float || bias.dim() != 1 || bias.size(0) != linear.rows) return false;
+    linear.x = x.const_data_ptr<float>();
+    linear.weight = static_cast<const std::byte*>(weight.const_data_ptr());
+    if (const et::EValue& value = args.of(matrix, kBias); value.isTensor()) {
+        const Tensor& bias = value.toTensor();
+        if (bias.dim() != 1 || bias.size(0) != linear.rows) return false;
         linear.bias = bias.const_data_ptr<float>();
     }
     return weight.nbytes() == static_cast<size_t>(groups_of(linear.rows)) * group_bytes(linear.type, linear.columns);
@@ -76,25 +99,28 @@ bool resize(Tensor out, const Tensor& like, int64_t size) {
     return et::resize_tensor(out, {shape, dims}) == et::Error::Ok && et::tensor_is_contiguous(out);
 }
 
-void linear_out(et::KernelRuntimeContext& ctx, et::Span<et::EValue*> args) {
-    ET_KERNEL_CHECK_MSG(ctx, well_typed(args), InvalidArgument, , "%s: the types are not those of its schema", kName);
-    Linear linear{};
-    ET_KERNEL_CHECK_MSG(ctx, measure(args, linear), InvalidArgument, , "%s: unknown format, or sizes do not match",
-                        kName);
-    const Tensor& x = args[kX]->toTensor();
-    const Tensor& out = args[kOut]->toTensor();
-    ET_KERNEL_CHECK_MSG(ctx, resize(out, x, linear.rows), InvalidArgument, , "%s: the result does not fit", kName);
-    linear.x = x.const_data_ptr<float>();
-    linear.weight = static_cast<const std::byte*>(args[kWeight]->toTensor().const_data_ptr());
-    linear.out = out.mutable_data_ptr<float>();
-    const size_t bytes = scratch_bytes(linear);
+template <size_t N>
+void linear_out(et::KernelRuntimeContext& ctx, et::Span<et::EValue*> all) {
+    const char* name = kNames[N - 1];
+    const Arguments<N> args{all};
+    ET_KERNEL_CHECK_MSG(ctx, well_typed(args), InvalidArgument, , "%s: the types are not those of its schema", name);
+    Linear linears[N]{};
+    for (size_t i = 0; i < N; ++i) {
+        ET_KERNEL_CHECK_MSG(ctx, measure(args, i, linears[i]), InvalidArgument, ,
+                            "%s: unknown format, or sizes do not match", name);
+        const Tensor& out = args.out(i).toTensor();
+        ET_KERNEL_CHECK_MSG(ctx, resize(out, args.x().toTensor(), linears[i].rows), InvalidArgument, ,
+                            "%s: the result does not fit", name);
+        linears[i].out = out.mutable_data_ptr<float>();
+    }
+    const size_t bytes = scratch_bytes(linears[0]);
     if (bytes <= kStackBytes) {
         alignas(64) std::byte scratch[kStackBytes];
-        return multiply(linear, scratch, over_threads);
+        return multiply(linears, scratch, over_threads);
     }
     const et::Result<void*> scratch = ctx.allocate_temp(bytes, 64);
-    ET_KERNEL_CHECK_MSG(ctx, scratch.ok(), MemoryAllocationFailed, , "%s: no memory for %zu bytes", kName, bytes);
-    multiply(linear, static_cast<std::byte*>(*scratch), over_threads);
+    ET_KERNEL_CHECK_MSG(ctx, scratch.ok(), MemoryAllocationFailed, , "%s: no memory for %zu bytes", name, bytes);
+    multiply(linears, static_cast<std::byte*>(*scratch), over_threads);
 }
 
 constexpr const char* kRowsName = "llama_pte::block_rows.out";
@@ -124,7 +150,11 @@ void block_rows_out(et::KernelRuntimeContext& ctx, et::Span<et::EValue*> args) {
     }
 }
 
-[[maybe_unused]] const et::Error registered = register_once(kName, linear_out);
+[[maybe_unused]] const et::Error registered[] = {
+    register_once(kNames[0], linear_out<1>),
+    register_once(kNames[1], linear_out<2>),
+    register_once(kNames[2], linear_out<3>),
+};
 [[maybe_unused]] const et::Error rows_registered = register_once(kRowsName, block_rows_out);
 
 }  // namespace
