@@ -46,7 +46,7 @@ def test_size_counts_all_matrices_and_a_tied_embedding_once() -> None:
 def test_candidates_are_ordered_by_size() -> None:
     config = replace(PLAIN, dim=256, n_heads=8, head_dim=32, n_kv_heads=8, hidden_dim=256, vocab_size=1000)
     sizes = [
-        stored_bytes(config, replace(candidate.scheme, careful=(0,) if candidate.careful else ()))
+        stored_bytes(config, replace(candidate.scheme, others={"layers.0": BYTE} if candidate.careful else {}))
         for candidate in candidates("hqq")
     ]
     assert sizes == sorted(sizes)
@@ -81,10 +81,10 @@ def test_the_smallest_scheme_within_the_budget_is_chosen(text: Path) -> None:
 def test_a_mixed_file_lists_its_blocks_with_more_bits(text: Path) -> None:
     options = ExportOptions(max_seq_len=128, quantize="mixed", eval_text=text, output=MODELS / "mixed.pte")
     planned = choose_scheme(plan(options), Gate.of(text, None), False, print)
-    careful = planned.source.scheme.careful
-    assert len(careful) == 2, "a quarter of 5 and rounded up"
+    others = planned.source.scheme.others
+    assert list(others.values()) == [BYTE] * 2, "a quarter of 5 and rounded up"
     metadata = read_metadata(export_llama(options))
-    assert metadata.provenance["options"]["scheme"]["careful"] == list(careful)
+    assert Scheme.of(metadata).others == others
     assert metadata.provenance["options"]["quantize"] == "mixed"
 
 

@@ -8,6 +8,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from export.lowering.slices import SlicedSource, kv_heads
 from export.planning.sharding import Sharding
+from export.weights.formats.integer import BYTE
 from export.weights.scheme import SCHEMES, Scheme, adjusted, matrices
 from export.weights.source import WeightSource
 from model.config import ModelConfig
@@ -27,7 +28,7 @@ UNEVEN = replace(WIDE, n_heads=6, n_kv_heads=3, head_dim=32)
         SCHEMES["fp32"],
         SCHEMES["8da8w"],
         adjusted(SCHEMES["8da4w"], None, 4, None, "hqq"),
-        replace(SCHEMES["8da4w"], careful=(1,)),
+        replace(SCHEMES["8da4w"], others={"layers.1": BYTE}),
     ],
 )
 def test_joined_slices_equal_the_whole(scheme: Scheme, config: ModelConfig, count: int) -> None:

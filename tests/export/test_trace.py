@@ -2,7 +2,10 @@ from dataclasses import replace
 
 import torch
 
-from export.lowering.trace import GraphOptions, parameter_name, pieces, signature, signatures, trace
+from export.lowering.trace import GraphOptions, kinds, parameter_name, pieces, signature, signatures, trace
+from export.weights.formats.float32 import FLOAT
+from export.weights.formats.integer import BYTE
+from export.weights.scheme import SCHEMES
 from model.fused_attention import FusedLlama
 from tests.conftest import TOY, random_model, toy_model
 
@@ -94,19 +97,30 @@ def test_blocks_of_one_kind_share_a_graph() -> None:
 
 def test_segments_differ_only_at_the_ends_and_by_their_formats() -> None:
     config = replace(TOY, n_layers=5, sliding_window=8, local_layers=(1, 3))
-    found = pieces(config, range(5), fused=True, careful=(3,))
-    assert list(found.values()) == [
+    (method,) = signatures(config, GraphOptions(48, 7, "fused"))
+    others = {"layers.3": BYTE, "layers.1.attention.wv.weight": FLOAT}
+    scheme = replace(SCHEMES["8da4w"], others=others)
+    wide = ("feed_forward.w1", "feed_forward.w3")  # w2 has 8 bits everywhere, because its rows are not whole groups
+    bytes_in_block = {
+        "after": ", ".join(f"after.attention.{name} in 8 bits a row" for name in ("wq", "wk", "wv")),
+        "before": ", ".join(f"before.{name} in 8 bits a row" for name in ("attention.wo", *wide)),
+    }
+    assert list(kinds(config, method, scheme).values()) == [
         "after",
+        "before after, after.attention.wv in float32",
         "before after",
-        "before after",
-        "before after careful_after",
-        "before after careful_before",
+        f"before after, {bytes_in_block['after']}",
+        f"before after, {bytes_in_block['before']}",
         "before head",
     ]
-    assert pieces(config, range(3, 4), True, (3,)) == {
-        "segments.3": "after careful_after",
-        "segments.4": "before careful_before",
+    (method,) = signatures(config, GraphOptions(48, 7, "fused"), span=range(3, 4))
+    assert kinds(config, method, scheme) == {
+        "segments.3": f"after, {bytes_in_block['after']}",
+        "segments.4": f"before, {bytes_in_block['before']}",
     }
+
+
+def test_names_of_parameters_are_the_models() -> None:
     names = [parameter_name(TOY, "segments.1", f"{side}.ffn_norm.weight") for side in ("before", "after")]
     assert names == ["layers.0.ffn_norm.weight", "layers.1.ffn_norm.weight"]
     assert parameter_name(TOY, "segments.2", "after.output.weight") == "head.output.weight"

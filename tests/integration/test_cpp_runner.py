@@ -52,7 +52,7 @@ def test_prints_what_llama2_c_prints(runner: Path, stories_pte: Path, shared: Pa
     "scheme",
     [
         {"quantize": "8da4w", "embedding_bits": 4},  # tied to the head
-        {"quantize": "q4_1"},
+        {"quantize": "q4_k_m"},
         pytest.param({"quantize": "8da4w", "group_size": 64, "head_bits": 8}, marks=pytest.mark.slow),
         pytest.param({"quantize": "mixed"}, marks=pytest.mark.slow),
         pytest.param({"quantize": "8da8w"}, marks=pytest.mark.slow),

@@ -20,6 +20,7 @@ from export.llama import export_llama
 from export.planning.plan import ExportOptions
 from export.planning.sharding import Sharding
 from export.quality.eager import reference
+from export.weights.formats.integer import BYTE
 from export.weights.scheme import SCHEMES, Scheme, adjusted
 from model.config import ModelConfig
 from model.errors import InputError
@@ -35,7 +36,7 @@ from tests.support.slices import GRAPH, GROUPED, PADDED, UNUSUAL, EagerSlices, M
 QUANTISED = [
     SCHEMES["8da8w"],
     adjusted(SCHEMES["8da4w"], None, 4, 8, "nearest"),
-    replace(SCHEMES["8da4w"], careful=(1,), kv_dtype="float16"),
+    replace(SCHEMES["8da4w"], others={"layers.1": BYTE}, kv_dtype="float16"),
     replace(SCHEMES["8da8w"], kv_dtype="int8"),
 ]
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]

@@ -14,6 +14,7 @@ from export.checkpoints.checkpoint import renamed
 from export.checkpoints.families import HUGGING_FACE_NAMES
 from export.checkpoints.gguf import GGUF_NAMES
 from export.checkpoints.meta import META_NAMES
+from export.weights.formats.block_rounding import blocks_of
 from model.model import Llama
 from preproc import rope
 
@@ -116,12 +117,12 @@ def write_meta(model: Llama, folder: Path, ranks: int, vocabulary_parallel: bool
 def write_gguf(
     model: Llama,
     path: Path,
-    kind: str,
+    kind: str | Callable[[str], str],
     rope_factors: Tensor | None = None,
     add_tokenizer: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
-    """Writes a GGUF file. `kind` is the storage type of its matrices: F32, F16, BF16, Q8_0 or Q4_0."""
-    config, storage = model.config, gguf.GGMLQuantizationType[kind]
+    """A GGUF file; `kind` is the type of its matrices, or gives it for a name: F32, F16, BF16, or one in blocks."""
+    config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.dim)
@@ -142,10 +143,11 @@ def write_gguf(
         if name == "head.output.weight" and config.tied:
             continue
         values, target = tensor.contiguous().numpy(), renamed(name, GGUF_NAMES)
-        if tensor.dim() == 1:
-            writer.add_tensor(target, values)
-        else:
-            writer.add_tensor(target, gguf.quants.quantize(values, storage), raw_dtype=storage)
+        chosen = "F32" if tensor.dim() == 1 else kind(name) if callable(kind) else kind
+        storage = gguf.GGMLQuantizationType[chosen]
+        is_ours = chosen.endswith("_K")  # which the package reads but does not write
+        data = blocks_of(tensor, chosen).numpy() if is_ours else gguf.quants.quantize(values, storage)
+        writer.add_tensor(target, data, raw_dtype=storage)
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
     writer.write_header_to_file()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from export.weights.formats.block_rounding import blocks_of
+from export.weights.formats.float32 import FLOAT
 from export.weights.formats.format import Format, Share
 from export.weights.rows import by_rows
 from model.block_linear import BLOCK_FORMS, GROUP, relaid
@@ -46,8 +47,8 @@ class Blocks(Format):
 
     @property
     def fallback(self) -> Format:
-        """A type with shorter blocks, as llama.cpp chooses it."""
-        return Blocks.of(_SHORTER.get(self.name, "Q8_0"))
+        """A type with shorter blocks, as llama.cpp chooses it; float32 for the finest."""
+        return FLOAT if self.name == "Q8_0" else Blocks.of(_SHORTER.get(self.name, "Q8_0"))
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Returns the size of a matrix, whose rows are stored in whole groups."""
