@@ -11,9 +11,11 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from export.checkpoints.checkpoint import starred
 from export.planning.memory import cache_bytes, memory_use
 from export.weights.scheme import Scheme, format_exceptions
 from runtime.engine.program import files, read_metadata
@@ -84,6 +86,27 @@ def _span(least: int, most: int) -> str:
     return str(most) if least == most else f"{least} to {most}"
 
 
+def _kept(formats: Mapping[str, str], n_layers: int) -> list[str]:
+    """Returns a line for each role and format of matrices, given by name, with the blocks in which it has the
+    format.
+    """
+    layers = dict[tuple[str, str], list[int]]()
+    for name, form in formats.items():
+        role = starred(name).removeprefix("layers.*.").removesuffix(".weight")
+        layers.setdefault((role, form), []).extend([int(name.split(".")[1])] * name.startswith("layers."))
+    return [
+        f"{role}{_blocks(sorted(set(numbers)), n_layers)}: {form}" for (role, form), numbers in sorted(layers.items())
+    ]
+
+
+def _blocks(numbers: Sequence[int], n_layers: int) -> str:
+    if not numbers or len(numbers) == n_layers:
+        return ""
+    firsts = [number for number in numbers if number - 1 not in numbers]
+    lasts = [number for number in numbers if number + 1 not in numbers]
+    return " of blocks " + ", ".join(map(_span, firsts, lasts))
+
+
 def _text(file: Path, found: dict[str, Any]) -> str:
     config, memory, weights = found["config"], found["memory"], found["weights"]
     methods = ", ".join(f"{method['name']} ({_span(*method['tokens'])})" for method in found["methods"])
@@ -100,7 +123,7 @@ def _text(file: Path, found: dict[str, Any]) -> str:
         f"needs        ExecuTorch {found['requirements']['executorch']}: {needs}",
         f"weights      {weights['quantize']}: linear {weights['linear']}, head {weights['head']}, embedding "
         f"{weights['embedding']}; KV cache {weights['kv_cache']}",
-        *(f"             {name} {form}" for name, form in weights["kept"].items()),
+        *(f"             {line}" for line in _kept(weights["kept"], config["n_layers"])),
         f"made by      {made_by}",
         f"checkpoint   {found['provenance']['checkpoint']}",
         "",

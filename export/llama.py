@@ -38,7 +38,8 @@ from export.quality.gptq import TOKENS, calibrate
 from export.quality.perplexity import Gate
 from export.quality.verification import VerificationError, add_flags, verify_once
 from export.weights.formats.integer import ROUNDINGS
-from export.weights.scheme import AS_STORED, SCHEMES, matrices
+from export.weights.gguf_types import AS_STORED, QUANTIZE
+from export.weights.scheme import matrices
 from model.errors import InputError
 from model.kv_row_format import KV_DTYPES
 from preproc.chat_template import NAMED
@@ -335,8 +336,9 @@ def _add_scheme_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--quantize",
-        default="fp32",
-        help=f"storage of weights: {', '.join(SCHEMES)}; or {AS_STORED}, as in a GGUF (default: %(default)s)",
+        metavar="NAME",
+        help=f"storage of weights: {', '.join(QUANTIZE)}; {AS_STORED} keeps a GGUF's own types (default: {AS_STORED} "
+        "for a GGUF in types that the backend runs, otherwise fp32)",
     )
     add(
         "--group-size",

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from export.checkpoints import hub
 from export.checkpoints.layouts import BUILT_IN, open_checkpoint
-from export.planning.plan import for_length
 from export.quality.gptq import CalibrationText, calibrate
 from export.quality.perplexity import Gate
 from export.quality.verification import add_flags, check_same, verify
@@ -84,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.report and scheme.max_ppl_increase is None:
         raise InputError(f"--report needs a quantised file, but {options.file} is float32; leave it out")
     checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir)
-    config = for_length(checkpoint.config, metadata.max_seq_len)
+    config = checkpoint.config.for_length(metadata.max_seq_len)
     slices = metadata.provenance["options"].get("tensor_parallel", 1)
     source = WeightSource(config, checkpoint.weights, scheme, slices=slices, blocks=checkpoint.blocks)
     with tempfile.TemporaryDirectory(prefix="llama-pte-") as folder:

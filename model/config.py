@@ -237,6 +237,16 @@ class ModelConfig:
         """
         return min(positions, self.window(layer) or positions)
 
+    def for_length(self, max_seq_len: int) -> "ModelConfig":
+        """Returns the config for texts of `max_seq_len` tokens. Beyond the trained context, scaling by a factor is
+        stretched in proportion; the other kinds of scaling depend on the length themselves.
+        """
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind not in ("llama3", "linear", "yarn") or max_seq_len <= self.context:
+            return self
+        stretched = dataclasses.replace(scaling, factor=scaling.factor * max_seq_len / self.context)
+        return dataclasses.replace(self, rope_scaling=stretched)
+
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> "ModelConfig":
         """Rebuilds a config from the JSON form of its `dataclasses.asdict`.

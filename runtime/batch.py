@@ -16,7 +16,13 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from runtime.cli.flags import add_generation_flags, add_program_flags, generation_options, open_program
+from runtime.cli.flags import (
+    add_generation_flags,
+    add_program_flags,
+    add_prompts_file_flag,
+    generation_options,
+    open_program,
+)
 from runtime.cli.results import print_results
 from runtime.text.batching import batch
 from runtime.text.prompts import read_prompts
@@ -41,13 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command.parser("runtime.batch", "Continues many prompts, several at once.", __doc__)
     add = parser.add_argument
     add("file", type=Path, help=".pte file, exported with --batch-size")
-    add(
-        "--prompts-file",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="file with one prompt, or one JSON object, per line",
-    )
+    add_prompts_file_flag(parser)
     add_generation_flags(parser)
     add_program_flags(parser)
     return parser

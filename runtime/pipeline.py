@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import InputError
-from runtime.cli.flags import add_generation_flags, add_program_flags, generation_options
+from runtime.cli.flags import add_generation_flags, add_program_flags, add_prompts_file_flag, generation_options
 from runtime.cli.results import print_results
 from runtime.distributed.assignment import assign_files, measure_host
 from runtime.distributed.pipeline_stage import Stage, Texts, pipeline
@@ -129,13 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command.parser("runtime.pipeline", "Runs the shards or slices of a model on several machines.", __doc__)
     add = parser.add_argument
     add("folder", type=Path, help="folder of shards or slices; each host needs those that it runs, or all")
-    add(
-        "--prompts-file",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="file with one prompt, or one JSON object, per line, on the first rank",
-    )
+    add_prompts_file_flag(parser)
     add(
         "--texts",
         type=int,

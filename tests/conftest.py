@@ -1,4 +1,6 @@
-"""Test models, each built and exported once per run; exports are kept in build/models and reused while identical."""
+"""Shared fixtures: test models that are built and exported once per run. Exports are kept in build/models and reused
+while unchanged.
+"""
 
 import fcntl
 import gc
@@ -29,7 +31,7 @@ from model.model import Llama
 from runtime.engine.program import Program
 from tests.support.checkpoints import write_llama2c
 
-torch.set_num_threads(1)  # two workers share the cores, and threads of tiny products only wait for each other
+torch.set_num_threads(1)  # test processes share the cores, and a second thread does not speed up such small matrices
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
@@ -38,29 +40,31 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = Path(os.environ.get("LLAMA_RUNNER_BUILD", ROOT / "build" / "host"))
 MODELS = Path(__file__).parent.parent / "build" / "models"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
-os.environ["XDG_CACHE_HOME"] = str(ROOT / "build" / "cache")  # for commands that tests start, too
+os.environ["XDG_CACHE_HOME"] = str(ROOT / "build" / "cache")  # also read by commands that tests start
 
 TOY = ModelConfig(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=2048, context=48, tied=True
 )
-"""Small enough to lower in seconds; its vocabulary is the built-in tokenizer's."""
+"""A model that is lowered in seconds. Its vocabulary is that of the built-in tokenizer."""
 
 DEEP = replace(TOY, n_layers=5, n_heads=4, n_kv_heads=2)
-"""Grouped queries, and blocks enough for shards of one, two and three."""
+"""A model with grouped queries and enough blocks for shards of one, two and three blocks."""
 
 
-gc.disable()  # all that is imported stays
+gc.disable()  # during the imports, whose objects stay alive
 
 
 def pytest_collection_finish() -> None:
-    """Leaves what was imported out of every later search for garbage, which takes a fifth of an export otherwise."""
+    """Excludes the imported objects from later garbage collections, which take a fifth of an export's time."""
     gc.freeze()
     gc.enable()
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real weights, tokenizers and text. A clone outside the project's own machines has none."""
+    """Returns the folder of real weights, tokenizers and text; skips the test where it does not exist, as in a user's
+    clone.
+    """
     if not SHARED.is_dir():
         pytest.skip("needs ../shared/data, which is not part of the repository")
     return SHARED
@@ -68,20 +72,20 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def stories260k(shared: Path) -> ExportOptions:
-    """How to export a real model of 260,000 parameters."""
+    """Returns the export options of a real model with 260,000 parameters."""
     folder = shared / "stories260K"
     return ExportOptions(checkpoint=folder / "stories260K.bin", tokenizer=folder / "tok512.model", max_seq_len=512)
 
 
 @pytest.fixture(scope="session")
 def stories_pte(stories260k: ExportOptions) -> Path:
-    """stories260K with XNNPACK and the default chunk."""
+    """Returns stories260K, exported for XNNPACK with the default prefill chunk."""
     return exported(replace(stories260k, output=MODELS / "stories260K.pte"))
 
 
 @pytest.fixture(scope="session")
 def runner() -> Path:
-    """The C++ command."""
+    """Returns the path of the compiled C++ runner."""
     path = BUILD / "llama_runner"
     if not path.exists():
         pytest.fail(f"{path} does not exist; build it first (make runner)")
@@ -90,36 +94,36 @@ def runner() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_pte() -> Path:
-    """The built-in model as the README exports it."""
+    """Returns the built-in model, exported as in the README."""
     return exported(ExportOptions(max_seq_len=512, output=MODELS / "tiny.pte"))
 
 
 @pytest.fixture(scope="session")
 def toy_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint of TOY, in llama2.c's layout."""
+    """Returns a checkpoint of TOY with random weights, in llama2.c's layout."""
     return write_llama2c(toy_model(), tmp_path_factory.mktemp("toy") / "toy.bin", version=1)
 
 
 @pytest.fixture(scope="session")
 def toy_options(toy_bin: Path) -> ExportOptions:
-    """How to export TOY, with a chunk that neither divides nor is divided by the context."""
+    """Returns the export options of TOY, with a prefill chunk that is no divisor of the context."""
     return ExportOptions(checkpoint=toy_bin, tokenizer=BUILT_IN / "tokenizer.model", prefill_chunk=7)
 
 
 @pytest.fixture(scope="session")
 def toy_pte(toy_options: ExportOptions) -> Path:
-    """TOY, exported."""
+    """Returns TOY's exported file."""
     return exported(replace(toy_options, output=MODELS / "toy.pte"))
 
 
 @pytest.fixture(scope="session")
 def toy_program(toy_pte: Path) -> Program:
-    """TOY, opened: a program is immutable, so one serves all tests."""
+    """Returns TOY's opened program, which all tests share because it is immutable."""
     return Program(toy_pte)
 
 
 def exported(options: ExportOptions) -> Path:
-    """The export, made once where several workers want it at the same time."""
+    """Exports a model, once even if several test processes need it at the same time."""
     assert options.output, "a shared model has a name"
     with alone(options.output.stem):
         return export_llama(options)
@@ -127,7 +131,7 @@ def exported(options: ExportOptions) -> Path:
 
 @contextmanager
 def alone(name: str) -> Iterator[None]:
-    """Lets one worker at a time pass, of those that come with the same name: what the first makes, the others find."""
+    """Admits one process at a time per name, so that the others find the file that the first one made."""
     MODELS.mkdir(parents=True, exist_ok=True)
     with (MODELS / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -135,12 +139,12 @@ def alone(name: str) -> Iterator[None]:
 
 
 def toy_model() -> Llama:
-    """TOY with random weights, large enough that logits differ by more than rounding."""
+    """Returns TOY with random weights that are large enough for logits to differ by more than rounding."""
     return random_model(TOY)
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Llama:
-    """A model whose logits are of order 1."""
+    """Returns a model with random weights whose logits are of order 1."""
     torch.manual_seed(seed)
     model = Llama(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -152,13 +156,13 @@ def random_model(config: ModelConfig, seed: int = 0) -> Llama:
 
 
 def random_options(config: ModelConfig, folder: Path) -> ExportOptions:
-    """How to export a random model, which is written to the folder: without a tokenizer, in chunks of 7 tokens."""
+    """Writes a random model to the folder and returns its export options: no tokenizer, prefill chunks of 7 tokens."""
     checkpoint = write_llama2c(random_model(config), folder / "random.bin", version=1)
     return ExportOptions(checkpoint=checkpoint, tokenizer=Path("none"), prefill_chunk=7)
 
 
 def planned(model: Llama, graph: GraphOptions, scheme: Scheme = SCHEMES["fp32"]) -> Plan:
-    """How to export a model in memory, without a tokenizer."""
+    """Returns the export plan of a model in memory, without a tokenizer."""
     return Plan(
         source=WeightSource(model.config, model.state_dict(), scheme),
         graph=graph,
@@ -184,7 +188,7 @@ def _digest(model: Llama) -> str:
 
 
 def assembled(plan: Plan, backend: str = "portable", number: int = 0) -> Assembled:
-    """The program of a plan, or of one of its shards or slices."""
+    """Returns the program of a plan, or of one of its shards or slices."""
     source = plan.source
     key = xxhash.xxh3_64_hexdigest(repr((source.config, plan.shards, backend, source.scheme)).encode())
     with alone(f"{key}.codes"):
@@ -193,14 +197,16 @@ def assembled(plan: Plan, backend: str = "portable", number: int = 0) -> Assembl
 
 
 def write_pte(plan: Plan, path: Path, backend: str = "portable", number: int = 0) -> Path:
-    """The file of a plan, or of one of its shards or slices, by the pipeline's own stages."""
+    """Writes the file of a plan, or of one of its shards or slices, with the stages of the export pipeline."""
     program = assembled(plan, backend, number)
     write_program(program, plan.metadata(program, plan.shards[number]), path)
     return path
 
 
 def _missing(reporter: pytest.TerminalReporter) -> list[str]:
-    """The reasons of skips that fail CI: all but for the lack of shared data where that folder is not there."""
+    """Returns the reasons of skipped tests that fail CI: all, except missing shared data where that folder does not
+    exist.
+    """
     if not os.environ.get("CI"):
         return []
     reasons = [report.longrepr[2] for report in reporter.stats.get("skipped", ())]
@@ -208,13 +214,13 @@ def _missing(reporter: pytest.TerminalReporter) -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says why CI fails for a skipped test: what CI has is known."""
+    """Prints an error for each skipped test that fails CI."""
     for reason in _missing(terminalreporter):
         terminalreporter.write_line(f"error: a test was skipped, and CI runs all: {reason}", red=True)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fails CI for a skipped test."""
+    """Fails CI if a test was skipped, as every requirement is installed there."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter and _missing(reporter):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,19 +1,23 @@
-"""The C++ runner's rooms build on each other one way, as the Python packages do (pyproject.toml, importlinter)."""
+"""Checks that the folders of the C++ runner include each other in one direction only, as import-linter checks for the
+Python packages.
+"""
 
 import re
 from pathlib import Path
 
 CPP = Path(__file__).parents[1] / "cpp_runner"
-ROOMS = ["support", "pte", "attention", "linear", "preproc", "tokenizer", "engine", "text", "cli"]
+LAYERS = ["support", "pte", "attention", "linear", "preproc", "tokenizer", "engine", "text", "cli"]
 HEADER_ONLY = {"result": "support", "measure": "support", "steps": "engine"}
 
 
-def room(file: str) -> int:
-    """How high a file stands: a public header where its source does, and the C interface on top of all."""
+def layer_of(file: str) -> int:
+    """Returns a file's layer as a number. A public header has the layer of its source file; the C interface is the
+    highest.
+    """
     name = Path(file).stem
     sources = [path.parent.name for path in CPP.glob(f"src/*/{name}.cpp")] if "llama_runner/" in file else []
     folder = HEADER_ONLY.get(name) or next(iter(sources), Path(file).parent.name)
-    return ROOMS.index(folder) if folder in ROOMS else len(ROOMS)
+    return LAYERS.index(folder) if folder in LAYERS else len(LAYERS)
 
 
 def test_includes_go_down() -> None:
@@ -22,4 +26,4 @@ def test_includes_go_down() -> None:
     for path in files:
         file = str(path.relative_to(CPP))
         for included in re.findall(r'^#include "(.*)"', path.read_text(), re.MULTILINE):
-            assert room(included) <= room(file), f"{file} includes {included}"
+            assert layer_of(included) <= layer_of(file), f"{file} includes {included}"

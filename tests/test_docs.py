@@ -1,4 +1,4 @@
-"""README and docs/: their commands run, their tables are the code's, and their links lead somewhere."""
+"""Checks README and docs/: their commands run, their tables match the code, and their links exist."""
 
 import argparse
 import os
@@ -30,39 +30,39 @@ SHARED = {
     "batch": ("sampling", "program"),
     "pipeline": ("sampling", "program"),
 }
-"""Tables of flags that commands have beside their own."""
+"""Commands -> their additional tables of flags."""
 
 
 def folder_of(name: str) -> Path:
-    """Where a document is."""
+    """Returns the folder of a document."""
     return ROOT / "docs" if name in DOCS and name != "README.md" else ROOT
 
 
 def blocks(name: str, language: str) -> list[str]:
-    """The code blocks of a document."""
+    """Returns the code blocks of a document."""
     return re.findall(rf"^```{language}\n(.*?)^```", DOCS[name], re.DOTALL | re.MULTILINE)
 
 
 def prose(text: str) -> str:
-    """A document without its code blocks."""
+    """Returns a document without its code blocks."""
     return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(text: str) -> set[str]:
-    """The headings of a document, as links name them."""
+    """Returns the anchors of a document's headings, as used in links."""
     headings = re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def flag_tables() -> dict[str, set[str]]:
-    """The flags of each table behind a mark such as <!-- flags: export -->."""
+    """Returns the flags in each table that follows a mark such as <!-- flags: export -->."""
     found = re.findall(r"<!-- flags: (\w+) -->\n((?:\|.*\n)+)", "\n".join(DOCS.values()))
     assert len(found) == len({name for name, _ in found}), "a table is there twice"
     return {name: set(re.findall(r"^\| `(--[\w-]+)", table, re.MULTILINE)) for name, table in found}
 
 
 def flags_of(module: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The flags that a command's parser takes."""
+    """Returns the flags of a command's parser."""
     seen = list[argparse.ArgumentParser]()
 
     def parse(parser: argparse.ArgumentParser, *arguments: object) -> None:
@@ -81,12 +81,12 @@ def test_the_readme_is_short_and_leads_to_every_document() -> None:
         assert f"](docs/{name})" in DOCS["README.md"], name
 
 
-def test_the_table_of_what_a_file_carries_is_the_contracts() -> None:
+def test_the_table_of_metadata_is_that_of_the_code() -> None:
     rows = "".join(f"| `{name}` | {kind} | {meaning} |\n" for name, (kind, meaning) in FIELDS.items())
     assert f"| method | type | meaning |\n|---|---|---|\n{rows}\n" in DOCS["file-format.md"]
 
 
-def test_the_format_version_is_the_contracts() -> None:
+def test_the_format_version_is_that_of_the_code() -> None:
     assert f"the format version (uint32, now {FORMAT_VERSION})" in DOCS["file-format.md"]
 
 
@@ -157,7 +157,9 @@ def test_files_and_modules_named_are_there(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in DOCS if blocks(name, "sh") or blocks(name, "python")])
 def test_every_command_and_example_runs_as_written(name: str, tiny_pte: Path, tmp_path: Path) -> None:
-    """Each document starts in a folder with the built-in model's file, unless that is what it makes, and prompts."""
+    """Runs the commands in a folder with a file of prompts and, unless the document itself makes it, the built-in
+    model's file.
+    """
     (tmp_path / "prompts.txt").write_text("Once upon a time\nThe dog\n")
     if name not in ("README.md", "exporting.md"):
         shutil.copy(tiny_pte, tmp_path / "tiny.pte")

@@ -65,8 +65,6 @@ class Checkpoint:
     Attributes:
         config: dimensions and features of the model.
         weights: lazy state dict of `model.model.Llama`, in the dtype of the file.
-        blocks: matrices that the file has in GGUF's blocks, by name: the type, and a function that returns the blocks,
-            uint8 [N, row bytes].
         files: the files that make up the checkpoint, for `digest`.
         layout: name of the layout.
         bos_id: id that starts a text, or None if the checkpoint does not say.
@@ -76,6 +74,8 @@ class Checkpoint:
         chat: the checkpoint's settings for chat.
         sampling: recommended sampling options, a subset of SAMPLING.
         warnings: messages for the user before the export.
+        types: GGUF's names of the types of all weights in a GGUF file, such as Q4_1 or F32; empty for other layouts.
+        blocks: the weights that a GGUF file has in blocks which an operator runs.
     """
 
     config: ModelConfig
@@ -89,12 +89,8 @@ class Checkpoint:
     chat: ChatSource = ChatSource()
     sampling: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    blocks: Mapping[str, "StoredBlocks"] = field(default_factory=dict)
-
-    @property
-    def block_kinds(self) -> dict[str, str]:
-        """GGUF's names of the types of `blocks`."""
-        return {name: stored.kind for name, stored in self.blocks.items()}
+    types: Mapping[str, str] = field(default_factory=dict)
+    blocks: Mapping[str, StoredBlocks] = field(default_factory=dict)
 
     def digest(self) -> str:
         """Returns the XXH3-128 hash of the content of all files, in hex. It does not depend on their paths."""

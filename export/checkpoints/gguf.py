@@ -81,7 +81,7 @@ def open_gguf(path: Path) -> Checkpoint:
     weights = match(path, config, sources, storage, {_ROPE_FACTORS})
     raw = {name: replace(source, read=partial(_read_blocks, file.tensors[name])) for name, source in sources.items()}
     stored = match(path, config, raw, storage, {_ROPE_FACTORS})
-    kinds = {name: file.tensors[renamed(name, GGUF_NAMES)].kind.name for name in stored}
+    types = {name: file.tensors[renamed(name, GGUF_NAMES)].kind.name for name in stored}
     bos, eos, eot, eom = (
         token_ids(fields.get(key), key, path, config.vocab_size)
         for key in (f"{TOKENIZER}{name}_token_id" for name in ("bos", "eos", "eot", "eom"))
@@ -99,9 +99,10 @@ def open_gguf(path: Path) -> Checkpoint:
         tokenizer=partial(_tokenizer, path, fields) if f"{TOKENIZER}model" in fields else None,
         chat=_chat(fields, bos, eos),
         warnings=_warnings(path, fields),
+        types=types,
         blocks={
             name: StoredBlocks(kind, partial(stored.__getitem__, name))
-            for name, kind in kinds.items()
+            for name, kind in types.items()
             if kind in BLOCK_FORMS
         },
     )

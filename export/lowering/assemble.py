@@ -68,7 +68,7 @@ def assemble(
     first, *_ = session_methods(methods)
     span, fused = first.span, first.is_fused
     source, identity = part_of(source, identity, first)
-    by_kind = kinds(source.config, first, source.scheme.careful) if codes else {}
+    by_kind = kinds(source.config, first, source.scheme) if codes else {}
     data = _Data(source, identity, BACKENDS[backend].alignment)
     others = {name: data.piece(name) for name in (embedding_names if codes else piece_names)(source.config, span)}
     for spec in session_methods(methods):

@@ -24,16 +24,13 @@ from export.lowering.code import Code, Part, Value, decoded
 from export.lowering.export_cache import ExportCache
 from export.lowering.patches import known_operators, no_patterns
 from export.lowering.slices import sliced
-from export.lowering.trace import kinds, parameter_name, trace_piece
+from export.lowering.trace import formats, kinds, parameter_name, trace_piece, unweighted
 from export.weights.formats.float32 import FLOAT
 from export.weights.formats.format import Format
 from export.weights.scheme import Scheme, swaps_pairs
 from export.weights.source import linear_layers
 from model.block_linear import MOST_MATRICES
 from model.config import ModelConfig
-from model.fused_attention import FusedLlama
-from model.model import Llama
-from model.tensor_parallel import SlicedLlama
 from runtime.pte.metadata import MethodSpec
 from runtime.pte.parts import session_methods
 
@@ -63,15 +60,15 @@ def lower(
         specs = session_methods(methods)
         first = specs[0]
         part = sliced(config, first.slices)
-        for name, kind in kinds(part, first, scheme.careful).items():
+        for name, kind in kinds(part, first, scheme).items():
             if (first.name, kind) in codes:
                 continue
             piece = None
             for spec in specs:
-                key = _key(part, spec, backend, scheme) | {"kind": kind}
+                key = _key(part, spec, backend, name, scheme) | {"kind": kind}
                 entry = cache.get(key)
                 if entry is None:
-                    piece = piece or _RandomPiece.of(part, first.span, name, scheme)
+                    piece = piece or _RandomPiece.of(part, first, name, scheme)
                     entry = _lowered(trace_piece(part, name, piece.module, spec), BACKENDS[backend], piece)
                     cache.put(key, entry)
                 codes[spec.name, kind] = decoded(entry, spec)
@@ -102,32 +99,27 @@ class _RandomPiece:
     formats: Mapping[str, Format]
 
     @staticmethod
-    def of(config: ModelConfig, span: range, name: str, scheme: Scheme) -> "_RandomPiece":
-        with torch.device("meta"):
-            whole: nn.Module = (model := Llama(config, span))
-            if name.startswith("segments."):
-                whole = FusedLlama(model)
-            elif name.startswith(("attend.", "feed.")):
-                whole = SlicedLlama(model, 0)
-            module = whole.get_submodule(name)
+    def of(config: ModelConfig, spec: MethodSpec, name: str, scheme: Scheme) -> "_RandomPiece":
+        model = unweighted(config, spec)
+        module, linear = model.get_submodule(name), formats(config, name, model, scheme)
+        for path, _ in linear_layers(module):
+            if path not in linear:  # of the half of a block that is not in this piece
+                module.set_submodule(path, nn.Identity())
         shapes = {role: parameter.shape for role, parameter in module.named_parameters()}
-        formats = dict[str, Format](dict.fromkeys(shapes, FLOAT))
-        linear = {path: parameter_name(config, name, f"{path}.weight") for path, _ in linear_layers(module)}
-        for path, full in linear.items():
-            formats[f"{path}.weight"] = scheme.format(full, shapes[f"{path}.weight"][1])
+        by_role = dict[str, Format](dict.fromkeys(shapes, FLOAT)) | {f"{path}.weight": linear[path] for path in linear}
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            weights = {role: formats[role].random(shape) for role, shape in shapes.items()}
-        for path, full in linear.items():
-            made = formats[f"{path}.weight"].linear(weights[f"{path}.weight"], weights.get(f"{path}.bias"))
-            if full == "head.output.weight" and swaps_pairs(config, span, scheme):
+            weights = {role: by_role[role].random(shape) for role, shape in shapes.items()}
+        for path, form in linear.items():
+            made = form.linear(weights[f"{path}.weight"], weights.get(f"{path}.bias"))
+            if parameter_name(config, name, path) == "head.output" and swaps_pairs(config, spec.span, scheme):
                 made.register_forward_pre_hook(_swap_pairs)
             module.set_submodule(path, made)
         for role in shapes:
             owner, _, kind = role.rpartition(".")
             if owner not in linear:
                 setattr(module.get_submodule(owner), kind, nn.Parameter(weights[role]))
-        return _RandomPiece(module.requires_grad_(False).eval(), formats)
+        return _RandomPiece(module.requires_grad_(False).eval(), by_role)
 
 
 def _swap_pairs(_: nn.Module, arguments: tuple[Tensor]) -> Tensor:
@@ -139,13 +131,15 @@ def _swap_pairs(_: nn.Module, arguments: tuple[Tensor]) -> Tensor:
     return torch.cat((pairs[..., 1:], pairs[..., :1]), dim=-1).view(x.shape)
 
 
-def _key(config: ModelConfig, spec: MethodSpec, backend: str, scheme: Scheme) -> dict[str, Any]:
-    """Returns the part of a cache key that does not depend on the kind of piece."""
+def _key(config: ModelConfig, spec: MethodSpec, backend: str, piece: str, scheme: Scheme) -> dict[str, Any]:
+    """Returns a piece's cache key, without its kind."""
+    forms = formats(config, piece, unweighted(config, spec), scheme)
     return {
         "config": dataclasses.asdict(config),
         "method": dataclasses.asdict(spec),
         "backend": backend,
-        "scheme": scheme.to_json(),
+        "formats": {path: form.to_json() for path, form in forms.items()},
+        "swaps_pairs": swaps_pairs(config, spec.span, scheme),
     }
 
 

@@ -1,13 +1,16 @@
 """Tracing of the eager model to one torch.export graph per method, and the signatures of the methods."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from export.weights.formats.format import Format
+from export.weights.scheme import Scheme
+from export.weights.source import linear_layers
 from model.config import ModelConfig
 from model.fused_attention import FusedLlama, Segment
 from model.kv_row_format import row_width
@@ -52,14 +55,13 @@ def trace(model: Llama | FusedLlama | SlicedLlama, methods: Iterable[MethodSpec]
     return {spec.name: _export(_Flat(model, spec), spec.inputs, spec) for spec in methods}
 
 
-def pieces(config: ModelConfig, span: range, fused: bool, careful: Collection[int] = ()) -> dict[str, str]:
+def pieces(config: ModelConfig, span: range, fused: bool) -> dict[str, str]:
     """Returns the parts of a shard that a backend can take as one. The result maps names to kinds, which are equal for
-    pieces that differ only in their weights.
+    pieces that differ only in their weights and the formats of these.
 
     Args:
         span: the shard's blocks.
         fused: whether attention is a separate operator between segments.
-        careful: blocks whose weights are stored in another format than those of the other blocks.
     """
     found = dict[str, str]()
     for number in range(span.start, span.stop + fused):
@@ -67,27 +69,61 @@ def pieces(config: ModelConfig, span: range, fused: bool, careful: Collection[in
         ends = number == config.n_layers
         if fused:
             kind = {"before": before, "after": after, "head": ends}
-            kind |= {"careful_before": before and number - 1 in careful, "careful_after": after and number in careful}
         else:
             local, unrotated = config.is_local(number), number in config.nope_layers
-            kind = {"block": True, "local": local, "unrotated": unrotated, "careful": number in careful}
+            kind = {"block": True, "local": local, "unrotated": unrotated}
         found[f"{'segments' if fused else 'layers'}.{number}"] = " ".join(name for name in kind if kind[name])
     return found if fused or span.stop < config.n_layers else found | {"head": "head"}
 
 
-def kinds(config: ModelConfig, spec: MethodSpec, careful: Collection[int]) -> dict[str, str]:
-    """Returns the pieces that a method runs, see `pieces`."""
-    return half_pieces(config, careful) if spec.slices > 1 else pieces(config, spec.span, spec.is_fused, careful)
-
-
-def half_pieces(config: ModelConfig, careful: Collection[int] = ()) -> dict[str, str]:
+def half_pieces(config: ModelConfig) -> dict[str, str]:
     """Returns the pieces of a slice, with attention as a separate operator; see `pieces`."""
     found = dict[str, str]()
     for layer in range(config.n_layers):
-        careful_too = " careful" if layer in careful else ""
-        halves = {f"attend.{layer}.project": "project", f"attend.{layer}.merge": "merge", f"feed.{layer}": "feed"}
-        found |= {name: kind + careful_too for name, kind in halves.items()}
+        found |= {f"attend.{layer}.project": "project", f"attend.{layer}.merge": "merge", f"feed.{layer}": "feed"}
     return found | {"head": "head"}
+
+
+def kinds(config: ModelConfig, spec: MethodSpec, scheme: Scheme) -> dict[str, str]:
+    """Returns the pieces that a method runs, as `pieces` does, except that pieces of one kind also have their weights
+    in the same formats. A kind ends with the matrices whose formats are among the scheme's `others`.
+    """
+    found = half_pieces(config) if spec.slices > 1 else pieces(config, spec.span, spec.is_fused)
+    model, plain = unweighted(config, spec), replace(scheme, others={})
+    for name in found:
+        usual = formats(config, name, model, plain)
+        for path, form in formats(config, name, model, scheme).items():
+            if form != usual[path]:
+                found[name] += f", {path} in {form}"
+    return found
+
+
+def unweighted(config: ModelConfig, spec: MethodSpec) -> nn.Module:
+    """Returns the model of which the pieces that a method runs are submodules, without weights."""
+    with torch.device("meta"):
+        model = Llama(config, spec.span)
+        if spec.slices > 1:
+            return SlicedLlama(model, 0)
+        return FusedLlama(model) if spec.is_fused else model
+
+
+def formats(config: ModelConfig, piece: str, model: nn.Module, scheme: Scheme) -> dict[str, Format]:
+    """Returns the formats of the matrices that a piece of `model` multiplies by, by the paths of their layers in it."""
+    return {
+        path: scheme.format(parameter_name(config, piece, f"{path}.weight"), layer.in_features)
+        for path, layer in linear_layers(model.get_submodule(piece))
+        if _runs(piece, path)
+    }
+
+
+def _runs(piece: str, path: str) -> bool:
+    """Returns whether a piece runs a linear layer below it, by its path. Halves of blocks have the whole blocks."""
+    projects = path.endswith((".wq", ".wk", ".wv"))
+    if piece.startswith("segments."):
+        return path == "after.output" or projects == path.startswith("after.")
+    if piece.startswith("attend."):
+        return projects if piece.endswith(".project") else path.endswith(".wo")
+    return not piece.startswith("feed.") or ".feed_forward." in path
 
 
 def parameter_name(config: ModelConfig, piece: str, role: str) -> str:

@@ -1,10 +1,12 @@
 """Memory required to run a file, computed from its dimensions."""
 
+import os
 from dataclasses import dataclass
 
 from export.lowering.backends import BACKENDS
-from export.weights.scheme import Scheme, matrix_sizes
+from export.weights.scheme import Scheme, matrices, matrix_sizes
 from model.config import ModelConfig
+from model.errors import InputError
 from model.kv_row_format import row_bytes
 from runtime.pte.metadata import Metadata, MethodSpec
 
@@ -37,20 +39,44 @@ class MemoryUse:
 
 def memory_use(metadata: Metadata) -> MemoryUse:
     """Returns the memory computed from the file's dimensions."""
-    scheme = Scheme.of(metadata)
-    packed = any(row.packs and row.runtime in metadata.requirements.backends for row in BACKENDS.values())
-    packed = packed and not scheme.linear.by_operator
+    packs = any(row.packs and row.runtime in metadata.requirements.backends for row in BACKENDS.values())
     return MemoryUse(
-        weights=packed * metadata.matrix_bytes,
+        weights=_packed_bytes(metadata) if packs else 0,
         caches=metadata.cache_bytes,
         activations=metadata.activation_bytes,
     )
+
+
+def _packed_bytes(metadata: Metadata) -> int:
+    """Returns the size of the matrices that a backend multiplies by, and not an operator. In slices, it is estimated by
+    their share of the whole matrices.
+    """
+    config, scheme = metadata.config, Scheme.of(metadata)
+    columns = {name: shape[1] for name, shape in matrices(config, metadata.span).items()}
+    sizes = matrix_sizes(config, scheme, metadata.span)
+    packed = sum(size for name, size in sizes.items() if not scheme.format(name, columns[name]).by_operator)
+    return metadata.matrix_bytes * packed // sum(sizes.values())
 
 
 def cache_bytes(config: ModelConfig, positions: int, kv_dtype: str = "float32") -> int:
     """Returns the size of the KV caches of one sequence: keys and values of every layer."""
     slots = sum(config.slots(layer, positions) for layer in range(config.n_layers))
     return 2 * config.n_kv_heads * slots * row_bytes(config.head_dim, kv_dtype)
+
+
+def check_caches(config: ModelConfig, max_seq_len: int, count: int, kv_dtype: str) -> None:
+    """Checks that the KV caches of `count` sequences are smaller than this machine's memory.
+
+    Raises:
+        InputError: they are not.
+    """
+    need = count * cache_bytes(config, max_seq_len, kv_dtype)
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise InputError(
+            f"--max-seq-len {max_seq_len} needs KV caches of {need / 1e9:.1f} GB, but this machine has "
+            f"{have / 1e9:.1f} GB; give a smaller number"
+        )
 
 
 def matrix_bytes(config: ModelConfig, scheme: Scheme, span: range | None = None) -> int:

@@ -20,11 +20,12 @@ from export.lowering.slices import sliced
 from export.lowering.trace import GraphOptions
 from export.planning.cpp_tokenizer import unsupported_in_cpp
 from export.planning.jinja_reduction import Chosen, chosen
-from export.planning.memory import activation_bytes, cache_bytes, matrix_bytes
+from export.planning.memory import activation_bytes, check_caches, matrix_bytes
 from export.planning.sharding import Sharding
 from export.quality.gptq import CalibrationText
 from export.weights.formats.integer import ROUNDINGS
-from export.weights.scheme import AS_STORED, CALIBRATED, SCHEMES, Scheme, adjusted, base_scheme, swaps_pairs
+from export.weights.gguf_types import QUANTIZE, default_scheme, named_scheme, unkept
+from export.weights.scheme import CALIBRATED, Scheme, adjusted, swaps_pairs
 from export.weights.source import WeightSource
 from model.alibi import alibi_slopes
 from model.config import ModelConfig
@@ -60,7 +61,8 @@ class ExportOptions:
         prefill_chunk: number of tokens per prefill step; None for DEFAULT_CHUNK, or max_seq_len if that is less.
         backend: one of `export.lowering.backends.BACKENDS`.
         attention: one of the backend's forms; None for its first, or "aten" without a KV cache or with experts.
-        quantize: storage scheme of weights, one of `export.weights.scheme.SCHEMES`.
+        quantize: storage scheme of weights, one of `export.weights.gguf_types.QUANTIZE`; None for the types that a GGUF
+            has, and float32 for other checkpoints.
         group_size, embedding_bits, head_bits, rounding: changes of the scheme, see `export.weights.scheme.adjusted`.
         calibrate: text on which the linear layers' weights are calibrated, see `export.quality.gptq`.
         batch_size: number of texts that are extended at once, see `runtime.batch`.
@@ -84,7 +86,7 @@ class ExportOptions:
     prefill_chunk: int | None = None
     backend: str = "xnnpack"
     attention: str | None = None
-    quantize: str = "fp32"
+    quantize: str | None = None
     group_size: int | None = None
     embedding_bits: int | None = None
     head_bits: int | None = None
@@ -106,7 +108,7 @@ class ExportOptions:
     cache: bool = True
 
     def __post_init__(self) -> None:
-        if self.auto and (self.quantize, self.group_size, self.embedding_bits, self.head_bits) != ("fp32", *[None] * 3):
+        if self.auto and (self.quantize or self.group_size or self.embedding_bits or self.head_bits):
             raise InputError(
                 "--auto chooses the scheme; leave --quantize, --group-size, --embedding-bits and --head-bits out"
             )
@@ -117,12 +119,12 @@ class ExportOptions:
         if self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size} is invalid; give 1 or more")
         for flag, value, known in (
-            ("quantize", self.quantize, (*SCHEMES, AS_STORED)),
+            ("quantize", self.quantize, (None, *QUANTIZE)),
             ("rounding", self.rounding, ROUNDINGS),
             ("kv-dtype", self.kv_dtype, KV_DTYPES),
         ):
             if value not in known:
-                raise InputError(f"--{flag} {value} is unknown; choose from {', '.join(known)}")
+                raise InputError(f"--{flag} {value} is unknown; choose from {', '.join(filter(None, known))}")
         if self.calibrate and self.rounding != "nearest":
             raise InputError(f"--rounding {self.rounding} has no effect with --calibrate; leave one of them out")
         check(self.backend)
@@ -224,9 +226,11 @@ def plan(options: ExportOptions) -> Plan:
     checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir)
     tokenizer = _tokenizer(checkpoint, options)
     graph = _graph(checkpoint.config, options)
-    config = for_length(checkpoint.config, graph.max_seq_len)
+    config = checkpoint.config.for_length(graph.max_seq_len)
+    able = BACKENDS[options.backend].formats
+    quantize = options.quantize or ("fp32" if options.auto else default_scheme(checkpoint.types, able))
     scheme = adjusted(
-        base_scheme(options.quantize, config, checkpoint.block_kinds),
+        named_scheme(quantize, config, checkpoint.types),
         options.group_size,
         options.embedding_bits,
         options.head_bits,
@@ -244,7 +248,7 @@ def plan(options: ExportOptions) -> Plan:
     output = options.output or Path(f"{_name(options.checkpoint)}.{suffix}")
     if output.resolve() in {file.resolve() for file in (*checkpoint.files, options.tokenizer or output.parent)}:
         raise InputError(f"--output {output} is one of the checkpoint's files; give another name")
-    provenance = _provenance(checkpoint, tokenizer, options, graph, scheme)
+    provenance = _provenance(checkpoint, tokenizer, options, graph, quantize, scheme)
     chat = chosen(options.chat_template, checkpoint, tokenizer)
     provenance |= _chat(chat, tokenizer, provenance)
     provenance["calibration"] = {"sha256": text.sha256} if text else None
@@ -256,7 +260,11 @@ def plan(options: ExportOptions) -> Plan:
         provenance=provenance,
         output=output,
         summary=f"{checkpoint.layout}, {config.n_layers} layers, dim {config.dim}, vocabulary {config.vocab_size}",
-        warnings=(*_warnings(checkpoint, tokenizer, graph.max_seq_len, provenance["stop_ids"]), *chat.warnings),
+        warnings=(
+            *_warnings(checkpoint, tokenizer, graph.max_seq_len, provenance["stop_ids"]),
+            *unkept(quantize, config, checkpoint.types),
+            *chat.warnings,
+        ),
         texts=text.windows(tokenizer, provenance["bos_id"], graph.max_seq_len) if text else (),
     )
 
@@ -290,13 +298,7 @@ def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
     chunk = options.prefill_chunk or min(DEFAULT_CHUNK, max_seq_len)
     if chunk > max_seq_len:
         raise InputError(f"--prefill-chunk {chunk} is larger than --max-seq-len {max_seq_len}; give at most that")
-    need = options.kv_cache * options.batch_size * cache_bytes(config, max_seq_len, KV_DTYPES[options.kv_dtype])
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > have:
-        raise InputError(
-            f"--max-seq-len {max_seq_len} needs KV caches of {need / 1e9:.1f} GB, but this machine has "
-            f"{have / 1e9:.1f} GB; give a smaller number"
-        )
+    check_caches(config, max_seq_len, options.kv_cache * options.batch_size, KV_DTYPES[options.kv_dtype])
     attention = options.attention or _attention(config, options)
     if attention == "fused" and config.n_experts:
         raise InputError("--attention fused is unsupported for mixtures of experts; give --attention aten")
@@ -321,17 +323,6 @@ def _attention(config: ModelConfig, options: ExportOptions) -> str:
     """Returns the default form of attention: aten for experts, because backends do not take dynamic slices."""
     is_static = config.n_experts or not options.kv_cache
     return "aten" if is_static else BACKENDS[options.backend].attention[0]
-
-
-def for_length(config: ModelConfig, max_seq_len: int) -> ModelConfig:
-    """Returns the config for texts of `max_seq_len` tokens. Beyond the trained context, scaling by a factor is
-    stretched in proportion; the other kinds of scaling depend on the length themselves.
-    """
-    scaling = config.rope_scaling
-    if scaling is None or scaling.kind not in ("llama3", "linear", "yarn") or max_seq_len <= config.context:
-        return config
-    stretched = replace(scaling, factor=scaling.factor * max_seq_len / config.context)
-    return replace(config, rope_scaling=stretched)
 
 
 def _warnings(
@@ -360,7 +351,12 @@ def _name(checkpoint: Path) -> str:
 
 
 def _provenance(
-    checkpoint: Checkpoint, tokenizer: Tokenizer | None, options: ExportOptions, graph: GraphOptions, scheme: Scheme
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer | None,
+    options: ExportOptions,
+    graph: GraphOptions,
+    quantize: str,
+    scheme: Scheme,
 ) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
@@ -372,7 +368,7 @@ def _provenance(
         "options": {
             **asdict(graph),
             "backend": options.backend,
-            "quantize": options.quantize,
+            "quantize": quantize,
             "scheme": scheme.to_json(),
             "tensor_parallel": options.sharding.slices,
         },

@@ -95,7 +95,8 @@ def with_careful(planned: Plan, share: float, texts: Sequence[Sequence[int]]) ->
     """
     options = planned.provenance["options"]
     _, losses = measure_scheme(planned.source, texts, options["max_seq_len"])
-    scheme = replace(planned.source.scheme, careful=most_sensitive(losses, share))
+    scheme, layers = planned.source.scheme, most_sensitive(losses, share)
+    scheme = replace(scheme, others={f"layers.{layer}": scheme.linear.fallback for layer in layers})
     return planned.with_scheme(options["quantize"], scheme)
 
 
@@ -122,7 +123,7 @@ def smallest(planned: Plan, texts: Sequence[Sequence[int]], budget: float, note:
         scheme = tried.source.scheme
         note(
             f"linear {scheme.linear}, head {scheme.head}, embedding {scheme.embedding}, blocks at 8 bits: "
-            f"{len(scheme.careful)}: {size / 1e6:.1f} MB, perplexity {found.increase:+.2%}, mean KL {found.mean_kl:.2g}"
+            f"{len(scheme.others)}: {size / 1e6:.1f} MB, perplexity {found.increase:+.2%}, mean KL {found.mean_kl:.2g}"
         )
         if found.within(budget):
             return tried

@@ -74,7 +74,7 @@ class CalibrationText:
         Raises:
             InputError: no matrix of the scheme can be calibrated.
         """
-        if not (scheme.linear.can_calibrate or scheme.head.can_calibrate):
+        if not any(form.can_calibrate for form in (scheme.linear, scheme.head, *scheme.others.values())):
             raise InputError(
                 f"--calibrate {self.path} needs layers in 8da4w or 8da8w, but these are not; give --quantize 8da4w as "
                 "well, or leave it out"

@@ -77,7 +77,7 @@ class Verdict:
         return {
             "passed": self.failure is None,
             "failure": self.failure,
-            "scheme": {name: str(form) for name, form in vars(scheme).items()},
+            "scheme": scheme.words,
             "provenance": self.metadata.provenance,
             "fidelity": asdict(self.fidelity),
             "quality": quality,

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,13 +28,13 @@ CACHE_MAX_PPL_INCREASE = {"int8": 0.05}
 
 @dataclass(frozen=True)
 class Scheme:
-    """The storage formats of a model's matrices.
+    """The storage formats of a model's matrices. A matrix whose rows are not whole groups has its format's fallback.
 
     Attributes:
-        linear: format of the blocks' linear layers. A matrix whose rows are not whole groups has the format's fallback
-            instead.
+        linear: format of the blocks' linear layers.
         head, embedding: formats of these two matrices.
-        careful: blocks whose linear layers have the format's fallback instead.
+        others: formats of matrices, by name, and of all matrices of a block, by a name such as layers.3, that differ
+            from the above.
         rounding: rounding method of weights, one of `export.weights.formats.integer.ROUNDINGS`, or CALIBRATED.
         kv_dtype: dtype of the KV caches, see `model.kv_row_format`.
     """
@@ -42,7 +42,7 @@ class Scheme:
     linear: Format = FLOAT
     head: Format = FLOAT
     embedding: Format = FLOAT
-    careful: tuple[int, ...] = ()
+    others: Mapping[str, Format] = field(default_factory=dict)
     rounding: str = "nearest"
     kv_dtype: str = "float32"
 
@@ -50,9 +50,9 @@ class Scheme:
     def parse(found: Mapping[str, Any]) -> "Scheme":
         """Returns the scheme stored in a file's provenance."""
         formats = {name: parse(found[name]) for name in ("linear", "head", "embedding")}
-        return Scheme(
-            **formats, careful=tuple(found["careful"]), rounding=found["rounding"], kv_dtype=found["kv_dtype"]
-        )
+        others = {name: parse(group["format"]) for group in found.get("others", ()) for name in group["names"]}
+        others |= {f"layers.{layer}": formats["linear"].fallback for layer in found.get("careful", ())}  # older files
+        return Scheme(**formats, others=others, rounding=found["rounding"], kv_dtype=found["kv_dtype"])
 
     @staticmethod
     def of(metadata: Metadata) -> "Scheme":
@@ -60,14 +60,27 @@ class Scheme:
         return Scheme.parse(metadata.provenance["options"]["scheme"])
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the scheme as JSON types, for `parse`."""
-        formats = {name: getattr(self, name).to_json() for name in ("linear", "head", "embedding")}
-        return formats | {"careful": list(self.careful), "rounding": self.rounding, "kv_dtype": self.kv_dtype}
+        """Returns the scheme as JSON types, for `parse`. Names in `others` are grouped by their format."""
+        groups = dict[Format, list[str]]()
+        for name, form in self.others.items():
+            groups.setdefault(form, []).append(name)
+        return {
+            **{name: getattr(self, name).to_json() for name in ("linear", "head", "embedding")},
+            "others": [{"format": form.to_json(), "names": names} for form, names in groups.items()],
+            "rounding": self.rounding,
+            "kv_dtype": self.kv_dtype,
+        }
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        """The formats of linear layers, head and embedding."""
-        return self.linear, self.head, self.embedding
+        """All formats of the scheme, without fallbacks."""
+        return tuple(dict.fromkeys((self.linear, self.head, self.embedding, *self.others.values())))
+
+    @property
+    def words(self) -> dict[str, str]:
+        """The scheme in words, by attribute; of `others`, only the formats."""
+        others = ", ".join(dict.fromkeys(map(str, self.others.values()))) or "none"
+        return {name: str(value) for name, value in vars(self).items()} | {"others": others}
 
     @property
     def max_ppl_increase(self) -> float | None:
@@ -80,7 +93,7 @@ class Scheme:
     @property
     def rounds_inputs(self) -> bool:
         """Whether any linear layer rounds its inputs to 8 bits."""
-        return self.linear.rounds_inputs or self.head.rounds_inputs
+        return any(form.rounds_inputs for form in (self.linear, self.head, *self.others.values()))
 
     @property
     def plain_rounding(self) -> str:
@@ -91,10 +104,12 @@ class Scheme:
         """Returns the format of a matrix with rows of `columns`, by its name in the model, such as
         layers.3.attention.wq.weight.
         """
-        wanted = {"tok_embeddings.weight": self.embedding, "head.output.weight": self.head}.get(name, self.linear)
-        layer = re.match(r"layers\.(\d+)\.", name)
-        careful = (layer and int(layer[1]) in self.careful) or name.endswith(".router.weight")
-        return wanted.fallback if careful or not wanted.fits(columns) else wanted
+        block = re.match(r"layers\.\d+", name)
+        form = self.others.get(name) or (self.others.get(block[0]) if block else None)
+        if form is None:
+            form = {"tok_embeddings.weight": self.embedding, "head.output.weight": self.head}.get(name, self.linear)
+            form = form.fallback if name.endswith(".router.weight") else form
+        return form.fitting(columns)
 
 
 _FOUR = Integer(4, 32)
@@ -103,14 +118,15 @@ SCHEMES = {
     "8da4w": Scheme(linear=_FOUR, head=_FOUR, embedding=BYTE),
     "mixed": Scheme(linear=_FOUR, head=BYTE, embedding=BYTE),
     "8da8w": Scheme(linear=BYTE, head=BYTE, embedding=BYTE),
-} | {name.lower(): Scheme(Blocks.of(name), Blocks.of("Q8_0"), Blocks.of("Q8_0")) for name in BLOCK_FORMS}
-"""The schemes available to `--quantize`: 8-bit dynamic activations (8da) with weights of 4 or 8 bits (4w, 8w), and
-GGUF's types with a head and embedding in Q8_0. `mixed` has 4-bit weights except in the blocks with the greatest loss,
-see `export.planning.scheme_search`.
+} | {
+    name.lower(): Scheme(Blocks.of(name), Blocks.of("Q8_0"), Blocks.of("Q8_0"))
+    for name in BLOCK_FORMS
+    if name != "Q6_K"  # a mixture, see export.weights.gguf_types
+}
+"""The schemes available to `--quantize` for every model: 8-bit dynamic activations (8da) with weights of 4 or 8 bits
+(4w, 8w), and GGUF's types with a head and embedding in Q8_0. `mixed` has 4-bit weights except in the blocks with the
+greatest loss, see `export.planning.scheme_search`.
 """
-
-AS_STORED = "gguf"
-"""Name for `--quantize` that stands for the types that the matrices of a GGUF checkpoint have, see `as_stored`."""
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -120,13 +136,13 @@ def finer(scheme: Scheme) -> list[str]:
     measured.
     """
     formats, found = scheme.formats, list[str]()
-    if any((form.group_size or 0) > GROUP_SIZES[0] for form in formats):
+    if any(_is_four(form) and form.group_size != GROUP_SIZES[0] for form in formats):
         found.append(f"--group-size {GROUP_SIZES[0]}")
     has_four = any(_is_four(form) for form in formats)
     if has_four and scheme.rounding == "nearest":
         found.append("--rounding hqq")
     found += [f"--{name}-bits 8" for name in ("head", "embedding") if _is_four(getattr(scheme, name))]
-    if _is_four(scheme.linear) and not scheme.careful:
+    if _is_four(scheme.linear) and not scheme.others:
         found.append("--quantize mixed")
     if has_four:
         found.append("--quantize 8da8w")
@@ -147,12 +163,13 @@ def adjusted(
     Raises:
         InputError: a setting is invalid, or has no effect.
     """
-    four = Integer(4, group_size or scheme.linear.group_size or GROUP_SIZES[0])
+    four = Integer(4, group_size or GROUP_SIZES[0])
     formats: dict[int, Format] = {4: four, 8: BYTE}
     for flag, bits in (("embedding", embedding_bits), ("head", head_bits)):
         if bits is not None and bits not in formats:
             raise InputError(f"--{flag}-bits {bits} is invalid; give 4 or 8")
-    made = Scheme(
+    made = replace(
+        scheme,
         linear=four if _is_four(scheme.linear) else scheme.linear,
         embedding=formats[embedding_bits] if embedding_bits else scheme.embedding,
         head=formats[head_bits] if head_bits else four if _is_four(scheme.head) else scheme.head,
@@ -163,33 +180,6 @@ def adjusted(
     if group_size is not None and four not in (made.linear, made.embedding, made.head):
         raise InputError(f"--group-size {group_size} needs 4-bit weights, but nothing has 4 bits; leave it out")
     return made
-
-
-def base_scheme(quantize: str, config: ModelConfig, kinds: Mapping[str, str]) -> Scheme:
-    """Returns the scheme that `--quantize` names. `kinds` is as in `as_stored`."""
-    return as_stored(config, kinds) if quantize == AS_STORED else SCHEMES[quantize]
-
-
-def as_stored(config: ModelConfig, kinds: Mapping[str, str]) -> Scheme:
-    """Returns the scheme in which every matrix keeps the type that it has in a GGUF file.
-
-    Args:
-        kinds: maps the names of matrices in blocks to GGUF's names of their types.
-
-    Raises:
-        InputError: the blocks' matrices have several types, or none.
-    """
-    found = {kinds.get(name) for name in matrices(config) if name.startswith("layers.")}
-    if len(found) > 1 or None in found:
-        types = " and ".join(sorted(kind or "float" for kind in found))
-        raise InputError(
-            f"--quantize {AS_STORED} needs a GGUF whose layers all have one type of blocks, but these have {types}; "
-            f"choose from {', '.join(SCHEMES)}"
-        )
-    table = kinds.get("tok_embeddings.weight")
-    embedding = Blocks.of(table) if table else FLOAT
-    head = kinds.get("head.output.weight", table if config.tied else None)
-    return Scheme(Blocks.of(str(found.pop())), Blocks.of(head) if head else FLOAT, embedding)
 
 
 def _is_four(form: Format) -> bool:
@@ -224,15 +214,10 @@ def swaps_pairs(config: ModelConfig, span: range, scheme: Scheme) -> bool:
 
 
 def format_exceptions(config: ModelConfig, scheme: Scheme) -> dict[str, Format]:
-    """Returns the matrices whose format differs from the scheme's, because their rows are not whole groups or because
-    they need more precision.
-    """
-    found = {}
-    for name, (_, columns) in matrices(config).items():
-        form = scheme.format(name, columns)
-        if form != (scheme.head if name == "head.output.weight" else scheme.linear):
-            found[name] = form
-    return found
+    """Returns the matrices whose format differs from the scheme's for linear layers or the head, by name."""
+    usual = {"head.output.weight": scheme.head}
+    found = {name: scheme.format(name, columns) for name, (_, columns) in matrices(config).items()}
+    return {name: form for name, form in found.items() if form != usual.get(name, scheme.linear)}
 
 
 def matrices(config: ModelConfig, span: range | None = None) -> dict[str, tuple[int, int]]:

@@ -79,11 +79,8 @@ class WeightSource:
         """Returns whether `export.quality.gptq` calibrates a matrix. The embedding is not calibrated, nor is a head
         that shares its matrix.
         """
-        if name == "head.output.weight":
-            form, is_alone = self.scheme.head, not is_shared(self.config, self.scheme)
-        else:
-            form, is_alone = self.scheme.linear, name != "tok_embeddings.weight"
-        return self.scheme.rounding == CALIBRATED and form.can_calibrate and is_alone
+        tables = ["tok_embeddings.weight"] + ["head.output.weight"] * is_shared(self.config, self.scheme)
+        return self.scheme.rounding == CALIBRATED and self.format(name).can_calibrate and name not in tables
 
     def with_scheme(self, scheme: Scheme) -> "WeightSource":
         """Returns a source of the same model with another scheme."""

@@ -90,6 +90,17 @@ def add_threads_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_prompts_file_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag for a file of prompts, which `runtime.text.prompts.read_prompts` reads."""
+    parser.add_argument(
+        "--prompts-file",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file with one prompt, or one JSON object, per line",
+    )
+
+
 def generation_options(
     flags: argparse.Namespace, recommendation: Mapping[str, float] = MappingProxyType({})
 ) -> GenerationOptions:
@@ -101,7 +112,7 @@ def generation_options(
     Raises:
         InputError: a value is invalid.
     """
-    given = {each.name: getattr(flags, each.name) for each in fields(SamplingOptions)}
+    given = {each.name: getattr(flags, each.name) for each in fields(SamplingOptions) if each.name in flags}
     given = {**recommendation, **{name: value for name, value in given.items() if value is not None}}
     sampling = SamplingOptions(**(given | {"logit_bias": dict(flags.logit_bias)}))
     return GenerationOptions(sampling, flags.max_new_tokens, stop_strings=tuple(map(valid, flags.stop)))

@@ -1,44 +1,46 @@
-"""The systems that `peers` compares, each run in a process of its own: python -m tests.bench.engines NAME FILE CONTEXT.
+"""The systems that `peers` compares, each run in its own process: python -m tests.bench.engines NAME FILE CONTEXT.
 
-It prints a line when the first token is there, and at the end what it measured, as JSON.
+Prints an empty line after the first token, and the measurements as JSON at the end.
 """
 
 import ctypes
+import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from runtime.engine.measure import median_seconds, peak_memory, seconds
 
 PROMPT = 512
 POSITIONS = {2048: (16, 1000), 8192: (4000,)}
-"""--max-seq-len of all systems alike -> the positions to decode at."""
+"""--max-seq-len of every system -> the positions at which decode is measured."""
 STEPS = 16
-"""Tokens decoded at each: their median time counts."""
+"""Tokens decoded at each position; the median time is reported."""
 
 Result = dict[str, float]
-"""What was measured of one system, by row: tokens a second, seconds, bytes."""
+"""Measurements of one system, by row of the table, in tokens per second, seconds or bytes."""
 
 
 class Engine(Protocol):
-    """A system with a file opened: a text is prefilled from its start, and decoded on from there."""
+    """A system with an opened file."""
 
     def prefill(self, length: int) -> None:
-        """Starts a text of so many tokens."""
+        """Starts a new text of `length` tokens."""
         ...
 
     def decode(self) -> None:
-        """One token more."""
+        """Decodes one token."""
         ...
 
 
 class Ours:
-    """The Python runtime of this project."""
+    """The project's Python runtime."""
 
     def __init__(self, file: Path, context: int) -> None:
         from runtime.engine.program import Program
@@ -53,9 +55,14 @@ class Ours:
     def decode(self) -> None:
         self._session.decode(5)
 
+    def second_half(self, window: Sequence[int]) -> torch.Tensor:
+        """Returns the logits after each token of a window from the one before its second half on, but for the last."""
+        self._session.reset()
+        return self._session.extend(window[:-1], rows=len(window) // 2)
+
 
 class ExportLlm:
-    """ExecuTorch's export_llm, run by its Python bindings: its operator needs PyTorch's libraries."""
+    """ExecuTorch's export_llm, run through its Python bindings because its operator needs PyTorch's libraries."""
 
     def __init__(self, file: Path, context: int) -> None:
         import executorch.extension.llm.custom_ops.custom_ops
@@ -78,8 +85,16 @@ class ExportLlm:
         self._position += count
 
 
+@functools.cache
+def _quiet() -> Any:
+    """Returns a callback that drops messages. It is kept, because llama.cpp holds only a pointer to it."""
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda *_: None)
+
+
 class LlamaCpp:
-    """llama.cpp by llama-cpp-python."""
+    """llama.cpp, run through llama-cpp-python."""
 
     flash = 0
 
@@ -87,10 +102,10 @@ class LlamaCpp:
         import llama_cpp
 
         self._library = llama_cpp
-        self._quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept: llama.cpp holds only the pointer
-        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(_quiet(), ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+        self._vocabulary = llama_cpp.llama_model_get_vocab(model)
         options = llama_cpp.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = context, PROMPT, PROMPT
         options.n_threads = options.n_threads_batch = len(os.sched_getaffinity(0))
@@ -106,21 +121,44 @@ class LlamaCpp:
     def decode(self) -> None:
         self._step(1)
 
+    def tokens(self, text: bytes) -> list[int]:
+        """Returns the ids of a text, without BOS and without special tokens."""
+        ids = (ctypes.c_int32 * len(text))()
+        return ids[: self._library.llama_tokenize(self._vocabulary, text, len(text), ids, len(text), False, False)]
+
+    def second_half(self, window: Sequence[int]) -> torch.Tensor:
+        """Returns the logits after each token of a window from the one before its second half on, but for the last."""
+        library, first = self._library, len(window) // 2 - 1
+        library.llama_memory_clear(library.llama_get_memory(self._context), True)
+        batch = library.llama_batch_init(len(window), 0, 1)
+        batch.n_tokens = len(window)
+        for i, token in enumerate(window):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, i >= first
+            batch.seq_id[i][0] = 0
+        assert library.llama_decode(self._context, batch) == 0
+        width = library.llama_vocab_n_tokens(self._vocabulary)
+        rows = [
+            np.ctypeslib.as_array(library.llama_get_logits_ith(self._context, i), (width,)).copy()
+            for i in range(first, len(window) - 1)
+        ]
+        library.llama_batch_free(batch)
+        return torch.from_numpy(np.stack(rows))
+
     def _step(self, count: int) -> None:
-        tokens = (ctypes.c_int32 * count)(*[5] * count)  # outlives the batch, which only points at it
+        tokens = (ctypes.c_int32 * count)(*[5] * count)  # must outlive the batch, which only points to it
         code = self._library.llama_decode(self._context, self._library.llama_batch_get_one(tokens, count))
         assert code == 0, f"llama_decode failed: {code}"
         self._library.llama_synchronize(self._context)
 
 
 class LlamaCppFlash(LlamaCpp):
-    """The same with flash attention."""
+    """llama.cpp with flash attention."""
 
     flash = 1
 
 
 def decode_row(position: int, context: int) -> str:
-    """The name of a row."""
+    """Returns the name of a row of the table."""
     return f"decode at {position:,} of {context:,}"
 
 

@@ -1,11 +1,11 @@
-"""Wall time and memory of exporting one checkpoint, stage by stage, against ExecuTorch's own export of it.
+"""Wall time and memory of exporting one checkpoint, stage by stage, compared with ExecuTorch's own export of it.
 
 python -m tests.bench.export --peer                       # a random checkpoint of Llama 3.2 1B's shape
 python -m tests.bench.export --layers 4 8 16              # the same with fewer layers, and the slope
 python -m tests.bench.export --shape 8b                   # Llama 3.1 8B's shape: 16 GB on disk
 python -m tests.bench.export --checkpoint path/to/Meta-folder --peer
 
-Memory is anonymous RSS: what the process takes for itself, without the files that it maps. Run nothing else meanwhile.
+Memory is anonymous RSS, which excludes mapped files. Run nothing else at the same time.
 """
 
 import argparse
@@ -33,14 +33,14 @@ SHAPES = {
     "1b": {"dim": 2048, "n_layers": 16, "ffn_dim_multiplier": 1.5, "multiple_of": 256},
     "8b": {"dim": 4096, "n_layers": 32, "ffn_dim_multiplier": 1.3, "multiple_of": 1024},
 }
-"""What params.json of Llama 3.2 1B and Llama 3.1 8B say, beside what both share."""
+"""Entries of params.json in which Llama 3.2 1B and Llama 3.1 8B differ."""
 SHARED = {"n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0}
 HIDDEN = {"1b": 8192, "8b": 14336}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run: its end in seconds from the start, and the most anonymous memory in it, in bytes."""
+    """One stage of a run: its end in seconds after the start, and its peak of anonymous memory in bytes."""
 
     name: str
     end: float
@@ -48,7 +48,9 @@ class Stage:
 
 
 def write_checkpoint(folder: Path, shape: str, layers: int, tied: bool) -> Path:
-    """A random bf16 checkpoint: a shape with `layers` layers; a Meta folder, or where it is tied a Hugging Face one."""
+    """Writes a random bf16 checkpoint of a shape with `layers` layers, as a Meta folder or, if tied, a Hugging Face
+    folder.
+    """
     generator = torch.Generator().manual_seed(0)
     params = SHAPES[shape] | SHARED | {"n_layers": layers, "use_scaled_rope": True}
     dim, hidden, vocabulary = params["dim"], HIDDEN[shape], params["vocab_size"]
@@ -76,7 +78,7 @@ def write_checkpoint(folder: Path, shape: str, layers: int, tied: bool) -> Path:
 
 
 def write_tied(folder: Path, state: dict[str, torch.Tensor], params: Mapping[str, Any]) -> None:
-    """As a Hugging Face folder, without a head of its own."""
+    """Writes a Hugging Face folder without a separate head."""
     theirs = {pattern.replace("head.", ""): name for pattern, name in HUGGING_FACE_NAMES.items()}
     weights = {}
     for name, tensor in state.items():
@@ -102,7 +104,7 @@ def write_tied(folder: Path, state: dict[str, torch.Tensor], params: Mapping[str
 
 
 def measured(command: Sequence[str], stage: str, folder: Path | None = None) -> list[Stage]:
-    """Runs a command, in `folder`, and meters it.
+    """Runs a command in `folder` and measures each of its stages.
 
     Args:
         stage: a regular expression whose first group is the name of the stage that a line of stderr ends.
@@ -133,7 +135,7 @@ def measured(command: Sequence[str], stage: str, folder: Path | None = None) -> 
 
 
 def anonymous(process: int) -> int:
-    """Anonymous RSS of a process in bytes; 0 when it has ended."""
+    """Returns the anonymous RSS of a process in bytes, or 0 if it has ended."""
     try:
         found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     except OSError:
@@ -142,14 +144,14 @@ def anonymous(process: int) -> int:
 
 
 def ours(checkpoint: Path, output: Path, flags: Sequence[str]) -> list[Stage]:
-    """The export that is measured."""
+    """Returns the command of this project's export."""
     command = [sys.executable, "-m", "export.llama", "--checkpoint", str(checkpoint), "--tokenizer", "none", "--force"]
     command += ["--max-seq-len", "2048", *flags, "--output", str(output)]
     return measured(command, r"(open|lower|assemble|write|verify) ")
 
 
 def theirs(checkpoint: Path, output: Path, max_seq_len: int = 2048) -> list[Stage]:
-    """ExecuTorch's own: 8da4w in groups of 32, 8-bit embedding."""
+    """Runs ExecuTorch's export with 8da4w in groups of 32 and an 8-bit embedding."""
     settings = {
         "base.model_class": "llama3_2",
         "base.checkpoint": (checkpoint / "consolidated.00.pth").resolve(),
@@ -172,7 +174,7 @@ def theirs(checkpoint: Path, output: Path, max_seq_len: int = 2048) -> list[Stag
 
 
 def table(title: str, stages: Sequence[Stage], size: int) -> str:
-    """A run in lines: each stage's seconds and peak, the whole with and without verify."""
+    """Formats a run: time and peak memory of each stage, and of the whole with and without verify."""
     lines, begin, without = [f"{title}: {size / 1e6:.0f} MB"], 0.0, 0.0
     for stage in stages:
         lines.append(f"  {stage.name:8}{stage.end - begin:8.1f} s{stage.peak / 1e9:8.2f} GB")
@@ -184,7 +186,7 @@ def table(title: str, stages: Sequence[Stage], size: int) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the benchmark."""
     parser = argparse.ArgumentParser("python -m tests.bench.export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, help="a Meta folder to export, in place of random ones")

@@ -1,10 +1,10 @@
-"""Whether verification refuses wrong files and passes right ones: many right files, and many faults planted in each.
+"""Tests whether verification passes correct files and refuses wrong ones, with many files and many faults in each.
 
 python -m tests.bench.gate --checkpoint build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 python -m tests.bench.gate --only stories
 
-Faults of weights and of the graph are planted in the model that a right file is held against: from the gate's side that
-is the same as a wrong file of a right model. Those of positions and caches are planted in the runtime that runs it.
+Faults in weights and in the graph are planted in the model that a correct file is compared with, which is equivalent to
+a wrong file of the correct model. Faults in positions and caches are planted in the runtime that runs the file.
 """
 
 import argparse
@@ -42,7 +42,7 @@ SMOLLM2 = (
     ("8da8w", "int8"),
     ("8da4w", "fp16"),
 )
-"""(--quantize, --kv-dtype) of the large model's files."""
+"""Combinations of --quantize and --kv-dtype for the large model's files."""
 
 SMALL = (*SMOLLM2, ("8da8w", "fp16"), ("8da4w", "fp32"), ("8da4w", "int8"))
 MOE = replace(DEEP, n_experts=4, n_chosen_experts=2)
@@ -50,7 +50,7 @@ MOE = replace(DEEP, n_experts=4, n_chosen_experts=2)
 
 @dataclass(frozen=True)
 class Right:
-    """A right file: what it is, where it is, and what it was made from."""
+    """A correct file: its name, its path, and the weights it was made from."""
 
     name: str
     path: Path
@@ -58,7 +58,7 @@ class Right:
 
 
 class Changed(Mapping[str, Tensor]):
-    """A model's weights, of which some are others."""
+    """A model's weights with some of them replaced."""
 
     def __init__(self, weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
         self._weights, self._others = weights, others
@@ -74,7 +74,7 @@ class Changed(Mapping[str, Tensor]):
 
 
 def others(source: WeightSource, found: Mapping[str, Tensor]) -> WeightSource:
-    """The source with some weights in place of its own."""
+    """Returns the source with some weights replaced."""
     return WeightSource(source.config, Changed(source._weights, found), source.scheme)
 
 
@@ -93,17 +93,17 @@ def _swapped(source: WeightSource, name: str) -> WeightSource:
 
 
 def swapped_rows(source: WeightSource) -> WeightSource:
-    """Two rows of a value matrix."""
+    """Swaps two rows of a value matrix."""
     return _swapped(source, f"{_middle(source)}.attention.wv.weight")
 
 
 def swapped_late_rows(source: WeightSource) -> WeightSource:
-    """Two rows in the last block's feed-forward, behind all keys and values."""
+    """Swaps two rows in the last block's feed-forward, which affects no key or value."""
     return _swapped(source, f"layers.{source.config.n_layers - 1}.{_feed(source).split('.', 2)[2]}.w1.weight")
 
 
 def doubled_scale(source: WeightSource) -> WeightSource:
-    """Of one row of a feed-forward."""
+    """Doubles the scale of one row in a feed-forward."""
     name = f"{_feed(source)}.w1.weight"
     weight = source.weight(name).clone()
     weight[7] *= 2
@@ -111,13 +111,13 @@ def doubled_scale(source: WeightSource) -> WeightSource:
 
 
 def left_out_block(source: WeightSource) -> WeightSource:
-    """One that adds nothing to the stream."""
+    """Makes one block add nothing to the residual stream."""
     names = [f"{_middle(source)}.attention.wo.weight", f"{_feed(source)}.w2.weight"]
     return others(source, {name: torch.zeros_like(source.weight(name)) for name in names})
 
 
 def swapped_blocks(source: WeightSource) -> WeightSource:
-    """Two neighbours, all their weights."""
+    """Swaps all weights of two adjacent blocks."""
     a, b = (f"layers.{source.config.n_layers // 2 + number}." for number in (0, 1))
     with torch.device("meta"):
         roles = [name.removeprefix(a) for name in Llama(source.config).state_dict() if name.startswith(a)]
@@ -126,44 +126,44 @@ def swapped_blocks(source: WeightSource) -> WeightSource:
 
 
 def swapped_k_and_v(source: WeightSource) -> WeightSource:
-    """In one block."""
+    """Swaps the key and value matrices of one block."""
     k, v = (f"{_middle(source)}.attention.{name}.weight" for name in ("wk", "wv"))
     return others(source, {k: source.weight(v), v: source.weight(k)})
 
 
 def lost_norm(source: WeightSource) -> WeightSource:
-    """The last one's weights are 1."""
+    """Sets the weights of the final norm to 1."""
     return others(source, {"head.norm.weight": torch.ones_like(source.weight("head.norm.weight"))})
 
 
 def lost_block_norm(source: WeightSource) -> WeightSource:
-    """One block's first one's weights are 1."""
+    """Sets the weights of one block's attention norm to 1."""
     name = f"{_middle(source)}.attention_norm.weight"
     return others(source, {name: torch.ones_like(source.weight(name))})
 
 
 def wrong_epsilon(source: WeightSource) -> WeightSource:
-    """Ten times what it is."""
+    """Multiplies the norms' epsilon by ten."""
     config = replace(source.config, norm_eps=source.config.norm_eps * 10)
     return WeightSource(config, source._weights, source.scheme)
 
 
 def wrong_theta(source: WeightSource) -> WeightSource:
-    """A hundredth more."""
+    """Increases the rotary base by 1 %."""
     return WeightSource(
         replace(source.config, rope_theta=source.config.rope_theta * 1.01), source._weights, source.scheme
     )
 
 
 def untied_head(source: WeightSource) -> WeightSource:
-    """A head of its own, the embedding's rows each one further."""
+    """Unties the head and shifts its rows by one."""
     weight = source.weight("head.output.weight").roll(1, 0)
     config = replace(source.config, tied=False)
     return WeightSource(config, Changed(source._weights, {"head.output.weight": weight}), source.scheme)
 
 
 def swapped_experts(source: WeightSource) -> WeightSource:
-    """The first two of one block; of a model without, the gate and what it gates."""
+    """Swaps the first two experts of one block or, in a model without experts, a feed-forward's w1 and w3."""
     feed, kinds = f"{_middle(source)}.feed_forward.", ("w1", "w2", "w3")
     if not source.config.n_experts:
         w1, w3 = f"{feed}w1.weight", f"{feed}w3.weight"
@@ -187,12 +187,12 @@ PLANTED: tuple[Callable[[WeightSource], WeightSource], ...] = (
     wrong_theta,
     untied_head,
 )
-"""In the model that a file is held against."""
+"""Faults in the model that a file is compared with."""
 
 
 @contextmanager
 def rope_off_by_one() -> Iterator[None]:
-    """Every token is rotated for the position behind its own."""
+    """Rotates every token as if it stood one position later."""
     move = PositionInputs.move
 
     def moved(self: PositionInputs, position: int, length: int) -> None:
@@ -209,7 +209,7 @@ def rope_off_by_one() -> Iterator[None]:
 
 @contextmanager
 def mask_off_by_one() -> Iterator[None]:
-    """The latest cached token is not seen."""
+    """Hides the latest cached token from attention."""
     move, slide = PositionInputs.move, CausalMask.move
 
     def moved(self: PositionInputs, position: int, length: int) -> None:
@@ -226,7 +226,7 @@ def mask_off_by_one() -> Iterator[None]:
 
 @contextmanager
 def stale_row() -> Iterator[None]:
-    """The last block's row at position 3 is never written: it stays as it was, from an earlier text or empty."""
+    """Never writes the last block's cache row at position 3, which keeps its earlier content."""
     commit = KVCache.commit
 
     def committed(self: KVCache, outputs: Mapping[str, Tensor], length: int) -> None:
@@ -241,14 +241,14 @@ def stale_row() -> Iterator[None]:
 
 
 RUN = (rope_off_by_one, mask_off_by_one, stale_row)
-"""In the runtime."""
+"""Faults in the runtime."""
 
 
 def faults(right: Right, found: Observed, is_quick: bool) -> Iterator[tuple[str, set[str]]]:
-    """Every fault's name, and what refuses it: its weights, its numbers, or nothing.
+    """Yields the name of each fault and the checks that detect it: weights, numbers, or none.
 
     Args:
-        is_quick: numbers are not looked at where the weights already refuse it.
+        is_quick: skips the check of numbers for faults that the weights already detect.
     """
     for plant in PLANTED:
         source, by = plant(right.source), set[str]()
@@ -264,7 +264,7 @@ def faults(right: Right, found: Observed, is_quick: bool) -> Iterator[tuple[str,
 
 
 def exported(checkpoint: Path, quantize: str, kv_dtype: str, folder: Path) -> Right:
-    """A checkpoint's file in a scheme."""
+    """Exports a checkpoint with a quantisation scheme and cache dtype."""
     path = folder / f"{quantize}-{kv_dtype}.pte"
     options = ExportOptions(checkpoint=checkpoint, quantize=quantize, kv_dtype=kv_dtype, max_seq_len=256, output=path)
     made: Plan = plan(options)
@@ -273,14 +273,14 @@ def exported(checkpoint: Path, quantize: str, kv_dtype: str, folder: Path) -> Ri
 
 
 def random_file(name: str, model: Llama, scheme: Scheme, folder: Path, backend: str = "xnnpack") -> Right:
-    """A random model's file."""
+    """Exports a random model."""
     graph = GraphOptions(48, 7, attention="aten" if backend == "portable" or model.config.n_experts else "fused")
     made = planned(model, graph, scheme)
     return Right(name, write_pte(made, folder / "random.pte", backend), made.source)
 
 
 def massive(seed: int) -> Llama:
-    """A random model of which some activations are far larger than others, as in trained ones."""
+    """Returns a random model with a few very large activations, as trained models have."""
     model = random_model(DEEP, seed)
     for layer in ("1", "3"):
         model.layers[layer].feed_forward.w2.weight[5].mul_(300)
@@ -288,7 +288,7 @@ def massive(seed: int) -> Llama:
 
 
 def right_files(checkpoint: Path | None, only: str, folder: Path) -> Iterator[Right]:
-    """All whose name has `only` in it, each made when it is asked for."""
+    """Yields the files whose name contains `only`, each made on demand."""
     makers: dict[str, Callable[[], Right]] = {}
     for title, path, kinds in (("SmolLM2", checkpoint, SMOLLM2), ("stories", BUILT_IN, SMALL)):
         for quantize, kv in kinds if path else ():
@@ -309,7 +309,7 @@ def right_files(checkpoint: Path | None, only: str, folder: Path) -> Iterator[Ri
 
 
 def main() -> int:
-    """The command: exit code 1 where a right file is refused or a wrong one passes."""
+    """Runs the check. Exits with 1 if a correct file is refused or a wrong one passes."""
     parser = argparse.ArgumentParser("python -m tests.bench.gate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, help="of a larger model, named SmolLM2 in the table")

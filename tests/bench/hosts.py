@@ -1,10 +1,11 @@
-"""Four texts on two ranks of one thread each, to one such rank, and what runtime.placement says of it: 110M's shape.
+"""Throughput of four texts on several ranks relative to one rank, with one thread each, and the prediction of
+runtime.placement. The model has the 110M shape.
 
 python -m tests.bench.hosts
 python -m tests.bench.hosts --ranks 4 --network    # in network namespaces, with links of 100 Mbit/s; as root
 python -m tests.bench.hosts --rounds 5 --quantize 8da8w
 
-Rounds measure each way once, in turns; a ratio is one of a round. Run nothing else meanwhile.
+Each round measures every configuration once; ratios are within a round. Run nothing else at the same time.
 """
 
 import argparse
@@ -32,18 +33,20 @@ TEXTS, TOKENS = 4, 96
 
 
 Place = tuple[Sequence[Mapping[str, str]] | None, Sequence[Sequence[str]] | None]
-"""What `start` takes beside commands."""
+"""The `environments` and `prefixes` that `start` takes."""
 
 
 def rate(folder: Path, prompts: Path, ranks: int, place: Place) -> float:
-    """Tokens a second of all texts."""
+    """Returns the throughput of all texts in tokens per second."""
     flags = ["--hosts", _hosts(folder, ranks), "--prompts-file", prompts, "--max-new-tokens", str(TOKENS)]
     command = ["runtime.pipeline", folder, "--no-check", *flags, "--texts", str(TEXTS), "--threads", "1"]
     return _number(start([command] * ranks, *place), r"([\d.]+) tok/s")
 
 
 def planned(folder: Path, ranks: int, place: Place) -> float:
-    """The same by runtime.placement, from what so many ranks measure at the same time, in a file for `rate`, too."""
+    """Returns the throughput that runtime.placement predicts, measured on all ranks at once. Writes the file of hosts
+    for `rate`.
+    """
     measured = ended(start([["runtime.placement", folder, "--measure", "--threads", "1"]] * ranks, *place), within=600)
     assert measured[0][0] == 0, measured[0][2]
     _hosts(folder, ranks).write_text(measured[0][1])
@@ -52,7 +55,7 @@ def planned(folder: Path, ranks: int, place: Place) -> float:
 
 
 def _number(ranks: Sequence[subprocess.Popen[str]], pattern: str) -> float:
-    """What the first of some ranks tells."""
+    """Waits for all ranks and returns the number that the first one printed."""
     code, out, error = ended(ranks, within=600)[0]
     found = re.search(pattern, out + error)
     assert code == 0, error
@@ -66,7 +69,7 @@ def _hosts(folder: Path, ranks: int) -> Path:
 
 @contextmanager
 def placed(ranks: int, network: bool) -> Iterator[Place]:
-    """Where so many ranks run: on this host, or each in a network namespace."""
+    """Prepares the ranks' environments: on this host, or each in a network namespace."""
     if not network:
         yield None, None
         return
@@ -75,7 +78,7 @@ def placed(ranks: int, network: bool) -> Iterator[Place]:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the benchmark."""
     parser = argparse.ArgumentParser("python -m tests.bench.hosts", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")

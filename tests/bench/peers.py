@@ -1,13 +1,13 @@
-"""Speed and memory against ExecuTorch's own export and llama.cpp, on Llama 3.2 1B's shape with 4-bit weights.
+"""Compares speed and memory with ExecuTorch's own export and llama.cpp, on Llama 3.2 1B's shape with 4-bit weights.
 
-python -m tests.bench.peers                    # makes what is missing in build/bench: the best part of an hour
+python -m tests.bench.peers                    # first makes the missing files in build/bench, in up to an hour
 python -m tests.bench.peers --rounds 5
 python -m tests.bench.peers --llama2c path/to/run.c path/to/stories260K    # .bin, tok512.bin and tok512.model
 
-All systems take turns, each in a process of its own, so that a machine whose speed drifts slows all alike; what counts
-are the ratios within a round. Random weights in groups of 32, all cores; caches of float16, which is llama.cpp's
-default, but for export_llm, which knows none. `make bench` installs what it needs; run
-nothing else meanwhile. The table in docs/benchmarks.md is written anew.
+Each round runs every system in its own process, so that a drift of the machine's speed affects all alike; the ratios
+within a round are compared. Weights are random, in groups of 32. All cores are used. Caches are float16, llama.cpp's
+default, except export_llm's, which has no such option. `make bench` installs the requirements; run nothing else at the
+same time. Replaces the table in docs/benchmarks.md.
 """
 
 import argparse
@@ -37,11 +37,11 @@ FOLDER = ROOT / "build" / "bench"
 RUNNER = ROOT / "build" / "host" / "llama_runner"
 REPORT = ROOT / "docs" / "benchmarks.md"
 Round = dict[str, Result]
-"""By system."""
+"""Results by system."""
 
 
 def measured(name: str, file: Path, context: int) -> Result:
-    """What a system finds in a process of its own."""
+    """Measures an engine in its own process."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.bench.engines", name, str(file), str(context)],
@@ -57,7 +57,7 @@ def measured(name: str, file: Path, context: int) -> Result:
 
 
 def measured_cpp(file: Path, context: int) -> Result:
-    """What our C++ runner finds."""
+    """Measures this project's C++ runner."""
     first = [RUNNER, file, "--prompt-ids", ",".join(["5"] * 16), "--max-new-tokens", "1"]
     first_token = seconds(lambda: subprocess.run(first, check=True, capture_output=True))
     flags = ["--prefill", str(PROMPT), "--decode", *map(str, POSITIONS[context]), "--format", "json"]
@@ -76,8 +76,8 @@ def run(name: str, context: int) -> Result:
 
 
 def in_turns(systems: dict[str, list[str | Path]], position: int) -> Result:
-    """Decoding at one position, by commands for ours that are to be as fast as each other; each twice: there and back,
-    so that a machine that slows or quickens meanwhile does so for both.
+    """Measures decode at one position with several commands. Each command runs twice, in order and in reverse, so that
+    a drift of the machine's speed affects all alike.
     """
     found: dict[str, list[float]] = {name: [] for name in systems}
     for name in (*systems, *reversed(systems)):
@@ -88,12 +88,12 @@ def in_turns(systems: dict[str, list[str | Path]], position: int) -> Result:
 
 
 def growth() -> Result:
-    """From files whose caches have more and less room, by our C++ runner."""
+    """Compares decode speed on files exported for a short and a long context, with the C++ runner."""
     return in_turns({str(n): [RUNNER, FOLDER / f"ours-{n}.pte", "--bench"] for n in GROWTH}, 1000)
 
 
 def languages() -> Result:
-    """By both of our runtimes."""
+    """Compares decode speed of the Python runtime and the C++ runner."""
     file = FOLDER / f"ours-{min(POSITIONS)}.pte"
     runtime = [sys.executable, "-m", "runtime.bench", file]
     return in_turns({"runtime": runtime, "llama_runner": [RUNNER, file, "--bench"]}, 16)
@@ -106,16 +106,16 @@ SYSTEMS = {
     "llama.cpp": "random.gguf",
     "llama.cpp, flash": "random.gguf",
 }
-"""Their files."""
+"""Systems -> their files."""
 GROWTH = (1024, 8192)
-"""--max-seq-len, on which decoding at one position should not depend."""
+"""Values of --max-seq-len, which should not affect decode speed at a fixed position."""
 PEERS = [name for name in SYSTEMS if name not in ("llama_runner", "runtime")]
 FIRST_TOKEN = "time to first token"
 LESS_IS_BETTER = ("peak memory", FIRST_TOKEN)
 
 
 def prepare() -> None:
-    """Makes the files that are missing."""
+    """Makes the missing files."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     checkpoint, shape = FOLDER / "checkpoint", "1b"
     if not checkpoint.exists():
@@ -133,13 +133,13 @@ def prepare() -> None:
 
 
 def export(checkpoint: Path, tokenizer: Path | None, output: Path, context: int, *flags: str) -> None:
-    """Runs our export, which leaves a file that is as it should be."""
+    """Runs this project's export, which keeps a file that is up to date."""
     command = [sys.executable, "-m", "export.llama", "--checkpoint", checkpoint, "--tokenizer", tokenizer or "none"]
     subprocess.run([*command, "--max-seq-len", str(context), "--output", output, *flags], check=True, cwd=ROOT)
 
 
 def write_gguf(path: Path, shape: str) -> None:
-    """A random model in Q4_0, its embedding in Q8_0."""
+    """Writes a random model in Q4_0, with its embedding in Q8_0."""
     import gguf
 
     dim, layers, hidden = SHAPES[shape]["dim"], SHAPES[shape]["n_layers"], HIDDEN[shape]
@@ -176,11 +176,11 @@ def write_gguf(path: Path, shape: str) -> None:
 
 
 def stories(source: Path, folder: Path) -> Callable[[], Result]:
-    """What measures stories260K, a model so small that what a step costs beside its products decides.
+    """Returns a function that measures stories260K, a model so small that the overhead of a step dominates.
 
     Args:
-        source: llama2.c's run.c, compiled as its author does for speed.
-        folder: has stories260K.bin, tok512.bin and tok512.model.
+        source: llama2.c's run.c, compiled with its author's fastest flags.
+        folder: contains stories260K.bin, tok512.bin and tok512.model.
     """
     theirs, ours = FOLDER / "llama2c", FOLDER / "stories260K.pte"
     subprocess.run(["gcc", "-Ofast", "-march=native", source, "-lm", "-o", theirs], check=True)
@@ -199,20 +199,20 @@ def stories(source: Path, folder: Path) -> Callable[[], Result]:
 
 
 def decoded(printed: str) -> tuple[float, list[int]]:
-    """Tokens a second behind the prompt, and the tokens, of what either of our commands prints as JSON."""
+    """Returns tokens per second of decode, and the tokens, from the JSON output of either runtime."""
     found = json.loads(printed)
     return (len(found["token_ids"]) - 1) / found["timings"]["decode"], found["token_ids"]
 
 
 def best(found: Round, row: str) -> float:
-    """The best of the others."""
+    """Returns the best of the other systems' results in a row."""
     values = [found[peer][row] for peer in PEERS]
     return min(values) if row in LESS_IS_BETTER else max(values)
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What a ratio within a round should be: at least `bound`, or at most where less is better."""
+    """A target for a ratio within a round: at least `bound`, or at most `bound` where less is better."""
 
     name: str
     bound: float
@@ -220,7 +220,7 @@ class Aim:
     less: bool = False
 
     def line(self, rounds: Sequence[Round]) -> str:
-        """The ratio's median over the rounds, and its least and most."""
+        """Formats the ratio's median, minimum and maximum over the rounds."""
         ratios = sorted(self.ratio(found) for found in rounds)
         middle = statistics.median(ratios)
         reached = middle <= self.bound if self.less else middle >= self.bound
@@ -230,7 +230,7 @@ class Aim:
 
 
 def to_best(row: str, bound: float) -> Aim:
-    """Of our C++ runner to the best of the others."""
+    """Returns the target for the C++ runner relative to the best of the other systems."""
     return Aim(
         f"{row}, llama_runner to the best of the others", bound,
         lambda found: found["llama_runner"][row] / best(found, row), row in LESS_IS_BETTER,
@@ -238,7 +238,7 @@ def to_best(row: str, bound: float) -> Aim:
 
 
 def between(name: str, row: str, mine: str, other: str, bound: float) -> Aim:
-    """Of one system to another."""
+    """Returns the target for one system relative to another."""
     less = row in LESS_IS_BETTER
     return Aim(name, bound, lambda found: found[mine][row] / found[other][row], less)
 
@@ -267,7 +267,7 @@ STORIES = Aim(
 
 
 def table(rounds: Sequence[Round]) -> str:
-    """Medians of what each system was measured at."""
+    """Formats a table of medians by system."""
     lines = ["| | " + " | ".join(SYSTEMS) + " |", "|---" * (len(SYSTEMS) + 1) + "|"]
     for row in rounds[0]["export_llm"]:
         cells = [_shown(row, statistics.median(found[name][row] for found in rounds)) for name in SYSTEMS]
@@ -282,7 +282,7 @@ def _shown(row: str, value: float) -> str:
 
 
 def report(rounds: Sequence[Round]) -> str:
-    """What was measured, on what, and what each ratio should be."""
+    """Formats the whole report: machine, versions, table and targets."""
     packages = ("torch", "executorch", "torchao", "llama-cpp-python")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -297,7 +297,7 @@ def report(rounds: Sequence[Round]) -> str:
 
 
 def instruction_sets() -> str:
-    """What llama.cpp was compiled for, and what the others, which choose at run time, find in the processor."""
+    """Describes the instruction sets that llama.cpp was compiled for, and those that the other systems may use."""
     import llama_cpp
 
     wanted = r"\b(?:avx2|fma|avx512f|avx512_vnni|avx512_bf16|amx_\w+|asimddp|i8mm|sve2?|sme)\b"
@@ -307,14 +307,14 @@ def instruction_sets() -> str:
 
 
 def write_report(text: str) -> None:
-    """Puts a report in the place of the last one."""
+    """Replaces the last report in docs/benchmarks.md."""
     begin, end = "<!-- make bench -->\n", "<!-- end of make bench -->"
     before, rest = REPORT.read_text().split(begin)
     REPORT.write_text(f"{before}{begin}{text}\n{end}{rest.split(end)[1]}")
 
 
 def main() -> None:
-    """The command."""
+    """Runs the benchmark."""
     parser = argparse.ArgumentParser("python -m tests.bench.peers", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="times that every system has its turn (default: 3)")
@@ -327,7 +327,7 @@ def main() -> None:
         found: Round = {name: {} for name in SYSTEMS}
         for context, name in itertools.product(POSITIONS, SYSTEMS):
             print(f"round {number + 1}: {name}, --max-seq-len {context}", file=sys.stderr, flush=True)
-            found[name] = run(name, context) | found[name]  # memory and first token are those of the first context
+            found[name] = run(name, context) | found[name]  # keep memory and first token of the first context
         found["growth"], found["languages"] = growth(), languages()
         if small:
             found["stories260K"] = small()

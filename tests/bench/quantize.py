@@ -1,4 +1,4 @@
-"""What each scheme costs: file size, perplexity and top-1 agreement on a text, as a table.
+"""Compares quantisation schemes by file size, perplexity and top-1 agreement on a text, and prints a table.
 
 python -m tests.bench.quantize valid.txt --calibrate train.txt
 python -m tests.bench.quantize valid.txt --checkpoint stories260K.bin --tokenizer tok512.model
@@ -37,7 +37,7 @@ AT_ONCE = 4
 
 
 def predicted(source: WeightSource, texts: Sequence[Sequence[int]], max_seq_len: int) -> Comparison:
-    """The quantised model's predictions against float32's, a few windows at a time."""
+    """Compares the quantised model's predictions with float32's, a few windows at a time."""
     rows = list[Rows]()
     for start in range(0, len(texts), AT_ONCE):
         part = texts[start : start + AT_ONCE]
@@ -51,7 +51,7 @@ def predicted(source: WeightSource, texts: Sequence[Sequence[int]], max_seq_len:
 
 
 def row(options: ExportOptions, tokens: int, text: str, folder: Path) -> tuple[int, Comparison]:
-    """Size of the file in bytes, and what the model makes of the text."""
+    """Returns the file size in bytes, and the comparison with float32 on the text."""
     size = export_llama(options).stat().st_size
     planned = plan(options)
     planned = choose_scheme(planned, Gate.of(options.eval_text, None), auto=False, note=print)
@@ -64,7 +64,7 @@ def row(options: ExportOptions, tokens: int, text: str, folder: Path) -> tuple[i
 
 
 def main() -> None:
-    """The command."""
+    """Runs the benchmark."""
     parser = argparse.ArgumentParser("python -m tests.bench.quantize", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("text", type=Path, help="to measure on")

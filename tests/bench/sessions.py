@@ -1,10 +1,9 @@
-"""What guesses gain, and how much faster several texts are at once than one after another.
+"""Speed-up from speculative decoding, and from running several texts at once instead of one after another.
 
-python -m tests.bench.sessions                                  # from what `make bench` left in build/bench
-python -m tests.bench.sessions --larger build/small --rounds 5  # train_tiny's preset small: the built-in one guesses
+python -m tests.bench.sessions                                  # with the files of `make bench` in build/bench
+python -m tests.bench.sessions --larger build/small --rounds 5  # train_tiny's preset small; the built-in model drafts
 
-Each way of running takes its turn in every round, in a process of its own; ratios are within a round. Run nothing else
-meanwhile.
+Each round runs every configuration in its own process; ratios are within a round. Run nothing else at the same time.
 """
 
 import argparse
@@ -21,14 +20,14 @@ from tests.bench.peers import FOLDER, ROOT, RUNNER, decoded, export
 REPETITIVE = "Lily said hello. Tom said hello. Mom said hello. Lily said hello. Tom said hello."
 STORY = "Once upon a time, there was a little girl named Lily."
 LANES = (4,)
-"""--batch-size."""
+"""Values of --batch-size."""
 PROMPTS, TOKENS = 16, 64
-"""Texts, and what is written of each."""
+"""Number of prompts, and tokens generated for each."""
 
 
 def guesses(file: Path, draft: Path | None, prompt: Sequence[str]) -> dict[str, float]:
-    """Tokens a second without guesses, by look-up in both languages, and by a draft. Tokens may differ only where 8-bit
-    activations of random weights lie between two steps: it says from which one on.
+    """Returns tokens per second without speculation, with --lookup in both runtimes, and with a draft model. Prints
+    from which token on the output differs, which rounding of 8-bit activations can cause with random weights.
     """
     runtime: list[str | Path] = [sys.executable, "-m", "runtime.generate", file, *prompt, "--max-new-tokens", "200"]
     native: list[str | Path] = [RUNNER, file, *prompt, "--max-new-tokens", "200"]
@@ -47,7 +46,7 @@ def guesses(file: Path, draft: Path | None, prompt: Sequence[str]) -> dict[str, 
 
 
 def throughput(files: Mapping[int, Path]) -> dict[str, float]:
-    """Tokens a second of many texts, by how many are extended at once."""
+    """Returns tokens per second over many texts, by the number of texts that run at once."""
     prompts = FOLDER / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt_ids": [7 * i + 1, *range(15)]}) + "\n" for i in range(PROMPTS)))
     found = {}
@@ -59,7 +58,7 @@ def throughput(files: Mapping[int, Path]) -> dict[str, float]:
 
 
 def shown(title: str, rounds: Sequence[Mapping[str, float]]) -> str:
-    """A table of medians, and of ratios to the first."""
+    """Formats a table of medians, and of ratios to the first entry."""
     first, *_ = rounds[0]
     lines = [f"| {title} | tok/s | to {first} |", "|---|---|---|"]
     for name in rounds[0]:
@@ -70,7 +69,7 @@ def shown(title: str, rounds: Sequence[Mapping[str, float]]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the benchmark."""
     parser = argparse.ArgumentParser("python -m tests.bench.sessions", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")

@@ -1,10 +1,10 @@
-"""Tokens a second by memory budget: Llama 3.2 1B's shape in shards, run by the C++ runner in a cgroup of that size.
+"""Tokens per second by memory budget: Llama 3.2 1B's shape in shards, run by the C++ runner in a cgroup of that size.
 
-python -m tests.bench.streaming                    # from the checkpoint that `make bench` left in build/bench; as root
+python -m tests.bench.streaming                    # with the checkpoint of `make bench` in build/bench; as root
 python -m tests.bench.streaming --budgets 400MB 1GB --tokens 8
 
-The cgroup's limit holds for pages of the system's cache, too, so that what does not stay is read from storage for every
-token. Run nothing else meanwhile.
+The cgroup's limit includes the page cache, so weights that do not fit are read from storage for every token. Run
+nothing else at the same time.
 """
 
 import argparse
@@ -24,12 +24,14 @@ from tests.bench.peers import FOLDER, RUNNER, decoded, export
 SHARDS = FOLDER / "ours.shards"
 BUDGETS = ("400MB", "500MB", "600MB", "700MB", "900MB")
 MEMORY = Path("/sys/fs/cgroup/memory")
-"""Of the first version of cgroups; the second has its files one level up."""
+"""Folder of cgroups version 1; version 2 has its files one level up."""
 
 
 @contextmanager
 def limited(size: int) -> Iterator[Path]:
-    """A cgroup whose processes may hold `size` bytes, pages of files included: the file that takes their numbers."""
+    """Creates a cgroup with a memory limit of `size` bytes, page cache included. Yields the file to which process ids
+    are written.
+    """
     first = MEMORY.is_dir()
     group = (MEMORY if first else MEMORY.parent) / f"llama-pte-{os.getpid()}"
     group.mkdir()
@@ -41,8 +43,8 @@ def limited(size: int) -> Iterator[Path]:
 
 
 def streamed(size: int, tokens: int) -> tuple[float, int, float]:
-    """Tokens a second in a cgroup, the most memory that the process held, in bytes, and how many bytes a second it read
-    from storage. A run without a cgroup comes first, in which files are packed.
+    """Returns tokens per second in a cgroup, peak memory of the process in bytes, and bytes per second read from
+    storage. A first run without a cgroup packs the weights.
     """
     flags = ["--prompt-ids", "5,6,7,8", "--max-new-tokens", str(tokens), "--no-check", "--format", "json"]
     command = [str(part) for part in (RUNNER, SHARDS, "--memory-budget", f"{size}B", *flags)]
@@ -61,7 +63,7 @@ def streamed(size: int, tokens: int) -> tuple[float, int, float]:
 
 
 def _forget() -> None:
-    """Has the system drop what it cached of the shards, which would count as another cgroup's."""
+    """Drops the shards from the page cache, where they would count for another cgroup."""
     os.sync()
     for path in SHARDS.iterdir():
         with path.open("rb") as file:
@@ -69,19 +71,19 @@ def _forget() -> None:
 
 
 def _bytes_read() -> int:
-    """From storage, by the processes that this one has waited for."""
+    """Returns the bytes read from storage by child processes that have ended."""
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock * 512
 
 
 def storage() -> float:
-    """Bytes a second that one reader gets from storage, past the system's cache."""
+    """Measures the storage's sequential read speed in bytes per second, without the page cache."""
     file = max(SHARDS.glob("*.pte"), key=lambda path: path.stat().st_size)
     command = ["dd", f"if={file}", "of=/dev/null", "bs=4M", "iflag=direct", "status=none"]
     return file.stat().st_size / seconds(lambda: subprocess.run(command, check=True))
 
 
 def main() -> None:
-    """The command."""
+    """Runs the benchmark."""
     parser = argparse.ArgumentParser("python -m tests.bench.streaming", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--budgets", nargs="+", default=BUDGETS, metavar="SIZE")

@@ -25,7 +25,7 @@ inline void PrintTo(const Shape& shape, std::ostream* out) {
          << " window " << shape.window << " softcap " << shape.softcap << " alibi " << shape.alibi;
 }
 
-/// To the nearest float16, ties to even, by way of what a float64 can do.
+/// Rounds to the nearest float16, ties to even, by float64 arithmetic.
 inline uint16_t float16_bits(float x) {
     const auto sign = static_cast<uint16_t>(std::signbit(x) ? 0x8000 : 0);
     const double size = std::abs(static_cast<double>(x));
@@ -66,7 +66,7 @@ inline void write_row(RowForm form, const float* x, size_t count, std::byte* to)
     std::memcpy(to + count, &scale, sizeof scale);
 }
 
-/// Rows in a cache's form, as numbers.
+/// Returns the numbers in a cache's rows.
 inline std::vector<double> read_rows(RowForm form, const std::vector<std::byte>& rows, size_t count) {
     const size_t width = row_bytes(form, static_cast<int64_t>(count));
     std::vector<double> numbers;
@@ -90,7 +90,7 @@ inline std::vector<double> read_rows(RowForm form, const std::vector<std::byte>&
     return numbers;
 }
 
-/// A step over random numbers, and what it should give.
+/// An attention step on random numbers, and its expected results.
 struct AttentionStep {
     Attention a{};
     std::vector<int64_t> position;
@@ -156,7 +156,8 @@ struct AttentionStep {
     }
     AttentionStep(const AttentionStep&) = delete;
 
-    /// The row of head h of x at a token, rotated; a product must be rounded before the sum, as a volatile one is.
+    /// Returns the row of head h of x at a token, rotated. `volatile` keeps the compiler from rounding a product and a
+    /// sum only once.
     std::vector<float> rotated(const std::vector<float>& x, int64_t token, int64_t heads, int64_t h) const {
         const auto start = x.begin() + (token * heads + h) * a.head_dim;
         std::vector<float> row(start, start + a.head_dim);
@@ -185,12 +186,12 @@ struct AttentionStep {
         }
     }
 
-    /// Keys and values, cached and new, as float64.
+    /// Cached and new keys and values as float64.
     struct Numbers {
         std::vector<double> k_cache, v_cache, k_rows, v_rows;
     };
 
-    /// What one query head of one token gives, in float64.
+    /// Returns the expected result of one query head of one token, in float64.
     std::vector<double> expected(const Numbers& numbers, int64_t token, int64_t head) const {
         const int64_t b = token / a.length;
         const int64_t sequence_head = b * a.kv_heads + head / (a.heads / a.kv_heads);
@@ -226,7 +227,7 @@ struct AttentionStep {
         return result;
     }
 
-    /// The largest error among the results, relative to the largest of them.
+    /// Returns the largest error of the results, relative to the largest result.
     double error() const {
         const auto dim = static_cast<size_t>(a.head_dim);
         const Numbers numbers = {read_rows(a.form, k_cache, dim), read_rows(a.form, v_cache, dim),

@@ -1,5 +1,5 @@
-// Throws damaged input at the tokenizers, the metadata reader and Program::open for a while: each must come back with
-// an error or a working object. The sanitizer build makes a crash of what is merely wrong.
+// Runs the tokenizers, the metadata reader and Program::open on damaged input for some seconds: each must return an
+// error or a working object. In the sanitizer build, undefined behaviour is a crash.
 //
 //     fuzz SECONDS PTE TOKENIZER...
 
@@ -28,7 +28,7 @@ class Mutator {
 
     size_t below(size_t limit) { return static_cast<size_t>(rng_.coin() * static_cast<double>(limit)); }
 
-    /// A few bytes changed, cut out, repeated or swapped for telling ones.
+    /// Returns the data with a few bytes changed, removed, repeated, or replaced by difficult ones.
     std::string operator()(std::string data) {
         static const std::vector<std::string> kTelling = {"\xFF\xFF\xFF\xFF",
                                                           std::string(8, '\0'),
@@ -74,7 +74,7 @@ std::string read_file(const std::string& path) {
     return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
 }
 
-/// Encodes and decodes with whatever still opens.
+/// Encodes and decodes a text if the damaged tokenizer still opens.
 bool try_tokenizer(const std::string& data, const std::string& text, Mutator& mutate) {
     const auto tokenizer = from_bytes(data);
     if (!tokenizer) return false;
@@ -123,7 +123,7 @@ bool try_template(Mutator& mutate) {
     return made && made->text(messages);
 }
 
-/// A damaged file must be refused.
+/// Checks that a damaged file is refused.
 bool try_file(const std::string& whole, const std::string& path, Mutator& mutate) {
     const std::string damaged = mutate(whole);
     std::ofstream(path, std::ios::binary) << damaged;

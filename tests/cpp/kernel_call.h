@@ -24,7 +24,7 @@ inline void on_three_threads(int64_t count, void (*task)(const void*, int64_t), 
     for (std::thread& thread : threads) thread.join();
 }
 
-/// A tensor with memory of its own.
+/// A tensor that owns its memory.
 class Owned {
   public:
     Owned(executorch::aten::ScalarType dtype, std::vector<int32_t> sizes, void* data)

@@ -11,13 +11,13 @@
 
 namespace llama_runner::testing {
 
-/// Test models: LLAMA_RUNNER_MODELS in the environment, or build/models.
+/// Returns the folder of test models: LLAMA_RUNNER_MODELS in the environment, or build/models.
 inline std::filesystem::path models() {
     const char* given = std::getenv("LLAMA_RUNNER_MODELS");
     return given != nullptr ? given : LLAMA_RUNNER_TEST_MODELS;
 }
 
-/// Real weights and tokenizers, which a user's clone does not have.
+/// Returns the folder of real weights and tokenizers, which a user's clone does not have.
 inline std::filesystem::path shared() { return LLAMA_RUNNER_TEST_SHARED; }
 
 inline std::string read_file(const std::filesystem::path& path) {
@@ -29,7 +29,7 @@ inline nlohmann::json golden(const char* name) {
     return nlohmann::json::parse(read_file(std::filesystem::path(LLAMA_RUNNER_TEST_GOLDEN) / name));
 }
 
-/// A temporary file that goes away with the test.
+/// A temporary file that is deleted at the end of the test.
 class TemporaryFile {
   public:
     explicit TemporaryFile(const std::string& content)
@@ -50,14 +50,14 @@ class TemporaryFile {
 
 }  // namespace llama_runner::testing
 
-/// The path of tiny.pte, which must have been exported before.
+/// Sets `variable` to the path of tiny.pte, which must have been exported.
 #define REQUIRE_TINY(variable)                                                                               \
     const std::string variable = (::llama_runner::testing::models() / "tiny.pte").string();                  \
     ASSERT_TRUE(std::filesystem::exists(variable))                                                           \
         << variable << " does not exist; export it with `python -m export.llama --max-seq-len 512 --output " \
         << variable << "`"
 
-/// The path of stories260K.pte; skips where its weights are not to be had.
+/// Sets `variable` to the path of stories260K.pte; skips the test where its weights do not exist.
 #define REQUIRE_STORIES(variable)                                                                  \
     if (!std::filesystem::exists(::llama_runner::testing::shared() / "stories260K")) {             \
         GTEST_SKIP() << "needs ../shared/data/stories260K, which is not part of the repository";   \

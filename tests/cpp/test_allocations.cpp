@@ -1,5 +1,5 @@
-// Counts calls of malloc and operator new while up to 100 tokens are decoded, by who makes them: none may come from the
-// runner's own code, nor from the standard library on its behalf.
+// Counts the calls of malloc and operator new, by caller, while up to 100 tokens are decoded: none may come from the
+// runner's own code or from the standard library that it calls.
 //
 //     test_allocations FILE
 
@@ -79,7 +79,7 @@ namespace {
 
 using namespace llama_runner;
 
-/// Whether a call came from this program's text, or from the standard library.
+/// Returns whether a caller is in this program or in the standard library.
 bool is_ours(void* caller, const char*& library) {
     Dl_info info{};
     library = dladdr(caller, &info) != 0 && info.dli_fname != nullptr ? info.dli_fname : "unknown";
@@ -87,7 +87,7 @@ bool is_ours(void* caller, const char*& library) {
     return (address >= &__executable_start && address < &etext) || std::strstr(library, "libstdc++") != nullptr;
 }
 
-/// Decodes with the allocations counted; false on failure.
+/// Decodes while allocations are counted. Returns false on failure.
 bool decode(Generator& generator, int64_t tokens) {
     for (int64_t i = -1; i < tokens; ++i) {
         const auto step = generator.next();
@@ -137,7 +137,7 @@ int main(int arguments, char** values) {
                                     5};
     auto generator = Generator::create(*session, *prompt, options, rng, (*program)->tokenizer());
     if (!generator || !decode(*generator, tokens)) return 2;
-    // Counting must be seen to work.
+    // Checks that the counter works.
     counting = true;
     const size_t before = count;
     delete new std::string(100, 'x');

@@ -18,15 +18,15 @@ std::vector<Shape> shapes() {
     std::vector<Shape> all = {
         {8, 2, 64, 1, 64, {0}, 32},                    // the first token
         {32, 8, 64, 1, 1100, {1000}, 32},              // Llama 3.2
-        {4, 1, 128, 1, 3072, {3000}, 64},              // one KV head, its keys in chunks
-        {4, 4, 64, 1, 3072, {3000, 17}, 32},           // of sequences that differ in length
+        {4, 1, 128, 1, 3072, {3000}, 64},              // one KV head, its keys read in chunks
+        {4, 4, 64, 1, 3072, {3000, 17}, 32},           // sequences of different lengths
         {3, 1, 256, 5, 2000, {1999}, 128},             //
         {8, 8, 80, 7, 300, {250}, 16},                 // partly rotated
         {6, 2, 96, 70, 128, {58}, 48},                 //
         {16, 2, 64, 20, 512, {77, 400}, 32},           //
-        {71, 1, 64, 3, 100, {50}, 32},                 // as many query heads as Falcon's
+        {71, 1, 64, 3, 100, {50}, 32},                 // as many query heads as Falcon
         {4, 2, 64, 1, 128, {1000}, 32, 128},           // a ring
-        {4, 2, 64, 40, 32, {1001, 5}, 32, 20},         // that is shorter than the step
+        {4, 2, 64, 40, 32, {1001, 5}, 32, 20},         // a ring shorter than the step
         {2, 1, 64, 70, 700, {690}, 0, 9},              //
         {8, 4, 32, 33, 900, {800}, 0, 0, 0, true},     // MPT
         {8, 4, 64, 1, 1500, {1400}, 0, 300, 0, true},  //
@@ -86,7 +86,7 @@ TEST_P(AttentionOn, ConvertsEveryKindOfNumber) {
     for (const RowForm form : {RowForm::kFloat16, RowForm::kInt8}) {
         AttentionStep step({1, 1, 251, 64, 0, {0}}, form);
         std::mt19937 engine(5);
-        for (size_t i = 0; i < step.k.size(); ++i) {  // from below the smallest float16 to beyond the largest
+        for (size_t i = 0; i < step.k.size(); ++i) {  // from below the smallest float16 to above the largest
             const float size =
                 std::ldexp(1.0f + static_cast<float>(engine() % 4096) / 4096, static_cast<int>(i % 43) - 26);
             step.k[i] = engine() % 2 == 0 ? size : -size;
@@ -119,7 +119,7 @@ std::string name_of(const ::testing::TestParamInfo<InstructionSet>& set) {
 INSTANTIATE_TEST_SUITE_P(Cpu, AttentionOn, ::testing::ValuesIn(instruction_sets().begin(), instruction_sets().end()),
                          name_of);
 
-/// The operator, called with a step's arguments, of which one may be replaced.
+/// Calls the operator with a step's arguments, of which one may be replaced.
 et::Error call(AttentionStep& step, size_t replaced = SIZE_MAX, et::EValue with = {}, int32_t room = 0) {
     et::runtime_init();
     using executorch::aten::ScalarType;

@@ -1,4 +1,4 @@
-// The golden file that Python is tested against too (tests/runtime/test_chat.py), and what it does not hold.
+// Tests chats with the golden file of tests/runtime/test_chat.py, and with cases that it does not contain.
 
 #include "llama_runner/conversation.h"
 #include "llama_runner/program.h"
@@ -84,7 +84,7 @@ TEST(ChatTemplate, SaysThatItsJinjaIsNotForThisRunner) {
     EXPECT_TRUE(made.error().message.starts_with("the file's chat template needs Jinja, which this runner lacks; "));
 }
 
-TEST(ChatTemplate, RefusesATokenThatIsCutOutOfAnyText) {
+TEST(ChatTemplate, RefusesATokenMatchedInAnyText) {
     const auto tokenizer = from_bytes(
         R"({"model": {"vocab": {"a": 0, "b": 1}, "merges": []},
             "added_tokens": [{"id": 2, "content": "<x>", "special": false}, {"id": 3, "content": "--", "special": false}]})");
@@ -104,7 +104,7 @@ TEST(ChatTemplate, RefusesATokenThatIsCutOutOfAnyText) {
     EXPECT_EQ(made.end_id(**tokenizer, 2), std::nullopt);
 }
 
-/// chat.pte is made by tests/runtime/test_chat.py, which shows that it talks as Python does.
+/// tests/runtime/test_chat.py makes chat.pte and compares its chats with Python's.
 TEST(Chat, RefusesAFileWithoutATemplate) {
     REQUIRE_TINY(path);
     const auto program = Program::open(path, {});

@@ -1,4 +1,4 @@
-// The golden files that Python is tested against too (tests/integration/test_golden.py).
+// Tests against the golden files that Python is tested against, too (tests/integration/test_golden.py).
 
 #include "engine/memory_budget.h"
 #include "engine/session_file.h"
@@ -107,10 +107,10 @@ TEST(Golden, LogProbs) {
     }
 }
 
-/// Stands in for a program: says the given tokens one after the other, whatever the text is.
+/// A substitute for a program whose logits prescribe the given tokens, whatever the text is.
 class Prescribed final : public Steps {
   public:
-    explicit Prescribed(const json& entry) : told_(entry["tokens"].get<std::vector<int64_t>>()) {
+    explicit Prescribed(const json& entry) : tokens_(entry["tokens"].get<std::vector<int64_t>>()) {
         const auto capacity = entry["capacity"].get<int64_t>();
         metadata_.max_seq_len = capacity;
         metadata_.vocab_size = entry["vocab_size"];
@@ -125,16 +125,16 @@ class Prescribed final : public Steps {
     const Metadata& metadata() const override { return metadata_; }
 
     Result<std::span<const void* const>> step(size_t, StepSize, std::span<const void* const>) override {
-        if (next_ == told_.size()) return Error{"it has said all"};
+        if (next_ == tokens_.size()) return Error{"it has said all"};
         logits_.assign(static_cast<size_t>(metadata_.vocab_size), 0);
-        logits_[static_cast<size_t>(told_[next_++])] = 1;
+        logits_[static_cast<size_t>(tokens_[next_++])] = 1;
         output_ = logits_.data();
         return std::span<const void* const>(&output_, 1);
     }
 
   private:
     Metadata metadata_{};
-    std::vector<int64_t> told_;
+    std::vector<int64_t> tokens_;
     size_t next_ = 0;
     std::vector<float> logits_;
     const void* output_ = nullptr;

@@ -47,7 +47,7 @@ TEST(KVCache, PlansCommitsAndRewinds) {
     EXPECT_EQ(cache->position(), 1);
 }
 
-/// A cache for one block that sees everything and one that sees three positions.
+/// Returns a cache for one block with full attention and one with a window of three positions.
 KVCache ringed() {
     const MethodSpec spec{
         "decode", 1, 1, 1, {{"k_cache.0", {1, 9, 1}, Dtype::kFloat32}, {"k_cache.1", {1, 3, 1}, Dtype::kFloat32}}, {}};
@@ -56,9 +56,9 @@ KVCache ringed() {
     return *std::move(cache);
 }
 
-/// Appends `length` rows, each of which holds its position.
+/// Appends `length` rows, each of which contains its position.
 void append(KVCache& cache, int64_t length) {
-    std::vector<float> rows(static_cast<size_t>(length) + 1, -1);  // and one of padding
+    std::vector<float> rows(static_cast<size_t>(length) + 1, -1);  // and one row of padding
     for (int64_t i = 0; i < length; ++i) rows[static_cast<size_t>(i)] = static_cast<float>(cache.position() + i);
     const std::vector<const void*> pointers = {rows.data(), rows.data()};
     ASSERT_TRUE(cache.commit(pointers, length + 1, length));

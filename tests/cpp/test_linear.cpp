@@ -20,7 +20,7 @@ namespace {
 
 constexpr size_t kTypes = kBlockForms.size();
 
-/// A product of random numbers, in a random format.
+/// A linear layer with random weights of a storage type, on random numbers.
 struct Product {
     Linear linear{};
     std::vector<float> x, bias, out;
@@ -34,7 +34,7 @@ struct Product {
         out.resize(static_cast<size_t>(tokens * rows), NAN);
         for (float& number : x) number = normal(engine);
         for (float& number : bias) number = normal(engine);
-        std::fill_n(x.begin(), kBlockColumns, 0.0f);  // a block whose scale is zero
+        std::fill_n(x.begin(), kBlockColumns, 0.0f);  // makes the scale of one block zero
         weight.resize(static_cast<size_t>(groups_of(rows)) * group_bytes(type, columns));
         for (std::byte& byte : weight) byte = std::byte(engine());
         put_heads(type, engine);
@@ -43,13 +43,13 @@ struct Product {
     }
     Product(const Product&) = delete;
 
-    /// Replaces what would be infinite or not a number.
+    /// Replaces scales that would be infinite or NaN.
     void put_heads(BlockType type, std::mt19937& engine) {
         constexpr size_t kHalves[] = {1, 2, 0, 2, 1};
         const size_t head = static_cast<size_t>(form_of(type).head);
         for (size_t at = 0; at < weight.size(); at += block_bytes(type) * kGroupRows) {
             for (size_t i = 0; i < kHalves[head] * kGroupRows; ++i) {
-                const auto half = static_cast<uint16_t>(engine() & 0xbfff);  // below 2
+                const auto half = static_cast<uint16_t>(engine() & 0xbfff);  // less than 2
                 std::memcpy(weight.data() + at + 2 * i, &half, sizeof half);
             }
             if (form_of(type).head != BlockHead::kExponent) continue;
@@ -197,8 +197,8 @@ std::string name_of(const ::testing::TestParamInfo<IntegerSet>& set) {
 
 INSTANTIATE_TEST_SUITE_P(Cpu, LinearOn, ::testing::ValuesIn(integer_sets().begin(), integer_sets().end()), name_of);
 
-/// The part of their time that threads idle, if a task takes as long as its number of groups says, and threads take
-/// tasks as over_threads() has them do.
+/// Returns the share of idle time of all threads, if a task's time is proportional to its number of groups, and threads
+/// take tasks as in over_threads().
 double idle(std::span<const Linear> linears, size_t threads) {
     std::vector<int64_t> tasks;
     for (int64_t tile = 0; tile < split(linears[0]).token_tiles; ++tile) {
@@ -253,7 +253,7 @@ TEST(Linear, KnowsGgufsFormats) {
     for (size_t type = 0; type < kTypes; ++type) EXPECT_EQ(block_bytes(BlockType(type)), bytes[type]);
 }
 
-/// The operator, called with a product's arguments, of which one may be replaced.
+/// Calls the operator with a product's arguments, of which one may be replaced.
 et::Error call(Product& product, size_t replaced = SIZE_MAX, et::EValue with = {}, int32_t room = 0) {
     et::runtime_init();
     using executorch::aten::ScalarType;

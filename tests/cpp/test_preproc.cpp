@@ -7,7 +7,7 @@
 namespace llama_runner {
 namespace {
 
-/// What the graph must see in one row: the bias of every cached position and every new row, by its place.
+/// Returns the expected mask of one row: the bias of every cached position and every new row.
 std::vector<float> expected_row(int64_t position, int64_t length, int64_t row, int64_t capacity, int64_t window,
                                 float slope) {
     std::vector<float> values(static_cast<size_t>(capacity + length), kHidden);
@@ -42,7 +42,7 @@ TEST(CausalMask, IsRightWhereverItMoves) {
 }
 
 TEST(CausalMask, SeesARingsLatestRows) {
-    for (const int64_t window : {1, 2, 4, 5}) {  // shorter than the chunk of 4, as long, and longer
+    for (const int64_t window : {1, 2, 4, 5}) {  // smaller than the chunk of 4, equal to it, and larger
         CausalMask mask(4, window, window);
         for (const auto& [position, length] : std::vector<std::pair<int64_t, int64_t>>{
                  {0, 4}, {4, 4}, {8, 4}, {12, 1}, {13, 1}, {14, 4}, {18, 2}, {17, 2}, {1, 4}, {0, 1}, {33, 1}}) {

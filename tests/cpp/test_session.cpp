@@ -37,7 +37,7 @@ MethodSpec method(const std::string& name, int64_t min_length, int64_t max_lengt
              {"v_rows.0", {2, length, 3}, Dtype::kFloat32}}};
 }
 
-/// One that takes no caches.
+/// Returns a method without caches.
 MethodSpec uncached() {
     return {"forward",
             kCapacity,
@@ -49,8 +49,8 @@ MethodSpec uncached() {
             {{"logits", {1, 1, kVocab}, Dtype::kFloat32}, {"hidden", {1, kCapacity, 2}, Dtype::kFloat32}}};
 }
 
-/// Stands in for a program: keys and hidden states are the tokens, logits name what was selected: the token, its
-/// position by its angles, and how many positions it sees.
+/// A substitute for a program. Keys and hidden states are the tokens; the logits contain the selected token, its
+/// position (from the rotary angles) and the number of positions it attends to.
 class FakeSteps final : public Steps {
   public:
     FakeSteps() {
@@ -226,7 +226,7 @@ TEST(Session, HandsInTheWholeTextWhereNothingIsCached) {
     EXPECT_FALSE(Session::create(steps)) << "it would not hold a text";
 }
 
-/// Several threads, each with a session of its own, on one program.
+/// Runs the body in several threads, each with its own session of one program.
 void run_in_threads(Steps& steps, const std::function<void(Session&, int64_t)>& body) {
     std::vector<std::thread> threads;
     for (int64_t number = 0; number < 3; ++number) {
@@ -255,7 +255,7 @@ TEST(Threads, SessionsOfOneProgramTakeTurns) {
 
 TEST(Threads, EachSessionIsWhatItWouldBeAlone) {
     REQUIRE_TINY(path);
-    auto program = Program::open(path, {.threads = 1});  // whose threads a sanitizer would not see
+    auto program = Program::open(path, {.threads = 1});  // a sanitizer would not see the program's own threads
     ASSERT_TRUE(program);
     const std::vector<int64_t> text = {1, 5, 9, 13, 17, 21};
     std::vector<std::vector<float>> alone;
@@ -295,7 +295,7 @@ TEST(Session, GivesSeveralRowsOfLogits) {
     REQUIRE_TINY(path);
     const auto program = tiny(path);
     const auto vocab = static_cast<size_t>(program->metadata().vocab_size);
-    for (const int64_t rows : {1, 3, 8, 19}) {  // within one step, and over several
+    for (const int64_t rows : {1, 3, 8, 19}) {  // within one step, and over several steps
         Session session = session_of(*program, {1, 2});
         std::vector<int64_t> text = {1, 2};
         std::vector<int64_t> more;

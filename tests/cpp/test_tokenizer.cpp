@@ -4,7 +4,7 @@
 namespace llama_runner {
 namespace {
 
-/// "Aé🙂" and other texts, with U+FFFD for what is invalid; the answers are Python's.
+/// Invalid bytes become U+FFFD. The expected texts are Python's.
 TEST(Utf8Decoder, ReplacesWhatIsInvalid) {
     const std::string r = "\xEF\xBF\xBD";
     const std::vector<std::pair<std::string, std::string>> cases = {

@@ -4,10 +4,10 @@
 #include "llama_runner/session.h"
 #include "support.h"
 
-/// Sessions of tiny.pte, whose path REQUIRE_TINY gives.
+/// Sessions of tiny.pte, whose path is set by REQUIRE_TINY.
 namespace llama_runner::testing {
 
-/// Of tiny.pte, after a text.
+/// Returns a session of tiny.pte in which a text has been prefilled.
 inline Session session_of(Program& program, const std::vector<int64_t>& text) {
     auto session = Session::create(program);
     if (!text.empty()) EXPECT_TRUE(session->prefill(text));

@@ -1,4 +1,4 @@
-// Runs a tokenizer over requests from stdin, for tests that compare it with other implementations.
+// Runs a tokenizer on requests from stdin, for tests that compare it with other implementations.
 //
 //     tokenizer_tool FILE < requests > answers
 //

@@ -1,4 +1,4 @@
-"""The example programs run as they are. The JNI sample is compiled in tests/integration/test_cpp_runner.py."""
+"""Runs the example programs as they are. The JNI sample is compiled in tests/integration/test_cpp_runner.py."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ def test_library_continues_a_prompt_twice(tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "tiny.pte").is_file()
     told = capsys.readouterr().out
     assert len(told) > 100
-    library.main(tmp_path)  # the file is there, and the seeds are the same
+    library.main(tmp_path)  # the file exists already, and the seeds are the same
     assert capsys.readouterr().out == told
 
 

@@ -1,4 +1,4 @@
-"""examples.train_tiny.stories on toy text."""
+"""Tests examples.train_tiny.stories on toy text."""
 
 import itertools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""examples.train_tiny.train on toy text, and the built-in folder that it made."""
+"""Tests examples.train_tiny.train on toy text, and the built-in folder that it made."""
 
 import json
 import math
@@ -23,7 +23,9 @@ OPTIONS = train.TrainOptions(steps=60, warmup=5, learning_rate=1e-2, every=20)
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Toy matrices only wait for a second thread, for seconds where other work holds its core."""
+    """Limits torch to one thread, as toy matrices gain nothing from a second one and wait when other work holds its
+    core.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -16,7 +16,7 @@ def programs() -> dict[str, Assembled]:
     return {backend: assembled(plan, backend) for backend in ("xnnpack", "portable")}
 
 
-def test_everything_but_the_embedding_is_in_a_delegate_a_piece(programs: dict[str, Assembled]) -> None:
+def test_each_piece_is_one_delegate_and_only_the_embedding_is_outside(programs: dict[str, Assembled]) -> None:
     made = programs["xnnpack"]
     for name in ("decode", "prefill"):
         program = made.edge.exported_program(name)
@@ -27,7 +27,7 @@ def test_everything_but_the_embedding_is_in_a_delegate_a_piece(programs: dict[st
     assert made.delegates == 6
 
 
-def test_between_segments_stands_one_operator_a_block() -> None:
+def test_the_attention_operator_stands_between_segments() -> None:
     made = assembled(planned(toy_model(), GraphOptions(48, 7, "fused")), "xnnpack")
     program = made.edge.exported_program("forward")
     assert [module.backend_id for module in delegates(program)] == ["XnnpackBackend"] * 3
@@ -36,7 +36,7 @@ def test_between_segments_stands_one_operator_a_block() -> None:
 
 
 def test_blocks_share_code_and_methods_share_weights(programs: dict[str, Assembled]) -> None:
-    """Code differs in the weights' names alone; the same weight has the same name in both methods."""
+    """Blocks must differ in the names of their weights only; a weight has the same name in both methods."""
     by_method = [delegates(programs["xnnpack"].edge.exported_program(name)) for name in ("decode", "prefill")]
     stored = [[set(module.named_data_store_output.pte_data) for module in modules] for modules in by_method]
     assert stored[0] == stored[1]
@@ -46,7 +46,7 @@ def test_blocks_share_code_and_methods_share_weights(programs: dict[str, Assembl
     assert sum(a != b for a, b in zip(first, second, strict=True)) <= 64 * 7
 
 
-def test_portable_runs_all_operators_by_itself(programs: dict[str, Assembled]) -> None:
+def test_portable_has_no_delegates(programs: dict[str, Assembled]) -> None:
     made = programs["portable"]
     assert made.requirements.backends == ()
     assert made.delegates == 0
@@ -54,7 +54,7 @@ def test_portable_runs_all_operators_by_itself(programs: dict[str, Assembled]) -
 
 
 @pytest.mark.parametrize("backend", ["xnnpack", "portable"])
-def test_the_operators_written_down_are_those_the_program_calls(programs: dict[str, Assembled], backend: str) -> None:
+def test_the_listed_operators_are_those_the_program_calls(programs: dict[str, Assembled], backend: str) -> None:
     made = programs[backend]
     plans = made.edge.to_executorch(ExecutorchBackendConfig()).executorch_program.execution_plan
     called = {f"{op.name}.{op.overload}" for plan in plans for op in plan.operators}

@@ -58,7 +58,9 @@ def test_a_failure_leaves_the_earlier_file_and_nothing_else(tmp_path: Path, erro
     ids=str,
 )
 def test_a_tied_matrix_is_stored_once_and_both_use_it(scheme: Scheme, tmp_path: Path) -> None:
-    """Its scales too, but for groups': the head's are bfloat16, the embedding's float32."""
+    """Compares the file's size with an untied model's. Scales in groups are stored twice, as the head's are bfloat16
+    and the embedding's float32.
+    """
     models = [random_model(replace(TOY, hidden_dim=64, tied=tied)) for tied in (True, False)]
     models[1].head.output.weight.copy_(models[1].tok_embeddings.weight)
     files = []
@@ -80,7 +82,7 @@ def test_a_folder_and_a_device_are_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == ["pipe"]
 
 
-def test_many_at_once_never_disturb_each_other(tmp_path: Path) -> None:
+def test_concurrent_writers_do_not_interfere(tmp_path: Path) -> None:
     script = f"""
         import os
         from pathlib import Path
@@ -96,7 +98,7 @@ def test_many_at_once_never_disturb_each_other(tmp_path: Path) -> None:
     assert len(set((tmp_path / "a[1].pte").read_bytes())) == 1
 
 
-def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+def test_only_dead_processes_temporary_files_are_removed(tmp_path: Path) -> None:
     script = f"""
         import sys, time
         from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every row of the table lowers a small model, and is compared where it can be run, or says what it lacks."""
+"""Exports a small model for every backend, and compares its logits where the backend runs on this machine."""
 
 import logging
 import os
@@ -38,7 +38,7 @@ RUN_HERE = ("xnnpack", "portable", "openvino")
 NOT_RUN_HERE = ("vulkan", "coreml")
 EMBEDDING = "aten::embedding.out"
 OUTSIDE = {"xnnpack": (EMBEDDING, "llama_pte::attention.out"), "openvino": (), "vulkan": (), "coreml": ()}
-"""The kernels that each leaves to the runtime."""
+"""Kernels that each backend leaves to the runtime."""
 REFUSED = {
     "ethos-u": r"--backend ethos-u needs activations quantised to 8 bits with calibrated ranges",
     "qnn": r"--backend qnn needs Qualcomm's AI Engine Direct SDK \(QNN\), which is on .*, not on PyPI",
@@ -50,7 +50,7 @@ REFUSED = {
 
 @dataclass
 class Exported(Progress):
-    """A file, and what was said while it was made."""
+    """An exported file, and the progress messages of its export."""
 
     path: Path = Path()
     said: dict[str, list[str]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ MADE: dict[tuple[str, int], Exported] = {}
 
 
 def exported(backend: str, options: ExportOptions, folder: Path, chunk: int = 1) -> Exported:
-    """A random model for a backend, made once; skips the test if the backend's extra is not installed."""
+    """Exports a random model for a backend, once. Skips the test if the backend's extra is not installed."""
     if missing := [package for package in BACKENDS[backend].packages if find_spec(package) is None]:
         pytest.skip(f"needs {' and '.join(missing)}: pip install 'llama-pte[{backend}]'")
     if (backend, chunk) not in MADE:
@@ -81,17 +81,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def options(folder: Path) -> ExportOptions:
-    """How to export a random model of one block."""
+    """Returns the export options of a random model with one block."""
     return ExportOptions(write_llama2c(random_model(SMALL), folder / "small.bin", version=1), Path("none"))
 
 
-def test_every_row_is_tried_here() -> None:
+def test_every_backend_is_tested() -> None:
     assert [*RUN_HERE, *NOT_RUN_HERE] == lowering()
     assert [*lowering(), *REFUSED] == list(BACKENDS)
 
 
 @pytest.mark.parametrize("backend", [*RUN_HERE, *NOT_RUN_HERE])
-def test_a_small_model_is_lowered_and_the_file_says_for_what(
+def test_a_small_model_is_lowered_and_the_file_names_its_backend(
     backend: str, options: ExportOptions, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, runtime = exported(backend, options, folder).path, BACKENDS[backend].runtime
@@ -110,9 +110,7 @@ def test_a_small_model_is_lowered_and_the_file_says_for_what(
 
 
 @pytest.mark.parametrize("backend", RUN_HERE)
-def test_where_it_runs_its_logits_are_those_of_the_eager_model(
-    backend: str, options: ExportOptions, folder: Path
-) -> None:
+def test_logits_are_those_of_the_eager_model(backend: str, options: ExportOptions, folder: Path) -> None:
     session = Session(Program(exported(backend, options, folder).path))
     text = [1, 17, 42, 99, 5, 6, 7, 8, 150, 3, 77, 12]
     found = torch.stack([session.decode(token) for token in text])
@@ -120,14 +118,14 @@ def test_where_it_runs_its_logits_are_those_of_the_eager_model(
 
 
 def eager(text: list[int]) -> Tensor:
-    """The model's logits [L, V], without caches."""
+    """Returns the model's logits [L, V], computed without caches."""
     model, positions = random_model(SMALL), Positions.of(SMALL, SMALL.context)
     inputs = {name: positions.make(name, 0, len(text), capacity=0) for name in names(SMALL)}
     return step(model, inputs | {"tokens": torch.tensor([text]), "select": torch.eye(len(text))[None]})["logits"][0]
 
 
 @pytest.mark.parametrize("backend", NOT_RUN_HERE)
-def test_where_it_does_not_run_the_export_says_so_and_the_file_is_refused(
+def test_backends_that_cannot_run_here_are_reported_and_refused(
     backend: str, options: ExportOptions, folder: Path
 ) -> None:
     made, runtime = exported(backend, options, folder), BACKENDS[backend].runtime
@@ -149,9 +147,7 @@ def test_prefill_and_decode_are_one_delegate_each(backend: str, options: ExportO
 
 
 @pytest.mark.parametrize("backend", REFUSED)
-def test_a_backend_that_cannot_be_lowered_for_says_what_it_lacks(
-    backend: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_backend_that_cannot_be_lowered_names_what_it_lacks(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match=REFUSED[backend] + ".*; choose from xnnpack, portable") as caught:
         export_main(["--backend", backend])
     with pytest.raises(InputError, match=REFUSED[backend]):
@@ -160,9 +156,7 @@ def test_a_backend_that_cannot_be_lowered_for_says_what_it_lacks(
 
 
 @pytest.mark.parametrize("backend", [name for name in lowering() if BACKENDS[name].packages])
-def test_a_missing_package_is_named_with_the_command_that_brings_it(
-    backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_named_with_its_install_command(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packages = BACKENDS[backend].packages
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
     command = rf"run: pip install 'llama-pte\[{backend}\]'"
@@ -176,7 +170,7 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it(
 
 
 @pytest.mark.parametrize("how", [{"quantize": "8da4w"}, {"head_bits": 8}])
-def test_only_those_that_can_run_quantised_layers_are_given_them(
+def test_only_backends_with_quantised_layers_are_given_them(
     how: dict[str, Any], options: ExportOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backends, "find_spec", lambda name: object())
@@ -203,7 +197,7 @@ def test_help_lists_the_backends(capsys: pytest.CaptureFixture[str]) -> None:
     assert ", ".join(REFUSED) in text
 
 
-def test_what_partitioners_say_is_kept_quiet_and_what_they_raise_is_not(capfd: pytest.CaptureFixture[str]) -> None:
+def test_partitioners_output_is_suppressed_but_not_their_errors(capfd: pytest.CaptureFixture[str]) -> None:
     with quietly():
         print("printed")
         print("printed", file=sys.stderr)

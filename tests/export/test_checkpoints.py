@@ -49,7 +49,7 @@ CONFIG = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """TOY as a Hugging Face folder."""
+    """Writes TOY as a Hugging Face folder."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     save_safetensors(hugging_face_state(random_model(TOY)), tmp_path / "model.safetensors")
     return tmp_path
@@ -64,7 +64,7 @@ def same_weights(checkpoint: Checkpoint, expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("version", [0, 1])
-def test_llama2c_files_open_as_what_was_written(tmp_path: Path, version: int, tied: bool) -> None:
+def test_llama2c_files_survive_a_round_trip(tmp_path: Path, version: int, tied: bool) -> None:
     model = random_model(replace(TOY, tied=tied, context=40 if version else TOY.context))
     checkpoint = open_checkpoint(write_llama2c(model, tmp_path / "model.bin", version))
     assert checkpoint.config == model.config
@@ -146,7 +146,7 @@ def test_both_spellings_of_rope_scaling_are_read(folder: Path, spelling: dict[st
     assert (config.rope_scaling.factor, config.rope_scaling.original_context) == (8.0, 64)
 
 
-def test_the_digest_follows_content_not_place(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_digest_depends_on_content_not_on_the_path(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     copy = shutil.copytree(folder, tmp_path_factory.mktemp("copy") / "elsewhere")
     assert open_checkpoint(copy).digest() == open_checkpoint(folder).digest()
     state = load_file(copy / "model.safetensors")
@@ -209,7 +209,7 @@ def test_damaged_meta_folders_are_refused(tmp_path: Path) -> None:
 
 
 def stored(tensor: Tensor, kind: str) -> Tensor:
-    """What GGUF's storage makes of a weight: norms stay float32."""
+    """Returns a weight after rounding to GGUF's storage type; norms stay float32."""
     values, storage = tensor.contiguous().numpy(), gguf.GGMLQuantizationType[kind]
     if tensor.dim() == 1 or kind == "F32":
         return tensor
@@ -217,7 +217,9 @@ def stored(tensor: Tensor, kind: str) -> Tensor:
 
 
 def layouts(model: Llama, folder: Path, tmp_path: Path, kind: str) -> Iterator[Path]:
-    """A model in 1 to 4 Meta ranks, 1 and 3 files of Hugging Face's, and GGUF, one after another."""
+    """Writes a model in each layout and yields its path: 1, 2 and 4 Meta ranks, GGUF, and 1 and 3 files of Hugging
+    Face's.
+    """
     for ranks in (1, 2, 4):
         yield write_meta(model, tmp_path / f"meta{ranks}", ranks)
     yield write_gguf(model, tmp_path / "model.gguf", kind)
@@ -236,7 +238,7 @@ def layouts(model: Llama, folder: Path, tmp_path: Path, kind: str) -> Iterator[P
 
 
 def representable(kind: str) -> Llama:
-    """A model whose weights a GGUF storage holds exactly."""
+    """Returns a model whose weights are exact in a GGUF storage type."""
     model = random_model(replace(META, dim=64, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=64))
     model.load_state_dict({name: stored(tensor, kind) for name, tensor in model.state_dict().items()})
     return model
@@ -264,7 +266,7 @@ def test_one_checkpoint_exports_to_the_same_bytes_from_every_layout(
 
 
 class Malicious:
-    """Unpickled, it would run a command."""
+    """An object that runs a command when it is unpickled."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         import os
@@ -366,7 +368,7 @@ def test_a_part_that_the_index_names_must_be_there(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("version", [0, 1])
-def test_a_llama2c_file_of_another_length_is_refused_with_both(tmp_path: Path, version: int) -> None:
+def test_a_llama2c_file_of_wrong_length_is_refused_with_both_lengths(tmp_path: Path, version: int) -> None:
     path = write_llama2c(random_model(TOY), tmp_path / "model.bin", version)
     whole = path.read_bytes()
     for content, problem in ((whole[:-100], "truncated"), (whole + b"1234", "too long")):

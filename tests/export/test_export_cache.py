@@ -23,7 +23,7 @@ def entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def test_an_entry_comes_back_for_its_key_alone(tmp_path: Path) -> None:
+def test_an_entry_is_found_by_its_key_alone(tmp_path: Path) -> None:
     cache = ExportCache(tmp_path / "a" / "b")
     assert cache.get(KEY) is None
     cache.put(KEY, ENTRY)
@@ -36,14 +36,14 @@ def test_an_entry_comes_back_for_its_key_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["source_digest", "versions"])
-def test_other_code_and_other_versions_have_entries_of_their_own(what: str, tmp_path: Path) -> None:
+def test_other_code_and_other_versions_have_separate_entries(what: str, tmp_path: Path) -> None:
     cache = ExportCache(tmp_path)
     cache.put(KEY, ENTRY)
     with mock.patch.object(export_cache, what, return_value="another"):
         assert cache.get(KEY) is None
 
 
-def test_a_damaged_or_cut_entry_is_none_and_made_anew(tmp_path: Path) -> None:
+def test_a_damaged_or_truncated_entry_is_replaced(tmp_path: Path) -> None:
     cache = ExportCache(tmp_path)
     cache.put(KEY, ENTRY)
     (path,) = entries(tmp_path)
@@ -82,7 +82,7 @@ def test_an_export_from_the_cache_is_the_same_file(tmp_path: Path, monkeypatch: 
     options = random_options(TOY, tmp_path)
 
     def made(name: str, **others: object) -> tuple[bytes, int, int]:
-        """The file, how many pieces were lowered for it, and whether it was verified."""
+        """Exports a file and returns its bytes, how many pieces were lowered, and whether it was verified."""
         with (
             mock.patch.object(lower, "_lowered", wraps=lower._lowered) as lowered,
             mock.patch.object(verification, "verify", wraps=verification.verify) as verified,
@@ -101,7 +101,7 @@ def test_an_export_from_the_cache_is_the_same_file(tmp_path: Path, monkeypatch: 
     assert made("fifth.pte", cache=False) == (first, count, 1)
 
 
-def test_what_failed_or_is_for_another_processor_is_verified_again(toy_pte: Path, tmp_path: Path) -> None:
+def test_failed_files_and_those_of_other_processors_are_verified_again(toy_pte: Path, tmp_path: Path) -> None:
     cache, model = ExportCache(tmp_path / "cache"), toy_model()
     right, wrong = (
         WeightSource(model.config, weights, SCHEMES["fp32"]) for weights in (model.state_dict(), other_weights())

@@ -1,4 +1,6 @@
-"""Every family against transformers, which nobody here wrote: random weights, saved by its own save_pretrained."""
+"""Tests every family against transformers as an independent implementation, with random weights saved by
+save_pretrained.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -29,18 +31,18 @@ from tests.conftest import MODELS
 from tests.support.families import CASES, Case, dimensions, hugging_face_model
 
 LENGTH = 64
-"""Positions that the files are exported for."""
+"""Number of positions that the files are exported for."""
 
 
 @torch.no_grad()
 def full_forward(model: Any, tokens: list[int]) -> Tensor:
-    """transformers' logits of a text in one pass without caches: [L, V]."""
+    """Returns transformers' logits [L, V] of a text, computed in one pass without caches."""
     return model(torch.tensor([tokens]), use_cache=False).logits[0]
 
 
 @torch.no_grad()
 def eager(model: Llama, tokens: list[int]) -> Tensor:
-    """Ours."""
+    """Returns this project's logits [L, V], computed in one pass without caches."""
     positions = Positions.of(model.config, len(tokens))
     inputs = {name: positions.make(name, 0, len(tokens), capacity=0) for name in names(model.config)}
     return step(model, inputs | {"tokens": torch.tensor([tokens]), "select": torch.eye(len(tokens))[None]})["logits"][0]
@@ -58,8 +60,8 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_what_config_json_leaves_out_is_as_in_transformers(architecture: str) -> None:
-    wide = {"hidden_size": 256, "num_attention_heads": 32, "n_embd": 1024}  # every family's defaults are possible
+def test_defaults_of_config_json_are_those_of_transformers(architecture: str) -> None:
+    wide = {"hidden_size": 256, "num_attention_heads": 32, "n_embd": 1024}  # valid for the defaults of every family
     few = {key: wide.get(key, value) for key, value in dimensions(architecture).items()}
     few["architectures"] = [architecture]
     theirs = getattr(transformers, architecture).config_class.from_dict(few)
@@ -67,7 +69,7 @@ def test_what_config_json_leaves_out_is_as_in_transformers(architecture: str) ->
 
 
 def settings(name: str, folder: Path) -> dict[str, Any]:
-    """Of a saved case."""
+    """Returns the config.json of a saved case."""
     hugging_face_model(CASES[name]).save_pretrained(folder)
     return json.loads((folder / "config.json").read_text())
 
@@ -114,7 +116,7 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-def test_gpt2_as_openai_named_it_and_with_old_buffers_opens(tmp_path: Path) -> None:
+def test_gpt2_with_openais_names_and_old_buffers_opens(tmp_path: Path) -> None:
     settings("GPT-2", tmp_path)
     expected = open_checkpoint(tmp_path).build().state_dict()
     state = load_file(tmp_path / "model.safetensors")
@@ -126,19 +128,19 @@ def test_gpt2_as_openai_named_it_and_with_old_buffers_opens(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["Phi-3", "GPT-2", "CodeGen", "MPT"])
-def test_of_a_fused_tensor_only_the_rows_that_are_wanted_are_read(
+def test_only_the_needed_rows_of_a_fused_tensor_are_read(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings(name, tmp_path)
     read = list[Tensor]()
-    monkeypatch.setattr(hugging_face, "_read_safetensors", _remembering(hugging_face._read_safetensors, read))
+    monkeypatch.setattr(hugging_face, "_read_safetensors", _recording(hugging_face._read_safetensors, read))
     checkpoint = open_checkpoint(tmp_path)
     assert not read
     weight = checkpoint.weights["layers.1.attention.wk.weight"]
     assert sum(tensor.numel() for tensor in read) == weight.numel()
 
 
-def _remembering(function: Callable[..., Tensor], results: list[Tensor]) -> Callable[..., Tensor]:
+def _recording(function: Callable[..., Tensor], results: list[Tensor]) -> Callable[..., Tensor]:
     def call(*arguments: object) -> Tensor:
         results.append(function(*arguments))
         return results[-1]
@@ -159,15 +161,15 @@ def test_fused_and_shifted_weights_may_be_half_precision_or_pickled(name: str, t
 
 
 MIXED = {"Llama, dynamic scaling beyond", "Phi-3, LongRoPE beyond"}
-"""Where transformers' generate disagrees with its own forward: as the text grows it changes the frequencies, and keeps
-the keys that it has rotated by others."""
+"""Cases in which transformers' generate differs from its own forward: as the text grows, it changes the rotary
+frequencies but keeps keys rotated by the earlier ones.
+"""
 PROMPT = [1, 17, 42, 99, 5, 6, 7, 8, 150, 3, 77]
 
 
 def varied(case: Case) -> tuple[Any, list[int], list[Tensor]]:
-    """The case with the first seed whose text has more than a few tokens, the 48 ids behind PROMPT, and their logits.
-
-    A random model may fall into a loop, and which of them do depends on transformers' version and on the processor.
+    """Returns the case with the first seed whose text has more than a few different tokens, the 48 ids behind PROMPT,
+    and their logits. A random model may fall into a loop, depending on transformers' version and on the processor.
     """
     for seed in range(1, 9):
         model = hugging_face_model(case, seed)
@@ -183,7 +185,7 @@ def varied(case: Case) -> tuple[Any, list[int], list[Tensor]]:
 
 
 def outside(config: ModelConfig, attention: str) -> set[str]:
-    """The kernels that make the first block's input, and ours."""
+    """Returns the kernels outside XNNPACK's delegates: those of the first block's input, and the attention operator."""
     scales = {"aten::mul.out"} if config.embedding_scale != 1 else set()
     adds = {"aten::add.out"} if config.positions == "learned" else set()
     ours = {"llama_pte::attention.out"} if attention == "fused" else set()
@@ -191,7 +193,7 @@ def outside(config: ModelConfig, attention: str) -> set[str]:
 
 
 def exports() -> Iterator[Any]:
-    """Every case with either form of attention; a mixture of experts has only one."""
+    """Yields every case with both implementations of attention; a mixture of experts supports only one."""
     for name, case in CASES.items():
         forms = ["aten"] if name.startswith("Mixtral") else ["fused", "aten"]
         for form in forms:

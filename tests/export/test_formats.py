@@ -1,4 +1,4 @@
-"""What every storage format promises: add a new format's instances to EXAMPLES."""
+"""Tests that every storage format fulfils its interface; a new format's instances must be added to EXAMPLES."""
 
 import json
 
@@ -17,7 +17,7 @@ BLOCKS = {"Q8_0": 0.02, "Q4_0": 0.15, "Q4_1": 0.15, "Q5_0": 0.08, "Q5_1": 0.08, 
 BLOCKS |= {"Q6_K": 0.04, "IQ4_NL": 0.15, "MXFP4": 0.2}
 EXAMPLES: dict[Format, float] = {FLOAT: 1e-6, BYTE: 0.02, Integer(4, 32): 0.2, Integer(4, 128): 0.25}
 EXAMPLES |= {Blocks.of(name): error for name, error in BLOCKS.items()}
-"""The formats, with the largest error of a linear layer relative to the size of its results."""
+"""Formats -> the largest error of a linear layer relative to its largest result."""
 
 pytestmark = pytest.mark.parametrize("form", EXAMPLES, ids=str)
 
@@ -27,12 +27,12 @@ def weight() -> Tensor:
     return torch.randn(24, 512, generator=torch.Generator().manual_seed(0))
 
 
-def test_every_kind_is_tried(form: Format) -> None:
+def test_every_format_is_tested(form: Format) -> None:
     assert {example.kind for example in EXAMPLES} == set(FORMATS)
     assert FORMATS[form.kind] is type(form)
 
 
-def test_provenance_says_which_it_is(form: Format) -> None:
+def test_a_format_survives_json(form: Format) -> None:
     assert parse(json.loads(json.dumps(form.to_json()))) == form
 
 
@@ -41,7 +41,7 @@ def test_sizes_are_those_of_the_stored_data(form: Format, weight: Tensor) -> Non
         assert sum(part.nbytes for _, part in form.parts(stored)) == form.nbytes(*weight.shape)
 
 
-def test_layers_compute_what_the_weights_say(form: Format, weight: Tensor) -> None:
+def test_layers_compute_with_the_dequantised_weights(form: Format, weight: Tensor) -> None:
     x, bias = torch.randn(2, 5, 512, generator=torch.Generator().manual_seed(1)), torch.arange(24.0)
     stored = form.stored(weight, "nearest")
     exact = F.linear(x, weight, bias)
@@ -53,7 +53,7 @@ def test_layers_compute_what_the_weights_say(form: Format, weight: Tensor) -> No
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_shares_joined_are_the_whole(form: Format, axis: int, weight: Tensor) -> None:
+def test_joined_parts_equal_the_whole(form: Format, axis: int, weight: Tensor) -> None:
     stored = form.stored(weight, "nearest")
     shares = [form.share(stored, axis, lambda each, padding=0.0, i=i: each.chunk(2, axis)[i]) for i in range(2)]
     x = torch.randn(3, 512, generator=torch.Generator().manual_seed(2))

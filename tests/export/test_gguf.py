@@ -1,9 +1,11 @@
-"""GGUF files: weights, settings and damage; the tokenizer in them is tested in test_gguf_tokenizer.py."""
+"""Tests GGUF files: weights, settings and damage. Their tokenizers are tested in test_gguf_tokenizer.py."""
 
 import random
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -11,26 +13,32 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
+from export import inspect
 from export.checkpoints.layouts import open_checkpoint
+from export.llama import export_llama
+from export.planning.memory import memory_use
 from export.planning.plan import ExportOptions, plan
+from export.planning.sharding import Sharding
 from export.weights.formats.blocks import Blocks
+from export.weights.formats.float32 import FLOAT
+from export.weights.scheme import Scheme
+from export.weights.source import WeightSource
 from model.config import RopeScaling
 from model.errors import InputError
 from model.rotary import inverse_frequencies
+from runtime.engine.program import read_metadata
 from tests.conftest import TOY, random_model
 from tests.support.checkpoints import write_gguf
 
 WIDE = replace(TOY, dim=64, head_dim=16, hidden_dim=96)
-"""Every width a multiple of 32, the block of GGUF's quantised formats."""
+"""A model whose widths are multiples of 32, the block size of GGUF's quantised types."""
 
 
 @pytest.mark.parametrize(
     ("kind", "worst"), [("F32", 0.0), ("F16", 1e-3), ("BF16", 4e-3), ("Q8_0", 0.01), ("Q4_0", 0.2)]
 )
 @pytest.mark.parametrize("tied", [True, False])
-def test_gguf_files_open_as_what_was_written_up_to_their_storage(
-    tmp_path: Path, kind: str, worst: float, tied: bool
-) -> None:
+def test_gguf_files_survive_a_round_trip_up_to_rounding(tmp_path: Path, kind: str, worst: float, tied: bool) -> None:
     model = random_model(replace(WIDE, tied=tied))
     checkpoint = open_checkpoint(write_gguf(model, tmp_path / "model.gguf", kind))
     assert checkpoint.config == replace(model.config, norm_eps=checkpoint.config.norm_eps)
@@ -83,34 +91,105 @@ def test_a_damaged_gguf_file_is_refused_or_opens_but_never_crashes(tmp_path: Pat
     assert not any("\n" in message for message in refused)
 
 
-def test_gguf_integers_are_no_weights(tmp_path: Path) -> None:
+def test_gguf_integers_are_refused_as_weights(tmp_path: Path) -> None:
     path = write_gguf(random_model(WIDE), tmp_path / "model.gguf", "F32")
     whole = path.read_bytes()
     name = b"output_norm.weight"
-    kind = whole.index(name) + len(name) + 4 + 8  # after the count of dimensions and the one dimension
+    kind = whole.index(name) + len(name) + 4 + 8  # behind the number of dimensions and the one dimension
     assert whole[kind : kind + 4] == struct.pack("<I", gguf.GGMLQuantizationType.F32)
     path.write_bytes(whole[:kind] + struct.pack("<I", gguf.GGMLQuantizationType.I32) + whole[kind + 4 :])
     with pytest.raises(InputError, match=r"quantised or integer weights: output_norm\.weight"):
         open_checkpoint(path)
 
 
+MIXED = replace(TOY, dim=256, head_dim=64, hidden_dim=512, n_layers=3, vocab_size=64)
+
+
+def kind_of(name: str) -> str:
+    """A type for each matrix, of nearly every sort."""
+    types = {"tok_embeddings": "Q6_K", "output": "Q5_K", "wq": "Q4_K", "wk": "Q4_0", "wo": "F16", "w3": "Q4_1"}
+    role = name.split(".")[-2]
+    if role == "wv":
+        return "Q6_K" if name.startswith("layers.1.") else "Q4_K"
+    return types.get(role, "Q8_0")
+
+
+def stored_as_in(path: Path, **changes: Any) -> WeightSource:
+    """The weights of a plan for a GGUF file."""
+    return plan(ExportOptions(checkpoint=path, max_seq_len=32, tokenizer=Path("none"), **changes)).source
+
+
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
-def test_a_ggufs_own_blocks_are_stored_bit_for_bit(tmp_path: Path, kind: str, tied: bool) -> None:
-    path = write_gguf(random_model(replace(WIDE, tied=tied)), tmp_path / "model.gguf", kind)
-    planned = plan(ExportOptions(checkpoint=path, quantize="gguf", max_seq_len=32, tokenizer=Path("none")))
-    source = planned.source
-    for name, weight in open_checkpoint(path).weights.items():
-        form = source.format(name)
-        if isinstance(form, Blocks):
-            found = dequantize(source.stored(name).numpy(), GGMLQuantizationType[form.name])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", kind_of])
+def test_a_ggufs_own_blocks_are_stored_bit_for_bit(
+    tmp_path: Path, kind: str | Callable[[str], str], tied: bool
+) -> None:
+    config = replace(MIXED if callable(kind) else WIDE, tied=tied)
+    path = write_gguf(random_model(config), tmp_path / "model.gguf", kind)
+    checkpoint, source = open_checkpoint(path), stored_as_in(path)
+    for name, weight in checkpoint.weights.items():
+        if weight.dim() == 1:
+            continue
+        form, wanted = source.format(name), kind(name) if callable(kind) else kind
+        if wanted == "F16":
+            assert form == FLOAT
+            assert torch.equal(source.stored(name), weight)
+        else:
+            assert form == Blocks.of(wanted)
+            found = dequantize(source.stored(name).numpy(), GGMLQuantizationType[wanted])
             assert torch.equal(torch.from_numpy(found.copy()), weight), name
-    assert source.scheme.formats == (Blocks.of(kind),) * 3
-    other = plan(ExportOptions(checkpoint=path, quantize="q5_0", max_seq_len=32, tokenizer=Path("none"))).source
-    assert other.format("layers.0.attention.wq.weight") == Blocks.of("Q5_0"), "rounded anew"
+    assert source.format("head.output.weight") == source.format("tok_embeddings.weight") or not tied
+    assert stored_as_in(path, quantize="gguf").scheme == source.scheme
+    assert stored_as_in(path, quantize="q5_0").format("layers.0.attention.wq.weight") == Blocks.of("Q5_0")
+    assert stored_as_in(path, backend="portable").scheme == stored_as_in(path, quantize="fp32").scheme
 
 
-def test_weights_that_are_not_in_blocks_have_no_types_to_keep(tmp_path: Path) -> None:
+def test_types_that_are_not_kept_are_said(tmp_path: Path) -> None:
+    path = write_gguf(random_model(MIXED), tmp_path / "model.gguf", kind_of)
+    options = ExportOptions(checkpoint=path, max_seq_len=32, tokenizer=Path("none"))
+    (warning,) = plan(options).warnings
+    assert "no operator runs the types of some matrices (3 in F16), which become float32; give --quantize" in warning
+    assert plan(replace(options, quantize="fp32")).warnings == ()
+
+
+def test_a_gguf_in_floats_is_float32_by_default(tmp_path: Path) -> None:
     path = write_gguf(random_model(WIDE), tmp_path / "model.gguf", "F16")
-    with pytest.raises(InputError, match=r"--quantize gguf needs a GGUF whose layers .* but these have float; choose"):
-        plan(ExportOptions(checkpoint=path, quantize="gguf", max_seq_len=32, tokenizer=Path("none")))
+    assert stored_as_in(path).scheme == Scheme()
+    with pytest.raises(
+        InputError, match=r"--quantize gguf needs .* but the checkpoint has F16 and F32; choose from fp32"
+    ):
+        stored_as_in(path, quantize="gguf")
+
+
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        Sharding(),
+        pytest.param(Sharding(shards=2), marks=pytest.mark.slow),
+        pytest.param(Sharding(slices=2), marks=pytest.mark.slow),
+    ],
+    ids=["whole", "shards", "slices"],
+)
+def test_a_gguf_of_several_types_is_exported(
+    tmp_path: Path, sharding: Sharding, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exporting verifies the logits and the stored bytes."""
+    path = write_gguf(random_model(MIXED), tmp_path / "model.gguf", kind_of)
+    options = ExportOptions(path, Path("none"), tmp_path / "out", max_seq_len=32, prefill_chunk=7, sharding=sharding)
+    metadata = read_metadata(export_llama(options))
+    assert metadata.provenance["verified"]
+    assert metadata.provenance["options"]["quantize"] == "gguf"
+    assert Scheme.of(metadata) == plan(options).source.scheme
+    assert memory_use(metadata).weights == pytest.approx(3 * 256 * 256 * 4, rel=0.01), "only wo is not in blocks"
+    assert inspect.main([str(options.output)]) == 0
+    text = capsys.readouterr().out
+    assert "weights      gguf: linear GGUF's Q8_0, head GGUF's Q6_K, embedding GGUF's Q6_K; KV cache float32\n" in text
+    for line in (
+        "attention.wk: GGUF's Q4_0",
+        "attention.wo: float32",
+        "attention.wq: GGUF's Q4_K",
+        "attention.wv of blocks 0, 2: GGUF's Q4_K",
+        "attention.wv of blocks 1: GGUF's Q6_K",
+        "feed_forward.w3: GGUF's Q4_1",
+    ):
+        assert f"\n             {line}\n" in text

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file against the one that it was written from."""
+"""Tests the tokenizer inside a GGUF file against the one that it was written from."""
 
 import json
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def carried(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def adds_sentencepiece(file: Path) -> Add:
-    """As llama.cpp's convert_hf_to_gguf.py does."""
+    """Returns a function that adds a SentencePiece tokenizer to a GGUF file, as llama.cpp's converter does."""
 
     def kind(model: SentencePieceProcessor, token: int) -> int:
         kinds = {"unknown": 2, "control": 3, "unused": 5, "byte": 6}
@@ -94,7 +94,7 @@ def long_text(shared: Path) -> str:
 
 
 @pytest.mark.parametrize("name", ["tokenizers/llama2_tokenizer.model", "stories260K/tok512.model"])
-def test_a_sentencepiece_tokenizer_comes_back(name: str, shared: Path, tmp_path: Path) -> None:
+def test_a_sentencepiece_tokenizer_survives_a_round_trip(name: str, shared: Path, tmp_path: Path) -> None:
     expected = SentencePieceTokenizer((shared / name).read_bytes())
     checkpoint = opened(tmp_path, expected.vocab_size, adds_sentencepiece(shared / name))
     found = carried(checkpoint)
@@ -103,7 +103,7 @@ def test_a_sentencepiece_tokenizer_comes_back(name: str, shared: Path, tmp_path:
     same(found, expected, (*TEXTS, long_text(shared)))
 
 
-def test_the_built_in_tokenizer_comes_back_and_is_exported(tmp_path: Path) -> None:
+def test_the_built_in_tokenizer_survives_a_round_trip_and_is_exported(tmp_path: Path) -> None:
     expected = SentencePieceTokenizer((BUILT_IN / "tokenizer.model").read_bytes())
     checkpoint = opened(tmp_path, expected.vocab_size, adds_sentencepiece(BUILT_IN / "tokenizer.model"))
     same(carried(checkpoint), expected)
@@ -128,7 +128,7 @@ def adds_byte_level(tokens: list[str], merges: list[tuple[str, str]], specials: 
     return add
 
 
-def test_llama_3s_tokenizer_comes_back(shared: Path, tmp_path: Path) -> None:
+def test_llama_3s_tokenizer_survives_a_round_trip(shared: Path, tmp_path: Path) -> None:
     file = shared / "tokenizers" / "llama3_tokenizer.model"
     expected = open_tokenizer(file)
     vocab, merges = TikTokenConverter().extract_vocab_merges_from_model(str(file))
@@ -140,7 +140,9 @@ def test_llama_3s_tokenizer_comes_back(shared: Path, tmp_path: Path) -> None:
 
 
 def trained(pre: str) -> tokenizers.Tokenizer:
-    """A small tokenizer that splits text as a family's own tokenizer.json does, by the tokenizers library's classes."""
+    """Trains a small tokenizer whose pre-tokenizer is that of a model family, made from the tokenizers library's
+    classes.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("gpt-2", "smollm"))
     qwen = LLAMA3_PATTERN.replace("{1,3}", "")
@@ -164,7 +166,7 @@ def trained(pre: str) -> tokenizers.Tokenizer:
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
-def test_a_byte_level_tokenizer_comes_back(pre: str, tmp_path: Path) -> None:
+def test_a_byte_level_tokenizer_survives_a_round_trip(pre: str, tmp_path: Path) -> None:
     original = trained(pre)
     expected = HuggingFaceTokenizer(original.to_str().encode())
     vocab = original.get_vocab()
@@ -179,7 +181,7 @@ def expected_merges(tokenizer: tokenizers.Tokenizer) -> list[list[str]]:
     return json.loads(tokenizer.to_str())["model"]["merges"]
 
 
-def test_a_whole_tokenizer_json_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_an_embedded_tokenizer_json_is_used_unchanged(tmp_path: Path) -> None:
     whole = trained("gpt-2").to_str()
 
     def add(writer: gguf.GGUFWriter) -> None:
@@ -198,7 +200,7 @@ def test_a_whole_tokenizer_json_is_taken_as_it_is(tmp_path: Path) -> None:
         ("bert", "default", ["a", "b"], "its tokenizer kind 'bert' is unsupported"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_made_is_refused_when_it_is_wanted(
+def test_an_invalid_tokenizer_is_refused_on_use(
     model: str, pre: str, tokens: list[str], message: str, tmp_path: Path
 ) -> None:
     def add(writer: gguf.GGUFWriter) -> None:
@@ -212,6 +214,6 @@ def test_a_tokenizer_that_cannot_be_made_is_refused_when_it_is_wanted(
     assert "\n" not in str(caught.value)
 
 
-def test_every_splitting_is_one_that_is_tested() -> None:
+def test_every_pre_tokenizer_is_tested() -> None:
     tested = [SPLITTINGS[pre] for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2")]
     assert all(any(how is one for one in tested) for how in SPLITTINGS.values())

@@ -1,4 +1,4 @@
-"""Rounding by a text: of one matrix, of a model, and in a file."""
+"""Tests GPTQ, which rounds weights with the inputs of a calibration text: of one matrix, of a model, and in a file."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from tests.export.test_layer_errors import VARIANTS
 FOUR = Integer(4, 32)
 SCHEME = replace(SCHEMES["8da4w"], rounding=CALIBRATED)
 FEW = replace(TOY, dim=64, hidden_dim=96, head_dim=16, vocab_size=40, tied=False)
-"""Of fewer tokens than dimensions, so that inputs are correlated."""
+"""A model with fewer tokens than dimensions, so that inputs are correlated."""
 
 
 def correlated(seed: int, columns: int = 128) -> Tensor:
@@ -58,7 +58,7 @@ def source_of(config: ModelConfig, scheme: Scheme = SCHEME) -> WeightSource:
 
 @settings(max_examples=10)
 @given(st.integers(0, 1 << 30), st.sampled_from([BYTE, FOUR, Integer(4, 128)]))
-def test_less_is_lost_than_where_each_weight_is_rounded_alone(seed: int, form: Integer) -> None:
+def test_gptq_loses_less_than_rounding_each_weight_alone(seed: int, form: Integer) -> None:
     weight, x = torch.randn(24, 128, generator=torch.Generator().manual_seed(seed)), correlated(seed)
     found = form.from_codes(*gptq(weight, inverse_root(x), form))
     for rounding in ROUNDINGS:
@@ -66,7 +66,7 @@ def test_less_is_lost_than_where_each_weight_is_rounded_alone(seed: int, form: I
 
 
 @pytest.mark.parametrize("form", [BYTE, FOUR, Integer(4, 64)])
-def test_of_inputs_that_say_nothing_of_each_other_each_weight_is_rounded_alone(form: Integer) -> None:
+def test_with_uncorrelated_inputs_each_weight_is_rounded_alone(form: Integer) -> None:
     torch.manual_seed(0)
     weight = torch.randn(24, 192)
     for x in (torch.diag(torch.rand(192) + 0.1), torch.zeros(5, 192)):
@@ -86,7 +86,7 @@ def test_a_column_that_no_token_uses_is_rounded_alone() -> None:
     assert not torch.equal(codes, alone)
 
 
-def test_the_root_is_that_of_the_inverse() -> None:
+def test_inverse_root_is_the_root_of_the_inverse() -> None:
     x = correlated(1).double()
     hessian = x.t() @ x
     hessian += calibrate_module.DAMPING * hessian.diagonal().mean() * torch.eye(128)
@@ -97,7 +97,7 @@ def test_the_root_is_that_of_the_inverse() -> None:
 
 def test_rows_are_rounded_alike_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     root, weight = inverse_root(correlated(0)), torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(calibrate_module, "hqq", ROUNDINGS["nearest"])  # hqq looks at all rows to know when to stop
+    monkeypatch.setattr(calibrate_module, "hqq", ROUNDINGS["nearest"])  # hqq's stopping rule depends on all rows
     whole = gptq(weight, root, FOUR)
     monkeypatch.setattr(calibrate_module, "_ELEMENTS_AT_ONCE", 5 * 128)
     parted = gptq(weight, root, FOUR)
@@ -106,7 +106,7 @@ def test_rows_are_rounded_alike_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_models_stream_is_closer_to_float32s(tmp_path: Path) -> None:
-    """Of tokens that it was not calibrated with."""
+    """Compares on tokens that were not used for calibration."""
     calibrated = calibrate(source_of(FEW), random_tokens(FEW, 0), FEW.context, tmp_path)
     inputs = packed(FEW, random_tokens(FEW, 1)[:5], FEW.context)
 
@@ -120,16 +120,18 @@ def test_a_models_stream_is_closer_to_float32s(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_all_texts_at_once_are_what_each_is_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last block's result, while it is calibrated, is that of the calibrated model."""
+def test_texts_calibrated_together_equal_single_ones(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last block's results during calibration must be those of the calibrated model."""
     config, seen = VARIANTS[name], list[Tensor]()
     forward = calibrate_module._Head.forward
 
-    def remembered(head: calibrate_module._Head, x: Tensor, select: Tensor) -> tuple[Tensor, Tensor]:
+    def recording_forward(head: calibrate_module._Head, x: Tensor, select: Tensor) -> tuple[Tensor, Tensor]:
         seen.append(x)
         return forward(head, x, select)
 
-    monkeypatch.setattr(calibrate_module._Head, "forward", remembered)
+    monkeypatch.setattr(calibrate_module._Head, "forward", recording_forward)
     texts = random_tokens(config, 0)[:4]
     source = calibrate(source_of(config), texts, config.context, tmp_path)
     ours = source.frame("head").norm(seen[0])
@@ -138,13 +140,13 @@ def test_all_texts_at_once_are_what_each_is_alone(name: str, tmp_path: Path, mon
         inputs = packed(config, [text], config.context) | {"select": torch.eye(len(text))[None, :1]}
         with torch.no_grad():
             hidden, right = (step(each, inputs)["hidden"][0] for each in (model, exact))
-        # a rounding of an activation that falls the other way is a step of 1/255
+        # an activation that is rounded differently changes by 1/255
         assert (our - hidden).abs().mean() < 0.02 * (hidden - right).abs().mean()
     files = {path.stem for path in tmp_path.iterdir()}
     assert files == {*(f"layers.{layer}" for layer in range(config.n_layers)), "head"}
 
 
-def test_what_is_calibrated_is_read_from_the_folder_and_the_rest_is_not(tmp_path: Path) -> None:
+def test_only_calibrated_matrices_are_read_from_the_folder(tmp_path: Path) -> None:
     source = calibrate(source_of(FEW), random_tokens(FEW, 0), FEW.context, tmp_path)
     for name in matrices(FEW):
         piece = name.rpartition(".")[0] if name.startswith("head") else ".".join(name.split(".")[:2])
@@ -166,7 +168,7 @@ def test_what_is_calibrated_is_read_from_the_folder_and_the_rest_is_not(tmp_path
         (FEW, replace(SCHEME, linear=FLOAT), "layers."),
     ],
 )
-def test_float32_and_a_head_that_is_the_embedding_are_left_alone(
+def test_float32_and_a_tied_head_are_not_calibrated(
     config: ModelConfig, scheme: Scheme, left: str, tmp_path: Path
 ) -> None:
     source = calibrate(source_of(config, scheme), random_tokens(config, 0), config.context, tmp_path)
@@ -180,14 +182,14 @@ def test_float32_and_a_head_that_is_the_embedding_are_left_alone(
 
 @pytest.fixture(scope="module")
 def calibrated_toy(toy_options: ExportOptions, tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
-    """How a random model was exported, calibrated."""
+    """Exports a calibrated random model and returns its options."""
     options = replace(toy_options, prefill_chunk=1, quantize="8da4w", calibrate=TEXT, max_ppl_increase=1e3)
     options = replace(options, output=tmp_path_factory.mktemp("calibrated") / "toy.pte")
     export_llama(options)
     return options
 
 
-def test_a_file_is_what_was_calibrated_and_says_so(
+def test_a_calibrated_file_records_its_text_and_is_verified(
     calibrated_toy: ExportOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = calibrated_toy.output
@@ -236,7 +238,7 @@ def test_verifying_needs_the_same_text(calibrated_toy: ExportOptions, tmp_path: 
         (b"Once upon", {"rounding": "hqq"}, r"--rounding hqq has no effect with --calibrate"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_done(
+def test_invalid_options_are_refused_when_planned(
     text: bytes | None, changes: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "text.txt"
@@ -246,7 +248,7 @@ def test_what_cannot_be_is_refused_before_anything_is_done(
         plan(ExportOptions(**({"quantize": "8da4w", "calibrate": path} | changes)))  # type: ignore[arg-type]
 
 
-def test_a_text_is_taken_in_parts_of_one_length() -> None:
+def test_a_text_is_split_into_windows_of_one_length() -> None:
     tokenizer = open_tokenizer(BUILT_IN / "tokenizer.model")
     ids = tokenizer.encode(TEXT.read_text())
     found = CalibrationText.of(TEXT).windows(tokenizer, 1, 100)
@@ -258,7 +260,7 @@ def test_a_text_is_taken_in_parts_of_one_length() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["built-in", "stories260K"])
-def test_text_that_was_not_seen_is_predicted_better(model: str, shared: Path, tmp_path: Path) -> None:
+def test_unseen_text_is_predicted_better(model: str, shared: Path, tmp_path: Path) -> None:
     folder = shared / "stories260K"
     path, tokens = (folder / "stories260K.bin", folder / "tok512.model") if model == "stories260K" else (BUILT_IN, None)
     checkpoint, tokenizer = open_checkpoint(path), open_tokenizer(tokens or BUILT_IN / "tokenizer.model")

@@ -1,4 +1,4 @@
-"""Checkpoints by name: the hub's own library on a prepared cache, and its errors."""
+"""Tests checkpoints named on the Hugging Face Hub: the hub's library with a prepared cache, and its errors."""
 
 import shutil
 from pathlib import Path
@@ -24,7 +24,7 @@ NAME = Path("some-org/Small-Llama-3.2")
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """What a repository would hold."""
+    """Writes the files of a model repository."""
     folder = tmp_path / "model"
     hugging_face_model(CASES["Llama 2"]).save_pretrained(folder)
     return folder
@@ -32,7 +32,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cache(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that holds the model, and no network."""
+    """Prepares a cache that holds the model, and disables the network."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     repository = tmp_path / "cache" / "models--some-org--Small-Llama-3.2"
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -72,7 +72,7 @@ def test_verify_looks_for_a_name_as_export_does(toy_pte: Path, model: Path, monk
     assert (asked[0]["token"], asked[0]["cache_dir"]) == ("hf_secret", Path("there"))
 
 
-def test_weights_are_taken_once_and_pickled_ones_where_there_are_no_others(
+def test_pickled_weights_are_downloaded_only_without_safetensors(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
@@ -111,7 +111,7 @@ def test_weights_are_taken_once_and_pickled_ones_where_there_are_no_others(
         (lambda: ConnectionError("reset by peer\nand more"), r"could not be downloaded .*\(reset by peer\); try again"),
     ],
 )
-def test_what_cannot_be_had_is_one_sentence(raised: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_errors_are_one_sentence(raised: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*name: object, **others: object) -> str:
         raise raised()
 
@@ -122,7 +122,7 @@ def test_what_cannot_be_had_is_one_sentence(raised: Any, message: str, monkeypat
     assert "\n" not in str(caught.value)
 
 
-def test_without_network_and_cache_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_network_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="cannot be reached, and its cache is incomplete"):
         hub.download(NAME, cache=tmp_path)

@@ -40,7 +40,7 @@ MEASURE = """
 FP32 = SCHEMES["fp32"]
 
 
-def test_the_parts_are_counted_as_the_model_has_them(toy_pte: Path) -> None:
+def test_parameters_are_counted_by_part(toy_pte: Path) -> None:
     metadata = read_metadata(toy_pte)
     assert cache_bytes(TOY, TOY.context) == KVCache(metadata.methods[0], TOY.context).filled_bytes(TOY.context)
     matrices = [p for name, p in Llama(TOY).named_parameters() if p.dim() == 2 and "tok_embeddings" not in name]
@@ -69,8 +69,8 @@ def test_matrices_of_other_feed_forwards_are_counted(config: ModelConfig) -> Non
 
 
 @pytest.mark.parametrize("name", ["tiny_pte", "stories_pte"])
-def test_the_plan_is_what_a_run_takes(name: str, request: pytest.FixtureRequest) -> None:
-    """Within a quarter and what the allocator and the bindings take for themselves."""
+def test_planned_memory_is_that_of_a_run(name: str, request: pytest.FixtureRequest) -> None:
+    """Allows a quarter, and the memory of the allocator and the bindings."""
     pte = request.getfixturevalue(name)
     call = [sys.executable, "-c", textwrap.dedent(MEASURE), str(pte)]
     done = subprocess.run(call, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])

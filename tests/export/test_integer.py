@@ -12,8 +12,8 @@ from export.weights.formats.integer_layers import as_8_bits
 GROUPS = Integer(4, 32)
 
 
-def test_four_bit_layers_are_torchaos() -> None:
-    """Weights to the bit; results up to how the two round activations."""
+def test_four_bit_layers_equal_torchaos() -> None:
+    """Weights must be equal to the bit; results may differ by the rounding of activations."""
     torch.manual_seed(0)
     ours, theirs = (nn.Sequential(nn.Linear(64, 48, bias=True)) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
@@ -35,7 +35,7 @@ def test_activations_are_rounded_by_at_most_half_a_step_and_zero_stays(values: l
     found = as_8_bits(x)
     step = (x.amax().clamp(min=0) - x.amin().clamp(max=0)) / 255
     assert found[0, -1] == 0
-    assert (found - x).abs().max() <= step * 1.01  # at an end of the range, zero's own rounding adds its half
+    assert (found - x).abs().max() <= step * 1.01  # rounding of the zero point adds half a step at the ends
 
 
 @pytest.mark.parametrize(("form", "operator"), [(BYTE, "embedding_byte"), (GROUPS, "embedding_4bit")])
@@ -52,7 +52,7 @@ def test_an_embedding_is_looked_up_as_it_is_exported(form: Integer, operator: st
 
 @pytest.mark.parametrize("form", [BYTE, GROUPS, Integer(4, 128)])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_weights_are_off_by_little_more_than_half_a_step(form: Integer, rounding: str) -> None:
+def test_weights_are_off_by_about_half_a_step(form: Integer, rounding: str) -> None:
     torch.manual_seed(0)
     weight = torch.randn(9, 256)
     found = form.stored(weight, rounding)

@@ -1,4 +1,4 @@
-"""Chat templates of public models, reduced to data, against transformers' own rendering and ids."""
+"""Tests the reduction of public chat templates to data, against transformers' rendering and ids."""
 
 import json
 import re
@@ -37,7 +37,9 @@ TINY = open_tokenizer(BUILT_IN / "tokenizer.model")
 
 
 def metaspace() -> tokenizers.Tokenizer:
-    """As Mistral's tokenizer.json: a space goes before what starts a text, and not behind a special token."""
+    """Returns a tokenizer like Mistral's tokenizer.json, with a space before the start of a text but not behind a
+    special token.
+    """
     model = byte_fallback()
     model.normalizer = None
     model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -52,7 +54,7 @@ MODELS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
 
 
 def theirs_of(public: Public, model: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
-    """transformers' tokenizer with a template and its special tokens."""
+    """Returns transformers' tokenizer with a chat template and its special tokens."""
     specials = [
         AddedToken(text, special=True, normalized=False, rstrip=public.strips_right) for text in public.specials
     ]
@@ -85,7 +87,7 @@ CONTENTS = st.one_of(
 
 @st.composite
 def conversations(draw: st.DrawFn, with_system: bool) -> list[tuple[str, str]]:
-    """Of 1 to 4 turns."""
+    """Draws 1 to 4 turns."""
     contents = draw(st.lists(CONTENTS, min_size=1, max_size=7).filter(lambda contents: len(contents) % 2 == 1))
     messages = [("assistant" if i % 2 else "user", content) for i, content in enumerate(contents)]
     return [("system", draw(CONTENTS)), *messages] if with_system and draw(st.booleans()) else messages
@@ -96,7 +98,7 @@ def jinja_of(public: Public) -> JinjaTemplate:
 
 
 class _NoTime(datetime):
-    """The first second of the clock, for transformers to write."""
+    """A datetime class for transformers that always returns the epoch."""
 
     @classmethod
     def now(cls, tz: Any = None) -> "_NoTime":
@@ -105,7 +107,7 @@ class _NoTime(datetime):
 
 @pytest.fixture
 def stopped(monkeypatch: pytest.MonkeyPatch) -> datetime:
-    """A clock that stands still, for transformers as for us."""
+    """Stops the clock for transformers and for this project."""
     monkeypatch.setattr(chat_template_utils, "datetime", _NoTime)
     return _NoTime.now()
 
@@ -134,7 +136,7 @@ def test_ids_are_those_of_apply_chat_template(name: str, kind: str, stopped: dat
 
     check()
     end_id = theirs.convert_tokens_to_ids(public.end)
-    starts = theirs.bos_token_id if public.bos_token != public.end else None  # Granite's is both, and starts nothing
+    starts = theirs.bos_token_id if public.bos_token != public.end else None  # Granite's is both and starts no text
     assert jinja.stop_ids(ours, starts, ()) == (end_id,)
     assert from_file(json.dumps(to_file(jinja, data))) == jinja
     if data:
@@ -197,7 +199,7 @@ def test_special_text_stays_text_in_sentencepiece_and_tiktoken(shared: Path) -> 
 
 
 def test_llama_3s_ids_are_metas(shared: Path) -> None:
-    """As in meta-llama/llama3, llama/tokenizer.py, ChatFormat: header, stripped text, end."""
+    """Follows ChatFormat in llama/tokenizer.py of meta-llama/llama3: header, stripped text, end token."""
     tokenizer = open_tokenizer(shared / "tokenizers" / "llama3_tokenizer.model")
     messages = [("system", "Be brief."), ("user", " Hi!\n"), ("assistant", "\nYes? "), ("user", "Bye")]
 
@@ -241,7 +243,7 @@ def test_named_templates_are_the_public_ones() -> None:
         ("{% for m in messages[-3:] %}{{ m.role }}[{{ m.content }}]{% endfor %}", "reduced to data: for the messages"),
     ],
 )
-def test_what_cannot_be_reduced_is_refused_in_one_sentence(source: str, message: str) -> None:
+def test_irreducible_templates_are_refused_in_one_sentence(source: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         reduced(JinjaTemplate(source, "<s>", "</s>"))
     assert "\n" not in str(caught.value)
@@ -266,7 +268,7 @@ def test_messages_out_of_turn_are_refused(messages: list[tuple[str, str]], messa
         NAMED["gemma"].text(messages)
 
 
-def test_a_token_that_is_cut_out_of_any_text_is_refused_in_a_message() -> None:
+def test_a_token_matched_in_any_text_is_refused_in_a_message() -> None:
     public = replace(PUBLIC["qwen2"], specials=())
     theirs = theirs_of(public, byte_level())
     theirs.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<|im_start|>", "  ")])
@@ -328,9 +330,7 @@ LAST_THREE = "{% for m in messages[-3:] %}{{ m.content }}{% endfor %}"
         ("broken.jinja", "--chat-template .*broken.jinja: line 1 of the chat template is not valid Jinja"),
     ],
 )
-def test_a_template_that_is_asked_for_and_cannot_be_had_fails_the_export(
-    option: str, message: str, tmp_path: Path
-) -> None:
+def test_an_unavailable_template_given_as_option_fails_the_export(option: str, message: str, tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, chat_template=LAST_THREE)
     if option.endswith(".jinja"):
         option = str(tmp_path / option)

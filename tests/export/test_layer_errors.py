@@ -31,7 +31,7 @@ def toy_source(config: ModelConfig = TOY, scheme: str = "8da4w") -> WeightSource
 
 
 def both(source: WeightSource, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, tuple[Loss, ...]]:
-    """Logits in float32 and quantised, in the parts in which they come, and the losses."""
+    """Returns the logits in float32 and quantised, each joined from its parts, and the losses."""
     exact, found = list[Tensor](), list[Tensor]()
 
     def take(start: int, one: Tensor, other: Tensor) -> None:
@@ -44,19 +44,19 @@ def both(source: WeightSource, texts: Sequence[Sequence[int]]) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_both_models_give_in_lockstep_what_they_give_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_in_lockstep_equal_models_run_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = toy_source(VARIANTS[name])
     monkeypatch.setattr("export.quality.layer_errors._LOGITS_AT_ONCE", 3 * source.config.vocab_size)
     exact, found, _ = both(source, TEXTS)
     alone, quantised = source.unquantised().streamed(), source.streamed()
     torch.testing.assert_close(exact, torch.cat(reference(alone, TEXTS, None, TOY.context)), atol=2e-5, rtol=1e-5)
-    # a rounding of an activation that falls the other way is a step of 1/255
+    # an activation that is rounded differently changes by 1/255
     expected = torch.cat(reference(quantised, TEXTS, None, TOY.context))
     assert (found - expected).abs().mean() < 0.02 * (exact - expected).abs().mean()
 
 
 def test_losses_are_as_defined() -> None:
-    """The first block's and the embedding's, from their pieces."""
+    """Computes the losses of the embedding and of the first block from their pieces."""
     source = toy_source()
     inputs = packed(TOY, TEXTS[:1], TOY.context)
     _, _, losses = both(source, TEXTS[:1])
@@ -85,7 +85,7 @@ def test_losses_are_as_defined() -> None:
     }
 
 
-def test_a_model_that_is_not_quantised_loses_nothing() -> None:
+def test_a_float32_model_has_no_loss() -> None:
     _, _, losses = both(toy_source(scheme="fp32"), TEXTS)
     assert all(loss.own == loss.mse == 0 and not any(loss.linears.values()) for loss in losses[:-1])
     assert losses[-1].own < 1e-12, "the head is multiplied in parts"

@@ -16,7 +16,7 @@ METHODS = signatures(CONFIG, GraphOptions(48, 7))
 
 @functools.cache
 def lowered(quantize: str) -> Codes:
-    """TOY, with rows of whole groups, in plain operators."""
+    """Lowers TOY, widened so that rows are whole groups, without fused attention."""
     return lower(CONFIG, [METHODS], "xnnpack", SCHEMES[quantize])
 
 
@@ -27,7 +27,7 @@ def only(code: Code) -> Delegate:
     return call.target
 
 
-def test_each_kind_of_piece_becomes_code_once_for_each_method() -> None:
+def test_each_kind_of_piece_is_lowered_once_per_method() -> None:
     codes = lowered("fp32")
     assert set(codes) == {(method, name) for method in ("decode", "prefill") for name in ("block", "head")}
     names = {"attention.wq", "attention.wk", "attention.wv", "attention.wo"}
@@ -39,7 +39,7 @@ def test_each_kind_of_piece_becomes_code_once_for_each_method() -> None:
     assert {part.parameter for part in only(codes["prefill", "head"]).data} == {"output.weight"}
 
 
-def test_a_segment_is_one_code_for_every_length() -> None:
+def test_a_segment_is_lowered_once_for_all_lengths() -> None:
     codes = lower(TOY, [signatures(TOY, GraphOptions(48, 7, "fused"))], "xnnpack", SCHEMES["fp32"])
     assert set(codes) == {("forward", kind) for kind in ("after", "before after", "before head")}
     joint = codes["forward", "before after"]
@@ -48,8 +48,8 @@ def test_a_segment_is_one_code_for_every_length() -> None:
     assert inputs(joint) == {0, 1}
 
 
-def test_shards_have_their_ends_in_common() -> None:
-    """Of three shards in three blocks each, four kinds of pieces are lowered, as of any number of shards."""
+def test_shards_share_the_code_at_their_ends() -> None:
+    """Three shards of three blocks need four kinds of pieces, the same number as any other number of shards."""
     config, graph = replace(TOY, n_layers=9), GraphOptions(48, 7, "fused")
     shards = [signatures(config, graph, span=range(start, start + 3)) for start in (0, 3, 6)]
     assert {kind for _, kind in lower(config, shards, "xnnpack", SCHEMES["fp32"])} == {
@@ -58,11 +58,11 @@ def test_shards_have_their_ends_in_common() -> None:
 
 
 def test_no_cache_is_copied() -> None:
-    """A cache is an argument of the code itself: nothing expands, concatenates, clones or reshapes it before."""
+    """A cache must be an argument of the delegate itself, not the result of expand, cat, clone or reshape."""
     code = lowered("fp32")["prefill", "block"]
     assert inputs(code) == set(range(6))
     shapes = dict(zip(code.calls[0].arguments, shapes_of(only(code)), strict=True))
-    k_cache, v_cache = 4, 5  # behind x, cos, sin and mask
+    k_cache, v_cache = 4, 5  # after x, cos, sin and mask
     assert shapes[Value("input", k_cache)] == shapes[Value("input", v_cache)] == (2, 48, 8)
 
 
@@ -78,7 +78,7 @@ def test_portable_lowers_no_block_by_itself() -> None:
     assert lower(TOY, [METHODS], "portable", SCHEMES["fp32"]) == {}
 
 
-def test_bytes_are_stored_as_they_are_with_a_scale_a_row() -> None:
+def test_8_bit_weights_are_stored_with_one_scale_per_row() -> None:
     code = lowered("8da8w")["decode", "head"]
     (_, codes), (_, scales) = BYTE.parts(BYTE.stored(torch.randn(TOY.vocab_size, TOY.dim), "nearest"))
     assert [part.nbytes for part in only(code).data] == [codes.nbytes, scales.nbytes]

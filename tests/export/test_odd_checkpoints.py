@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: read as their own library reads them, or named for what they are."""
+"""Tests unusual checkpoints, which are read as by their own library or refused with an explanation."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ TEXT = [1, 17, 42, 99, 5, 6]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A Hugging Face folder that is not tied."""
+    """Writes a Hugging Face folder of an untied model."""
     hugging_face_model(CASES["Llama 2"]).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -45,7 +45,7 @@ def same_logits(folder: Path) -> None:
         torch.testing.assert_close(found, theirs(torch.tensor([TEXT])).logits[0], atol=1e-4, rtol=0)
 
 
-def test_a_head_of_its_own_is_used_though_the_configuration_says_tied(folder: Path) -> None:
+def test_a_separate_head_is_used_despite_a_tied_configuration(folder: Path) -> None:
     configure(folder, tie_word_embeddings=True)
     assert not open_checkpoint(folder).config.tied
     same_logits(folder)
@@ -59,7 +59,7 @@ def test_a_head_that_equals_the_embedding_is_tied(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("absent", ["lm_head.weight", "model.embed_tokens.weight"])
-def test_of_a_tied_pair_either_may_be_stored(absent: str, folder: Path) -> None:
+def test_either_matrix_of_a_tied_pair_may_be_missing(absent: str, folder: Path) -> None:
     configure(folder, tie_word_embeddings=True)
     rename(folder, lambda found: {name: tensor for name, tensor in found.items() if name != absent})
     assert open_checkpoint(folder).config.tied
@@ -69,7 +69,7 @@ def test_of_a_tied_pair_either_may_be_stored(absent: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "language_model."]
 )
-def test_what_wrappers_put_before_names_is_taken_off(prefix: str, folder: Path) -> None:
+def test_prefixes_of_wrappers_are_removed(prefix: str, folder: Path) -> None:
     expected = open_checkpoint(folder).build().state_dict()
     rename(folder, lambda found: {prefix + name: tensor for name, tensor in found.items()})
     found = open_checkpoint(folder).build().state_dict()
@@ -93,7 +93,7 @@ def test_metas_head_is_tied_where_it_equals_the_embedding(is_tied: bool, tmp_pat
         ({"quantization": {"group_size": 64, "bits": 4}}, "mlx"),
     ],
 )
-def test_a_quantised_checkpoint_is_named_for_what_it_is(settings: dict[str, Any], method: str, folder: Path) -> None:
+def test_a_quantised_checkpoint_is_refused_with_its_method(settings: dict[str, Any], method: str, folder: Path) -> None:
     configure(folder, **settings)
     with pytest.raises(InputError, match=rf"is quantised \({method}\); give the unquantised checkpoint"):
         open_checkpoint(folder)
@@ -106,7 +106,7 @@ def test_an_adapter_is_named_with_its_base(tmp_path: Path) -> None:
 
 
 def write_gguf(path: Path, **fields: float | str | int) -> Path:
-    """A random model of one block, with these fields beside the usual ones; dots of a key are double underscores."""
+    """Writes a random model of one block with additional fields. Double underscores in their names stand for dots."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(256)
     writer.add_embedding_length(32)
@@ -159,9 +159,7 @@ def test_a_gguf_may_rotate_a_part_of_each_head(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_gguf_that_cannot_be_read_is_named_for_what_it_is(
-    fields: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_an_unsupported_gguf_is_refused_with_the_reason(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         open_checkpoint(write_gguf(tmp_path / "a.gguf", **fields))
 
@@ -169,7 +167,7 @@ def test_a_gguf_that_cannot_be_read_is_named_for_what_it_is(
 def test_a_type_that_no_longer_exists_is_named(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf")
     data, name = path.read_bytes(), b"blk.0.ffn_up.weight"
-    at = data.index(name) + len(name) + 4 + 2 * 8  # behind the number of dimensions and the dimensions
+    at = data.index(name) + len(name) + 4 + 2 * 8  # after the number of dimensions and the dimensions
     path.write_bytes(data[:at] + (31).to_bytes(4, "little") + data[at + 4 :])
     with pytest.raises(
         InputError, match=r"stored as Q4_0_4_4 \(type 31\), which GGUF no longer has; give a file with another"
@@ -184,7 +182,7 @@ def test_a_type_that_no_longer_exists_is_named(tmp_path: Path) -> None:
         {"max_position_embeddings": 64.0, "hidden_size": 32.0, "num_attention_heads": 4.0},
     ],
 )
-def test_null_is_as_if_left_out_and_a_whole_number_may_have_a_point(settings: dict[str, Any], folder: Path) -> None:
+def test_null_means_absent_and_an_integer_may_be_written_as_a_float(settings: dict[str, Any], folder: Path) -> None:
     before = open_checkpoint(folder).config
     told = json.loads((folder / "config.json").read_text())
     changed = {key: float(told[key]) if isinstance(value, float) else value for key, value in settings.items()}
@@ -199,7 +197,7 @@ def test_gemmas_null_activation_is_its_own(tmp_path: Path) -> None:
     same_logits(tmp_path / "model")
 
 
-def test_a_head_of_another_shape_is_refused_though_the_configuration_says_tied(folder: Path) -> None:
+def test_a_head_of_wrong_shape_is_refused_despite_a_tied_configuration(folder: Path) -> None:
     configure(folder, tie_word_embeddings=True)
     rename(folder, lambda found: found | {"lm_head.weight": found["model.embed_tokens.weight"][:-1].clone()})
     with pytest.raises(InputError, match=r"lm_head.weight in .* has the shape "):
@@ -223,8 +221,8 @@ def test_a_file_of_weights_is_read_with_the_configuration_beside_it(name: str, f
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-def test_a_checkpoint_as_llama2_c_trains_it_is_read(prefix: str, tmp_path: Path) -> None:
-    """As karpathy/llama2.c, train.py, writes it."""
+def test_a_checkpoint_of_llama2_c_is_read(prefix: str, tmp_path: Path) -> None:
+    """Writes a checkpoint as karpathy/llama2.c's train.py does."""
     folder = write_meta(random_model(TOY), tmp_path / "meta", 1)
     state = torch.load(folder / "consolidated.00.pth", weights_only=True)
     settings = json.loads((folder / "params.json").read_text())
@@ -239,7 +237,7 @@ def test_a_checkpoint_as_llama2_c_trains_it_is_read(prefix: str, tmp_path: Path)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_metas_file_alone_is_read_with_its_settings_beside_it(tmp_path: Path) -> None:
+def test_metas_file_is_read_with_the_settings_beside_it(tmp_path: Path) -> None:
     folder = write_meta(random_model(TOY), tmp_path / "meta", 1)
     expected = open_checkpoint(folder)
     (folder / "consolidated.00.pth").rename(folder / "model.pth")

@@ -25,7 +25,7 @@ from tests.export.test_layer_errors import both, toy_source
 
 
 class Planted(WeightSource):
-    """A source whose matrices in one layer are rounded to 2 bits, in the quantised model only."""
+    """A source whose quantised model has the matrices of one layer rounded to 2 bits."""
 
     layer = "layers.3."
 
@@ -59,7 +59,7 @@ def test_predictions_are_compared_as_defined() -> None:
     assert (comparison.tokens, comparison.top_1) == (2, 0.5)
 
 
-def test_a_text_is_parted_into_windows() -> None:
+def test_a_text_is_split_into_windows() -> None:
     ids = list(range(10, 20))
     assert windows(ids, None, 4) == [[10, 11, 12, 13, 14], [15, 16, 17, 18, 19]]
     assert windows(ids, 1, 4) == [[1, 10, 11, 12, 13], [1, 14, 15, 16, 17], [1, 18, 19]]
@@ -86,7 +86,7 @@ def test_the_error_is_averaged_by_position_over_all_windows() -> None:
 
 @pytest.fixture(scope="module")
 def healthy() -> Quality:
-    """Of the built-in model at 4 bits."""
+    """Measures the built-in model at 4 bits."""
     return built_in(WeightSource)
 
 
@@ -167,8 +167,8 @@ def test_a_smaller_cache_costs_little(kv_dtype: str, most: float) -> None:
     assert found.mean_kl > 0, "it was rounded"
 
 
-def test_without_a_tokenizer_nothing_is_said_of_perplexity(tmp_path: Path) -> None:
-    """And a file without caches is given only the first tokens."""
+def test_without_a_tokenizer_no_perplexity_is_reported(tmp_path: Path) -> None:
+    """Also checks that a file without caches is compared on the first tokens only."""
     made = planned(random_model(TOY), GraphOptions(TOY.context, TOY.context, kv_cache=False), SCHEMES["8da8w"])
     pte = write_pte(made, tmp_path / "toy.pte", "xnnpack")
     verdict = verify(pte, made.source)
@@ -193,7 +193,7 @@ def test_without_a_tokenizer_nothing_is_said_of_perplexity(tmp_path: Path) -> No
         (["--eval-text", "good.txt", "--tokenizer", "none"], "--eval-text needs a tokenizer"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_anything_is_made(
+def test_invalid_texts_and_limits_are_refused_before_the_export(
     toy_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -207,7 +207,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_made(
 
 
 @pytest.mark.parametrize("share", ["much", "%", "2%%"])
-def test_a_share_that_is_none_is_refused(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_malformed_share_is_refused(share: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         llama.main(["--quantize", "8da8w", "--max-ppl-increase", share])
     assert caught.value.code == 2
@@ -219,7 +219,7 @@ def test_a_float32_file_has_no_report(toy_pte: Path) -> None:
         command.main([str(toy_pte), "--report"])
 
 
-def test_the_gate_is_no_part_of_what_makes_a_file(toy_options: plan.ExportOptions, tmp_path: Path) -> None:
+def test_the_gate_is_not_part_of_the_provenance(toy_options: plan.ExportOptions, tmp_path: Path) -> None:
     options = replace(toy_options, quantize="8da8w")
     other = replace(options, eval_text=tmp_path / "a.txt", max_ppl_increase=0.3)
     assert plan.plan(options).provenance == plan.plan(other).provenance

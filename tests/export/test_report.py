@@ -17,7 +17,7 @@ from tests.conftest import TOY
 
 @pytest.fixture(scope="module")
 def exported(toy_options: ExportOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """TOY at 8 bits."""
+    """Exports TOY at 8 bits."""
     output = tmp_path_factory.mktemp("quality") / "toy.pte"
     export_llama(replace(toy_options, prefill_chunk=1, quantize="8da8w", max_ppl_increase=0.5, output=output))
     return output
@@ -62,7 +62,7 @@ def test_every_key_of_the_json_is_explained(exported: Path) -> None:
 
 
 class Page(HTMLParser):
-    """Checks that tags are closed in order, and gathers text and attributes."""
+    """A parser that checks the nesting of tags and collects text and attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_holds_every_layer_and_needs_nothing_from_elsewhere(exported: Path) -> None:
+def test_the_page_lists_every_layer_and_loads_nothing(exported: Path) -> None:
     html = exported.with_name("toy.report.html").read_text()
     found = Page()
     found.feed(html)
@@ -104,7 +104,7 @@ def test_the_page_holds_every_layer_and_needs_nothing_from_elsewhere(exported: P
     assert all(math.isfinite(float(value)) for value in numbers)
 
 
-def test_the_page_escapes_what_it_is_given_and_takes_numbers_that_are_not_there(exported: Path) -> None:
+def test_the_page_escapes_names_and_allows_missing_numbers(exported: Path) -> None:
     report = saved(exported)
     report["file"]["name"] = "<b>&.pte"
     report["quality"]["text"] = "<i>mine</i>"

@@ -4,7 +4,7 @@ import torch
 from export.weights import rows
 
 
-def test_parts_of_whole_rows_give_what_the_whole_matrix_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_whole_rows_equal_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "_ELEMENTS_AT_ONCE", 3 * 64)
     matrix = torch.randn(40, 64)
     assert [len(part) for part in rows.row_chunks(matrix)] == [3] * 13 + [1]

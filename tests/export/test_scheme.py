@@ -2,10 +2,14 @@ import json
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from export.weights.formats.blocks import Blocks
 from export.weights.formats.float32 import FLOAT
 from export.weights.formats.integer import BYTE, Integer
 from export.weights.scheme import SCHEMES, Scheme, adjusted, format_exceptions, matrices
+from model.block_linear import BLOCK_FORMS
 from model.errors import InputError
 from model.model import Llama
 from tests.conftest import TOY
@@ -14,21 +18,44 @@ FOUR = Integer(4, 32)
 
 
 def test_each_matrix_has_its_format() -> None:
-    scheme = Scheme(linear=FOUR, head=FLOAT, embedding=BYTE, careful=(1,))
+    others = {"layers.1": BYTE, "layers.2": BYTE, "layers.2.attention.wv.weight": FLOAT}
+    scheme = Scheme(linear=FOUR, head=FLOAT, embedding=BYTE, others=others)
     assert scheme.format("tok_embeddings.weight", 64) == BYTE
     assert scheme.format("head.output.weight", 64) == FLOAT
     assert scheme.format("layers.0.attention.wq.weight", 64) == FOUR
     assert scheme.format("layers.0.feed_forward.w2.weight", 172) == BYTE, "no whole groups"
     assert scheme.format("layers.1.attention.wq.weight", 64) == BYTE
     assert scheme.format("layers.11.attention.wq.weight", 64) == FOUR
+    assert scheme.format("layers.2.attention.wv.weight", 64) == FLOAT, "its own name comes before its block's"
+    assert scheme.format("layers.2.attention.wk.weight", 64) == BYTE
     assert scheme.format("layers.0.feed_forward.router.weight", 64) == BYTE
     assert SCHEMES["fp32"].format("layers.0.feed_forward.router.weight", 64) == FLOAT
 
 
-def test_what_a_file_says_is_the_scheme_again() -> None:
-    for scheme in SCHEMES.values():
-        made = replace(scheme, careful=(0, 3), rounding="hqq")
-        assert Scheme.parse(json.loads(json.dumps(made.to_json()))) == made
+FORMATS = st.sampled_from([FLOAT, BYTE, FOUR, Integer(4, 128), *(Blocks.of(name) for name in BLOCK_FORMS)])
+NAMES = st.sampled_from(["layers.0", "layers.13", *matrices(TOY)])
+
+
+@given(
+    st.builds(
+        Scheme,
+        FORMATS,
+        FORMATS,
+        FORMATS,
+        st.dictionaries(NAMES, FORMATS),
+        st.sampled_from(["nearest", "hqq"]),
+        st.sampled_from(["float32", "int8"]),
+    )
+)
+def test_what_a_file_says_is_the_scheme_again(scheme: Scheme) -> None:
+    assert Scheme.parse(json.loads(json.dumps(scheme.to_json()))) == scheme
+    assert set(scheme.formats) == {scheme.linear, scheme.head, scheme.embedding, *scheme.others.values()}
+
+
+def test_files_of_the_first_schemes_are_read() -> None:
+    found = SCHEMES["mixed"].to_json() | {"careful": [1, 3]}
+    del found["others"]
+    assert Scheme.parse(found) == replace(SCHEMES["mixed"], others={"layers.1": BYTE, "layers.3": BYTE})
 
 
 def test_flags_change_what_they_name() -> None:
@@ -49,12 +76,12 @@ def test_flags_change_what_they_name() -> None:
         ((None, None, 16), "--head-bits 16 is invalid; give 4 or 8"),
     ],
 )
-def test_schemes_that_there_are_not_are_refused(flags: tuple[int | None, ...], message: str) -> None:
+def test_impossible_schemes_are_refused(flags: tuple[int | None, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         adjusted(SCHEMES["8da8w"], *flags, "nearest")
 
 
-def test_matrices_and_those_kept_are_the_models() -> None:
+def test_matrices_and_kept_layers_are_those_of_the_model() -> None:
     found = matrices(TOY)
     named = {name: tuple(p.shape) for name, p in Llama(replace(TOY, tied=False)).named_parameters() if p.dim() == 2}
     assert found == {name: shape for name, shape in named.items() if name != "tok_embeddings.weight"}
@@ -63,7 +90,7 @@ def test_matrices_and_those_kept_are_the_models() -> None:
     assert format_exceptions(TOY, SCHEMES["8da4w"]) == w2
 
 
-def test_bytes_are_weights_and_scales() -> None:
+def test_size_counts_weights_and_scales() -> None:
     assert FLOAT.nbytes(10, 64) == 2560
     assert BYTE.nbytes(10, 64) == 10 * (64 + 4)
     assert FOUR.nbytes(10, 64) == 10 * (32 + 4)

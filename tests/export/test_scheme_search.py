@@ -33,7 +33,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_bytes_are_those_of_all_matrices_and_of_the_embedding_once() -> None:
+def test_size_counts_all_matrices_and_a_tied_embedding_once() -> None:
     config = replace(PLAIN, dim=64, hidden_dim=64, n_heads=8, n_kv_heads=8, vocab_size=100)  # all matrices are square
     square = 2 * (4 + 3) * 64 * 64 + 100 * 64  # weights of two blocks and the head
     assert stored_bytes(config, SCHEMES["fp32"]) == 4 * (square + 6400)
@@ -43,10 +43,10 @@ def test_bytes_are_those_of_all_matrices_and_of_the_embedding_once() -> None:
     assert stored_bytes(replace(config, tied=True), Scheme(four, four, BYTE)) == square * 9 // 16 + 100 * 68
 
 
-def test_each_rung_has_at_least_the_bits_of_the_one_before() -> None:
+def test_candidates_are_ordered_by_size() -> None:
     config = replace(PLAIN, dim=256, n_heads=8, head_dim=32, n_kv_heads=8, hidden_dim=256, vocab_size=1000)
     sizes = [
-        stored_bytes(config, replace(candidate.scheme, careful=(0,) if candidate.careful else ()))
+        stored_bytes(config, replace(candidate.scheme, others={"layers.0": BYTE} if candidate.careful else {}))
         for candidate in candidates("hqq")
     ]
     assert sizes == sorted(sizes)
@@ -61,7 +61,7 @@ def test_the_blocks_that_lose_most_are_kept() -> None:
     assert most_sensitive(losses, 0.01) == (1,)
 
 
-def test_the_smallest_inside_the_budget_is_taken(text: Path) -> None:
+def test_the_smallest_scheme_within_the_budget_is_chosen(text: Path) -> None:
     planned = plan(ExportOptions(max_seq_len=128, auto=True))
     assert planned.tokenizer
     texts = windows(planned.tokenizer.encode(FEW), 1, 128)
@@ -78,13 +78,13 @@ def test_the_smallest_inside_the_budget_is_taken(text: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_mixed_file_says_which_blocks_have_more_bits(text: Path) -> None:
+def test_a_mixed_file_lists_its_blocks_with_more_bits(text: Path) -> None:
     options = ExportOptions(max_seq_len=128, quantize="mixed", eval_text=text, output=MODELS / "mixed.pte")
     planned = choose_scheme(plan(options), Gate.of(text, None), False, print)
-    careful = planned.source.scheme.careful
-    assert len(careful) == 2, "a quarter of 5 and rounded up"
+    others = planned.source.scheme.others
+    assert list(others.values()) == [BYTE] * 2, "a quarter of 5 and rounded up"
     metadata = read_metadata(export_llama(options))
-    assert metadata.provenance["options"]["scheme"]["careful"] == list(careful)
+    assert Scheme.of(metadata).others == others
     assert metadata.provenance["options"]["quantize"] == "mixed"
 
 
@@ -99,12 +99,14 @@ def test_auto_takes_no_scheme(tmp_path: Path) -> None:
         ExportOptions(auto=True, group_size=64)
 
 
-def test_a_budget_that_nothing_fits_ends_with_1(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_budget_that_no_scheme_fits_exits_with_1(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--max-seq-len", "128", "--auto", "--max-ppl-increase", "0.000001", "--eval-text", str(text)]
     assert main([*arguments, "--output", str(tmp_path / "a.pte")]) == 1
     assert "no scheme up to 8 bits keeps perplexity within" in capsys.readouterr().err
     assert not (tmp_path / "a.pte").exists()
 
 
-def test_small_models_are_measured_on_more() -> None:
+def test_small_models_are_measured_on_more_tokens() -> None:
     assert most_tokens(TOY) > most_tokens(replace(TOY, dim=4096, hidden_dim=14336))

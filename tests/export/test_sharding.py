@@ -21,7 +21,7 @@ def test_shards_hold_every_block_once_in_order(n_layers: int, data: st.DataObjec
 
 
 def test_shards_are_balanced_with_embedding_and_head() -> None:
-    """Of 12 blocks that take as much as 4 embeddings, the shards at the ends have fewer."""
+    """In a model whose 12 blocks are as large as 4 embeddings, the first and last shard have fewer blocks."""
     config = replace(TOY, n_layers=12, vocab_size=4096, tied=False)
     sizes = block_bytes(config, FP32)
     outside = 4 * config.vocab_size * config.dim

@@ -8,6 +8,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from export.lowering.slices import SlicedSource, kv_heads
 from export.planning.sharding import Sharding
+from export.weights.formats.integer import BYTE
 from export.weights.scheme import SCHEMES, Scheme, adjusted, matrices
 from export.weights.source import WeightSource
 from model.config import ModelConfig
@@ -27,10 +28,10 @@ UNEVEN = replace(WIDE, n_heads=6, n_kv_heads=3, head_dim=32)
         SCHEMES["fp32"],
         SCHEMES["8da8w"],
         adjusted(SCHEMES["8da4w"], None, 4, None, "hqq"),
-        replace(SCHEMES["8da4w"], careful=(1,)),
+        replace(SCHEMES["8da4w"], others={"layers.1": BYTE}),
     ],
 )
-def test_slices_have_the_wholes_numbers(scheme: Scheme, config: ModelConfig, count: int) -> None:
+def test_joined_slices_equal_the_whole(scheme: Scheme, config: ModelConfig, count: int) -> None:
     whole = WeightSource(config, random_model(config).state_dict(), scheme)
     parts = [SlicedSource(whole, number, count) for number in range(count)]
     for name, shape in {**matrices(config), "tok_embeddings.weight": (93, 64)}.items():
@@ -45,18 +46,18 @@ def _values(matrix: Tensor) -> Tensor:
     return matrix.dequantize() if isinstance(matrix, IntxUnpackedToInt8Tensor) else matrix
 
 
-def test_each_slice_has_the_kv_heads_that_its_heads_look_at() -> None:
-    def dealt(n_heads: int, n_kv_heads: int, count: int) -> list[list[int]]:
+def test_each_slice_has_the_kv_heads_of_its_query_heads() -> None:
+    def kv_heads_of_slices(n_heads: int, n_kv_heads: int, count: int) -> list[list[int]]:
         config = replace(GROUPED, n_heads=n_heads, n_kv_heads=n_kv_heads)
         return [kv_heads(config, number, count) for number in range(count)]
 
-    assert dealt(8, 4, 2) == [[0, 1], [2, 3]]
-    assert dealt(8, 2, 4) == [[0], [0], [1], [1]]
-    assert dealt(6, 3, 2) == [[0, 0, 1], [1, 2, 2]]
-    assert dealt(12, 3, 2) == [[0, 0, 1], [1, 2, 2]]
-    assert dealt(6, 3, 4) == [[0], [1], [2], [3]]
-    assert dealt(3, 3, 2) == [[0, 1], [2, 3]]
-    assert dealt(3, 1, 2) == [[0, 0], [0, 1]]
+    assert kv_heads_of_slices(8, 4, 2) == [[0, 1], [2, 3]]
+    assert kv_heads_of_slices(8, 2, 4) == [[0], [0], [1], [1]]
+    assert kv_heads_of_slices(6, 3, 2) == [[0, 0, 1], [1, 2, 2]]
+    assert kv_heads_of_slices(12, 3, 2) == [[0, 0, 1], [1, 2, 2]]
+    assert kv_heads_of_slices(6, 3, 4) == [[0], [1], [2], [3]]
+    assert kv_heads_of_slices(3, 3, 2) == [[0, 1], [2, 3]]
+    assert kv_heads_of_slices(3, 1, 2) == [[0, 0], [0, 1]]
 
 
 def test_the_halves_of_a_slice_are_its_methods_in_order() -> None:
@@ -103,7 +104,7 @@ def test_models_that_cannot_be_sliced_are_refused(
         Sharding(slices=count).spans(config, scheme)
 
 
-def test_slices_and_shards_do_not_mix() -> None:
+def test_slices_and_shards_cannot_be_mixed() -> None:
     sharded = replace(planned(random_model(GROUPED), GRAPH), sharding=Sharding(2))
     first, second = metadata_of(in_slices(GROUPED, 2), 0), metadata_of(sharded, 1)
     with pytest.raises(InputError, match="is from another export than"):

@@ -12,7 +12,7 @@ TEXTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_streamed_model_gives_what_the_whole_one_does(tied: bool) -> None:
+def test_a_streamed_model_equals_the_whole_one(tied: bool) -> None:
     model = random_model(replace(TOY, tied=tied, positions="learned"))
     streamed = WeightSource(model.config, model.state_dict(), SCHEMES["fp32"]).streamed()
     for ours, theirs in zip(reference(streamed, TEXTS), reference(model, TEXTS), strict=True):

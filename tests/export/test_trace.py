@@ -2,12 +2,15 @@ from dataclasses import replace
 
 import torch
 
-from export.lowering.trace import GraphOptions, parameter_name, pieces, signature, signatures, trace
+from export.lowering.trace import GraphOptions, kinds, parameter_name, pieces, signature, signatures, trace
+from export.weights.formats.float32 import FLOAT
+from export.weights.formats.integer import BYTE
+from export.weights.scheme import SCHEMES
 from model.fused_attention import FusedLlama
 from tests.conftest import TOY, random_model, toy_model
 
 
-def test_each_method_has_the_signature_that_is_written_down() -> None:
+def test_each_method_has_its_signature() -> None:
     options = [
         GraphOptions(48, 7),
         GraphOptions(16, 1),
@@ -28,8 +31,8 @@ def test_each_method_has_the_signature_that_is_written_down() -> None:
             assert {str(output.dtype) for output in outputs} == {"torch.float32"}
 
 
-def test_nothing_in_the_graph_depends_on_a_value() -> None:
-    """The same graph serves every position: no branch, no symbolic size, no constant but weights."""
+def test_the_graph_does_not_depend_on_values() -> None:
+    """One graph must serve every position: it has no branch, no symbolic size, and no constant but weights."""
     program = trace(toy_model(), signatures(TOY, GraphOptions(48, 7)))["prefill"]
     assert not program.constants
     assert not program.range_constraints
@@ -45,7 +48,7 @@ def test_where_attention_is_fused_one_method_takes_any_length() -> None:
         assert [tuple(output.shape) for output in outputs] == [spec.sizes(length) for spec in method.outputs]
 
 
-def test_names_say_role_and_layer() -> None:
+def test_names_contain_role_and_layer() -> None:
     method = signature(TOY, "decode", 1, GraphOptions(48, 1))
     assert [spec.name for spec in method.inputs] == [
         *("tokens", "cos", "sin", "mask", "select"),
@@ -94,19 +97,30 @@ def test_blocks_of_one_kind_share_a_graph() -> None:
 
 def test_segments_differ_only_at_the_ends_and_by_their_formats() -> None:
     config = replace(TOY, n_layers=5, sliding_window=8, local_layers=(1, 3))
-    found = pieces(config, range(5), fused=True, careful=(3,))
-    assert list(found.values()) == [
+    (method,) = signatures(config, GraphOptions(48, 7, "fused"))
+    others = {"layers.3": BYTE, "layers.1.attention.wv.weight": FLOAT}
+    scheme = replace(SCHEMES["8da4w"], others=others)
+    wide = ("feed_forward.w1", "feed_forward.w3")  # w2 has 8 bits everywhere, because its rows are not whole groups
+    bytes_in_block = {
+        "after": ", ".join(f"after.attention.{name} in 8 bits a row" for name in ("wq", "wk", "wv")),
+        "before": ", ".join(f"before.{name} in 8 bits a row" for name in ("attention.wo", *wide)),
+    }
+    assert list(kinds(config, method, scheme).values()) == [
         "after",
+        "before after, after.attention.wv in float32",
         "before after",
-        "before after",
-        "before after careful_after",
-        "before after careful_before",
+        f"before after, {bytes_in_block['after']}",
+        f"before after, {bytes_in_block['before']}",
         "before head",
     ]
-    assert pieces(config, range(3, 4), True, (3,)) == {
-        "segments.3": "after careful_after",
-        "segments.4": "before careful_before",
+    (method,) = signatures(config, GraphOptions(48, 7, "fused"), span=range(3, 4))
+    assert kinds(config, method, scheme) == {
+        "segments.3": f"after, {bytes_in_block['after']}",
+        "segments.4": f"before, {bytes_in_block['before']}",
     }
+
+
+def test_names_of_parameters_are_the_models() -> None:
     names = [parameter_name(TOY, "segments.1", f"{side}.ffn_norm.weight") for side in ("before", "after")]
     assert names == ["layers.0.ffn_norm.weight", "layers.1.ffn_norm.weight"]
     assert parameter_name(TOY, "segments.2", "after.output.weight") == "head.output.weight"

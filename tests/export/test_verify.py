@@ -33,7 +33,7 @@ from tests.support.families import CASES, hugging_face_model
 
 @pytest.fixture(scope="module", params=["toy", pytest.param("stories260K", marks=pytest.mark.slow)])
 def made(request: pytest.FixtureRequest) -> tuple[Path, Llama]:
-    """A file and the model it was made from."""
+    """Returns a file and the model it was made from."""
     if request.param == "toy":
         return request.getfixturevalue("toy_pte"), toy_model()
     checkpoint = request.getfixturevalue("stories260k").checkpoint
@@ -41,7 +41,7 @@ def made(request: pytest.FixtureRequest) -> tuple[Path, Llama]:
 
 
 def changed(model: Llama) -> Llama:
-    """A copy whose weights may be written to; the checkpoint's are mapped."""
+    """Returns a writable copy, as a checkpoint's weights are memory-mapped."""
     model = copy.deepcopy(model)
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     if model.config.tied:
@@ -81,7 +81,7 @@ def test_two_swapped_layers_are_noticed(made: tuple[Path, Llama]) -> None:
 
 @pytest.fixture(scope="module", params=[0, 1])
 def massive(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Llama]:
-    """A file, and its model, in which some activations are far larger than others, as in trained models."""
+    """Returns a file and its model, a few of whose activations are very large, as in trained models."""
     model = random_model(DEEP, seed=request.param)
     for layer in ("1", "3"):
         model.layers[layer].feed_forward.w2.weight[5].mul_(300)
@@ -123,7 +123,7 @@ def test_massive_activations_pass_and_hide_no_fault(massive: tuple[Path, Llama])
 
 @pytest.fixture(scope="module", params=["fp32", "8da8w", "experts"])
 def right(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Right, Observed]:
-    """A right file of a random model, and what it computes."""
+    """Returns a correct file of a random model, and its measurements."""
     is_moe = request.param == "experts"
     model = random_model(MOE if is_moe else DEEP)
     scheme = SCHEMES["fp32" if is_moe else request.param]
@@ -131,7 +131,7 @@ def right(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return made, observed(Program(made.path))
 
 
-def test_a_right_file_passes_and_holds_the_weights(right: tuple[Right, Observed]) -> None:
+def test_a_correct_file_passes_and_contains_the_weights(right: tuple[Right, Observed]) -> None:
     file, found = right
     fidelity = judge(file.source, found)
     assert fidelity.passed
@@ -188,7 +188,7 @@ def test_shards_and_slices_hold_the_weights(count: int, toy_options: ExportOptio
     assert set(altered(tmp_path / "cut", other)) == {"layers.1.attention.wo.weight"}
 
 
-def test_limits_are_widened_by_what_rounding_does_to_the_reference_itself() -> None:
+def test_limits_include_the_rounding_of_the_reference() -> None:
     expected = torch.randn(20, 50, generator=torch.Generator().manual_seed(0)) * 3
     noise = torch.randn(20, 50, generator=torch.Generator().manual_seed(1))
     limits = LIMITS["float32"]

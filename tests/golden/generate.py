@@ -1,4 +1,4 @@
-"""Makes the golden files that Python and C++ are both tested against. Run it again when the built-in model changes.
+"""Writes the golden files that Python and C++ are both tested against. Run it again when the built-in model changes.
 
 python -m tests.golden.generate
 """
@@ -56,7 +56,7 @@ PENALISED = [
     SamplingOptions(temperature=0.7, repetition_penalty=0.8, presence_penalty=-0.2, frequency_penalty=0.1),
     SamplingOptions(temperature=1.2, top_p=0.9, min_p=0.01, repetition_penalty=1.7, frequency_penalty=0.6),
 ]
-"""Each is drawn with tokens before it, and a second time with biases, too."""
+"""Options with penalties, sampled with and without biases."""
 RECENT = [0, 3, 0, 5, 0, 2, 1, 6]
 DRAWS = 12
 CONTENTS = [
@@ -68,7 +68,7 @@ CONTENTS = [
     " \n",
     "Lily had a dog. <|im_end|>",
 ]
-"""What is said in chats."""
+"""Contents of chat messages."""
 RUNS = [
     ("", SamplingOptions(), 0, 200),
     ("", SamplingOptions(temperature=0.8), 7, 120),
@@ -79,7 +79,9 @@ RUNS = [
 
 
 def _logits() -> list[list[float]]:
-    """Rows of float32: of order 1, of order 10, with ties, all equal, with hidden tokens, with a single one left."""
+    """Returns rows of float32 logits: of order 1, of order 10, with ties, all equal, some hidden, all but one hidden, a
+    single token.
+    """
     generator = torch.Generator().manual_seed(1)
     plain = torch.randn(64, generator=generator)
     ties = torch.randint(0, 4, (40,), generator=generator).float()
@@ -91,14 +93,14 @@ def _logits() -> list[list[float]]:
 
 
 def _shown(options: SamplingOptions) -> dict[str, Any]:
-    """Those that every case has, and whatever else is not as usual."""
+    """Returns the options that every case has, and those that differ from their defaults."""
     usual = vars(SamplingOptions())
     always = ("temperature", "top_k", "top_p")
     return {name: value for name, value in vars(options).items() if name in always or value != usual[name]}
 
 
 def _penalised(number: int, logits: list[float]) -> list[dict[str, Any]]:
-    """Tokens drawn one after the other, each of which the next one looks back on."""
+    """Returns cases of tokens sampled with penalties, which depend on the tokens before."""
     cases = []
     biases: list[dict[int, float]] = [{}, {0: -1.5, len(logits) - 1: 0.625}]
     for options in (replace(options, logit_bias=bias) for options in PENALISED for bias in biases):
@@ -121,9 +123,7 @@ def _logprobs() -> list[dict[str, Any]]:
 
 
 def sampler() -> dict[str, Any]:
-    """Coins of the generator, tokens drawn one after the other from one row of logits, and logarithms of probabilities
-    in it.
-    """
+    """Returns values of the random generator, tokens sampled from rows of logits, and log-probabilities."""
     seeds = [0, 1, 7, 2**32, 2**63, 2**64 - 1]
     coins = []
     for seed in seeds:
@@ -141,7 +141,7 @@ def sampler() -> dict[str, Any]:
 
 
 def constants() -> dict[str, Any]:
-    """Numbers and texts that each language has for itself, and must have alike."""
+    """Returns the constants that are defined in both languages and must be equal."""
     return {
         "format_version": FORMAT_VERSION,
         "session_version": session_file.VERSION,
@@ -158,7 +158,7 @@ def constants() -> dict[str, Any]:
 
 
 def _ends(tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Every way in which a text ends, and characters split over tokens. What the model says, and what stops it."""
+    """Returns cases for every way in which a text ends, and for characters split over tokens."""
     (stop,) = tokenizer.stop_ids
     byte = {tokenizer.piece(token, first=False): token for token in reversed(range(tokenizer.vocab_size))}
     once, snowman = tokenizer.encode("Once upon a time, there was"), [byte[bytes([b])] for b in "\N{SNOWMAN}".encode()]
@@ -212,7 +212,7 @@ def _ends(tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 
 def finish() -> dict[str, Any]:
-    """Each step of texts whose tokens are prescribed, and random texts in pieces through a StopFilter."""
+    """Returns every step of texts with prescribed tokens, and random pieces of text through a StopFilter."""
     tokenizer = open_tokenizer(BUILT_IN / "tokenizer.model")
     usual = {"prompt": [1], "capacity": 40, "max_new_tokens": None, "stop_strings": []}
     cases = []
@@ -231,7 +231,7 @@ def finish() -> dict[str, Any]:
 
 
 def generation(path: Path) -> dict[str, Any]:
-    """What follows some prompts, ids and text, and the checkpoint that says so."""
+    """Returns what a model generates for some prompts, ids and text, and the identity of its checkpoint."""
     program = Program(path)
     runs = []
     for prompt, sampling, seed, length in RUNS:
@@ -244,9 +244,8 @@ def generation(path: Path) -> dict[str, Any]:
 
 
 def chat() -> dict[str, Any]:
-    """Conversations under each template that is known by name, and those of public models, with the built-in tokenizer.
-
-    Their special tokens are its BOS and EOS, and whatever else is one elsewhere is ordinary text.
+    """Returns conversations rendered by each named and public template, with ids from the built-in tokenizer. Its BOS
+    and EOS stand for the template's special tokens; other models' special tokens are encoded as ordinary text.
     """
     tokenizer = open_tokenizer(BUILT_IN / "tokenizer.model")
     public = {name: reduced(JinjaTemplate(public.source, "<s>", "</s>")) for name, public in PUBLIC.items()}
@@ -266,7 +265,7 @@ def chat() -> dict[str, Any]:
 
 
 def write(name: str, content: dict[str, Any]) -> None:
-    """One line for each entry, so that changes show."""
+    """Writes one line per entry, for readable diffs."""
     parts = []
     for key, value in content.items():
         items = ",\n".join(json.dumps(item) for item in value) if isinstance(value, list) else None
@@ -275,7 +274,7 @@ def write(name: str, content: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Writes all golden files; stories260K's only where ../shared/data has it."""
+    """Writes all golden files; that of stories260K only if ../shared/data has the model."""
     write("constants.json", constants())
     write("sampler.json", sampler())
     write("chat.json", chat())

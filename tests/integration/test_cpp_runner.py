@@ -1,4 +1,6 @@
-"""The C++ runner's command: the same output, errors and exit codes as `python -m runtime.generate`, and its size."""
+"""Tests the C++ runner's command: its output, errors and exit codes are those of `python -m runtime.generate`. Also
+tests its size.
+"""
 
 import functools
 import json
@@ -50,7 +52,7 @@ def test_prints_what_llama2_c_prints(runner: Path, stories_pte: Path, shared: Pa
     "scheme",
     [
         {"quantize": "8da4w", "embedding_bits": 4},  # tied to the head
-        {"quantize": "q4_1"},
+        {"quantize": "q4_k_m"},
         pytest.param({"quantize": "8da4w", "group_size": 64, "head_bits": 8}, marks=pytest.mark.slow),
         pytest.param({"quantize": "mixed"}, marks=pytest.mark.slow),
         pytest.param({"quantize": "8da8w"}, marks=pytest.mark.slow),
@@ -115,11 +117,11 @@ def test_prints_what_python_prints(
 
 
 def _logprobs(rows: list[dict[str, Any]]) -> list[float]:
-    """All of their numbers; the two languages' exp and log differ by a rounding."""
+    """Returns all log-probabilities, which may differ by rounding of exp and log between the languages."""
     return [number for row in rows for number in (row["logprob"], *(n for pair in row["top_logprobs"] for n in pair))]
 
 
-def test_measures_what_python_measures(runner: Path, toy_pte: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_equals_pythons_in_form(runner: Path, toy_pte: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--prefill", "7", "48", "49", "--decode", "2", "16", "47", "48", "--format", "json"]
     bench.main([str(toy_pte), *flags])
     theirs, done = json.loads(capsys.readouterr().out), _run(runner, toy_pte, "--bench", *flags)
@@ -155,7 +157,7 @@ def test_a_session_goes_from_one_language_to_the_other(
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Exports a kind of model for a backend, once."""
+    """Returns a function that exports a kind of model for a backend, once."""
 
     @functools.cache
     def export(name: str, backend: str) -> Path:
@@ -166,11 +168,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], P
     return export
 
 
-SHOWN_BY_OTHERS = ("window longer than a chunk", "window longer than the context", "window of one")
-MINUTES = ("fused, alternating windows", "fused, alibi in a window", "fused, learned positions", "fused, parallel")
-CASES = [(name, "portable") for name in KINDS if name not in (*SHOWN_BY_OTHERS, *MINUTES)]
+COVERED_BY_OTHERS = ("window longer than a chunk", "window longer than the context", "window of one")
+SLOW_KINDS = ("fused, alternating windows", "fused, alibi in a window", "fused, learned positions", "fused, parallel")
+CASES = [(name, "portable") for name in KINDS if name not in (*COVERED_BY_OTHERS, *SLOW_KINDS)]
 SLOW_CASES = [
-    *(pytest.param(name, "portable", marks=pytest.mark.slow) for name in MINUTES),
+    *(pytest.param(name, "portable", marks=pytest.mark.slow) for name in SLOW_KINDS),
     *(pytest.param(name, "xnnpack", marks=pytest.mark.slow) for name in ("alternating windows", "alibi", "fused")),
 ]
 
@@ -179,7 +181,9 @@ SLOW_CASES = [
 def test_runs_models_of_every_kind_as_python_does(
     name: str, backend: str, runner: Path, exported: Callable[[str, str], Path]
 ) -> None:
-    """To the end of their context, after prompts shorter and longer than a chunk; and Python's as the eager model."""
+    """Generates to the end of the context, after prompts shorter and longer than a chunk. Python's logits are compared
+    with the eager model's.
+    """
     path, model = exported(name, backend), KINDS[name].model
     program = Program(path)
     for length in (1, 7, 8, 26):
@@ -309,13 +313,13 @@ def test_jni_sample_compiles(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def aarch64() -> list[str | Path]:
-    """How to run the command built for ARM."""
+    """Returns the command that runs the ARM build."""
     for tool in ("qemu-aarch64-static", "aarch64-linux-gnu-g++"):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool}; make runner-aarch64 installs it")
     for command in (["--preset", "aarch64-linux"], ["--build", str(AARCH64), "-j2", "--target", "deploy"]):
         subprocess.run([CMAKE, *command], cwd=ROOT / "cpp_runner", check=True, capture_output=True)
-    # The cross compiler's own libraries, whatever arm64 packages the machine has besides.
+    # The libraries of the cross compiler, independent of installed arm64 packages.
     qemu = ["qemu-aarch64-static", "-L", CROSS_ROOT, "-E", f"LD_LIBRARY_PATH={CROSS_ROOT / 'lib'}"]
     return [*qemu, AARCH64 / "deploy" / "llama_runner"]
 
@@ -331,7 +335,7 @@ def test_aarch64_prints_what_llama2_c_prints(aarch64: list[str | Path], stories_
 def test_aarch64_runs_quantised_weights_as_this_machine_does(
     aarch64: list[str | Path], runner: Path, tmp_path: Path, quantize: str
 ) -> None:
-    """Weights of few bits and activations of 8, which have kernels of their own on ARM."""
+    """Tests weights of 4 and 5 bits with 8-bit activations, which have their own kernels on ARM."""
     output = tmp_path / "quantised.pte"
     export_llama(ExportOptions(max_seq_len=512, prefill_chunk=8, quantize=quantize, output=output))
     flags = [output, "--prompt", "Once upon a time", "--max-new-tokens", "40"]
@@ -341,7 +345,7 @@ def test_aarch64_runs_quantised_weights_as_this_machine_does(
 
 
 def _built(preset: str, *targets: str) -> Path:
-    """Another build of the C++ runner."""
+    """Returns the folder of another build of the C++ runner."""
     build = ROOT / "build" / preset
     for command in (["--preset", preset], ["--build", str(build), "-j2", *targets]):
         subprocess.run([CMAKE, *command], cwd=ROOT / "cpp_runner", check=True, capture_output=True)

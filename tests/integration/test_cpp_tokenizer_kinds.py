@@ -1,4 +1,4 @@
-"""Every kind of stage and model that a tokenizer.json may have, in C++ against the tokenizers library."""
+"""Tests every stage and model that a tokenizer.json may have, in C++ against the tokenizers library."""
 
 import json
 import random
@@ -23,7 +23,7 @@ BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 @cache
 def _vocabulary(is_byte_level: bool) -> dict[str, Any]:
-    """The model and the special token of a small BPE."""
+    """Trains a small BPE and returns its model and special token."""
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel() if is_byte_level else pre_tokenizers.Metaspace()
     fallback = [] if is_byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
@@ -34,7 +34,7 @@ def _vocabulary(is_byte_level: bool) -> dict[str, Any]:
 
 
 def _stages(normalizer: Any = None, pre_tokenizer: Any = None, is_byte_level: bool = True, **model: Any) -> bytes:
-    """A tokenizer.json with such stages around a small vocabulary."""
+    """Returns a tokenizer.json with the given stages and a small vocabulary."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     if normalizer is not None:
         tokenizer.normalizer = normalizer
@@ -56,7 +56,7 @@ def _split(pattern: Any, behavior: str, invert: bool = False) -> Callable[[], by
 
 
 def _before(stage: Any) -> Callable[[], bytes]:
-    """A tokenizer that splits by a stage before it takes bytes."""
+    """Returns a maker of a tokenizer that applies a stage before it splits text into bytes."""
     return lambda: _stages(pre_tokenizer=pre_tokenizers.Sequence([stage, BYTES]))
 
 
@@ -156,7 +156,7 @@ def test_equals_the_library(name: str, tmp_path: Path) -> None:
         ("normalizer", {"type": "BertNormalizer", "clean_text": True}, "normalizer BertNormalizer"),
     ],
 )
-def test_what_it_refuses_is_told_at_export(part: str, value: dict[str, Any], named: str, tmp_path: Path) -> None:
+def test_export_warns_of_what_the_runner_refuses(part: str, value: dict[str, Any], named: str, tmp_path: Path) -> None:
     data = json.dumps(json.loads(_stages()) | {part: value}).encode()
     found = unsupported_in_cpp(data)
     assert found is not None

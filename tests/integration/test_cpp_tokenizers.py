@@ -1,4 +1,4 @@
-"""The C++ runner's tokenizers against sentencepiece, tiktoken and tokenizers, over thousands of fuzzed strings."""
+"""Tests the C++ runner's tokenizers against sentencepiece, tiktoken and tokenizers, on thousands of fuzzed strings."""
 
 import json
 import random
@@ -31,7 +31,7 @@ def tool() -> Path:
 
 
 def _texts() -> list[str]:
-    """Enough text to train a small vocabulary on, of several scripts."""
+    """Returns enough text in several scripts to train a small vocabulary."""
     words = [path.read_text() for path in sorted(ROOT.glob("*/*.py"))]
     return [
         *words,
@@ -71,7 +71,9 @@ def _qwen() -> bytes:
 
 
 def _llama3() -> bytes:
-    """Llama 3's own tokenizer.json, in small: the pattern, three digits at once, whole words without merges."""
+    """Returns a small version of Llama 3's tokenizer.json: its pattern, up to three digits at once, whole words without
+    merges.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -84,7 +86,9 @@ def _llama3() -> bytes:
 
 
 def _metaspace(*, legacy: bool) -> bytes:
-    """Llama 2's tokenizer.json: byte fallback, and the space mark from the normalizer or from the pre-tokenizer."""
+    """Returns a small version of Llama 2's tokenizer.json, with byte fallback. The normalizer (legacy) or the
+    pre-tokenizer adds the space mark.
+    """
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     if legacy:
@@ -124,7 +128,7 @@ TOKENIZERS: dict[str, Callable[[], bytes]] = {
 
 
 def _fuzzed(rng: random.Random) -> bytes:
-    """One of the kinds of text that tokenizers trip over, or several of them joined."""
+    """Returns a random text of a kind that is difficult for tokenizers, or several of them joined."""
     kinds: list[Callable[[], bytes]] = [
         lambda: " ".join(
             rng.choices(["the", "Don't", "WE'LL", "x\u017f's", "été", "naïve", "12345", "3.14"], k=6)
@@ -232,7 +236,7 @@ def test_special_text_becomes_special_tokens_on_request(tool: Path, tmp_path: Pa
         ("decoder", {"type": "WordPiece", "prefix": "##", "cleanup": True}),
     ],
 )
-def test_refuses_what_it_does_not_implement(part: str, value: object, tool: Path, tmp_path: Path) -> None:
+def test_refuses_unsupported_parts(part: str, value: object, tool: Path, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(json.loads(_gpt2()) | {part: value}))
     done = subprocess.run([tool, path], input=b"", capture_output=True, check=False)

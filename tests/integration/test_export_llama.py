@@ -1,4 +1,4 @@
-"""The command and the pipeline behind it, from a checkpoint to a file that runs."""
+"""Tests the export command and its pipeline, from a checkpoint to a file that runs."""
 
 import itertools
 import os
@@ -38,7 +38,7 @@ STAGES = ("open", "lower", "assemble", "write", "verify")
 
 
 class Recorder(Progress):
-    """Remembers which stages ran and what was said."""
+    """Records the stages that ran and the messages."""
 
     def __init__(self) -> None:
         self.stages: list[str] = []
@@ -121,7 +121,7 @@ def test_the_built_in_model_exports_and_tells_a_story(tiny_pte: Path, capfd: pyt
 
 
 def test_one_command_goes_from_checkpoint_to_text(tiny_pte: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is exported already is only run."""
+    """A second run must not export again."""
     before = tiny_pte.stat().st_mtime_ns
     assert command.main(["--max-seq-len", "512", "--output", str(tiny_pte), "--run", "Once upon a time"]) == 0
     assert tiny_pte.stat().st_mtime_ns == before
@@ -188,9 +188,7 @@ def test_a_wrong_weight_fails_the_export_and_keeps_the_earlier_file(
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_a_context_beyond_the_trained_one_is_warned_of_with_both_numbers(
-    toy_options: ExportOptions, tmp_path: Path
-) -> None:
+def test_a_context_beyond_the_trained_one_gives_a_warning(toy_options: ExportOptions, tmp_path: Path) -> None:
     progress = Recorder()
     options = replace(toy_options, max_seq_len=60, backend="portable", output=tmp_path / "long.pte")
     export_llama(options, progress)
@@ -286,7 +284,7 @@ def test_other_stop_ids_are_another_export(tmp_path: Path) -> None:
     assert read_metadata(tmp_path / "a.pte").stop_ids == (3, 4)
 
 
-def test_help_explains_every_flag_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_flag_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert exits_with(["--help"], command.main) == 0
     text = capsys.readouterr().out
     for flag in (
@@ -351,7 +349,7 @@ def test_an_export_killed_at_any_stage_leaves_the_earlier_file_whole(toy_bin: Pa
 
 
 @pytest.mark.slow
-def test_an_export_killed_at_twenty_moments_leaves_a_whole_file(
+def test_an_export_killed_at_random_times_leaves_a_whole_file(
     toy_options: ExportOptions, toy_bin: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "toy.pte"
@@ -361,10 +359,10 @@ def test_an_export_killed_at_twenty_moments_leaves_a_whole_file(
     killed(toy_bin, tmp_path / "timed.pte", "portable", ["never"])
     once = time.monotonic() - started
     killed(toy_bin, tmp_path / "timed.pte", "portable", ["never", "never"])
-    seconds = time.monotonic() - started - 2 * once  # of one export, without the start of the process
+    seconds = time.monotonic() - started - 2 * once  # time of one export, without the process's start
     (tmp_path / "timed.pte").unlink()
     generator, kills, moments = random.Random(0), 0, 0
-    while kills < 20:  # moments after the end of an export that was faster than the timed one do not count
+    while kills < 20:  # an export that ended before it was killed does not count
         (end,) = killed(toy_bin, output, "portable", [f"{generator.uniform(0, seconds):.3f}"])
         kills += end.endswith(" -9")
         moments += 1

@@ -1,4 +1,4 @@
-"""What a text starts with and what ends it: as transformers makes of the same folder."""
+"""Tests which token starts a text and which tokens end it, against transformers on the same folder."""
 
 import json
 import shutil
@@ -26,7 +26,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_tokenizer(folder: Path, starts: bool, mark: str) -> None:
-    """A byte-level tokenizer; its post-processor may put <start> before a text. `mark` stands before its settings."""
+    """Writes a byte-level tokenizer whose post-processor puts <start> before a text if `starts`. `mark` is put before
+    its settings, as a byte order mark.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:90]
     vocab = {text: number for number, text in enumerate([*SPECIALS, *alphabet])}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
@@ -41,7 +43,9 @@ def write_tokenizer(folder: Path, starts: bool, mark: str) -> None:
 
 @pytest.mark.parametrize("starts", [True, False])
 @pytest.mark.parametrize("config_bos", [None, 1, 2])
-def test_the_post_processor_decides_what_starts_a_text(starts: bool, config_bos: int | None, model: Path) -> None:
+def test_the_post_processor_decides_which_token_starts_a_text(
+    starts: bool, config_bos: int | None, model: Path
+) -> None:
     write_tokenizer(model, starts, "")
     path = model / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token_id": config_bos}))
@@ -64,7 +68,7 @@ def test_the_eos_beside_a_given_tokenizer_ends_a_text(tmp_path: Path) -> None:
         open_tokenizer(tmp_path / "tokenizer.json")
 
 
-def test_the_tokenizers_eos_ends_a_text_where_nothing_else_says_what_does(model: Path) -> None:
+def test_the_tokenizers_eos_is_the_default_stop_token(model: Path) -> None:
     write_tokenizer(model, True, "")
     for name in ("config.json", "generation_config.json"):
         settings = json.loads((model / name).read_text()) | {"eos_token_id": None}
@@ -85,15 +89,15 @@ def test_a_byte_order_mark_before_json_is_skipped(model: Path) -> None:
     assert plan(ExportOptions(checkpoint=model, output=model / "x.pte")).provenance["bos_id"] == 1
 
 
-def settle(folder: Path, **files: object) -> None:
-    """Writes files of JSON by their names without .json."""
+def write_settings(folder: Path, **files: object) -> None:
+    """Writes JSON files, given by their names without .json."""
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece model with a smaller vocabulary than the models here have."""
+    """Trains a SentencePiece model with a smaller vocabulary than the models in these tests."""
     folder = tmp_path_factory.mktemp("pieces")
     text = folder / "text.txt"
     text.write_text("\n".join(f"the {word} of a {word}s" for word in ("cat", "dog", "bird", "tree", "house")))
@@ -105,7 +109,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bare(model: Path, tmp_path: Path) -> Path:
-    """A folder without a tokenizer."""
+    """Returns a model folder without a tokenizer."""
     folder = tmp_path / "bare"
     shutil.copytree(model, folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -114,11 +118,11 @@ def bare(model: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("adds", [None, True, False])
-def test_tokenizer_config_says_whether_a_text_of_sentencepiece_starts_with_bos(
+def test_tokenizer_config_decides_whether_a_sentencepiece_text_starts_with_bos(
     adds: bool | None, bare: Path, small: Path
 ) -> None:
     shutil.copy(small, bare / "tokenizer.model")
-    settle(bare, tokenizer_config={"bos_token": "<s>"} | ({} if adds is None else {"add_bos_token": adds}))
+    write_settings(bare, tokenizer_config={"bos_token": "<s>"} | ({} if adds is None else {"add_bos_token": adds}))
     planned = plan(ExportOptions(checkpoint=bare, output=bare / "x.pte"))
     assert planned.provenance["bos_id"] == (None if adds is False else 1)
 
@@ -130,30 +134,30 @@ def test_added_tokens_that_a_sentencepiece_model_lacks_are_named(place: str, bar
         return {text: number} if place == "added_tokens" else listed
 
     shutil.copy(small, bare / "tokenizer.model")
-    settle(bare, **{place: added("<|im_end|>", 40)})
+    write_settings(bare, **{place: added("<|im_end|>", 40)})
     message = r"tokenizer.model lacks <\|im_end\|>, which added_tokens.json or .* add; save a tokenizer.json there: "
     with pytest.raises(InputError, match=message):
         plan(ExportOptions(checkpoint=bare, output=bare / "x.pte"))
-    settle(bare, **{place: added("<s>", 1)})
+    write_settings(bare, **{place: added("<s>", 1)})
     assert plan(ExportOptions(checkpoint=bare, output=bare / "x.pte")).tokenizer
 
 
-def test_a_vocabulary_and_merges_are_named_with_what_makes_one_file_of_them(bare: Path) -> None:
-    settle(bare, vocab={"a": 0})
+def test_a_vocabulary_and_merges_are_refused_with_the_converter(bare: Path) -> None:
+    write_settings(bare, vocab={"a": 0})
     (bare / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(InputError, match=r"has its tokenizer only as vocab.json and merges.txt; save a tokenizer.json"):
         plan(ExportOptions(checkpoint=bare, output=bare / "x.pte"))
 
 
-def test_what_ends_a_text_is_said_in_three_places(bare: Path) -> None:
+def test_stop_tokens_are_read_from_three_files(bare: Path) -> None:
     write_tokenizer(bare, True, "")
     config = json.loads((bare / "config.json").read_text(encoding="utf-8-sig"))
-    settle(bare, config=config | {"eos_token_id": 5}, generation_config={"eos_token_id": [7, 5]})
+    write_settings(bare, config=config | {"eos_token_id": 5}, generation_config={"eos_token_id": [7, 5]})
     assert plan(ExportOptions(checkpoint=bare, output=bare / "x.pte")).provenance["stop_ids"] == [7, 5, 2]
 
 
 @pytest.mark.parametrize("starts", [True, False])
-def test_a_tokenizer_that_is_given_decides_what_starts_a_text(starts: bool, bare: Path, tmp_path: Path) -> None:
+def test_a_given_tokenizer_decides_which_token_starts_a_text(starts: bool, bare: Path, tmp_path: Path) -> None:
     (tmp_path / "given").mkdir()
     write_tokenizer(tmp_path / "given", starts, "")
     file = tmp_path / "given" / "tokenizer.json"

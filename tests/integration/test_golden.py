@@ -1,4 +1,4 @@
-"""Python against the golden files that the C++ runner reads too (tests/cpp/test_golden.cpp)."""
+"""Tests Python against the golden files that the C++ runner is tested against, too (tests/cpp/test_golden.cpp)."""
 
 import json
 import re
@@ -72,11 +72,13 @@ def test_finish() -> None:
 
 
 def _one_each(text: str) -> str:
-    """SentencePiece has a U+FFFD for each byte that is no character's, Python's codec one for what begins alike."""
+    """Merges adjacent U+FFFD, of which SentencePiece writes one per invalid byte, and Python's codec one per invalid
+    sequence.
+    """
     return re.sub("\N{REPLACEMENT CHARACTER}+", "\N{REPLACEMENT CHARACTER}", text)
 
 
-def test_finish_is_what_sentencepiece_decodes_up_to_the_first_stop_string() -> None:
+def test_finish_equals_sentencepieces_text_up_to_the_first_stop_string() -> None:
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(BUILT_IN / "tokenizer.model"))
     reasons = set()
     for case in _golden("finish.json")["cases"]:
@@ -126,7 +128,7 @@ def test_tiny(tiny_pte: Path) -> None:
 
 
 def _check_eager(golden: dict[str, Any], checkpoint: Path) -> None:
-    """Each greedy id is the likeliest one after those before it, in one pass of the eager model."""
+    """Checks that each greedy id has the highest logit, computed in one pass of the eager model."""
     model = open_checkpoint(checkpoint).build()
     for run in golden["runs"]:
         if run["temperature"] == 0:

@@ -1,4 +1,4 @@
-"""Shards: cut at export, found in a folder, checked against each other, and together the model."""
+"""Tests shards: cut at export, found in a folder, checked against each other, and run as the whole model."""
 
 import json
 import re
@@ -25,19 +25,19 @@ from tests.conftest import DEEP, MODELS, exported, random_options
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
-    """How to export DEEP."""
+    """Returns the export options of DEEP."""
     return random_options(DEEP, tmp_path_factory.mktemp("deep"))
 
 
 @pytest.fixture(scope="module")
 def whole(deep: ExportOptions) -> Path:
-    """DEEP in one file."""
+    """Returns DEEP in one file."""
     return exported(replace(deep, output=MODELS / "deep.pte"))
 
 
 @pytest.fixture(scope="module")
 def shards(deep: ExportOptions) -> Path:
-    """DEEP in three."""
+    """Returns DEEP in three shards."""
     return exported(replace(deep, sharding=Sharding(3), output=MODELS / "deep.shards"))
 
 
@@ -76,7 +76,7 @@ def test_any_number_of_shards_gives_the_whole_models_tokens(
     ],
 )
 def test_every_kind_of_graph_can_be_cut(changes: dict[str, object], deep: ExportOptions, tmp_path: Path) -> None:
-    """The stages verify each against the eager model; here the logits are the whole's, too."""
+    """The export verifies each shard against the eager model; this test compares the logits with the whole model's."""
     options = replace(deep, prefill_chunk=3, max_seq_len=16, **changes)  # type: ignore[arg-type]
     one = Program(export_llama(replace(options, output=tmp_path / "one.pte")))
     two = Program(export_llama(replace(options, sharding=Sharding(2), output=tmp_path / "two")))
@@ -89,7 +89,7 @@ def test_every_kind_of_graph_can_be_cut(changes: dict[str, object], deep: Export
 
 
 def replace_order(spec: MethodSpec, program: Program) -> MethodSpec:
-    """The same with inputs and outputs in the order of another program's."""
+    """Returns the method with its inputs and outputs in the order of another program's."""
     (other,) = (each for each in program.metadata.methods if each.name == spec.name)
     inputs, outputs = ({each.name: each for each in found} for found in (spec.inputs, spec.outputs))
     return replace(
@@ -99,7 +99,7 @@ def replace_order(spec: MethodSpec, program: Program) -> MethodSpec:
     )
 
 
-def test_a_session_is_kept_by_shards_and_goes_on_in_the_whole(whole: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_session_saved_with_shards_continues_in_the_whole_model(whole: Path, shards: Path, tmp_path: Path) -> None:
     session = Session(Program(shards))
     session.prefill([5, 6, 7])
     session.save(tmp_path / "session")
@@ -108,14 +108,14 @@ def test_a_session_is_kept_by_shards_and_goes_on_in_the_whole(whole: Path, shard
     torch.testing.assert_close(other.decode(8), session.decode(8))
 
 
-def test_shards_tell_what_the_whole_does(whole: Path, shards: Path) -> None:
+def test_shards_have_the_metadata_of_the_whole(whole: Path, shards: Path) -> None:
     one, three = read_metadata(whole), read_metadata(shards)
     assert (three.identity, three.matrix_bytes, three.span) == (one.identity, one.matrix_bytes, range(5))
     with pytest.raises(InputError, match=r"the shard with blocks 0 to \d is missing beside .*2-of-3.pte"):
         Program(shards / "2-of-3.pte")
 
 
-def test_what_does_not_make_one_model_is_refused_by_name(
+def test_files_that_do_not_form_one_model_are_refused_by_name(
     deep: ExportOptions, shards: Path, runner: Path, tmp_path: Path
 ) -> None:
     other = export_llama(replace(deep, prefill_chunk=5, sharding=Sharding(3), output=tmp_path / "other"))
@@ -151,7 +151,9 @@ def test_what_does_not_make_one_model_is_refused_by_name(
     refused(tmp_path / "empty", "has no .pte files")
 
 
-def test_what_does_not_fit_is_loaded_for_each_step(whole: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_beyond_the_budget_are_loaded_for_each_step(
+    whole: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("runtime.engine.sequential.memory", lambda: 5_000_000)
     one, metadata = Session(Program(whole)), read_metadata(shards)
     sizes = 5_000_000 + metadata.activation_bytes + metadata.cache_bytes
@@ -166,8 +168,8 @@ def test_what_does_not_fit_is_loaded_for_each_step(whole: Path, shards: Path, mo
 
 
 def budget(runner: Path, folder: Path, shards: int = 1) -> str:
-    """A budget with room for so many of the largest shard, as a flag has it, and 2 MB: what a process holds before it
-    loads varies.
+    """Returns the value of --memory-budget for so many of the largest shard. 2 MB are added, as the process's own
+    memory varies.
     """
     refused = subprocess.run([runner, folder, "--prompt-ids", "1", "--memory-budget", "1MB"], capture_output=True)
     lacking = re.search(rb"needs (\d+) MB; give (\d+) MB more", refused.stderr)
@@ -176,8 +178,8 @@ def budget(runner: Path, folder: Path, shards: int = 1) -> str:
     return f"{int(lacking[1]) * (shards - 1) + int(lacking[2]) + 2}MB"
 
 
-def test_the_runner_maps_what_it_has_packed(tiny_pte: Path, runner: Path, tmp_path: Path) -> None:
-    """Of five shards it keeps two or three: each run after the first finds the packed files."""
+def test_the_runner_maps_packed_files(tiny_pte: Path, runner: Path, tmp_path: Path) -> None:
+    """Two or three of five shards fit the budget; every run after the first must use the packed files."""
     folder = export_llama(ExportOptions(max_seq_len=512, sharding=Sharding(5), output=tmp_path / "tiny"))
     flags = ["--prompt", "Once upon a time", "--max-new-tokens", "20", "--format", "json"]
     expected = subprocess.run([runner, tiny_pte, *flags], capture_output=True, check=True)
@@ -216,7 +218,7 @@ def test_real_models_streamed_give_the_whole_models_tokens(
     assert found["token_ids"] == expected
 
 
-def test_another_cut_takes_the_place_of_the_first(deep: ExportOptions, shards: Path, tmp_path: Path) -> None:
+def test_another_sharding_replaces_the_first(deep: ExportOptions, shards: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(shards, tmp_path / "shards"))
     options = replace(deep, output=folder)
     (folder / "2-of-3.pte.0123456789abcdef.packed").touch()

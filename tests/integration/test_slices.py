@@ -1,4 +1,6 @@
-"""Slices: dealt out at export, found in a folder, checked against each other, and together the model."""
+"""Tests tensor-parallel slices: divided at export, found in a folder, checked against each other, and run as the whole
+model.
+"""
 
 import itertools
 import shutil
@@ -18,6 +20,7 @@ from export.llama import export_llama
 from export.planning.plan import ExportOptions
 from export.planning.sharding import Sharding
 from export.quality.eager import reference
+from export.weights.formats.integer import BYTE
 from export.weights.scheme import SCHEMES, Scheme, adjusted
 from model.config import ModelConfig
 from model.errors import InputError
@@ -33,7 +36,7 @@ from tests.support.slices import GRAPH, GROUPED, PADDED, UNUSUAL, EagerSlices, M
 QUANTISED = [
     SCHEMES["8da8w"],
     adjusted(SCHEMES["8da4w"], None, 4, 8, "nearest"),
-    replace(SCHEMES["8da4w"], careful=(1,), kv_dtype="float16"),
+    replace(SCHEMES["8da4w"], others={"layers.1": BYTE}, kv_dtype="float16"),
     replace(SCHEMES["8da8w"], kv_dtype="int8"),
 ]
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
@@ -46,19 +49,19 @@ def ids(program: Steps, temperature: float = 0.0) -> list[int]:
 
 @pytest.fixture(scope="module")
 def grouped(tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
-    """How to export GROUPED."""
+    """Returns the export options of GROUPED."""
     return random_options(GROUPED, tmp_path_factory.mktemp("grouped"))
 
 
 @pytest.fixture(scope="module")
 def whole(grouped: ExportOptions) -> Path:
-    """GROUPED in one file."""
+    """Returns GROUPED in one file."""
     return exported(replace(grouped, output=MODELS / "small-whole.pte"))
 
 
 @pytest.fixture(scope="module")
 def slices(grouped: ExportOptions) -> Path:
-    """GROUPED in two slices."""
+    """Returns GROUPED in two slices."""
     return exported(replace(grouped, sharding=Sharding(slices=2), output=MODELS / "small-2.slices"))
 
 
@@ -80,7 +83,7 @@ def test_slices_of_every_kind_of_model_give_its_tokens(name: str, count: int) ->
     ],
 )
 def test_quantised_slices_are_near_the_whole(config: ModelConfig, count: int, scheme: Scheme) -> None:
-    """Whose activations are rounded by slices, as the reference has it for them."""
+    """Activations are rounded per slice, as the reference does for slices, so results differ from the whole model's."""
     plan = in_slices(config, count, scheme)
     found = Session(EagerSlices(plan)).extend(PROMPT, 3)
     as_slices, as_whole = (
@@ -169,7 +172,7 @@ def test_slices_of_the_built_in_model_give_its_tokens(count: int, tiny_pte: Path
 )
 @pytest.mark.slow
 def test_every_kind_of_graph_can_be_sliced(changes: dict[str, object], grouped: ExportOptions, tmp_path: Path) -> None:
-    """The stages verify each against the eager model; here the logits are near the whole's, too."""
+    """The export verifies each slice against the eager model; this test compares the logits with the whole model's."""
     options = replace(grouped, **changes)  # type: ignore[arg-type]
     one = Session(Program(export_llama(replace(options, output=tmp_path / "one.pte"))))
     two = Session(Program(export_llama(replace(options, sharding=Sharding(slices=2), output=tmp_path / "two"))))
@@ -181,8 +184,8 @@ def test_every_kind_of_graph_can_be_sliced(changes: dict[str, object], grouped: 
     assert (one.hidden is None) == (two.hidden is None)
 
 
-def test_processes_with_a_slice_each_make_one_model(slices: Path, whole: Path) -> None:
-    """Threads here, which meet at each sum."""
+def test_processes_with_one_slice_each_give_the_tokens_of_the_whole(slices: Path, whole: Path) -> None:
+    """Runs the slices in threads that wait for each other at each sum."""
     barrier, given = threading.Barrier(2), [torch.empty(0)] * 2
     programs = [
         Program([slices / f"{number + 1}-of-2.pte"], group=Meeting(number, given, barrier)) for number in range(2)
@@ -202,7 +205,7 @@ def test_processes_with_a_slice_each_make_one_model(slices: Path, whole: Path) -
     assert found == [ids(Program(whole))] * 2
 
 
-def test_slices_tell_what_the_whole_does(slices: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_slices_have_the_metadata_of_the_whole(slices: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = read_metadata(whole), read_metadata(slices)
     assert (two.config, two.cache_bytes) == (one.config, one.cache_bytes)
     padded = 4 * GROUPED.dim
@@ -235,7 +238,7 @@ def test_flags_that_contradict_slices_are_refused(
         make(replace(grouped, sharding=Sharding(slices=2), output=tmp_path / "refused"))
 
 
-def test_what_does_not_make_one_model_is_refused_by_name(
+def test_files_that_do_not_form_one_model_are_refused_by_name(
     grouped: ExportOptions, slices: Path, whole: Path, runner: Path, tmp_path: Path
 ) -> None:
     first, second = slices / "1-of-2.pte", slices / "2-of-2.pte"

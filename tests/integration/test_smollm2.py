@@ -1,4 +1,4 @@
-"""A real instruct model through the whole: what its own library makes of the same file is what ours must give."""
+"""Tests a real instruct model from checkpoint to text: its ids must be those of transformers on the same file."""
 
 import json
 import subprocess
@@ -29,25 +29,25 @@ PROMPTS = (
 
 
 END = 2
-"""<|im_end|>, which the checkpoint says ends a text."""
+"""<|im_end|>, the stop token of the checkpoint."""
 
 
-def ended(ids: list[int]) -> list[int]:
-    """The ids before END."""
+def before_end(ids: list[int]) -> list[int]:
+    """Returns the ids before END."""
     return ids[: ids.index(END)] if END in ids else ids
 
 
 class Theirs(NamedTuple):
-    """The model and the tokenizer by transformers."""
+    """The model and tokenizer in transformers."""
 
     model: Any
     tokenizer: Any
 
     def greedy(self, prompt: str, count: int) -> tuple[list[int], list[int]]:
-        """The ids of a prompt, and up to `count` ids behind it: a text ends before END."""
+        """Returns the ids of a prompt, and up to `count` greedy ids that follow it before END."""
         ids = self.tokenizer(prompt).input_ids
         text = self.model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False)
-        return ids, ended(text[0].tolist()[len(ids) :])
+        return ids, before_end(text[0].tolist()[len(ids) :])
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def theirs() -> Theirs:
     load = {"pretrained_model_name_or_path": GGUF.parent, "gguf_file": GGUF.name}
     quantised = transformers.AutoModelForCausalLM.from_pretrained(**load, dtype=torch.float32)
     config = quantised.config
-    del config.quantization_config  # otherwise it refuses to be saved
+    del config.quantization_config  # otherwise the model cannot be saved
     model = transformers.LlamaForCausalLM(config).eval()
     model.load_state_dict(quantised.state_dict())
     return Theirs(model, transformers.AutoTokenizer.from_pretrained(**load))
@@ -65,13 +65,14 @@ def theirs() -> Theirs:
 
 @pytest.fixture(scope="module")
 def gguf_pte(theirs: Theirs) -> Path:
-    """By the default command, but for a shorter context."""
-    return exported(ExportOptions(checkpoint=GGUF, max_seq_len=256, output=MODELS / "SmolLM2-gguf.pte"))
+    """In float32, as transformers runs it."""
+    options = ExportOptions(checkpoint=GGUF, quantize="fp32", max_seq_len=256, output=MODELS / "SmolLM2-gguf.pte")
+    return exported(options)
 
 
 @pytest.fixture(scope="module")
 def folder(theirs: Theirs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights as a Hugging Face folder."""
+    """Writes the same weights as a Hugging Face folder."""
     path = tmp_path_factory.mktemp("smollm2") / "SmolLM2"
     theirs.model.save_pretrained(path)
     theirs.tokenizer.save_pretrained(path)
@@ -82,17 +83,17 @@ def ours(pte: Path, prompt: str, count: int) -> tuple[list[int], list[int]]:
     program = Program(pte)
     ids = prompt_ids(program, prompt)
     steps = generate(Session(program), ids, GenerationOptions(max_new_tokens=count), Rng(0))
-    return ids, ended([step.token for step in steps])
+    return ids, before_end([step.token for step in steps])
 
 
 def runner_ids(runner: Path, pte: Path, prompt: str, count: int) -> tuple[list[int], list[int]]:
     command = [runner, pte, "--prompt", prompt, "--max-new-tokens", str(count), "--format", "json"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
-    return found["prompt_ids"], ended(found["token_ids"])
+    return found["prompt_ids"], before_end(found["token_ids"])
 
 
-def test_the_default_export_of_the_gguf_gives_transformers_ids(theirs: Theirs, gguf_pte: Path) -> None:
+def test_the_float32_export_of_the_gguf_gives_transformers_ids(theirs: Theirs, gguf_pte: Path) -> None:
     for prompt in PROMPTS[:2]:
         assert ours(gguf_pte, prompt, 32) == theirs.greedy(prompt, 32), prompt
 

@@ -12,10 +12,10 @@ from gguf.quants import dequantize, quantize
 from torch import Tensor, nn
 
 from model.block_linear import BLOCK_FORMS, relaid, rounded
-from runtime.engine.executorch import _C  # which loads the operators
+from runtime.engine.executorch import _C  # importing it loads the operators
 
 HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,)}
-"""Where the float16 numbers stand in blocks that the gguf package cannot make."""
+"""Byte offsets of the float16 numbers in blocks that the gguf package cannot make."""
 
 OPERATOR = (Path(__file__).parents[2] / "cpp_runner" / "src" / "linear" / "operator.cpp").read_text()
 
@@ -23,9 +23,9 @@ OPERATOR = (Path(__file__).parents[2] / "cpp_runner" / "src" / "linear" / "opera
 def test_the_devices_operators_have_the_same_schemas() -> None:
     schema = torch.ops.llama_pte.linear.out._schema
     comment = " ".join(re.findall(r"^// ?(.*)", OPERATOR.partition("#include")[0], re.MULTILINE))
-    said, of_rows = re.findall(r"(?:linear|block_rows)(\([^,]* .*? -> Tensor\(a!\))", re.sub(r"\s+", " ", comment))
+    of_linear, of_rows = re.findall(r"(?:linear|block_rows)(\([^,]* .*? -> Tensor\(a!\))", re.sub(r"\s+", " ", comment))
     assert f"llama_pte::block_rows.out{of_rows}" == str(torch.ops.llama_pte.block_rows.out._schema)
-    assert f"{schema.name}.{schema.overload_name}{said}" == str(schema)
+    assert f"{schema.name}.{schema.overload_name}{of_linear}" == str(schema)
     (members,) = re.findall(r"enum Argument : size_t \{(.*?)\}", OPERATOR, re.DOTALL)
     *matrix, count = (name.lower() for name in re.findall(r"k(\w+),? ", members))
     assert count == "arguments"
@@ -37,7 +37,7 @@ def test_the_devices_operators_have_the_same_schemas() -> None:
 
 
 def blocks_of(kind: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns a matrix in GGUF's blocks: random numbers rounded by gguf, or random bytes where it cannot."""
+    """Returns a matrix in GGUF's blocks: random numbers rounded by gguf or, where gguf cannot, random bytes."""
     N, K = shape
     random = np.random.default_rng(N)
     columns, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
@@ -51,7 +51,7 @@ def blocks_of(kind: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def matrix(kind: str, *shape: int) -> tuple[Tensor, Tensor]:
-    """Returns a matrix in groups, and the numbers that it stands for."""
+    """Returns a random matrix as stored in the runtime's groups, and its dequantised values."""
     blocks = blocks_of(kind, shape)
     numbers = torch.from_numpy(dequantize(blocks, GGMLQuantizationType[kind]).copy())
     return relaid(torch.from_numpy(blocks), kind).flatten(), numbers
@@ -66,7 +66,7 @@ def test_groups_hold_ggufs_numbers_in_as_many_bytes(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BLOCK_FORMS)
-def test_only_the_rounding_of_inputs_is_lost(kind: str) -> None:
+def test_the_operator_only_rounds_its_inputs(kind: str) -> None:
     torch.manual_seed(0)
     weight, numbers = matrix(kind, 37, 512)
     x, bias = torch.randn(2, 5, 512), torch.randn(37)

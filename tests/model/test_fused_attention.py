@@ -29,7 +29,7 @@ def test_the_devices_operator_has_the_same_schema() -> None:
 
 
 def random_caches(kind: Kind, position: int) -> list[BlockCache]:
-    """Of a text of `position` tokens; slots that hold nothing yet are full of what must not be read."""
+    """Returns caches of a text with `position` tokens. Empty slots hold a large value, which must not be read."""
     config = kind.config
     caches = list[BlockCache]()
     for layer in range(config.n_layers):
@@ -42,7 +42,7 @@ def random_caches(kind: Kind, position: int) -> list[BlockCache]:
 
 @pytest.mark.parametrize("name", CACHED)
 @pytest.mark.parametrize(("position", "length"), [(0, 1), (0, 7), (3, 5), (20, 1), (33, 7)])
-def test_a_fused_model_computes_what_the_plain_one_does(name: str, position: int, length: int) -> None:
+def test_a_fused_model_equals_the_plain_one(name: str, position: int, length: int) -> None:
     torch.manual_seed(0)
     kind, config = KINDS[name], KINDS[name].config
     positions, caches = Positions.of(config, CONTEXT), random_caches(kind, position)
@@ -60,8 +60,8 @@ def test_a_fused_model_computes_what_the_plain_one_does(name: str, position: int
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES.values())
-def test_results_do_not_depend_on_how_a_text_is_cut(dtype: str) -> None:
-    """New rows are seen as the cache will hold them."""
+def test_results_do_not_depend_on_the_lengths_of_steps(dtype: str) -> None:
+    """New rows must be rounded as in the cache before they are attended to."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 9, width) for width in (48, 16, 16))
     none = encode(torch.zeros(4, 12, 8), dtype)
@@ -96,7 +96,7 @@ def test_sequences_of_a_batch_have_positions_of_their_own() -> None:
     torch.testing.assert_close(both, torch.cat((run(slice(0, 1), [5]), run(slice(1, 2), [17]))))
 
 
-def test_rows_of_bytes_keep_to_a_256th_of_their_largest() -> None:
+def test_int8_rows_are_off_by_at_most_a_256th_of_their_largest() -> None:
     rows = torch.randn(3, 5, 16) * torch.tensor([1e-3, 1.0, 1e3]).view(3, 1, 1)
     rows[1, 2] = 0
     stored = encode(rows, "int8")

@@ -1,4 +1,4 @@
-"""The model against transformers, which nobody here wrote: in one pass, and through the caches."""
+"""Tests the model against transformers as an independent implementation, in one pass and with caches."""
 
 from dataclasses import replace
 from itertools import starmap
@@ -25,11 +25,13 @@ VARIANTS = {
     "mha, tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "mqa, untied": {"num_key_value_heads": 1, "tie_word_embeddings": False},
 }
-"""What transformers calls the settings that differ between Llamas."""
+"""transformers' names of the settings in which Llama models differ."""
 
 
 def hugging_face_llama(variant: str, folder: Path) -> LlamaForCausalLM:
-    """Random weights of one variant, saved in `folder`; large ones, so that logits differ by more than rounding."""
+    """Saves a random model of one variant in `folder`, with weights large enough for logits to differ by more than
+    rounding.
+    """
     torch.manual_seed(1)
     settings = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}} | VARIANTS[variant]
     config = LlamaConfig(
@@ -62,7 +64,7 @@ def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
 
 
 def test_a_batch_with_cached_rows_gives_each_sequence_its_own_logits() -> None:
-    """B = 2 sequences at different positions, in one step, against each alone in one pass."""
+    """Runs two sequences at different positions in one step and compares with each alone in one pass."""
     model, capacity, generator = random_model(TOY), 16, torch.Generator().manual_seed(0)
     positions, length = (3, 9), 4
     texts = [torch.randint(TOY.vocab_size, (p + length,), generator=generator).tolist() for p in positions]

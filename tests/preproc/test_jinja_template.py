@@ -1,4 +1,6 @@
-"""Templates in Jinja, rendered as transformers renders them; their reduction to data is test_jinja_reduction's."""
+"""Tests Jinja templates against transformers' rendering. tests/export/test_jinja_reduction.py tests their reduction to
+data.
+"""
 
 from typing import Any
 
@@ -14,7 +16,7 @@ from tests.support.chat_templates import PUBLIC, Public
 
 @pytest.mark.parametrize("content", ["Sure, ", " It is\n\n", "Yes"])
 @pytest.mark.parametrize("name", ["qwen2", "llama3", "gemma 3", "mistral v0.3"])
-def test_a_last_message_of_the_assistant_is_gone_on_with(name: str, content: str) -> None:
+def test_a_last_message_of_the_assistant_is_continued(name: str, content: str) -> None:
     theirs = theirs_of(PUBLIC[name], byte_level())
     messages = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": content}]
     expected = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
@@ -40,7 +42,7 @@ def test_tools_and_messages_of_other_roles_are_rendered_as_transformers_renders_
     assert jinja.encode(messages, ours_of(theirs), TOOLS) == ids
 
 
-def test_generation_marks_and_loop_controls_are_taken_as_transformers_takes_them() -> None:
+def test_generation_marks_and_loop_controls_work_as_in_transformers() -> None:
     source = (
         "{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}{{ m.role }}:"
         "{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"

@@ -10,7 +10,7 @@ from tests.support.kinds import KINDS
 
 
 def expected(position: int, length: int, capacity: int, window: int, slope: float) -> list[list[float]]:
-    """Row by row and column by column, from what is seen."""
+    """Computes the expected mask element by element."""
     rows = []
     for new in range(position, position + length):
         row = [HIDDEN] * (capacity + length)
@@ -22,18 +22,18 @@ def expected(position: int, length: int, capacity: int, window: int, slope: floa
 
 
 @given(st.integers(0, 12), st.integers(1, 6), st.integers(0, 12))
-def test_a_row_sees_what_is_cached_and_the_new_rows_up_to_itself(position: int, length: int, spare: int) -> None:
+def test_a_row_attends_to_the_cache_and_the_new_rows_up_to_itself(position: int, length: int, spare: int) -> None:
     rows = mask.causal(position, length, position + spare)
     assert rows.tolist() == expected(position, length, position + spare, 99, 0)
 
 
 @given(st.integers(0, 40), st.integers(1, 9), st.integers(1, 12))
-def test_a_window_is_seen_through_a_ring_of_its_size(position: int, length: int, window: int) -> None:
+def test_the_mask_of_a_window_fits_its_ring(position: int, length: int, window: int) -> None:
     assert mask.causal(position, length, window, window).tolist() == expected(position, length, window, window, 0)
 
 
 @given(st.integers(0, 9), st.integers(1, 6), st.integers(0, 5), st.integers(1, 20))
-def test_alibi_takes_off_for_distance(position: int, length: int, spare: int, window: int) -> None:
+def test_alibi_subtracts_in_proportion_to_distance(position: int, length: int, spare: int, window: int) -> None:
     capacity, slopes = position + spare, torch.tensor([0.5, 0.125])
     values = mask.alibi(position, length, capacity, slopes, window)
     assert values.tolist() == [expected(position, length, capacity, window, slope) for slope in slopes.tolist()]
@@ -49,7 +49,7 @@ MOVES = st.lists(st.integers(0, 20), max_size=8)
 
 
 @given(st.integers(1, 6), st.integers(1, 22), st.booleans(), MOVES)
-def test_a_mask_that_moves_is_the_mask_made_anew(length: int, window: int, biased: bool, moves: list[int]) -> None:
+def test_a_moved_mask_equals_a_new_one(length: int, window: int, biased: bool, moves: list[int]) -> None:
     slopes = torch.tensor([0.3, 0.7, 1 / 3]) if biased else torch.zeros(0)
     plain, ring = CausalMask(length, 20, None, slopes), CausalMask(length, min(20, window), window, slopes)
     places = plain.values.data_ptr(), ring.values.data_ptr()
@@ -63,5 +63,5 @@ def test_a_mask_that_moves_is_the_mask_made_anew(length: int, window: int, biase
 
 
 def test_slopes_of_other_than_a_power_of_two_heads_are_every_other_one_first() -> None:
-    slopes = alibi_slopes(KINDS["alibi"].config)  # of 6 heads
+    slopes = alibi_slopes(KINDS["alibi"].config)  # six heads
     assert slopes.tolist() == [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]

@@ -11,18 +11,18 @@ MOVES = st.lists(st.integers(0, CONTEXT - 1), max_size=6)
 
 
 def slots_of(config: ModelConfig, mask: str) -> int:
-    """How long the caches are that a mask goes with."""
+    """Returns the number of slots in the caches that a mask belongs to."""
     return min(CONTEXT, config.sliding_window or CONTEXT) if mask == "local_mask" else CONTEXT
 
 
 def widths_of(config: ModelConfig, length: int) -> dict[str, int]:
-    """The last sizes of what a model takes; the masks' are the ones that matter."""
+    """Returns the last dimension of every input; only the masks' are used."""
     return {name: slots_of(config, name) + length for name in names(config)}
 
 
 @pytest.mark.parametrize("name", KINDS)
 @given(moves=MOVES, length=st.sampled_from([1, CHUNK]))
-def test_inputs_that_move_are_the_inputs_made_anew(name: str, moves: list[int], length: int) -> None:
+def test_moved_inputs_equal_new_ones(name: str, moves: list[int], length: int) -> None:
     config = KINDS[name].config
     positions = Positions.of(config, CONTEXT)
     inputs = PositionInputs(positions, widths_of(config, length), length)
@@ -36,7 +36,7 @@ def test_inputs_that_move_are_the_inputs_made_anew(name: str, moves: list[int], 
 
 
 @given(moves=st.lists(st.tuples(st.integers(0, CONTEXT - 1), st.integers(1, CHUNK)), max_size=6))
-def test_where_attention_is_fused_only_the_rows_of_a_step_are_right(moves: list[tuple[int, int]]) -> None:
+def test_with_fused_attention_only_the_rows_of_a_step_are_set(moves: list[tuple[int, int]]) -> None:
     positions = Positions.of(PLAIN, CONTEXT)
     inputs = PositionInputs(positions, dict.fromkeys(names(PLAIN, fused=True), 1), CHUNK)
     assert list(inputs.tensors) == ["cos", "sin", "start"]
@@ -54,7 +54,7 @@ def test_without_caches_masks_have_no_columns_for_them() -> None:
     assert visible.sum(-1).tolist() == [min(row + 1, WINDOW.sliding_window) for row in range(CONTEXT)]
 
 
-def test_a_mask_is_as_wide_as_the_method_says() -> None:
+def test_a_mask_has_the_methods_width() -> None:
     positions, longer = Positions.of(WINDOW, CONTEXT), WINDOW.sliding_window + 2
     inputs = PositionInputs(positions, {"local_mask": longer + 1}, 1)
     inputs.move(CONTEXT - 3, 1)

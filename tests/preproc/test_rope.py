@@ -58,7 +58,7 @@ KINDS = {
     ),
     "llama3": (LLAMA3, RopeScaling("llama3", 8.0, 512)),
 }
-"""transformers' rope_parameters, and ours."""
+"""transformers' rope_parameters, and the equivalent RopeScaling."""
 
 
 @pytest.mark.parametrize("length", [1, 512, 513, 4096, 4097, 20000])
@@ -107,8 +107,8 @@ def test_slices_are_rows_of_the_table_and_repeat_the_last_past_its_end() -> None
 
 
 @pytest.mark.parametrize("kind", ["llama3", "yarn", "longrope"])
-def test_keys_turned_back_are_those_of_earlier_positions(kind: str) -> None:
-    """Also where the tables have a factor, which a key has once."""
+def test_keys_rotated_back_equal_those_of_earlier_positions(kind: str) -> None:
+    """Also tests tables with an attention factor, which must be applied to a key only once."""
     config = ModelConfig(256, 1, 4, 4, 64, 8, 8, 4096, rope_scaling=KINDS[kind][1])
     tables = rope.tables(config, 2000)
     key = torch.randn(3, 1, 64, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Parity with sentencepiece, tiktoken and tokenizers themselves."""
+"""Tests the tokenizers against sentencepiece, tiktoken and tokenizers."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def test_both_languages_have_the_same_sentencepiece() -> None:
 
 
 def byte_level() -> tokenizers.Tokenizer:
-    """As GPT-2's."""
+    """Returns a small byte-level BPE tokenizer, of GPT-2's kind."""
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
@@ -52,14 +52,14 @@ def byte_level() -> tokenizers.Tokenizer:
 
 
 def byte_fallback() -> tokenizers.Tokenizer:
-    """As Llama 2's converted tokenizer.json."""
+    """Returns a small BPE tokenizer with byte fallback, like Llama 2's converted tokenizer.json."""
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     model = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     model.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     model.train_from_iterator(["Once upon a time there was a little girl named Lily. " * 20],
                               trainers.BpeTrainer(vocab_size=330, special_tokens=specials))  # fmt: skip
     content = json.loads(model.to_str())
-    content["added_tokens"] = content["added_tokens"][:3]  # byte pieces are ordinary ones
+    content["added_tokens"] = content["added_tokens"][:3]  # byte pieces are ordinary tokens
     content["decoder"] = {
         "type": "Sequence",
         "decoders": [
@@ -131,7 +131,7 @@ SPECIAL_TEXTS = st.lists(st.one_of(TEXTS, st.sampled_from(["<s>", "</s>", "<|eot
 
 
 @given(SPECIAL_TEXTS)
-def test_special_text_is_parsed_where_it_is_asked_for(text: str) -> None:
+def test_special_text_is_parsed_on_request(text: str) -> None:
     ours = HuggingFaceTokenizer(BYTE_LEVEL.to_str().encode())
     BYTE_LEVEL.encode_special_tokens = False
     assert ours.encode(text, parse_special=True) == BYTE_LEVEL.encode(text, add_special_tokens=False).ids
@@ -140,12 +140,12 @@ def test_special_text_is_parsed_where_it_is_asked_for(text: str) -> None:
     assert 2 not in TINY.encode(text)
 
 
-def test_tiktoken_parses_special_text_where_it_is_asked_for(shared: Path) -> None:
+def test_tiktoken_parses_special_text_on_request(shared: Path) -> None:
     tokenizer = open_tokenizer(shared / "tokenizers" / "llama3_tokenizer.model")
     assert tokenizer.encode("Hello<|eot_id|>", parse_special=True) == [9906, 128009]
 
 
-def test_sentencepiece_encodes_what_stands_between_special_tokens_by_itself() -> None:
+def test_sentencepiece_encodes_text_between_special_tokens_separately() -> None:
     between = [*TINY.encode("Lily had"), 2, 1, *TINY.encode("a dog")]
     assert TINY.encode("Lily had</s><s>a dog", parse_special=True) == between
 
@@ -172,7 +172,7 @@ def test_control_tokens_have_no_text_and_keep_the_first_space_away() -> None:
 
 
 def test_ids_of_no_piece_have_no_text(shared: Path) -> None:
-    """A model's vocabulary may be padded beyond its tokenizer's."""
+    """The vocabulary of a model may be padded beyond its tokenizer's."""
     llama3 = open_tokenizer(shared / "tokenizers" / "llama3_tokenizer.model")
     for tokenizer in (TINY, llama3, HuggingFaceTokenizer(BYTE_LEVEL.to_str().encode())):
         assert tokenizer.piece(tokenizer.vocab_size, first=False) == b""
@@ -191,7 +191,7 @@ def test_ids_of_no_piece_have_no_text(shared: Path) -> None:
         (b"aGVsbG8= 0\nd29ybGQ= 7\n", "gaps or repeats"),
     ],
 )
-def test_what_is_no_tokenizer_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+def test_an_invalid_tokenizer_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer").write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
         open_tokenizer(tmp_path / "tokenizer")

@@ -20,12 +20,12 @@ PROMPTS = [[1, 2, 3], [5], [7] * 20, [9, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9], [3] * 
 
 @pytest.fixture(scope="module")
 def three_toys(toy_options: ExportOptions) -> Path:
-    """TOY, for three texts at once."""
+    """Returns TOY exported with --batch-size 3."""
     return exported(replace(toy_options, batch_size=3, output=MODELS / "toys.pte"))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_each_text_is_what_it_is_alone_and_in_its_place(temperature: float, three_toys: Path, toy_pte: Path) -> None:
+def test_batched_texts_equal_single_texts_in_order(temperature: float, three_toys: Path, toy_pte: Path) -> None:
     program, alone = Program(three_toys), Program(toy_pte)
     options = GenerationOptions(SamplingOptions(temperature), max_new_tokens=25, stop_strings=("e",))
     found = list(batch(program, PROMPTS, options, seed=4))
@@ -51,7 +51,7 @@ def test_a_bad_prompt_is_reported_in_its_place_and_the_others_go_on(three_toys: 
     assert list(batch(program, [], options)) == []
 
 
-def test_a_bias_for_a_token_that_is_not_there_is_refused(three_toys: Path) -> None:
+def test_a_bias_outside_the_vocabulary_is_refused(three_toys: Path) -> None:
     options = GenerationOptions(SamplingOptions(logit_bias={TOY.vocab_size: 1.0}))
     with pytest.raises(InputError, match=f"logit-bias {TOY.vocab_size} is invalid"):
         list(batch(Program(three_toys), PROMPTS, options))

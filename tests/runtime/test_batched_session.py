@@ -29,7 +29,7 @@ STEPS = st.lists(
 @pytest.mark.parametrize("name", BATCHES)
 @settings(max_examples=8)
 @given(steps=STEPS)
-def test_each_lane_is_what_it_would_be_alone(name: str, steps: list[tuple[str, object]]) -> None:
+def test_each_lane_equals_a_single_session(name: str, steps: list[tuple[str, object]]) -> None:
     program = EagerSteps(BATCHES[name])
     session, texts = BatchedSession(program), [list[int]() for _ in range(LANES)]
     for _, argument in steps:
@@ -46,7 +46,7 @@ def test_each_lane_is_what_it_would_be_alone(name: str, steps: list[tuple[str, o
     assert [cache.position for cache in session.caches] == [len(text) for text in texts]
 
 
-def test_what_does_not_fit_is_refused_before_anything_runs() -> None:
+def test_tokens_that_do_not_fit_are_refused_before_a_step() -> None:
     session = BatchedSession(EagerSteps(BATCHES["fused"]))
     for _ in range(CONTEXT // CHUNK):
         session.step({1: [1] * CHUNK})

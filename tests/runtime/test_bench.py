@@ -13,7 +13,7 @@ from runtime.engine.session import Session
 from tests.conftest import TOY
 
 
-def test_what_the_context_has_room_for_is_measured(toy_pte: Path) -> None:
+def test_lengths_that_fit_the_context_are_measured(toy_pte: Path) -> None:
     found = measure(toy_pte, prefill=(5, TOY.context, TOY.context + 1), decode=(3, TOY.context - 1, TOY.context))
     assert [row.length for row in found.prefill] == [5, TOY.context]
     assert [row.position for row in found.decode] == [3, TOY.context - 1]
@@ -42,7 +42,7 @@ def test_too_short_a_context_is_refused_with_its_length(toy_pte: Path) -> None:
     assert caught.value.code == 2
 
 
-def test_the_command_prints_both_forms_and_draws(
+def test_the_command_prints_text_and_json_and_plots(
     toy_pte: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [str(toy_pte), "--prefill", "7", "--decode", "2", "9"]

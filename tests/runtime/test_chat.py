@@ -1,4 +1,4 @@
-"""Talks: in Python against texts run afresh, in C++ against Python."""
+"""Tests chats: Python against whole texts run from scratch, C++ against Python."""
 
 import io
 import json
@@ -44,7 +44,7 @@ TEMPLATE = ChatTemplate("<s>", ">", "</s><s>", ">", system=SystemPlace("<s>", "|
 
 
 def _letters() -> HuggingFaceTokenizer:
-    """A token for each letter, few enough for the models of tests.support.kinds."""
+    """Returns a tokenizer with a token per letter, few enough for the models of tests.support.kinds."""
     vocabulary = {char: i for i, char in enumerate("?abcdefghijklmnopqrstuvwxyz >|ABCDEFGHIJKLMNOPQRSTUVWXYZ")}
     model = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="?"))
     model.add_special_tokens([AddedToken(text, normalized=False) for text in ("<s>", "</s>")])
@@ -65,7 +65,7 @@ OPTIONS = GenerationOptions(SamplingOptions(temperature=1.0), max_new_tokens=4)
 
 
 def fresh(talker: Talker, messages: list[Message], seed: int) -> list[Step]:
-    """What follows messages in a session of its own."""
+    """Generates the answer to all messages in a new session."""
     ids = TEMPLATE.encode(messages, talker.tokenizer)
     options = replace(OPTIONS, stop_ids=(talker.tokenizer.specials["</s>"],))
     return list(generate(Session(talker), ids, options, Rng(seed), talker.tokenizer))
@@ -84,7 +84,7 @@ ACTIONS = st.lists(
 @pytest.mark.parametrize("kind", TALKERS)
 @settings(max_examples=20)
 @given(actions=ACTIONS)
-def test_every_answer_is_that_of_the_whole_text_run_afresh(kind: str, actions: list[tuple[str, Any, int]]) -> None:
+def test_every_answer_equals_that_of_a_new_session(kind: str, actions: list[tuple[str, Any, int]]) -> None:
     talker, rng = TALKERS[kind], Rng(5)
     chat = Chat(talker, OPTIONS, rng)  # type: ignore[arg-type]
     for action, text, count in actions:
@@ -113,9 +113,9 @@ def test_every_answer_is_that_of_the_whole_text_run_afresh(kind: str, actions: l
 def test_a_message_ends_the_answer_before_it() -> None:
     chat = Chat(TALKERS["fused"], OPTIONS, Rng(0))  # type: ignore[arg-type]
     steps = chat.send("abc")
-    said = next(steps).text
+    kept_text = next(steps).text
     assert len(list(chat.send("de"))) == 4
-    assert chat.messages[:3] == [("user", "abc"), ("assistant", said), ("user", "de")]
+    assert chat.messages[:3] == [("user", "abc"), ("assistant", kept_text), ("user", "de")]
     chat.send("never looked at")
     assert len(chat.messages) == 4
     assert list(steps) == []
@@ -125,7 +125,7 @@ def test_a_message_ends_the_answer_before_it() -> None:
 
 
 def prefilled(chat: Chat) -> list[int]:
-    """Lengths of the prompts from now on; a token by itself is not one."""
+    """Returns a list to which every later prefill appends its length; single tokens are not counted."""
     lengths = list[int]()
     prefill = chat._session.prefill
 
@@ -138,20 +138,20 @@ def prefilled(chat: Chat) -> list[int]:
     return lengths
 
 
-def test_only_what_is_new_is_prefilled() -> None:
+def test_only_new_tokens_are_prefilled() -> None:
     chat = Chat(TALKERS["fused"], GenerationOptions(max_new_tokens=3), Rng(0))  # type: ignore[arg-type]
     lengths = prefilled(chat)
     for message in ("abc", "de", "f"):
         assert len(list(chat.send(message))) == 3
     assert lengths[0] == len("<abc>")
-    answered = 1  # the last token of an answer is in no cache yet
+    answered = 1  # the last token of an answer is not in the cache yet
     assert lengths[1:] == [answered + len("/<de>"), answered + len("/<f>")]
     chat.instruct("s")
     list(chat.send("g"))
     assert lengths[3] == chat._session.position - 1 - 2, "only BOS is still right"
 
 
-def test_the_oldest_turns_are_forgotten_where_the_context_is_full_and_the_system_message_never() -> None:
+def test_a_full_context_drops_the_oldest_turns_but_not_the_system_message() -> None:
     talker = TALKERS["fused"]
     chat = Chat(talker, OPTIONS, Rng(0), system="sys")  # type: ignore[arg-type]
     forgotten = []
@@ -162,10 +162,10 @@ def test_the_oldest_turns_are_forgotten_where_the_context_is_full_and_the_system
     assert forgotten[0] == 0
     assert set(forgotten[3:]) == {1}
     assert len(chat.messages) == 4
-    said = list(chat.messages)
+    before = list(chat.messages)
     with pytest.raises(InputError, match=rf"has \d+ tokens .* but the context only {CONTEXT}; shorten it"):
         chat.send("a" * CONTEXT)
-    assert chat.messages == said
+    assert chat.messages == before
     assert list(chat.send("a" * (CONTEXT - len("<sys|>"))))[-1].finish_reason == "length"
     assert (len(chat.messages), chat.is_full) == (2, True)
 
@@ -173,11 +173,11 @@ def test_the_oldest_turns_are_forgotten_where_the_context_is_full_and_the_system
 def test_a_stop_token_is_no_text_and_ends_the_answer() -> None:
     talker = TALKERS["fused"]
     first = list(Chat(talker, OPTIONS, Rng(0)).send("abc"))  # type: ignore[arg-type]
-    told = talker.tokenizer.piece(first[1].token, first=False).decode()
-    assert told
-    again = f"{told}<s>"
+    second = talker.tokenizer.piece(first[1].token, first=False).decode()
+    assert second
+    again = f"{second}<s>"
     letters = _letters()
-    letters.specials = {**letters.specials, told: first[1].token}
+    letters.specials = {**letters.specials, second: first[1].token}
     stand_in = Talker("fused")
     stand_in.tokenizer = letters
     template = replace(TEMPLATE, again=again)
@@ -203,7 +203,7 @@ def chat_pte() -> Path:
 
 
 def typed(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes this what is piped in."""
+    """Replaces stdin by the text."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8"))
 
 
@@ -219,7 +219,7 @@ def test_the_command_answers_each_line(
 ) -> None:
     typed(TALK, monkeypatch)
     assert command.main([str(chat_pte), *FLAGS]) == 0
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     program = Program(chat_pte)
     chat = Chat(program, GenerationOptions(max_new_tokens=20), Rng(0), "Be kind.")
     answers = ["".join(step.text for step in chat.send("Once upon a time"))]
@@ -228,25 +228,25 @@ def test_the_command_answers_each_line(
     chat.reset()
     chat.instruct(None)
     answers.append("".join(step.text for step in chat.send("Once upon a time")))
-    assert told.out == "".join(f"{answer}\n" for answer in answers)
-    assert told.err == f"error: /nothing is unknown; /help lists the commands\n{command._HELP}\n"
+    assert printed.out == "".join(f"{answer}\n" for answer in answers)
+    assert printed.err == f"error: /nothing is unknown; /help lists the commands\n{command._HELP}\n"
     assert program.metadata.stop_ids == (2,)
 
 
-def test_the_command_says_when_the_context_is_full(
+def test_the_command_reports_a_full_context(
     chat_pte: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed(f"{'word ' * 240}\n{'word ' * 260}\n{'word ' * 600}\nOnce\n", monkeypatch)
     command.main([str(chat_pte), "--max-new-tokens", "5"])
-    told = capsys.readouterr()
-    lines = told.err.splitlines()
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
     assert lines[0] == "the context of 512 tokens is full: the oldest turn was forgotten"
     assert lines[1].startswith("error: the message has ")
     assert len(lines) == 2
-    assert told.out.count("\n") >= 3
+    assert printed.out.count("\n") >= 3
 
 
-def test_a_named_template_may_be_given_in_place_of_the_files(
+def test_a_named_template_replaces_the_files(
     tiny_pte: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(InputError, match="has no chat template"):
@@ -262,7 +262,7 @@ def test_a_named_template_may_be_given_in_place_of_the_files(
     assert capsys.readouterr().out == "".join(step.text for step in steps) + "\n"
 
 
-def test_ctrl_c_ends_the_answer_and_the_talk_goes_on(
+def test_ctrl_c_ends_the_answer_but_not_the_chat(
     chat_pte: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     talks, before = list[Chat](), signal.getsignal(signal.SIGINT)
@@ -291,7 +291,7 @@ def test_ctrl_c_ends_the_answer_and_the_talk_goes_on(
 
 
 def test_lines_are_edited_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C drops what is typed, and at an empty prompt leaves; so does Ctrl-D."""
+    """Ctrl-C discards the typed line; at an empty prompt, Ctrl-C and Ctrl-D end the chat."""
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     back = "\x7f"
     for keys in ("\x03", "\x04"):
@@ -343,7 +343,7 @@ def test_cpp_refuses_what_python_refuses(runner: Path, tiny_pte: Path, chat_pte:
 
 
 def test_cpp_ends_an_answer_at_ctrl_c_and_goes_on(runner: Path, chat_pte: Path) -> None:
-    """All messages are there from the start, so that one is being answered whenever the signal comes."""
+    """All messages are sent at once, so that an answer is being generated when the signal arrives."""
     messages = b"Once upon a time\n" * 40
     with subprocess.Popen([runner, chat_pte, "--chat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin
@@ -362,7 +362,7 @@ def test_cpp_ends_an_answer_at_ctrl_c_and_goes_on(runner: Path, chat_pte: Path) 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_cpp_encodes_parts_as_python_does(name: str, tmp_path: Path) -> None:
-    """Parts are sent with the byte 0xFF between them, which no text holds: they take turns, the first may hold
+    """Parts are separated by the byte 0xFF, which does not occur in text. Every second one, from the first, may contain
     special tokens.
     """
     data = TOKENIZERS[name]()
@@ -381,7 +381,7 @@ def test_cpp_encodes_parts_as_python_does(name: str, tmp_path: Path) -> None:
 
 
 def test_golden() -> None:
-    """What tests/cpp/test_chat.cpp reads, too."""
+    """tests/cpp/test_chat.cpp reads the same golden file."""
     tokenizer = open_tokenizer(BUILT_IN / "tokenizer.model")
     golden = json.loads(GOLDEN.read_text())
     cases, now = golden["cases"], datetime(*golden["now"])

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def loads(process: "subprocess.Popen[str]", library: str) -> bool:
-    """Whether a process has begun to load a library, waiting for that."""
+    """Waits until a process loads a library; returns False if it ends before."""
     for _ in range(3000):
         if process.poll() is not None:
             return False

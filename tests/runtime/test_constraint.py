@@ -64,8 +64,8 @@ def schema_file(folder: Path, schema: Any) -> Path:
     return path
 
 
-def said(program: Program, grammar: str, seed: int, prompt: str = "Once upon a time") -> str:
-    """What a model says within a grammar, to its end."""
+def generated(program: Program, grammar: str, seed: int, prompt: str = "Once upon a time") -> str:
+    """Generates a whole text that follows a grammar."""
     metadata, tokens = program.metadata, [1, *program.tokenizer.encode(prompt)]
     options = GenerationOptions(SamplingOptions(temperature=1.0), stop_ids=metadata.stop_ids)
     constraint = Constraint(grammar, program.tokenizer, metadata.stop_ids, metadata.config.vocab_size, tokens)
@@ -74,8 +74,8 @@ def said(program: Program, grammar: str, seed: int, prompt: str = "Once upon a t
     return "".join(step.text for step in steps)
 
 
-def said_at_random(tokenizer: Tokenizer, grammar: str, seed: int, padding: int = 0) -> str:
-    """What a random model says, with ids behind the tokenizer's."""
+def generated_at_random(tokenizer: Tokenizer, grammar: str, seed: int, padding: int = 0) -> str:
+    """Generates a text from random logits, with `padding` ids beyond the tokenizer's vocabulary."""
     vocab_size, stop_ids = tokenizer.vocab_size + padding, tokenizer.stop_ids or (0,)
     options = GenerationOptions(SamplingOptions(temperature=1.0), 400, stop_ids)
     constraint = Constraint(grammar, tokenizer, stop_ids, vocab_size, [0])
@@ -96,31 +96,31 @@ def program(tiny_pte: Path) -> Program:
 def test_json_always_parses_and_follows_its_schema(name: str, program: Program, tmp_path: Path) -> None:
     grammar = json_schema(schema_file(tmp_path, SCHEMAS[name]))
     for seed in range(6):
-        jsonschema.validate(json.loads(said(program, grammar, seed)), SCHEMAS[name])
+        jsonschema.validate(json.loads(generated(program, grammar, seed)), SCHEMAS[name])
 
 
 @pytest.mark.parametrize("pattern", REGEXES)
 def test_text_always_matches_its_regular_expression(pattern: str, program: Program) -> None:
     for seed in range(6):
-        assert re.fullmatch(pattern, said(program, regex(pattern), seed))
-        assert re.fullmatch(pattern, said(program, regex(pattern), seed, prompt=""))
+        assert re.fullmatch(pattern, generated(program, regex(pattern), seed))
+        assert re.fullmatch(pattern, generated(program, regex(pattern), seed, prompt=""))
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_every_kind_of_tokenizer_spells_what_the_grammar_wants(kind: str, tmp_path: Path) -> None:
+def test_every_kind_of_tokenizer_follows_the_grammar(kind: str, tmp_path: Path) -> None:
     tokenizer, texts = TOKENIZERS[kind], set()
     for seed in range(3):
         for schema in SCHEMAS.values():
-            text = said_at_random(tokenizer, json_schema(schema_file(tmp_path, schema)), seed, padding=7)
+            text = generated_at_random(tokenizer, json_schema(schema_file(tmp_path, schema)), seed, padding=7)
             jsonschema.validate(json.loads(text), schema)
             texts.add(text)
         for pattern in REGEXES:
-            texts.add(text := said_at_random(tokenizer, regex(pattern), seed))
+            texts.add(text := generated_at_random(tokenizer, regex(pattern), seed))
             assert re.fullmatch(pattern, text)
     assert len(texts) > len(SCHEMAS) + len(REGEXES)
 
 
-def test_the_stop_tokens_are_allowed_where_the_text_may_end_and_alone_where_it_must() -> None:
+def test_only_a_complete_text_allows_stop_tokens() -> None:
     tokenizer = open_tokenizer(BUILT_IN / "tokenizer.model")
     constraint = Constraint(regex("ab?"), tokenizer, (2, 9), tokenizer.vocab_size, [1])
     for letter, allowed in (("", {"a", "ab"}), ("a", {"b", ""}), ("b", {""})):
@@ -131,7 +131,7 @@ def test_the_stop_tokens_are_allowed_where_the_text_may_end_and_alone_where_it_m
         assert {i for i in ids if i in (2, 9)} == ({2, 9} if "" in allowed else set())
 
 
-def test_the_command_says_json(tiny_pte: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_generates_json(tiny_pte: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     schema = schema_file(tmp_path, SCHEMAS["object"])
     assert command.main([str(tiny_pte), "--json-schema", str(schema), "--temperature", "1", "--format", "json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -151,7 +151,7 @@ def test_the_command_says_json(tiny_pte: Path, tmp_path: Path, capsys: pytest.Ca
         ('{"not": {"type": "string"}}', "the grammar cannot be used"),
     ],
 )
-def test_what_is_no_schema_is_refused(content: str, message: str, tiny_pte: Path, tmp_path: Path) -> None:
+def test_an_invalid_schema_is_refused(content: str, message: str, tiny_pte: Path, tmp_path: Path) -> None:
     path = tmp_path / "schema.json"
     path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=message) as caught:
@@ -183,7 +183,7 @@ def test_a_text_that_cannot_be_constrained_is_refused() -> None:
 
 
 class Letters:
-    """A tokenizer of two letters and a space, which falls away at the start of a text."""
+    """A tokenizer of two letters and a space, which is removed at the start of a text."""
 
     kind, data, vocab_size, bos_id, stop_ids = "letters", b"", 4, None, (3,)
 

@@ -1,4 +1,6 @@
-"""What a checkpoint recommends for choosing tokens: read, carried, and the default of commands that talk."""
+"""Tests the sampling options that a checkpoint recommends: they are read, stored in the file, and are the chat's
+defaults.
+"""
 
 import json
 import shutil
@@ -19,7 +21,7 @@ from runtime.engine.program import Program
 from tests.runtime.test_chat import typed
 
 
-def test_what_the_checkpoint_recommends_is_how_chats_choose_unless_asked_otherwise(
+def test_recommended_sampling_options_are_the_defaults_of_chats(
     runner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(BUILT_IN, tmp_path / "model"))
@@ -31,12 +33,12 @@ def test_what_the_checkpoint_recommends_is_how_chats_choose_unless_asked_otherwi
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in recommendation.items()]
     common = [str(file), "--seed", "3", "--max-new-tokens", "20"]
 
-    def said(flags: list[str]) -> str:
+    def answer(flags: list[str]) -> str:
         typed("Once upon a time\n", monkeypatch)
         command.main([*common, *flags])
         return capsys.readouterr().out
 
-    plain, explicit, greedy = said([]), said(flags), said(["--temperature", "0", "--repetition-penalty", "1"])
+    plain, explicit, greedy = answer([]), answer(flags), answer(["--temperature", "0", "--repetition-penalty", "1"])
     assert plain == explicit != greedy
     for asked, expected in (([], plain), (["--temperature", "0", "--repetition-penalty", "1"], greedy)):
         done = subprocess.run(
@@ -57,7 +59,7 @@ def test_what_the_checkpoint_recommends_is_how_chats_choose_unless_asked_otherwi
         ({"top_k": 2.5}, "sets top_k to 2.5"),
     ],
 )
-def test_a_generation_config_recommends_what_it_states(settings: dict[str, Any], expected: Any, tmp_path: Path) -> None:
+def test_a_generation_config_is_read(settings: dict[str, Any], expected: Any, tmp_path: Path) -> None:
     if isinstance(expected, str):
         with pytest.raises(InputError, match=expected):
             recommended(settings, tmp_path)

@@ -59,9 +59,7 @@ def test_one_seed_gives_one_text_and_another_a_different_one(toy_program: Progra
     pieces=st.lists(st.text("ab☃", max_size=5), max_size=8),
     stops=st.lists(st.text("ab☃", min_size=1, max_size=4), max_size=3),
 )
-def test_a_stop_filter_gives_the_text_before_the_first_stop_string_and_at_no_time_more(
-    pieces: list[str], stops: list[str]
-) -> None:
+def test_a_stop_filter_never_gives_more_than_the_text_before_a_stop_string(pieces: list[str], stops: list[str]) -> None:
     text = "".join(pieces)
     expected = text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
     stop_filter = StopFilter(stops)
@@ -80,7 +78,7 @@ def test_a_stop_filter_gives_the_text_before_the_first_stop_string_and_at_no_tim
 
 @given(text=st.text("ab☃", max_size=12), stops=st.lists(st.text("ab☃", min_size=1, max_size=4), max_size=3),
        cuts=st.sets(st.integers(1, 11)))  # fmt: skip
-def test_what_a_stop_filter_gives_does_not_depend_on_the_cuts(text: str, stops: list[str], cuts: set[int]) -> None:
+def test_a_stop_filter_does_not_depend_on_how_text_is_cut(text: str, stops: list[str], cuts: set[int]) -> None:
     edges = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
     in_pieces, whole = StopFilter(stops), StopFilter(stops)
     said = "".join(in_pieces.add(text[a:b]) for a, b in pairwise(edges)) + in_pieces.finish()
@@ -102,7 +100,7 @@ def test_a_stop_string_without_a_tokenizer_is_refused(toy_program: Program) -> N
         next(steps)
 
 
-def test_penalties_look_back_on_the_prompt_and_what_followed(toy_program: Program) -> None:
+def test_penalties_count_the_prompt_and_the_generated_text(toy_program: Program) -> None:
     steps = ids(toy_program, [1, 2, 3], GenerationOptions(SamplingOptions(presence_penalty=1e6, penalty_window=100)))
     tokens = [1, 2, 3, *(step.token for step in steps)]
     assert len(set(tokens)) == len(tokens) == TOY.context + 1
@@ -113,7 +111,7 @@ def test_a_bias_beyond_the_vocabulary_is_refused(toy_program: Program) -> None:
         ids(toy_program, [1], GenerationOptions(SamplingOptions(logit_bias={2047: 1.0, 2048: 1.0})))
 
 
-def test_log_probabilities_are_the_models_own_whatever_the_sampler_does(toy_program: Program) -> None:
+def test_log_probabilities_do_not_depend_on_the_sampler(toy_program: Program) -> None:
     biased = SamplingOptions(temperature=2.0, top_k=3, repetition_penalty=2.0, logit_bias={7: 3.0})
     steps = ids(toy_program, [1, 2], GenerationOptions(biased, max_new_tokens=6, logprobs=4))
     session = Session(toy_program)
@@ -127,14 +125,14 @@ def test_log_probabilities_are_the_models_own_whatever_the_sampler_does(toy_prog
 
 
 @pytest.mark.parametrize("prompt", ["", "Once upon", "The dog \N{SNOWMAN}"])
-def test_the_text_goes_on_where_the_prompt_ends(toy_program: Program, prompt: str) -> None:
+def test_the_text_continues_the_prompt(toy_program: Program, prompt: str) -> None:
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(BUILT_IN / "tokenizer.model"))
     start = [1, *theirs.encode(prompt)]
     steps = ids(toy_program, start, GenerationOptions(SamplingOptions(temperature=1.5), max_new_tokens=20))
     assert prompt + "".join(step.text for step in steps) == theirs.decode(start + [step.token for step in steps])
 
 
-def test_a_character_begun_in_the_prompt_is_given_out_when_it_is_complete() -> None:
+def test_a_character_split_across_the_prompts_end_is_completed() -> None:
     tokenizer = open_tokenizer(BUILT_IN / "tokenizer.model")
     snowman = [next(t for t in range(300) if tokenizer.piece(t, False) == bytes([b])) for b in "☃".encode()]
     decoder = StreamDecoder(tokenizer, snowman[:2])
@@ -172,7 +170,7 @@ def test_the_command_takes_every_option_of_the_sampler(toy_pte: Path, capfd: pyt
 
 
 @pytest.mark.parametrize("value", ["5", "x=1", "5=x", "=", "5=1=2"])
-def test_a_bias_that_is_none_is_refused(value: str, toy_pte: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_malformed_bias_is_refused(value: str, toy_pte: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         command.main([str(toy_pte), "--logit-bias", value])
     assert caught.value.code == 2
@@ -199,7 +197,7 @@ def test_the_command_refuses_impossible_flags(toy_pte: Path, flags: list[str], m
 
 
 def test_a_missing_file_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
-    """In a fresh process, as every command ends."""
+    """Runs in a new process, whose exit code is checked."""
     call = [sys.executable, "-m", "runtime.generate", str(tmp_path / "absent.pte")]
     done = subprocess.run(call, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2
@@ -207,7 +205,7 @@ def test_a_missing_file_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_a_reader_that_has_seen_enough_ends_the_command_quietly(toy_pte: Path) -> None:
+def test_a_closed_pipe_ends_the_command_quietly(toy_pte: Path) -> None:
     call = f"{sys.executable} -m runtime.generate {toy_pte} --temperature 1 | head -c 3"
     done = subprocess.run(call, shell=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert len(done.stdout) == 3
@@ -225,10 +223,8 @@ def test_stories260k_prints_what_llama2c_prints(
 
 
 @pytest.mark.parametrize("name", ["prompt.txt", "-"])
-def test_a_prompt_from_a_file_is_what_python_makes_of_it(
-    name: str, runner: Path, toy_pte: Path, tmp_path: Path
-) -> None:
-    """More than a command line can hold, where the model then says that its context cannot."""
+def test_cpp_reads_a_prompt_file_as_python_does(name: str, runner: Path, toy_pte: Path, tmp_path: Path) -> None:
+    """Tests a short file, and one too large for a command line, which exceeds the context."""
     short = (
         "\N{ZERO WIDTH NO-BREAK SPACE}Two\nlines, gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n\r\n".encode() + b"\xff\n"
     )

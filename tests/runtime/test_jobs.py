@@ -1,4 +1,4 @@
-"""Several texts for one request: choices, prompts, and which of them are answered with."""
+"""Tests requests for several texts: several prompts, several choices (n), and the best of several (best_of)."""
 
 import json
 import socket
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from runtime import serve
-from runtime.serving.openai_request import Model
 from runtime.serving.scheduler import Job, Scheduler
+from runtime.serving.served_model import Model
 from runtime.text.prompts import prompt_ids
 from tests.support.serving import MESSAGES, Gate, Server, serving, told_by_the_end
 
@@ -30,13 +30,13 @@ def own_model(tiny_pte: Path) -> Model:
 
 
 def texts(server: Server, **how: Any) -> list[str]:
-    """What a completion's choices say, in the order of their indices."""
+    """Returns the texts of a completion's choices, ordered by index."""
     choices = server.post("completions", **({"prompt": STORY, "max_tokens": 12} | how)).json()["choices"]
     assert [choice["index"] for choice in choices] == list(range(len(choices)))
     return [choice["text"] for choice in choices]
 
 
-def test_choices_differ_and_come_again_with_their_seed(server: Server) -> None:
+def test_choices_differ_and_repeat_with_their_seed(server: Server) -> None:
     four = texts(server, n=4, seed=3)
     assert len(set(four)) == 4
     assert texts(server, n=4, seed=3) == four
@@ -46,31 +46,31 @@ def test_choices_differ_and_come_again_with_their_seed(server: Server) -> None:
     assert len(set(texts(server, n=3, temperature=0))) == 1
 
 
-def test_choices_of_a_chat_are_told_whole_and_as_a_stream_with_their_indices(server: Server) -> None:
+def test_streamed_choices_of_a_chat_equal_whole_ones(server: Server) -> None:
     ask = server.client().chat.completions.create
     how: Any = {"model": "tiny", "messages": MESSAGES, "n": 3, "seed": 5, "max_tokens": 15, "logprobs": True}
     whole = ask(**how)
     assert [choice.index for choice in whole.choices] == [0, 1, 2]
     assert whole.usage
-    said: dict[int, list[Any]] = {0: [], 1: [], 2: []}
+    streamed: dict[int, list[Any]] = {0: [], 1: [], 2: []}
     for chunk in ask(**how, stream=True, stream_options={"include_usage": True}):
         for choice in chunk.choices:
-            said[choice.index].append(choice)
+            streamed[choice.index].append(choice)
         usage = chunk.usage
     assert usage
     assert usage.completion_tokens == whole.usage.completion_tokens > 15
     assert usage.prompt_tokens == whole.usage.prompt_tokens
     for choice in whole.choices:
-        told = said[choice.index]
-        assert told[0].delta.role == "assistant"
-        assert "".join(each.delta.content or "" for each in told) == choice.message.content
-        assert [each.finish_reason for each in told] == [None] * (len(told) - 1) + [choice.finish_reason]
-        entries = [entry for each in told if each.logprobs for entry in each.logprobs.content]
+        found = streamed[choice.index]
+        assert found[0].delta.role == "assistant"
+        assert "".join(each.delta.content or "" for each in found) == choice.message.content
+        assert [each.finish_reason for each in found] == [None] * (len(found) - 1) + [choice.finish_reason]
+        entries = [entry for each in found if each.logprobs for entry in each.logprobs.content]
         assert choice.logprobs
         assert [entry.token for entry in entries] == [entry.token for entry in choice.logprobs.content or ()]
 
 
-def test_each_prompt_has_its_choices_behind_those_of_the_one_before(server: Server) -> None:
+def test_choices_are_ordered_by_prompt(server: Server) -> None:
     alone = texts(server, temperature=0), texts(server, prompt=OTHER, temperature=0)
     both = [prompt_ids(server.model.program, prompt) for prompt in (STORY, OTHER)]
     for prompts in ([STORY, OTHER], both, [STORY, both[1]]):
@@ -87,7 +87,7 @@ def test_each_prompt_has_its_choices_behind_those_of_the_one_before(server: Serv
     assert len(set(texts(server, prompt=[STORY, STORY]))) == 2
 
 
-def test_the_best_are_those_whose_tokens_are_likeliest_on_average(server: Server) -> None:
+def test_best_of_ranks_by_mean_log_probability(server: Server) -> None:
     how: dict[str, Any] = {"prompt": STORY, "max_tokens": 8, "seed": 6, "temperature": 1.3}
     tried = server.post("completions", **how, n=6, logprobs=0).json()["choices"]
     assert all(choice["finish_reason"] == "length" for choice in tried)
@@ -111,7 +111,7 @@ def test_a_prompt_is_run_once_for_all_its_choices(
 
     monkeypatch.setattr(Scheduler, "submit", noting)
     with serving(own_model, sessions) as server:
-        for words in (OTHER, "A cat", "One day", "Tom and Sue"):  # so that all sessions have texts
+        for words in (OTHER, "A cat", "One day", "Tom and Sue"):  # fills all sessions with texts
             server.post("completions", prompt=words, max_tokens=1)
         jobs.clear()
         answer = server.post("completions", prompt=STORY * 6, n=4, max_tokens=5).json()
@@ -121,9 +121,7 @@ def test_a_prompt_is_run_once_for_all_its_choices(
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == jobs[0].cached < 3
 
 
-def test_one_request_holds_no_more_places_than_there_are_sessions(
-    own_model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_request_occupies_at_most_all_sessions(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, step = list[int](), own_model.program.step
     with serving(own_model, sessions=2, max_queue=0) as server:
 
@@ -136,7 +134,7 @@ def test_one_request_holds_no_more_places_than_there_are_sessions(
     assert max(seen) == 2
 
 
-def test_a_client_that_leaves_takes_all_its_texts_along(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_texts_of_a_disconnected_client_end(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     for stream in (False, True):
         with monkeypatch.context() as patch, serving(own_model, sessions=2) as server:
             gate = Gate(own_model.program, patch)
@@ -152,6 +150,6 @@ def test_a_client_that_leaves_takes_all_its_texts_along(own_model: Model, monkey
             assert gate.steps <= 2
 
 
-def test_the_end_of_the_server_is_told_once_for_all_texts(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = told_by_the_end(own_model, Gate(own_model.program, monkeypatch), {"prompt": [STORY, OTHER], "n": 2})
-    assert [text.count("the server is shutting down") for text in told] == [1, 1]
+def test_shutdown_is_reported_once_per_request(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    responses = told_by_the_end(own_model, Gate(own_model.program, monkeypatch), {"prompt": [STORY, OTHER], "n": 2})
+    assert [text.count("the server is shutting down") for text in responses] == [1, 1]

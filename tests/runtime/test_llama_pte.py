@@ -1,4 +1,4 @@
-"""The console script: it hands over to the command that its first argument names."""
+"""Tests the console script, which runs the command that its first argument names."""
 
 import re
 import subprocess
@@ -53,7 +53,7 @@ def test_pyproject_installs_it() -> None:
     assert '\n[project.scripts]\nllama-pte = "runtime.cli.llama_pte:main"\n' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_help_says_how_the_command_was_called() -> None:
+def test_help_names_the_command_as_called() -> None:
     done = run("inspect", "--help")
     assert done.returncode == 0
     assert done.stdout.startswith("usage: llama-pte inspect ")

@@ -55,7 +55,7 @@ def metadata(config: ModelConfig, **changes: object) -> Metadata:
     return Metadata(**(fields | changes))  # type: ignore[arg-type]
 
 
-def test_a_tensors_name_says_its_role_and_its_layer() -> None:
+def test_a_tensors_role_and_layer_follow_from_its_name() -> None:
     decode, prefill = metadata(TOY).methods
     assert [(spec.role, spec.layer, spec.rows) for spec in decode.caches] == [
         ("k_cache", 0, "k_rows.0"),
@@ -74,7 +74,7 @@ def test_a_chunk_is_the_longest_step() -> None:
 
 
 def through_a_file(value: object) -> list[object]:
-    """How ExecuTorch hands a constant method back: a list as several values."""
+    """Returns a constant method's value as ExecuTorch does, with a list as several values."""
     return value if isinstance(value, list) else [value]
 
 
@@ -86,7 +86,7 @@ def through_a_file(value: object) -> list[object]:
         metadata(TOY, bos_id=None, stop_ids=(), tokenizer_kind=NO_TOKENIZER, tokenizer=b"", chat_template=""),
     ],
 )
-def test_what_is_written_is_what_is_read(given_metadata: Metadata) -> None:
+def test_metadata_survives_a_round_trip(given_metadata: Metadata) -> None:
     constants = to_constants(given_metadata)
     assert constants.keys() == FIELDS.keys(), "the table lists all that a file carries, and no more"
     found = from_constants(lambda name: through_a_file(constants[name]))
@@ -97,7 +97,7 @@ def test_what_is_written_is_what_is_read(given_metadata: Metadata) -> None:
             assert getattr(found, name) == value, name
 
 
-def test_a_real_file_carries_the_checkpoint_s_and_the_tokenizer_s_own(toy_pte: Path) -> None:
+def test_a_files_metadata_is_that_of_its_checkpoint_and_tokenizer(toy_pte: Path) -> None:
     found = read_metadata(toy_pte)
     assert found.config == TOY
     assert found.max_seq_len == TOY.context
@@ -109,14 +109,14 @@ def test_a_real_file_carries_the_checkpoint_s_and_the_tokenizer_s_own(toy_pte: P
 
 
 @pytest.mark.parametrize(("name", "value"), [("get_config", "{}"), ("get_methods", "[{}]"), ("get_requirements", "x")])
-def test_metadata_of_another_form_is_refused(name: str, value: str) -> None:
+def test_malformed_metadata_is_refused(name: str, value: str) -> None:
     constants = to_constants(metadata(TOY)) | {name: value}
     with pytest.raises(InputError, match="metadata cannot be read"):
         from_constants(lambda name: through_a_file(constants[name]))
 
 
 def write(path: Path, program: bytes, version: int = FORMAT_VERSION) -> bytes:
-    """A file with a trailer spelt out by hand, as another reader would."""
+    """Writes a file whose trailer is made by hand from the documented layout."""
     digest = xxhash.xxh3_64(program).intdigest()
     content = program + b"llamapte" + struct.pack("<IIQQ", version, 0, len(program), digest)
     path.write_bytes(content)
@@ -152,7 +152,7 @@ def test_any_changed_or_missing_bytes_are_noticed(
     assert "\n" not in str(caught.value)
 
 
-def test_a_newer_version_a_foreign_file_and_an_absent_one_are_told_apart(tmp_path: Path) -> None:
+def test_newer_versions_foreign_files_and_absent_ones_have_their_own_errors(tmp_path: Path) -> None:
     path = tmp_path / "a.pte"
     write(path, PROGRAM, version=FORMAT_VERSION + 1)
     with pytest.raises(InputError, match=f"format version {FORMAT_VERSION + 1}, newer than this version's"):
@@ -170,7 +170,7 @@ def test_a_newer_version_a_foreign_file_and_an_absent_one_are_told_apart(tmp_pat
         check_file(tmp_path / "absent.pte")
 
 
-def test_without_the_checksum_only_length_and_version_are_looked_at(tmp_path: Path) -> None:
+def test_without_the_checksum_only_length_and_version_are_checked(tmp_path: Path) -> None:
     content = bytearray(write(tmp_path / "a.pte", PROGRAM))
     content[50] ^= 1
     (tmp_path / "a.pte").write_bytes(content)

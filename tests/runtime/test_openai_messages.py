@@ -1,4 +1,4 @@
-"""Functions that a model may call, through the server: asked for, told of, called."""
+"""Tests tool calls through the server: required calls, calls in answers, and calls in the history."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,8 @@ import pytest
 from preproc.jinja_template import JinjaTemplate
 from runtime import serve
 from runtime.serving import openai_request, scheduler
-from runtime.serving.openai_request import Model, read_chat
+from runtime.serving.openai_request import read_chat
+from runtime.serving.served_model import Model
 from runtime.text.generation import GenerationOptions, Step, StepBuilder
 from tests.support.serving import MESSAGES, Server, serving
 
@@ -29,10 +30,10 @@ CALL = '<tool_call>\n{"name": "pet", "arguments": {"kind": "dog", "count": 1}}\n
 
 
 def brief(marker: str) -> JinjaTemplate:
-    """A template that leaves most of the context to the answer, of models that mark calls so."""
-    told = "{% for tool in tools or [] %}{{ tool.function.name }},{% endfor %}"
-    said = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}\n"
-    return JinjaTemplate(f"{told}{marker}{said}{{% endfor %}}")
+    """Returns a template with a model's marker of tool calls, and little other text."""
+    listing = "{% for tool in tools or [] %}{{ tool.function.name }},{% endfor %}"
+    turns = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}\n"
+    return JinjaTemplate(f"{listing}{marker}{turns}{{% endfor %}}")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def server(model: Model) -> Iterator[Server]:
 
 @pytest.fixture
 def saying(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Has the model say a text, whatever it is asked."""
+    """Returns a function that makes the model generate a given text for every prompt."""
 
     def prescribe(text: str) -> None:
         def generate(
@@ -63,8 +64,8 @@ def saying(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return prescribe
 
 
-def asked(server: Server, **how: Any) -> tuple[Any, list[Any]]:
-    """A choice of a whole answer, and the same from a stream, chunk by chunk."""
+def chat(server: Server, **how: Any) -> tuple[Any, list[Any]]:
+    """Returns a choice of a whole answer, and the chunks of the same answer as a stream."""
     ask = server.client().chat.completions.create
     how = {"model": "tiny", "messages": MESSAGES, "seed": 1, **how}
     whole = ask(**how)
@@ -76,7 +77,7 @@ def called(calls: Any) -> list[tuple[str, str]]:
 
 
 def check_alike(whole: Any, stream: list[Any]) -> None:
-    """Whether a stream says what the whole answer does."""
+    """Checks that a stream and the whole answer have the same content."""
     assert "".join(each.delta.content or "" for each in stream) == (whole.message.content or "")
     deltas = [call for each in stream for call in each.delta.tool_calls or ()]
     assert called(deltas) == called(whole.message.tool_calls)
@@ -85,11 +86,9 @@ def check_alike(whole: Any, stream: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("choice", ["required", NAMED])
-def test_an_answer_that_must_be_a_call_is_one_with_the_arguments_that_the_function_takes(
-    server: Server, choice: Any
-) -> None:
+def test_a_required_call_has_valid_arguments(server: Server, choice: Any) -> None:
     for seed in range(4):
-        whole, stream = asked(server, tools=[WAIT, PET], tool_choice=choice, seed=seed, parallel_tool_calls=False)
+        whole, stream = chat(server, tools=[WAIT, PET], tool_choice=choice, seed=seed, parallel_tool_calls=False)
         check_alike(whole, stream)
         assert (whole.finish_reason, whole.message.content) == ("tool_calls", None)
         (call,) = whole.message.tool_calls
@@ -101,9 +100,9 @@ def test_an_answer_that_must_be_a_call_is_one_with_the_arguments_that_the_functi
 
 
 @pytest.mark.parametrize("marker", ["<|python_tag|>", "[TOOL_CALLS]", "<|tool_call|>"])
-def test_calls_are_written_as_the_template_speaks_of_them(model: Model, marker: str) -> None:
+def test_calls_are_read_in_the_templates_form(model: Model, marker: str) -> None:
     with serving(replace(model, template=brief(marker))) as server:
-        whole, stream = asked(server, tools=[PET], tool_choice="required", parallel_tool_calls=False)
+        whole, stream = chat(server, tools=[PET], tool_choice="required", parallel_tool_calls=False)
     check_alike(whole, stream)
     jsonschema.validate(json.loads(whole.message.tool_calls[0].function.arguments), SCHEMA)
     assert (len(whole.message.tool_calls[0].id) == 9) == (marker == "[TOOL_CALLS]")
@@ -119,7 +118,7 @@ def test_calls_are_written_as_the_template_speaks_of_them(model: Model, marker: 
         ("So <tool", "So <tool", [], "stop"),
     ],
 )
-def test_what_the_model_says_is_told_as_text_and_calls(
+def test_generated_text_is_split_into_content_and_calls(
     server: Server,
     saying: Callable[[str], None],
     text: str,
@@ -128,7 +127,7 @@ def test_what_the_model_says_is_told_as_text_and_calls(
     reason: str,
 ) -> None:
     saying(f"\n{text}")
-    whole, stream = asked(server, tools=[PET], logprobs=True)
+    whole, stream = chat(server, tools=[PET], logprobs=True)
     check_alike(whole, stream)
     assert (whole.message.content or "").strip() == (content or "")
     assert (called(whole.message.tool_calls), whole.finish_reason) == (calls, reason)
@@ -137,30 +136,30 @@ def test_what_the_model_says_is_told_as_text_and_calls(
     assert entries == [entry.token for entry in whole.logprobs.content]
 
 
-def test_without_tools_the_same_text_is_only_text(server: Server, saying: Callable[[str], None]) -> None:
+def test_without_tools_a_call_stays_text(server: Server, saying: Callable[[str], None]) -> None:
     saying(f"\n{CALL}")
     for how in ({}, {"tools": [PET], "tool_choice": "none"}):
-        whole, stream = asked(server, **how)
+        whole, stream = chat(server, **how)
         check_alike(whole, stream)
         assert CALL in whole.message.content
         assert (whole.message.tool_calls, whole.finish_reason) == (None, "stop")
 
 
-def test_a_talk_with_calls_goes_on(server: Server) -> None:
-    first, _ = asked(server, tools=[PET], tool_choice=NAMED)
+def test_a_chat_continues_after_a_call(server: Server) -> None:
+    first, _ = chat(server, tools=[PET], tool_choice=NAMED)
     call = first.message.tool_calls[0]
     more = [*MESSAGES, first.message, {"role": "tool", "tool_call_id": call.id, "content": "Rex"}]
     for how in ({"tools": [PET]}, {}):
-        whole, stream = asked(server, messages=more, max_tokens=8, **how)
+        whole, stream = chat(server, messages=more, max_tokens=8, **how)
         check_alike(whole, stream)
         assert whole.message.content
 
 
-def test_an_answer_in_json_may_be_a_call_instead(server: Server) -> None:
+def test_an_answer_with_a_response_format_may_be_a_call(server: Server) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "boolean"}}}
     seen = set()
     for seed in range(12):
-        whole, stream = asked(server, tools=[PET], response_format=form, seed=seed, temperature=3)
+        whole, stream = chat(server, tools=[PET], response_format=form, seed=seed, temperature=3)
         check_alike(whole, stream)
         seen.add(whole.finish_reason)
         if whole.finish_reason == "stop":
@@ -170,7 +169,7 @@ def test_an_answer_in_json_may_be_a_call_instead(server: Server) -> None:
     assert seen == {"stop", "tool_calls"}
 
 
-def test_the_functions_are_in_the_prompt_unless_none_is_to_be_called(model: Model) -> None:
+def test_the_prompt_has_the_functions_unless_tool_choice_is_none(model: Model) -> None:
     def length(**values: Any) -> int:
         return len(read_chat(json.dumps({"messages": MESSAGES, **values}).encode(), model).prompts[0])
 
@@ -185,15 +184,31 @@ HISTORY = {"role": "assistant", "content": None}
 @pytest.mark.parametrize(
     ("values", "param", "message"),
     [
-        ({"tools": {}}, "tools", "tools {} is invalid; give a list of functions"),
-        ({"tools": [{}]}, "tools", 'tools has {}, which is not a function; give {"type": "function"'),
-        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools", "which is not a function"),
-        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools", "which is not a function"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools", "the parameters []"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "description": 1}}]}, "tools", "the description 1"),
+        ({"tools": {}}, "tools", "tools {} is invalid; give a list"),
+        ({"tools": [{}]}, "tools", "tools[0] {} has no type; add it"),
+        (
+            {"tools": [{"type": "custom", "custom": {"name": "x"}}]},
+            "tools",
+            "tools[0].type \"custom\" is invalid; give 'function'",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": ""}}]},
+            "tools",
+            'tools[0].function.name "" is invalid; give at least',
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+            "tools",
+            "parameters [] is invalid; give an object",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "description": 1}}]},
+            "tools",
+            "description 1 is invalid; give a text",
+        ),
         ({"tools": [PET, PET]}, "tools", 'tools has "pet" more than once; give each function a different name'),
-        ({"tools": [PET], "tool_choice": "any"}, "tool_choice", 'tool_choice "any" is unknown; give none, auto, req'),
-        ({"tools": [PET], "tool_choice": {"type": "function"}}, "tool_choice", "is unknown; give none, auto"),
+        ({"tools": [PET], "tool_choice": "any"}, "tool_choice", 'tool_choice "any" is invalid; give none, auto, req'),
+        ({"tools": [PET], "tool_choice": {"type": "function"}}, "tool_choice", "is invalid; give none, auto"),
         (
             {"tools": [WAIT], "tool_choice": NAMED},
             "tool_choice",
@@ -210,8 +225,16 @@ HISTORY = {"role": "assistant", "content": None}
             "tools",
             "the grammar cannot be used",
         ),
-        ({"messages": [{**HISTORY, "tool_calls": {"x": 1}}]}, "messages", "give a list of calls"),
-        ({"messages": [{**HISTORY, "tool_calls": [{}]}]}, "messages", "tool_calls has {}, which is not a call"),
+        (
+            {"messages": [{**HISTORY, "tool_calls": {"x": 1}}]},
+            "messages",
+            'messages[0].tool_calls {"x": 1} is invalid; give a list',
+        ),
+        (
+            {"messages": [{**HISTORY, "tool_calls": [{}]}]},
+            "messages",
+            "messages[0].tool_calls[0] {} has no function; add it",
+        ),
         (
             {"messages": [{**HISTORY, "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]},
             "messages",
@@ -222,10 +245,10 @@ HISTORY = {"role": "assistant", "content": None}
             "messages",
             "give an object as JSON",
         ),
-        ({"messages": [HISTORY]}, "messages", "the content null is invalid"),
+        ({"messages": [HISTORY]}, "messages", 'the message of "assistant" has no content; add a text'),
     ],
 )
-def test_what_is_malformed_is_refused(server: Server, values: dict[str, Any], param: str, message: str) -> None:
+def test_malformed_requests_are_refused(server: Server, values: dict[str, Any], param: str, message: str) -> None:
     answer = server.post("chat/completions", **({"messages": MESSAGES} | values))
     assert answer.status_code == 400
     error = answer.json()["error"]
@@ -233,9 +256,7 @@ def test_what_is_malformed_is_refused(server: Server, values: dict[str, Any], pa
     assert message in error["message"]
 
 
-def test_without_llguidance_only_a_call_that_must_be_is_refused(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_llguidance_only_required_calls_are_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_request, "find_spec", lambda name: None)
     assert server.post("chat/completions", messages=MESSAGES, tools=[PET], max_tokens=1).status_code == 200
     error = server.post("chat/completions", messages=MESSAGES, tools=[PET], tool_choice="required").json()["error"]

@@ -1,4 +1,4 @@
-"""A model in shards on several ranks: the whole's tokens, whoever ends, and whatever lies between them."""
+"""Tests a model in shards or slices on several ranks: equal tokens, failing ranks, and a slow network."""
 
 import json
 import os
@@ -25,14 +25,14 @@ from tests.support.ranks import ended, hosts, start
 from tests.support.slices import GROUPED
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5] * 3, [2], [7, 1, 8, 2, 8], [1] * 20, [6, 6], [5, 4]]
-"""One is longer than a chunk."""
+"""The first prompt is longer than a chunk."""
 
 NEW = 24
 
 
 @pytest.fixture(scope="module")
 def models(stories260k: ExportOptions, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, ExportOptions]:
-    """How to export each: all have five blocks, but for the small one, which is for slices."""
+    """Returns the models' export options. All have five blocks, except the small one, which is for slices."""
     return {
         "stories260K": replace(stories260k, prefill_chunk=16),
         "built-in": ExportOptions(max_seq_len=128, prefill_chunk=16),
@@ -42,14 +42,14 @@ def models(stories260k: ExportOptions, tmp_path_factory: pytest.TempPathFactory)
 
 
 def folder(models: Mapping[str, ExportOptions], name: str, shards: int = 5) -> Path:
-    """One of the models, in shards."""
+    """Exports one of the models in shards."""
     output = MODELS / f"pipeline-{name}-{shards}.shards"
     return exported(replace(models[name], sharding=Sharding(shards), output=output))
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """PROMPTS, and one that no model takes."""
+    """Writes a file with PROMPTS and one invalid prompt."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     lines = [{"prompt_ids": ids} for ids in (*PROMPTS, [])]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -57,7 +57,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected(shards: Path, temperature: float = 0.0, count: int = NEW) -> list[list[int]]:
-    """What one process makes of PROMPTS, one after another."""
+    """Generates the texts of PROMPTS one after another in one process."""
     program = Program(shards)
     options = GenerationOptions(SamplingOptions(temperature), count, program.metadata.stop_ids)
     return [
@@ -71,7 +71,9 @@ def command(shards: Path, prompts: Path, temperature: float = 0.0, count: int = 
 
 
 def results(ranks: Sequence[subprocess.Popen[str]], codes: Sequence[int] | None = None) -> list[dict[str, Any]]:
-    """What the first printed; exit codes are 1 where texts are told, as one prompt cannot be run, and 0 elsewhere."""
+    """Returns the JSON lines of the first rank and checks all exit codes. By default the first rank's is 1, because one
+    prompt is invalid.
+    """
     done = ended(ranks)
     expected = codes or [1] + [0] * (len(ranks) - 1)
     assert [code for code, _, _ in done] == expected, "\n".join(error for _, _, error in done)
@@ -101,7 +103,7 @@ def test_any_number_of_ranks_gives_the_tokens_of_one_process(
 
 
 def slices(models: Mapping[str, ExportOptions], name: str, count: int) -> Path:
-    """One of the models, in slices."""
+    """Exports one of the models in slices."""
     return exported(replace(models[name], sharding=Sharding(slices=count), output=MODELS / f"{name}-{count}.slices"))
 
 
@@ -125,15 +127,15 @@ def test_slices_on_ranks_give_the_whole_models_tokens(
 
 
 @pytest.mark.slow
-def test_where_a_rank_with_slices_is_killed_another_run_goes_on(
+def test_after_a_rank_with_slices_is_killed_another_run_continues(
     models: Mapping[str, ExportOptions], prompts: Path, tmp_path: Path
 ) -> None:
     folder, journal = slices(models, "small", 2), tmp_path / "journal"
     arguments = [*command(folder, prompts, 0.8), "--journal", journal, "--timeout", "4"]
     ranks = start([arguments] * 2)
-    until(journal, 20)
+    wait_for_lines(journal, 20)
     ranks[1].kill()
-    lost(ranks, 1)
+    check_ended(ranks, 1)
     kept = journal.read_bytes()
     *found, _ = results(start([arguments]))
     assert [result["token_ids"] for result in found] == expected(folder, 0.8)
@@ -148,21 +150,21 @@ def test_hosts_on_a_slow_network_give_the_same_tokens(
 ) -> None:
     shards = folder(models, "stories260K")
     with hosts(count) as found:
-        prefixes, told = zip(*found, strict=True)
-        *results_there, _ = results(start([command(shards, prompts)] * count, told, prefixes))
+        prefixes, environments = zip(*found, strict=True)
+        *results_there, _ = results(start([command(shards, prompts)] * count, environments, prefixes))
     assert [result["token_ids"] for result in results_there] == expected(shards)
 
 
-def until(journal: Path, lines: int) -> None:
-    """Waits until a journal has so many lines."""
+def wait_for_lines(journal: Path, lines: int) -> None:
+    """Waits until a journal has `lines` lines."""
     limit = time.monotonic() + 60
     while not journal.exists() or journal.read_bytes().count(b"\n") < lines:
         assert time.monotonic() < limit, "nothing is run"
         time.sleep(0.005)
 
 
-def lost(ranks: Sequence[subprocess.Popen[str]], at: int) -> None:
-    """Checks that all but one rank ended with a sentence about another."""
+def check_ended(ranks: Sequence[subprocess.Popen[str]], at: int) -> None:
+    """Checks that every rank but one ended with an error about another rank."""
     for rank, (code, _, error) in enumerate(ended(ranks, within=30)):
         if rank != at:
             assert code == 2, error
@@ -177,11 +179,11 @@ def test_where_a_rank_is_killed_the_others_end_and_a_new_run_repeats_no_token(
     shards, journal = folder(models, "stories260K"), tmp_path / "journal"
     arguments = [*command(shards, prompts, 0.8, count=300), "--journal", journal, "--timeout", "4"]
     ranks = start([arguments] * 3)
-    until(journal, 40)
+    wait_for_lines(journal, 40)
     ranks[at].kill()
-    lost(ranks, at)
+    check_ended(ranks, at)
     with journal.open("ab") as file:
-        file.write(b"1 2")  # as a rank leaves it that is killed while it writes
+        file.write(b"1 2")  # a partial line, as left by a rank killed while writing
     kept = journal.read_bytes().removesuffix(b"1 2")
     *found, _ = results(start([arguments] * 2))
     assert [result["token_ids"] for result in found] == expected(shards, 0.8, count=300)
@@ -202,10 +204,10 @@ def test_a_rank_that_does_not_answer_ends_the_others_in_time(
     journal = tmp_path / "journal"
     arguments = [*command(folder(models, "stories260K"), prompts, 0.8, count=300), "--journal", journal]
     ranks = start([[*arguments, "--timeout", "4"]] * 3)
-    until(journal, 40)
+    wait_for_lines(journal, 40)
     ranks[1].send_signal(signal.SIGSTOP)
     stopped, begun = ranks.pop(1), time.monotonic()
-    lost(ranks, -1)
+    check_ended(ranks, -1)
     assert time.monotonic() - begun < 20
     stopped.kill()
     stopped.communicate()
@@ -236,7 +238,7 @@ def test_a_rank_that_does_not_answer_ends_the_others_in_time(
         ),
     ],
 )
-def test_what_cannot_be_run_is_refused_by_every_rank(
+def test_invalid_runs_are_refused_by_every_rank(
     wrong: str, words: tuple[str, ...], models: Mapping[str, ExportOptions], prompts: Path, tmp_path: Path
 ) -> None:
     here = shutil.copytree(folder(models, "grouped"), tmp_path / "here")

@@ -1,4 +1,4 @@
-"""runtime.placement: assignments against all that there are, and rates against a simulation."""
+"""Tests runtime.placement: assignments against all possible ones, and predicted rates against a simulation."""
 
 import itertools
 import math
@@ -29,7 +29,9 @@ def test_no_other_assignment_is_faster(data: st.DataObject, idle: bool) -> None:
     hosts = data.draw(st.lists(st.builds(Host, st.just("h"), st.integers(0, 15), seconds), min_size=1, max_size=4))
 
     def slowest(ends: tuple[int, ...]) -> float:
-        """Of an assignment, each of whose hosts has the shards up to its end."""
+        """Returns the slowest host's time in an assignment; host i has the shards before ends[i] that no host before it
+        has.
+        """
         worst = 0.0
         for host, first, end in zip(hosts, (0, *ends), ends, strict=False):
             if sum(sizes[first:end]) > host.memory or (first == end and not idle):
@@ -55,8 +57,8 @@ def test_no_other_assignment_is_faster(data: st.DataObject, idle: bool) -> None:
     transfer=st.integers(0, 12),
     texts=st.integers(1, 12),
 )
-def test_the_rate_is_what_a_simulation_finds(seconds: list[int], latency: int, transfer: int, texts: int) -> None:
-    """Texts go round the hosts, each of which computes and then sends one at a time."""
+def test_the_rate_equals_a_simulations(seconds: list[int], latency: int, transfer: int, texts: int) -> None:
+    """Simulates texts that circle through the hosts, each of which computes and then sends one at a time."""
     count = len(seconds)
     link = 100 / transfer if transfer else math.inf
     hosts = [
@@ -84,7 +86,7 @@ def test_hundreds_of_hosts_are_assigned_in_seconds() -> None:
     assert all(len(span) <= 2 for span in found.spans)
 
 
-def test_a_file_of_hosts_says_what_was_written(tmp_path: Path) -> None:
+def test_a_file_of_hosts_survives_a_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "hosts.toml"
     hosts = [Host("a", 3_000_000_000, (0.25, 0.5), 0.001, 1e8), Host("b", 5, (1.0, 2.0))]
     path.write_text("\n\n".join(map(to_toml, hosts)))
@@ -105,13 +107,13 @@ def test_a_file_of_hosts_says_what_was_written(tmp_path: Path) -> None:
         ('[[hosts]]\nname="a"\nmemory="1GB"\nspeed="1GB"\nspeeed="1GB"', "speeed is unknown"),
     ],
 )
-def test_a_file_of_hosts_that_says_something_else_is_refused(text: str, words: str, tmp_path: Path) -> None:
+def test_an_invalid_file_of_hosts_is_refused(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "hosts.toml").write_text(text)
     with pytest.raises(InputError, match=re.escape(words)):
         read_hosts(tmp_path / "hosts.toml", [1, 1])
 
 
-def test_the_command_plans_with_what_ranks_measured(
+def test_the_command_plans_with_measurements_of_ranks(
     stories260k: ExportOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = exported(

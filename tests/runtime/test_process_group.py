@@ -1,4 +1,4 @@
-"""A peer alone; several together are tests/runtime/test_pipeline.py's."""
+"""Tests a process group of one process; tests/runtime/test_pipeline.py tests several."""
 
 import os
 
@@ -9,7 +9,7 @@ from model.errors import InputError
 from runtime.distributed.process_group import ProcessGroup, Ring, pin_cores
 
 
-def test_a_process_alone_hears_itself() -> None:
+def test_a_single_process_receives_its_own_messages() -> None:
     process_group = ProcessGroup()
     assert (process_group.rank, process_group.count) == (0, 1)
     assert process_group.all_gather({"a": [1, None]}) == [{"a": [1, None]}]
@@ -25,7 +25,7 @@ def test_a_process_alone_hears_itself() -> None:
     process_group.close()
 
 
-def test_what_fails_alone_fails_in_its_own_words() -> None:
+def test_an_error_in_a_single_process_is_unchanged() -> None:
     def fail() -> None:
         raise InputError("the sea is not salty; add salt")
 

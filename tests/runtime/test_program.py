@@ -26,8 +26,8 @@ def test_a_step_takes_and_gives_tensors_by_name(toy_program: Program) -> None:
         assert {name: tuple(tensor.shape) for name, tensor in outputs.items()} == expected
 
 
-def test_programs_of_equal_shape_keep_to_their_own_weights(tmp_path: Path) -> None:
-    """XNNPACK shares packed weights of one name in the whole process."""
+def test_programs_of_equal_shape_have_separate_weights(tmp_path: Path) -> None:
+    """XNNPACK shares packed weights of equal names within a process."""
     models = [random_model(TOY, seed) for seed in (0, 1)]
     plans = [planned(model, GraphOptions(48, 1)) for model in models]
     programs = [Program(write_pte(plan, tmp_path / f"{i}.pte", "xnnpack")) for i, plan in enumerate(plans)]
@@ -42,7 +42,7 @@ def test_a_truncated_file_is_refused(toy_pte: Path, tmp_path: Path, size: int) -
         Program(tmp_path / "cut.pte")
 
 
-def test_a_file_that_needs_what_this_runtime_lacks_is_refused_by_name(toy_pte: Path, tmp_path: Path) -> None:
+def test_missing_backends_and_operators_are_named(toy_pte: Path, tmp_path: Path) -> None:
     metadata = replace(
         read_metadata(toy_pte),
         requirements=Requirements("9.9.9", ("AbacusBackend",), ("aten::embedding.out", "toy::add.out")),
@@ -54,7 +54,7 @@ def test_a_file_that_needs_what_this_runtime_lacks_is_refused_by_name(toy_pte: P
         Program(tmp_path / "other.pte")
 
 
-def test_where_our_own_kernels_were_not_compiled_it_says_so(toy_pte: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_kernels_of_the_project_are_reported(toy_pte: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executorch._C, "_get_operator_names", lambda: ["aten::embedding.out"])
     with pytest.raises(
         InputError, match=r"needs llama_pte::attention\.out, .* install a C\+\+ compiler, then llama-pte again"
@@ -62,8 +62,8 @@ def test_where_our_own_kernels_were_not_compiled_it_says_so(toy_pte: Path, monke
         Program(toy_pte)
 
 
-def test_a_run_says_nothing_but_its_text_and_its_statistics(toy_pte: Path) -> None:
-    """No probing of the processor, no warnings of libraries, in a fresh process."""
+def test_a_run_prints_only_its_text_and_statistics(toy_pte: Path) -> None:
+    """Runs a new process and checks that libraries print nothing."""
     call = [sys.executable, "-m", "runtime.generate", str(toy_pte), "--max-new-tokens", "2", "--threads", "1"]
     done = subprocess.run(call, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert len(done.stderr.splitlines()) == 1

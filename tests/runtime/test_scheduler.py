@@ -21,20 +21,20 @@ WARM = SamplingOptions(temperature=1.0)
 
 
 class Client:
-    """One who has a job done, and waits for it."""
+    """A client with one job."""
 
     def __init__(self, prompt: list[int], options: GenerationOptions, rng: Rng | None = None) -> None:
         self.items = queue.Queue[Step | Exception]()
         self.job = Job(prompt, options, rng or Rng(7), None, self.items.put)
 
     def steps(self) -> list[Step]:
-        told = list[Step]()
-        while not told or told[-1].finish_reason is None:
+        received = list[Step]()
+        while not received or received[-1].finish_reason is None:
             item = self.items.get(timeout=60)
             if isinstance(item, Exception):
                 raise item
-            told.append(item)
-        return told
+            received.append(item)
+        return received
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def wait_for(scheduler: Scheduler, **counts: int) -> None:
     wait(lambda: counts.items() <= scheduler.counts.items(), lambda: f"{scheduler.counts}, not {counts}")
 
 
-def test_texts_in_turns_are_those_of_each_alone(toy_program: Program) -> None:
+def test_interleaved_texts_equal_those_run_alone(toy_program: Program) -> None:
     chance = random.Random(5)
     clients = list[Client]()
     for seed in range(40):
@@ -72,11 +72,11 @@ def test_texts_in_turns_are_those_of_each_alone(toy_program: Program) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 8, 30])
-def test_a_prompts_own_tokens_are_scored_as_the_eager_model_has_them(scheduler: Scheduler, length: int) -> None:
+def test_prompt_scores_are_those_of_the_eager_model(scheduler: Scheduler, length: int) -> None:
     prompt = [(token * 37) % TOY.vocab_size for token in range(1, length + 1)]
     clients = [Client(prompt, GenerationOptions(max_new_tokens=3)) for _ in range(2)]
     clients[1].job.scores = 2
-    for client in clients:  # so that the second finds a session that begins like it
+    for client in clients:  # one after the other, so that the second could reuse the first one's session
         scheduler.submit(client.job)
         client.steps()
     scored = clients[1].job.scored
@@ -109,7 +109,7 @@ def test_a_short_text_does_not_wait_for_a_long_one_or_a_long_prompt(scheduler: S
     gate.open.set()
     for client in clients:
         client.steps()
-    assert order[:3] == ["short"] * 3  # while the prompt of 40 was run in parts of 7
+    assert order[:3] == ["short"] * 3  # between chunks of the long prompt, of 7 tokens each
     assert order[3:] == ["long"] * 9
 
 
@@ -125,7 +125,7 @@ def test_past_the_limit_a_job_is_refused(scheduler: Scheduler, gate: Gate) -> No
     assert len(clients[3].steps()) == 2
 
 
-def test_a_cancelled_job_ends_be_it_waiting_or_active(scheduler: Scheduler, gate: Gate) -> None:
+def test_a_cancelled_job_ends_whether_waiting_or_active(scheduler: Scheduler, gate: Gate) -> None:
     clients = [Client([token], GenerationOptions()) for token in range(3)]
     for client in clients:
         scheduler.submit(client.job)
@@ -162,7 +162,7 @@ def test_bad_input_ends_one_job_and_leaves_its_session(scheduler: Scheduler) -> 
     assert scheduler.counts == {"active": 0, "waiting": 0, "sessions": 1}
 
 
-def test_closing_tells_all_who_wait(toy_program: Program, gate: Gate) -> None:
+def test_closing_ends_all_waiting_jobs(toy_program: Program, gate: Gate) -> None:
     scheduler = Scheduler(toy_program, sessions=1, max_queue=1)
     clients = [Client([token], GenerationOptions()) for token in range(2)]
     for client in clients:

@@ -21,7 +21,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from model.errors import InputError
 from runtime import serve
-from runtime.serving.openai_request import Model
+from runtime.serving.served_model import Model
 from tests.support.serving import LIMIT, MESSAGES, Gate, Server, serving, told_by_the_end, wait
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,6 @@ def test_the_model_is_listed(server: Server) -> None:
         (b"[" * 15000, 400, "the body is not JSON"),
         (b"\xff\xfe\xfd", 400, "the body is not JSON"),
         (b" " * (LIMIT + 1), 413, f"more than {LIMIT} bytes"),
-        (b'{"model": "other", "prompt": "x"}', 404, 'the model "other" is not served; give "tiny"'),
         (json.dumps({"prompt": "word " * 600}).encode(), 400, "the context only 512; shorten it"),
     ],
 )
@@ -72,7 +71,7 @@ def test_a_body_that_cannot_be_read_is_refused(server: Server, body: bytes, stat
     assert message in answer.json()["error"]["message"]
 
 
-def test_other_paths_and_methods_are_told_what_there_is(server: Server) -> None:
+def test_other_paths_and_methods_are_refused_with_a_list(server: Server) -> None:
     for answer, status in ((httpx.get(f"{server.url}/v2"), 404), (httpx.get(f"{server.url}/v1/completions"), 405)):
         assert answer.status_code == status
         assert "is not an endpoint; see /v1/models" in answer.json()["error"]["message"]
@@ -89,11 +88,13 @@ def test_only_the_right_key_opens_the_endpoints(model: Model) -> None:
         for key in ("Secret", "secre", "secret s"):
             answer = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {key}"})
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), key
-        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+        for path in ("v1/models", "metrics"):
+            assert httpx.get(f"{server.url}/{path}").status_code == 401
+        assert httpx.post(f"{server.url}/tokenize", json={"content": "x"}).status_code == 401
         assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
 
 
-def test_past_the_queues_limit_requests_are_refused_and_may_come_again(
+def test_requests_beyond_the_queues_limit_are_refused_with_retry_after(
     own_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, answers = Gate(own_model.program, monkeypatch), list[httpx.Response]()
@@ -117,9 +118,7 @@ def test_past_the_queues_limit_requests_are_refused_and_may_come_again(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_place_be_it_active_or_waiting(
-    own_model: Model, monkeypatch: pytest.MonkeyPatch, stream: bool
-) -> None:
+def test_a_disconnected_client_frees_its_place(own_model: Model, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     gate = Gate(own_model.program, monkeypatch)
     body = json.dumps({"prompt": "Once upon a time", "max_tokens": 500, "stream": stream}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
@@ -139,7 +138,7 @@ def test_a_client_that_leaves_frees_its_place_be_it_active_or_waiting(
         assert gate.steps == 1
 
 
-def test_a_stream_is_left_in_its_midst(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_may_be_cancelled(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(own_model.program, monkeypatch)
     gate.open.set()
     with serving(own_model, sessions=1) as server:
@@ -154,9 +153,9 @@ def test_a_stream_is_left_in_its_midst(own_model: Model, monkeypatch: pytest.Mon
         assert gate.steps <= steps + 1
 
 
-def test_the_end_of_the_server_is_told_to_those_who_wait(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = told_by_the_end(own_model, Gate(own_model.program, monkeypatch), {"prompt": "Once"}, sessions=1)
-    assert [text.count("the server is shutting down") for text in told] == [1, 1]
+def test_waiting_clients_are_informed_of_the_shutdown(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    responses = told_by_the_end(own_model, Gate(own_model.program, monkeypatch), {"prompt": "Once"}, sessions=1)
+    assert [text.count("the server is shutting down") for text in responses] == [1, 1]
 
 
 def test_a_failure_is_an_error_for_one_client(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,29 +171,31 @@ def test_a_failure_is_an_error_for_one_client(own_model: Model, monkeypatch: pyt
 
 @contextmanager
 def process(file: Path, *flags: str, end: signal.Signals = signal.SIGTERM) -> Iterator[tuple[str, int]]:
-    """The command, its address and its process id. It ends by a signal, with 0 and no more words."""
+    """Runs the command and yields its URL and process id. The signal `end` must end it with code 0 and no further
+    output.
+    """
     call = [sys.executable, "-m", "runtime.serve", str(file), "--port", "0", *flags]
     with subprocess.Popen(call, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr
-        told = re.fullmatch(r"serving \w+ at (http://\S+); Ctrl-C ends\n", server.stderr.readline())
+        started = re.fullmatch(r"serving \w+ at (http://\S+); Ctrl-C ends\n", server.stderr.readline())
         try:
-            assert told
-            yield told[1], server.pid
+            assert started
+            yield started[1], server.pid
         finally:
             server.send_signal(end)
             rest = server.stderr.read()
     assert (server.returncode, rest) == (0, "")
 
 
-async def visit(client: httpx.AsyncClient, chance: random.Random) -> None:
-    """One request of any kind, which may be left at any time."""
+async def send_random_request(client: httpx.AsyncClient, chance: random.Random) -> None:
+    """Sends a random request, which may be cancelled after a random time."""
     body: dict[str, Any] = {
         "prompt": "Once upon a time " * chance.randrange(1, 9),
         "max_tokens": chance.randrange(1, 40),
     }
     if stream := chance.random() < 0.7:
         body["stream"] = True
-    left_after = chance.choice([None, None, 0.02, 0.1, 0.5])
+    cancel_after = chance.choice([None, None, 0.02, 0.1, 0.5])
 
     async def ask() -> None:
         async with client.stream("POST", "/v1/completions", json=body) as answer:
@@ -203,9 +204,9 @@ async def visit(client: httpx.AsyncClient, chance: random.Random) -> None:
             assert lines[-2:] == ["data: [DONE]", ""] if stream else len(lines) == 1
 
     try:
-        await asyncio.wait_for(ask(), left_after)
+        await asyncio.wait_for(ask(), cancel_after)
     except asyncio.TimeoutError:
-        assert left_after
+        assert cancel_after
 
 
 def resident(pid: int) -> int:
@@ -214,22 +215,22 @@ def resident(pid: int) -> int:
     return int(found[1]) << 10
 
 
-def test_200_requests_of_which_many_are_left_leave_nothing_behind(tiny_pte: Path) -> None:
+def test_200_requests_with_cancellations_leak_nothing(tiny_pte: Path) -> None:
     chance = random.Random(3)
 
-    async def visits(url: str, count: int) -> None:
+    async def send_requests(url: str, count: int) -> None:
         limits = httpx.Limits(max_connections=count)
         async with httpx.AsyncClient(base_url=url, limits=limits, timeout=120) as client:
-            await asyncio.gather(*(visit(client, chance) for _ in range(count)))
+            await asyncio.gather(*(send_random_request(client, chance) for _ in range(count)))
 
     def counts(url: str) -> dict[str, Any]:
         return dict(httpx.get(f"{url}/health").json())
 
     with process(tiny_pte, "--sessions", "3", "--max-queue", "200") as (url, pid):
-        asyncio.run(visits(url, 20))
+        asyncio.run(send_requests(url, 20))
         wait(lambda: counts(url)["active"] == 0, lambda: f"{counts(url)}")
         before = resident(pid)
-        asyncio.run(visits(url, 200))
+        asyncio.run(send_requests(url, 200))
         wait(lambda: counts(url)["active"] == 0, lambda: f"{counts(url)}")
         assert counts(url) == {"status": "ok", "active": 0, "waiting": 0, "sessions": 3}
         assert resident(pid) < before + 16e6
@@ -263,16 +264,18 @@ def test_the_command_refuses_impossible_flags(toy_pte: Path, flags: list[str], m
         serve.main([str(toy_pte), *flags])
 
 
-def test_numbers_of_things_are_none_or_more(toy_pte: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_must_not_be_negative(toy_pte: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         serve.main([str(toy_pte), "--max-queue", "-1"])
     assert caught.value.code == 2
     assert "'-1' is invalid; give a whole number, 0 or more" in capsys.readouterr().err
 
 
-def test_without_its_libraries_the_command_says_how_to_get_them(toy_pte: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libraries_are_reported_with_the_install_command(
+    toy_pte: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"needs starlette and uvicorn.*pip install 'llama-pte\[serve\]'"):
+    with pytest.raises(InputError, match=r"needs pydantic, starlette, uvicorn.*pip install 'llama-pte\[serve\]'"):
         serve.main([str(toy_pte)])
 
 
@@ -280,7 +283,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chro
 
 
 @pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="needs Chromium")
-def test_the_page_shows_an_answer_as_it_comes(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_streams_an_answer(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(own_model.program, monkeypatch)
     gate.open.set()
     step, slow = own_model.program.step, threading.Event()

@@ -31,7 +31,9 @@ from tests.support.kinds import (
 
 
 def operations(vocabulary: int, longest: int) -> st.SearchStrategy[list[tuple[str, list[int]]]]:
-    """What may happen to a session, with the tokens to append, or as many as to forget."""
+    """Returns a strategy of operations on a session, each with the tokens to append, or a list as long as the tokens to
+    rewind.
+    """
     tokens = st.lists(st.integers(0, vocabulary - 1), min_size=1, max_size=longest)
     forgotten = st.lists(st.just(0), max_size=longest)
     steps = st.one_of(
@@ -44,7 +46,9 @@ def operations(vocabulary: int, longest: int) -> st.SearchStrategy[list[tuple[st
 
 
 class Player:
-    """Does the same to a session and to a plain list of tokens, and compares with recomputing from scratch."""
+    """Applies the same operations to a session and to a list of tokens, and compares with results computed from
+    scratch.
+    """
 
     def __init__(self, program: Steps, model: Llama, tolerance: float = 1e-3) -> None:
         self._tolerance = tolerance
@@ -53,10 +57,10 @@ class Player:
         self.text = list[int]()
         self._model = model
         self._ring = min((buffer.shape[1] for buffer in self.session.cache.buffers.values()), default=CONTEXT)
-        self._furthest = 0  # tokens that the text has had since it was last empty
+        self._furthest = 0  # largest length of the text since it was last empty
 
     def play(self, operation: str, argument: list[int]) -> None:
-        """Does it, or sees it refused."""
+        """Applies an operation, or checks that it is refused."""
         if operation == "reset":
             self.session.reset()
             self.text, self._furthest = [], 0
@@ -86,7 +90,7 @@ class Player:
                 self.session.rewind(position)
 
     def _keep(self) -> None:
-        """In a file, from which another session goes on."""
+        """Saves the session and continues in another one that loads it."""
         with tempfile.TemporaryDirectory() as folder:
             self.session.save(Path(folder) / "session")
             self.session = Session(self._program)
@@ -95,7 +99,7 @@ class Player:
             self.session.load(Path(folder) / "session")
 
     def _restart(self, tokens: list[int]) -> None:
-        """A new text, half of which is the old one."""
+        """Restarts with a text whose first half is the old text's."""
         text = (self.text[: len(tokens) // 2] + tokens)[:CONTEXT]
         found, before = self.session.restart(text), common(self.text, text[:-1])
         refused = before and max(before - self._ring + 1, 0) < self._furthest - self._ring
@@ -126,7 +130,9 @@ def test_any_order_of_operations_gives_what_recomputing_from_scratch_gives(
 @pytest.mark.parametrize("name", KINDS)
 @settings(max_examples=10)
 @given(operations=operations(VOCABULARY, 25))
-def test_so_it_is_with_models_of_every_kind(name: str, operations: list[tuple[str, list[int]]]) -> None:
+def test_any_order_of_operations_works_with_models_of_every_kind(
+    name: str, operations: list[tuple[str, list[int]]]
+) -> None:
     program = EagerSteps(KINDS[name])
     player = Player(program, program.model, KINDS[name].tolerance)
     for operation in operations:
@@ -136,7 +142,7 @@ def test_so_it_is_with_models_of_every_kind(name: str, operations: list[tuple[st
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("length", [1, 6, 7, 8, 30])
 def test_the_whole_context_can_be_decoded(name: str, length: int) -> None:
-    """Which crosses windows several times."""
+    """Fills the context token by token, through several windows."""
     program = EagerSteps(KINDS[name])
     player = Player(program, program.model, KINDS[name].tolerance)
     tokens = [7 * i % VOCABULARY for i in range(CONTEXT)]
@@ -147,7 +153,7 @@ def test_the_whole_context_can_be_decoded(name: str, length: int) -> None:
 
 
 def test_a_thousand_decoded_tokens_agree_with_recomputing_at_every_position(tmp_path: Path) -> None:
-    """From a file, by the operator that attends over the filled part of the caches."""
+    """Runs an exported file, whose attention operator reads only the filled part of the caches."""
     kind = Kind(replace(PLAIN, context=1024), replace(FUSED, max_seq_len=1024))
     export_kind(kind, tmp_path / "long.pte", "xnnpack")
     session, tokens = Session(Program(tmp_path / "long.pte")), [31 * i * i % VOCABULARY for i in range(1000)]
@@ -156,14 +162,14 @@ def test_a_thousand_decoded_tokens_agree_with_recomputing_at_every_position(tmp_
 
 
 def one_layer(kind: Kind) -> Kind:
-    """Its first block alone: what a cache holds then depends on no more than each token and its position."""
+    """Returns a kind with the first block only, whose cache rows depend on nothing but a token and its position."""
     config = kind.config
     layers = {name: tuple(i for i in getattr(config, name) if i == 0) for name in ("local_layers", "nope_layers")}
     return replace(kind, config=replace(config, n_layers=1, **layers))
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_after_sliding_the_text_is_as_if_it_had_never_been_longer(name: str) -> None:
+def test_after_sliding_logits_are_those_of_the_shorter_text(name: str) -> None:
     kind = one_layer(KINDS[name])
     session, fresh = Session(program := EagerSteps(kind)), 0
     if kind.config.positions == "learned" and kind.options.kv_cache:
@@ -182,7 +188,7 @@ def test_after_sliding_the_text_is_as_if_it_had_never_been_longer(name: str) -> 
         assert session.position == len(session.tokens)
 
 
-def test_a_text_of_ten_contexts_takes_no_more_memory_and_slides_now_and_then(toy_program: Program) -> None:
+def test_a_text_of_ten_contexts_slides_in_constant_memory(toy_program: Program) -> None:
     session, slides = Session(toy_program), 0
     places = [buffer.data_ptr() for buffer in session.cache.buffers.values()]
     for number in range(10 * TOY.context):
@@ -194,7 +200,7 @@ def test_a_text_of_ten_contexts_takes_no_more_memory_and_slides_now_and_then(toy
     assert slides <= 10 * TOY.context / ((TOY.context - SINKS) // 2)
 
 
-def test_a_window_as_long_as_the_context_leaves_nothing_to_forget() -> None:
+def test_a_window_as_long_as_the_context_cannot_slide() -> None:
     session = Session(EagerSteps(Kind(replace(WINDOW, sliding_window=CONTEXT - 3))))
     session.prefill([1] * CONTEXT)
     with pytest.raises(InputError, match=f"none of the {CONTEXT} tokens can be forgotten"):
@@ -202,7 +208,7 @@ def test_a_window_as_long_as_the_context_leaves_nothing_to_forget() -> None:
 
 
 @pytest.mark.parametrize("name", ["window", "fused", "fused, int8 in a window", "no cache"])
-def test_what_was_proposed_counts_as_far_as_it_is_accepted(name: str) -> None:
+def test_only_accepted_proposals_are_kept(name: str) -> None:
     program = EagerSteps(KINDS[name])
     session, text = Session(program), [5, 9, 2, 8, 3, 1, 7, 4]
     session.prefill(text)
@@ -256,7 +262,7 @@ def test_another_models_session_is_refused(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["session"]
 
 
-def test_of_a_new_prompt_only_what_differs_is_run() -> None:
+def test_restart_runs_only_tokens_that_differ() -> None:
     program = Watched(KINDS["fused"])
     session = Session(program)
     session.prefill([1, 2, 3, 4, 5])
@@ -295,7 +301,7 @@ def test_hidden_states_are_those_of_the_latest_step_or_none() -> None:
 
 
 class Watched(EagerSteps):
-    """Fails when told to, and remembers the tokens it was given."""
+    """Records the tokens of each step, and fails if `fails` is set."""
 
     fails = False
     given: list[int]
@@ -308,7 +314,7 @@ class Watched(EagerSteps):
 
 
 @pytest.mark.parametrize("name", ["window", "fused", "no cache"])
-def test_after_a_failure_a_session_stands_where_the_last_whole_step_left_it(name: str) -> None:
+def test_a_failed_step_leaves_the_session_unchanged(name: str) -> None:
     program = Watched(KINDS[name])
     player = Player(program, program.model)
     player.play("prefill", [1, 2, 3])
@@ -320,7 +326,7 @@ def test_after_a_failure_a_session_stands_where_the_last_whole_step_left_it(name
     player.play("prefill", [6])
 
 
-def test_what_pads_a_step_is_always_the_same() -> None:
+def test_steps_are_padded_with_zeros() -> None:
     program = Watched(KINDS["window"])
     session = Session(program)
     session.prefill([9] * CHUNK)
@@ -355,7 +361,7 @@ def test_logits_outlive_the_next_step(toy_program: Program) -> None:
     assert torch.equal(logits, kept)
 
 
-def test_a_prompt_that_cannot_be_is_refused_and_changes_nothing(toy_program: Program) -> None:
+def test_an_invalid_prompt_is_refused_and_changes_nothing(toy_program: Program) -> None:
     session = Session(toy_program)
     session.prefill([1, 2, 3])
     for tokens, message in (

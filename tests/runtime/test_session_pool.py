@@ -15,8 +15,8 @@ short = st.lists(st.integers(1, 2), min_size=1, max_size=4)
 prompts = st.builds(lambda shared, own: LONG[:shared] + own, st.sampled_from([0, 3, 20, 30]), short)
 
 
-def said(pool: SessionPool, text: list[int]) -> Session:
-    """A session with that text, given back."""
+def run_text(pool: SessionPool, text: list[int]) -> Session:
+    """Runs a text in a session of the pool and gives it back."""
     session = pool.take(text)
     session.restart(text)
     pool.give_back(session)
@@ -24,7 +24,7 @@ def said(pool: SessionPool, text: list[int]) -> Session:
 
 
 @given(st.integers(1, 3), st.lists(st.tuples(prompts, st.integers(0, 9)), max_size=12))
-def test_a_taken_session_goes_on_as_a_new_one_would(
+def test_a_reused_session_equals_a_new_one(
     toy_program: Program, limit: int, requests: list[tuple[list[int], int]]
 ) -> None:
     pool, taken = SessionPool(toy_program, limit), list[Session]()
@@ -40,18 +40,18 @@ def test_a_taken_session_goes_on_as_a_new_one_would(
         assert len({id(each) for each in taken}) == len(taken) <= len(pool) <= limit
 
 
-def test_a_text_that_goes_on_keeps_its_session(toy_program: Program) -> None:
+def test_a_continued_text_keeps_its_session(toy_program: Program) -> None:
     pool = SessionPool(toy_program, 3)
-    talk, other = said(pool, [1, 2, 3]), said(pool, [7, 8])
-    assert talk is not other
-    assert pool.take([1, 2, 3, 4]) is talk
-    assert talk.tokens == [1, 2, 3]
+    first_session, other = run_text(pool, [1, 2, 3]), run_text(pool, [7, 8])
+    assert first_session is not other
+    assert pool.take([1, 2, 3, 4]) is first_session
+    assert first_session.tokens == [1, 2, 3]
     assert pool.take([7, 8, 9]) is other
 
 
-def test_a_new_session_copies_a_long_beginning_and_leaves_the_other_as_it_was(toy_program: Program) -> None:
+def test_a_new_session_copies_a_long_prefix_and_leaves_the_other_unchanged(toy_program: Program) -> None:
     pool = SessionPool(toy_program, 2)
-    first = said(pool, [*LONG, 5])
+    first = run_text(pool, [*LONG, 5])
     second = pool.take([*LONG[:WORTH_COPYING], 6, 7])
     assert second is not first
     assert second.tokens == LONG[:WORTH_COPYING]
@@ -68,7 +68,7 @@ def test_a_session_in_use_is_copied_too(toy_program: Program) -> None:
 
 def test_with_no_room_a_session_in_use_is_copied_over_the_one_used_longest_ago(toy_program: Program) -> None:
     pool = SessionPool(toy_program, 3)
-    older, newer = said(pool, [7, 8, 9]), said(pool, [*LONG[:3], 9])
+    older, newer = run_text(pool, [7, 8, 9]), run_text(pool, [*LONG[:3], 9])
     first = pool.take([6])
     first.restart(LONG)
     second = pool.take([*LONG, 1])
@@ -79,9 +79,9 @@ def test_with_no_room_a_session_in_use_is_copied_over_the_one_used_longest_ago(t
     assert pool.take([*LONG[:3], 9, 9]) is newer
 
 
-def test_with_no_room_the_longest_beginning_counts_and_then_who_was_used_last(toy_program: Program) -> None:
+def test_with_no_room_the_longest_prefix_wins_and_then_the_least_recently_used(toy_program: Program) -> None:
     pool = SessionPool(toy_program, 2)
-    older, newer = said(pool, [1, 2, 3]), said(pool, [4, 5, 6])
+    older, newer = run_text(pool, [1, 2, 3]), run_text(pool, [4, 5, 6])
     assert pool.take([4, 5, 9]) is newer
     pool.give_back(newer)
     assert pool.take([9, 9]) is older

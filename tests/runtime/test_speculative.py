@@ -16,7 +16,7 @@ from tests.support.kinds import KINDS, VOCABULARY, EagerSteps
 FUSED_KINDS = [name for name, kind in KINDS.items() if kind.options.max_rows > 1 and kind.kv_dtype == "float32"]
 
 
-def test_lookup_finds_what_followed_the_longest_of_the_latest_tokens() -> None:
+def test_lookup_finds_what_followed_the_longest_matching_suffix() -> None:
     lookup = Lookup()
     assert lookup.guess([1, 2, 3, 7, 8, 9, 2, 3, 5, 1, 2, 3], 3) == [7, 8, 9]
     assert lookup.guess([1, 2, 3, 4, 9, 3], 8) == [4, 9, 3]
@@ -27,7 +27,7 @@ def test_lookup_finds_what_followed_the_longest_of_the_latest_tokens() -> None:
 
 
 class Certain:
-    """Guesses a text that it knows, but for one token in every few."""
+    """A drafter that knows the text but proposes a wrong token at every `wrong`-th position."""
 
     def __init__(self, text: Sequence[int], wrong: int) -> None:
         self.text, self.wrong, self.calls = list(text), wrong, 0
@@ -48,7 +48,7 @@ class Certain:
 def test_a_guess_changes_nothing_but_the_number_of_steps(
     name: str, prompt: list[int], temperature: float, wrong: int
 ) -> None:
-    """To the end of the context, whether guesses are right or wrong; each coin is drawn for the same token."""
+    """Generates to the end of the context, with right and wrong guesses; each coin must be drawn for the same token."""
     program = EagerSteps(KINDS[name])
 
     def text(drafter: Drafter | None) -> list[int]:
@@ -63,7 +63,7 @@ def test_a_guess_changes_nothing_but_the_number_of_steps(
         assert knowing.calls < 0.7 * len(expected)
 
 
-def test_a_draft_model_is_asked_for_its_likeliest_tokens(toy_program: Program) -> None:
+def test_a_draft_model_proposes_its_most_likely_tokens(toy_program: Program) -> None:
     options, vocab_size = GenerationOptions(max_new_tokens=30), toy_program.metadata.config.vocab_size
     expected = [step.token for step in generate(Session(toy_program), [1, 5, 9], options, Rng(0))]
     draft = Draft(toy_program, vocab_size)

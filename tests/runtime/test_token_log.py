@@ -13,7 +13,7 @@ TOKENS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 99_999)), max_size
 
 @settings(max_examples=50)
 @given(tokens=TOKENS, more=TOKENS, cut=st.integers(0, 400))
-def test_whatever_is_cut_off_what_was_whole_is_kept(
+def test_a_truncated_journal_keeps_its_complete_lines(
     tokens: list[tuple[int, int]], more: list[tuple[int, int]], cut: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("journal") / "run"
@@ -37,7 +37,7 @@ def by_text(tokens: list[tuple[int, int]]) -> dict[int, list[int]]:
     return found
 
 
-def test_another_runs_journal_and_what_is_none_stay_as_they_are(tmp_path: Path) -> None:
+def test_foreign_files_and_other_runs_journals_stay_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "run"
     for content in (b"a text of mine", b"a text of mine\nwith lines", b"\n"):
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Calls of functions in what a model says: read piece by piece, written, and as a grammar."""
+"""Tests tool calls in generated text: read piece by piece, written, and as a grammar."""
 
 import itertools
 import json
@@ -67,12 +67,12 @@ PLAIN: list[tuple[Form, str]] = [
 
 
 def read(form: Form, pieces: list[str]) -> tuple[str, list[Call]]:
-    """What all pieces together say."""
+    """Returns the content and the calls that a reader finds in all pieces."""
     reader = CallReader(form, NAMES)
-    said = [each for piece in pieces for each in reader.add(piece)] + reader.finish()
-    texts = [each for each in said if isinstance(each, str)]
+    found = [each for piece in pieces for each in reader.add(piece)] + reader.finish()
+    texts = [each for each in found if isinstance(each, str)]
     assert all(texts)
-    return "".join(texts), [each for each in said if isinstance(each, Call)]
+    return "".join(texts), [each for each in found if isinstance(each, Call)]
 
 
 @pytest.mark.parametrize(("form", "text", "content", "calls"), READ)
@@ -84,7 +84,7 @@ def test_calls_are_read_however_the_text_is_cut(form: Form, text: str, content: 
 
 
 @pytest.mark.parametrize(("form", "text"), PLAIN)
-def test_what_is_no_call_stays_text_however_it_is_cut(form: Form, text: str) -> None:
+def test_invalid_calls_stay_text_however_they_are_cut(form: Form, text: str) -> None:
     assert read(form, [text]) == (text, [])
     for i in {*range(min(len(text), 60)), len(text) - 3}:
         assert read(form, [text[:i], text[i:]]) == (text, [])
@@ -94,12 +94,12 @@ ANY = st.lists(st.sampled_from(["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "
 
 
 @given(st.sampled_from([HERMES, LLAMA3, MISTRAL, GRANITE]), ANY)
-def test_what_is_read_does_not_depend_on_where_the_text_was_cut(form: Form, pieces: list[str]) -> None:
+def test_reading_does_not_depend_on_how_the_text_is_cut(form: Form, pieces: list[str]) -> None:
     text = "".join(pieces)
     assert read(form, pieces) == read(form, [text]) == read(form, list(text))
 
 
-def test_text_that_cannot_be_the_beginning_of_a_call_is_told_at_once() -> None:
+def test_text_that_cannot_begin_a_call_is_returned_at_once() -> None:
     reader = CallReader(HERMES, NAMES)
     assert reader.add("Hello ") == ["Hello"]
     assert reader.add("<tool") == []
@@ -110,18 +110,18 @@ def test_text_that_cannot_be_the_beginning_of_a_call_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize("form", [HERMES, LLAMA3, MISTRAL, GRANITE])
-def test_what_is_written_is_read_again(form: Form) -> None:
+def test_written_calls_are_read_again(form: Form) -> None:
     written = form.render([("f", {"a": 1}), ("g", {})])
     assert read(form, list(written)) == ("", CALLS)
 
 
-def test_the_form_is_the_one_that_the_template_speaks_of() -> None:
+def test_the_form_follows_from_the_template() -> None:
     assert [form_of(public.source) for public in WITH_TOOLS.values()] == [HERMES, LLAMA3, MISTRAL]
     assert form_of("respond only with <|tool_call|> followed by a JSON list") is GRANITE
     assert form_of("{{ tools }}") is HERMES
 
 
-def test_ids_are_as_long_as_the_template_wants_them() -> None:
+def test_ids_have_the_length_that_the_template_requires() -> None:
     assert len({HERMES.new_id() for _ in range(9)}) == 9
     assert HERMES.new_id().startswith("call_")
     assert all(len(MISTRAL.new_id()) == 9 and MISTRAL.new_id().isalnum() for _ in range(9))
@@ -143,14 +143,14 @@ FUNCTIONS: list[dict[str, Any]] = [
 
 
 def with_tokens(form: Form) -> HuggingFaceTokenizer:
-    """A tokenizer that has special tokens for opening and closing."""
+    """Returns a tokenizer with special tokens for the form's opening and closing marks."""
     model = byte_level()
     model.add_special_tokens([text for text in (form.opening, form.closing) if text])
     return HuggingFaceTokenizer(model.to_str().encode())
 
 
-def said(form: Form, tokenizer: Tokenizer, seed: int, several: bool) -> str:
-    """What a random model says where it has to call."""
+def generated_call(form: Form, tokenizer: Tokenizer, seed: int, several: bool) -> str:
+    """Generates a required call from random logits."""
     stop_ids = tokenizer.stop_ids or (0,)
     grammar = rules("start: calls\n" + call_rules(form, FUNCTIONS, several, tokenizer.specials))
     constraint = Constraint(grammar, tokenizer, stop_ids, tokenizer.vocab_size, [3])
@@ -165,12 +165,12 @@ def said(form: Form, tokenizer: Tokenizer, seed: int, several: bool) -> str:
 
 @pytest.mark.parametrize("form", [HERMES, LLAMA3, MISTRAL, GRANITE])
 @pytest.mark.parametrize("kind", ["special tokens", *TOKENIZERS])
-def test_within_the_grammar_every_answer_is_calls_as_the_functions_want_them(form: Form, kind: str) -> None:
+def test_the_grammar_gives_only_valid_calls(form: Form, kind: str) -> None:
     tokenizer = with_tokens(form) if kind == "special tokens" else TOKENIZERS[kind]
     names, counts = [function["name"] for function in FUNCTIONS], set()
     for seed, several in itertools.product(range(16), (False, True)):
         reader = CallReader(form, names)
-        calls = [*reader.add(said(form, tokenizer, seed, several)), *reader.finish()]
+        calls = [*reader.add(generated_call(form, tokenizer, seed, several)), *reader.finish()]
         for call in calls:
             assert isinstance(call, Call)
             if call.name == names[1]:

@@ -1,4 +1,4 @@
-"""Functions and calls in what a model is given, against transformers' rendering, and where a template knows of none."""
+"""Tests tools and tool calls in prompts: against transformers' rendering, and for templates without tool support."""
 
 import json
 from typing import Any
@@ -9,8 +9,8 @@ from model.errors import InputError
 from preproc.chat_template import NAMED
 from preproc.jinja_template import Carried, JinjaTemplate
 from preproc.special_tokens import Part
-from runtime.serving.openai_messages import read_messages
-from runtime.serving.request_values import Values
+from runtime.serving.openai_bodies import ChatBody
+from runtime.serving.request_body import read_body
 from runtime.serving.tool_calls import HERMES, LLAMA3, MISTRAL
 from runtime.serving.tool_prompt import DESCRIPTION, ToolSupport, encode, tool_support
 from tests.export.test_jinja_reduction import TINY, jinja_of, ours_of, theirs_of
@@ -39,37 +39,38 @@ def calling(content: str | None = None, calls: int = 1) -> dict[str, Any]:
 
 
 def read(messages: list[dict[str, Any]]) -> list[Any]:
-    """Messages as a client sends them."""
-    return read_messages(Values(json.dumps({"messages": messages}).encode()))
+    """Parses messages as the server does."""
+    body = read_body(json.dumps({"messages": messages}).encode(), ChatBody)
+    return [message.described() for message in body.messages]
 
 
-class Noting(JinjaTemplate):
-    """Keeps the text that its ids are of."""
+class Recording(JinjaTemplate):
+    """Records the text that is encoded."""
 
     def encode(self, messages: Any, tokenizer: Any, tools: Any = None) -> list[int]:
-        object.__setattr__(self, "said", self.text(messages, tools))
+        object.__setattr__(self, "rendered", self.text(messages, tools))
         return super().encode(messages, tokenizer, tools)
 
 
 def text_of(template: Carried, messages: list[dict[str, Any]], tools: list[Any]) -> str:
-    """The text that becomes ids."""
+    """Returns the text that is encoded."""
     if isinstance(template, JinjaTemplate):
-        noting = Noting(template.source, template.bos_token, template.eos_token)
-        encode(noting, read(messages), tools, ours_of(theirs_of(PUBLIC["smollm2"], byte_level())))
-        return str(noting.said)  # type: ignore[attr-defined]
-    said = list[str]()
+        recording = Recording(template.source, template.bos_token, template.eos_token)
+        encode(recording, read(messages), tools, ours_of(theirs_of(PUBLIC["smollm2"], byte_level())))
+        return str(recording.rendered)  # type: ignore[attr-defined]
+    rendered = list[str]()
 
     class Parts:
-        """A tokenizer that keeps what it is given."""
+        """A tokenizer that records the text instead of encoding it."""
 
         specials = fixed = dict[str, int]()  # noqa: RUF012
 
         def encode_parts(self, parts: list[Part]) -> list[int]:
-            said.append("".join(part.text for part in parts))
+            rendered.append("".join(part.text for part in parts))
             return []
 
     encode(template, read(messages), tools, Parts())  # type: ignore[arg-type]
-    return said[0]
+    return rendered[0]
 
 
 @pytest.mark.parametrize(
@@ -82,9 +83,7 @@ def text_of(template: Carried, messages: list[dict[str, Any]], tools: list[Any])
     ],
 )
 @pytest.mark.parametrize("name", WITH_TOOLS)
-def test_what_a_template_tells_itself_is_told_as_transformers_tells_it(
-    name: str, messages: list[dict[str, Any]]
-) -> None:
+def test_templates_with_tools_are_rendered_as_by_transformers(name: str, messages: list[dict[str, Any]]) -> None:
     if name.startswith("mistral") and messages[0]["role"] == "system":
         messages = messages[1:]
     theirs = theirs_of(WITH_TOOLS[name], byte_level())
@@ -105,19 +104,19 @@ def test_what_a_template_tells_itself_is_told_as_transformers_tells_it(
         (jinja_of(WITH_TOOLS["qwen2.5"]), ToolSupport(HERMES, True, True, True)),
         (jinja_of(WITH_TOOLS["llama3.1"]), ToolSupport(LLAMA3, True, True, True)),
         (jinja_of(WITH_TOOLS["mistral v0.3"]), ToolSupport(MISTRAL, True, True, False)),
-        (jinja_of(PUBLIC["qwen3"]), ToolSupport(HERMES, True, False, True)),  # as it stands in the tests, without calls
+        (jinja_of(PUBLIC["qwen3"]), ToolSupport(HERMES, True, False, True)),  # the tests' copy renders no calls
         (jinja_of(PUBLIC["smollm2"]), ToolSupport(HERMES, False, False, True)),
-        (jinja_of(PUBLIC["llama3.2"]), ToolSupport(HERMES, False, False, True)),  # which only says that there are some
+        (jinja_of(PUBLIC["llama3.2"]), ToolSupport(HERMES, False, False, True)),  # only mentions that tools exist
         (jinja_of(PUBLIC["gemma"]), ToolSupport(HERMES, False, False, False)),
         (NAMED["llama2"], ToolSupport(HERMES, False, False, True)),
         (NAMED["gemma"], ToolSupport(HERMES, False, False, False)),
     ],
 )
-def test_what_a_template_can_tell_is_found_out(template: Carried, expected: ToolSupport) -> None:
+def test_a_templates_tool_support_is_detected(template: Carried, expected: ToolSupport) -> None:
     assert tool_support(template) == expected
 
 
-def test_functions_are_told_of_in_the_system_message_where_the_template_does_not() -> None:
+def test_functions_are_described_in_the_system_message_of_other_templates() -> None:
     smollm2 = jinja_of(PUBLIC["smollm2"])
     system = {"role": "system", "content": "Be brief."}
     asked = f"<|im_start|>user\n{USER['content']}<|im_end|>\n<|im_start|>assistant\n"
@@ -128,7 +127,7 @@ def test_functions_are_told_of_in_the_system_message_where_the_template_does_not
     assert text_of(NAMED["llama2"], [USER], tools) == expected
 
 
-def test_functions_are_told_of_with_what_the_user_says_where_there_is_no_system_message() -> None:
+def test_functions_are_described_in_the_user_message_without_a_system_message() -> None:
     turn = f"<start_of_turn>user\n{TOLD}\n\n{USER['content']}<end_of_turn>\n<start_of_turn>model\n"
     for template in (NAMED["gemma"], jinja_of(PUBLIC["gemma"])):
         assert text_of(template, [USER], [WEATHER, CLOCK]) == f"<bos>{turn}"
@@ -136,16 +135,16 @@ def test_functions_are_told_of_with_what_the_user_says_where_there_is_no_system_
         encode(NAMED["gemma"], read([{"role": "assistant", "content": "Hi"}]), [CLOCK], TINY)
 
 
-def test_calls_and_what_came_of_them_are_texts_where_the_template_does_not_tell_them() -> None:
+def test_calls_and_results_are_plain_text_in_other_templates() -> None:
     results = [RESULT, {**RESULT, "content": "30"}]
     messages = [USER, calling("I ask.", 2), *results, {"role": "assistant", "content": "20."}, USER]
-    said = text_of(jinja_of(PUBLIC["smollm2"]), messages, [])
+    rendered = text_of(jinja_of(PUBLIC["smollm2"]), messages, [])
     both = "<tool_response>\n20\n</tool_response>\n<tool_response>\n30\n</tool_response>"
     turns = [USER["content"], f"I ask.\n{CALLED}\n{CALLED}", both, "20.", USER["content"]]
     roles = ["user", "assistant"] * 3
     tail = "".join(f"<|im_start|>{role}\n{turn}<|im_end|>\n" for role, turn in zip(roles, turns, strict=False))
-    assert said.endswith(f"{tail}<|im_start|>assistant\n")
-    assert said.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
-    said = text_of(NAMED["llama2"], [USER, calling(), RESULT], [])
+    assert rendered.endswith(f"{tail}<|im_start|>assistant\n")
+    assert rendered.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    rendered = text_of(NAMED["llama2"], [USER, calling(), RESULT], [])
     result = "<tool_response>\n20\n</tool_response>"
-    assert said == f"<s>[INST] {USER['content']} [/INST] {CALLED} </s><s>[INST] {result} [/INST]"
+    assert rendered == f"<s>[INST] {USER['content']} [/INST] {CALLED} </s><s>[INST] {result} [/INST]"

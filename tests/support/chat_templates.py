@@ -1,11 +1,11 @@
-"""Chat templates of public models, as their tokenizer_config.json has them, and the special tokens that they need."""
+"""Chat templates of public models, from their tokenizer_config.json, and the special tokens that they need."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Public:
-    """A model's template."""
+    """A public model's chat template and tokens."""
 
     source: str
     bos_token: str = "<s>"
@@ -371,4 +371,4 @@ PUBLIC = {
 ONLY_JINJA = {
     "smollm3": Public(SMOLLM3, "<|im_start|>", "<|im_end|>", ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
 }
-"""What no data can stand for."""
+"""Templates that cannot be reduced to data."""

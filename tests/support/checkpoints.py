@@ -14,12 +14,15 @@ from export.checkpoints.checkpoint import renamed
 from export.checkpoints.families import HUGGING_FACE_NAMES
 from export.checkpoints.gguf import GGUF_NAMES
 from export.checkpoints.meta import META_NAMES
+from export.weights.formats.block_rounding import blocks_of
 from model.model import Llama
 from preproc import rope
 
 
 def interleaved(weight: Tensor, n_heads: int) -> Tensor:
-    """Undoes `export.checkpoints.checkpoint.half_split`, the long way: row 2i is pair i's first, 2i + 1 its second."""
+    """Inverts `export.checkpoints.checkpoint.half_split` row by row: row 2i is the first of pair i, row 2i + 1 the
+    second.
+    """
     rows = weight.shape[0]
     width = rows // n_heads
     order = [h * width + i + half * width // 2 for h in range(n_heads) for i in range(width // 2) for half in (0, 1)]
@@ -27,7 +30,7 @@ def interleaved(weight: Tensor, n_heads: int) -> Tensor:
 
 
 def write_llama2c(model: Llama, path: Path, version: int) -> Path:
-    """llama2.c's export.py: version 0 is the legacy layout."""
+    """Writes a model as llama2.c's export.py does; version 0 is the legacy layout."""
     config = model.config
     state = model.state_dict()
     for name in state:
@@ -67,7 +70,7 @@ def write_llama2c(model: Llama, path: Path, version: int) -> Path:
 
 
 def hugging_face_state(model: Llama) -> dict[str, Tensor]:
-    """The model's weights under Hugging Face's names."""
+    """Returns the model's weights under Hugging Face's names."""
     state = {renamed(name, HUGGING_FACE_NAMES): t.contiguous() for name, t in model.state_dict().items()}
     if model.config.tied:
         del state["lm_head.weight"]
@@ -75,12 +78,14 @@ def hugging_face_state(model: Llama) -> dict[str, Tensor]:
 
 
 def save_safetensors(state: dict[str, Tensor], path: Path) -> None:
-    """Writes copies: safetensors refuses tensors that share storage."""
+    """Saves copies of the tensors, because safetensors refuses tensors that share storage."""
     save_file({name: torch.clone(t) for name, t in state.items()}, path)
 
 
 def write_meta(model: Llama, folder: Path, ranks: int, vocabulary_parallel: bool = True) -> Path:
-    """Meta's folder of `ranks` tensor-parallel files; the embedding is split by rows (Llama 3) or columns (2)."""
+    """Writes a folder in Meta's layout with `ranks` tensor-parallel files. The embedding is split by rows (Llama 3) or
+    by columns (Llama 2).
+    """
     config = model.config
     split = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
     split["tok_embeddings"] = 0 if vocabulary_parallel else 1
@@ -112,12 +117,12 @@ def write_meta(model: Llama, folder: Path, ranks: int, vocabulary_parallel: bool
 def write_gguf(
     model: Llama,
     path: Path,
-    kind: str,
+    kind: str | Callable[[str], str],
     rope_factors: Tensor | None = None,
     add_tokenizer: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
-    """A GGUF file; `kind` is the storage of its matrices: F32, F16, BF16, Q8_0 or Q4_0."""
-    config, storage = model.config, gguf.GGMLQuantizationType[kind]
+    """A GGUF file; `kind` is the type of its matrices, or gives it for a name: F32, F16, BF16, or one in blocks."""
+    config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.dim)
@@ -138,10 +143,11 @@ def write_gguf(
         if name == "head.output.weight" and config.tied:
             continue
         values, target = tensor.contiguous().numpy(), renamed(name, GGUF_NAMES)
-        if tensor.dim() == 1:
-            writer.add_tensor(target, values)
-        else:
-            writer.add_tensor(target, gguf.quants.quantize(values, storage), raw_dtype=storage)
+        chosen = "F32" if tensor.dim() == 1 else kind(name) if callable(kind) else kind
+        storage = gguf.GGMLQuantizationType[chosen]
+        is_ours = chosen.endswith("_K")  # which the package reads but does not write
+        data = blocks_of(tensor, chosen).numpy() if is_ours else gguf.quants.quantize(values, storage)
+        writer.add_tensor(target, data, raw_dtype=storage)
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
     writer.write_header_to_file()

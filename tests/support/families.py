@@ -1,4 +1,4 @@
-"""One or more random models of every family, made by transformers."""
+"""Random models of every supported family, made by transformers."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,11 +31,11 @@ MPT_DIMS = {"vocab_size": 160, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_
 
 @dataclass(frozen=True)
 class Case:
-    """One random model: its family, and the settings that differ from the dimensions above.
+    """A random model: its architecture, and the settings that differ from the dimensions above.
 
     Attributes:
         exported: whether the default run also exports it; the others are exported by the slow tests.
-        norms: how large the weights of the norms are.
+        norms: factor of the norms' weights.
     """
 
     architecture: str
@@ -186,7 +186,7 @@ def dimensions(architecture: str) -> dict[str, Any]:
 
 
 def hugging_face_model(case: Case, seed: int = 1) -> Any:
-    """The case with random weights, large enough for logits of order 1 that differ from token to token."""
+    """Returns the case's model with random weights, large enough for logits of order 1 that differ between tokens."""
     model_class = getattr(transformers, case.architecture)
     config = model_class.config_class(**dimensions(case.architecture) | case.settings)
     config._attn_implementation = "eager"

@@ -1,4 +1,4 @@
-"""One small model of each kind that a runtime treats in its own way: exported, or eager in a program's place."""
+"""One small model for each combination of features that the runtimes handle differently, exported or run eagerly."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ FUSED = replace(OPTIONS, attention="fused", max_rows=3)
 
 @dataclass(frozen=True)
 class Kind:
-    """A model, what its methods take and give, and what its caches are made of."""
+    """A model's dimensions, its graph options, and the dtype of its KV cache."""
 
     config: ModelConfig
     options: GraphOptions = OPTIONS
@@ -42,12 +42,12 @@ class Kind:
 
     @property
     def tolerance(self) -> float:
-        """Of logits: a number in a cache may be rounded the other way."""
+        """Returns the tolerance of logits, which allows for different rounding of numbers in the cache."""
         return {"float32": 1e-3, "float16": 1e-2, "int8": 0.3}[self.kv_dtype]
 
     @property
     def model(self) -> Llama:
-        """A random one."""
+        """Returns the model with random weights."""
         model = random_model(self.config)
         for block in model.layers.values():
             block.attention.kv_dtype = self.kv_dtype
@@ -82,7 +82,7 @@ KINDS = {
 
 
 def metadata_of(kind: Kind) -> Metadata:
-    """What a file of this kind carries, but for what a backend needs."""
+    """Returns the metadata of a file of this kind, without a backend's requirements."""
     plan = _plan(kind)
     return plan.metadata(Assembled(None, Requirements("", (), ()), 0), plan.shards[0])
 
@@ -92,12 +92,12 @@ def _plan(kind: Kind) -> Plan:
 
 
 def export_kind(kind: Kind, path: Path, backend: str) -> None:
-    """Writes a random model of this kind, the one that `EagerSteps` runs."""
+    """Exports the random model that `EagerSteps` runs."""
     write_pte(_plan(kind), path, backend)
 
 
 class EagerSteps:
-    """A random model of a kind, run step by step as a program would be."""
+    """Runs a random model eagerly, with a program's interface."""
 
     def __init__(self, kind: Kind) -> None:
         self.metadata = metadata_of(kind)
@@ -118,7 +118,7 @@ class EagerSteps:
 
 
 def recomputed(model: Llama, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Logits and hidden states of a text in one pass from scratch: [L, V] and [L, D]."""
+    """Returns a text's logits [L, V] and hidden states [L, D], computed in one pass without a cache."""
     length = len(tokens)
     positions = Positions.of(model.config, length)
     inputs = {name: positions.make(name, 0, length, capacity=0) for name in names(model.config)}

@@ -1,4 +1,4 @@
-"""A stand-in for a session, whose model says what it is told to say."""
+"""A substitute for a session that returns prescribed logits."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from runtime.text.sampler import Rng
 
 
 class Prescribed:
-    """Has the given logits one after the other, whatever the text is: for `runtime.text.generation.generate`."""
+    """Returns the given logits one after the other, whatever the text is. For `runtime.text.generation.generate`."""
 
     max_proposed = 1
 
@@ -36,7 +36,7 @@ class Prescribed:
 
 
 def steps_of(case: dict[str, Any], tokenizer: Tokenizer) -> list[tuple[int, str, str | None]]:
-    """Token, text and finish reason of each step where the model says what a case of golden/finish.json prescribes."""
+    """Returns token, text and finish reason of each step for a case of golden/finish.json."""
     stops = {name: tuple(case[name]) for name in ("stop_ids", "stop_strings")}
     options = GenerationOptions(max_new_tokens=case["max_new_tokens"], **stops)
     logits = (one_hot(torch.tensor(token), case["vocab_size"]).float() for token in case["tokens"])

@@ -1,4 +1,4 @@
-"""Processes that run a command together, as torchrun would start them."""
+"""Starts processes that form a torch.distributed group, as torchrun does."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ from pathlib import Path
 
 NETEM = ("netem", "delay", "2ms", "rate", "100mbit")
 RATE = ("tbf", "rate", "100mbit", "burst", "32kbit", "latency", "400ms")
-"""Of tc."""
+"""Arguments of tc, which limits the network's speed."""
 
 
 def start(
@@ -18,11 +18,11 @@ def start(
     environments: Sequence[Mapping[str, str]] | None = None,
     prefixes: Sequence[Sequence[str]] | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """Starts `python -m` each of these on a rank.
+    """Starts one process per rank, each with `python -m` and its command.
 
     Args:
-        environments: what each has beside this process's environment.
-        prefixes: commands that each is started by.
+        environments: environment variables of each rank, in addition to this process's.
+        prefixes: a command for each rank that runs the process, such as `ip netns exec`.
     """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -42,7 +42,7 @@ def start(
 
 
 def ended(ranks: Sequence[subprocess.Popen[str]], within: float = 120.0) -> list[tuple[int, str, str]]:
-    """Each rank's exit code and what it printed, to stdout and stderr."""
+    """Waits for all ranks and returns each one's exit code, stdout and stderr."""
     try:
         found = [rank.communicate(timeout=within) for rank in ranks]
     finally:
@@ -54,9 +54,9 @@ def ended(ranks: Sequence[subprocess.Popen[str]], within: float = 120.0) -> list
 
 @contextmanager
 def hosts(count: int) -> Iterator[list[tuple[list[str], dict[str, str]]]]:
-    """Network namespaces that stand for hosts on one switch: the command that starts another in each, and what
-    torch.distributed must be told there. What a link lets through is limited to 100 Mbit/s; where the kernel has netem,
-    it delays by 2 ms, too.
+    """Creates network namespaces that act as hosts on one switch. Yields, for each, the command prefix that runs a
+    process in it and the environment for torch.distributed. Links are limited to 100 Mbit/s and, if the kernel has
+    netem, delayed by 2 ms.
     """
     tag = f"lp{os.getpid() % 100_000}"
     names = [f"{tag}-{number}" for number in range(count + 1)]
@@ -77,10 +77,10 @@ def hosts(count: int) -> Iterator[list[tuple[list[str], dict[str, str]]]]:
                 run("ip", "-n", name, "link", "set", device, "up")
             try:
                 run("tc", "-n", name, "qdisc", "add", "dev", "host", "root", *NETEM)
-            except subprocess.CalledProcessError:  # this kernel was built without it
+            except subprocess.CalledProcessError:  # this kernel has no netem
                 run("tc", "-n", name, "qdisc", "add", "dev", "host", "root", *RATE)
-        told = {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": "host", "LOCAL_WORLD_SIZE": "1"}
-        yield [(["ip", "netns", "exec", name], told) for name in others]
+        torch_environment = {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": "host", "LOCAL_WORLD_SIZE": "1"}
+        yield [(["ip", "netns", "exec", name], torch_environment) for name in others]
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)

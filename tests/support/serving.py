@@ -1,9 +1,9 @@
-"""A server in a thread of the tests' own process, and what holds up its steps."""
+"""A server in a thread of the test process, and a gate that pauses its model."""
 
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +14,17 @@ import pytest
 
 from runtime import serve
 from runtime.engine.program import Program
-from runtime.serving.openai_request import Model
 from runtime.serving.scheduler import Scheduler
+from runtime.serving.served_model import Access, Model
 
 MESSAGES: Any = [{"role": "system", "content": "Tell stories."}, {"role": "user", "content": "Of a dog, please."}]
 LIMIT = 20000
-"""Bytes that a request may have."""
+"""Maximum size of a request in bytes."""
 
 
 @dataclass
 class Server:
-    """A server that runs."""
+    """A running server."""
 
     model: Model
     scheduler: Scheduler
@@ -40,7 +40,7 @@ class Server:
         wait(lambda: counts.items() <= self.scheduler.counts.items(), lambda: f"{self.scheduler.counts}, not {counts}")
 
     def wait_until_left(self) -> None:
-        """Until the scheduler knows that nobody wants what it has begun."""
+        """Waits until the scheduler has noticed that the clients of all active jobs have left."""
         wait(lambda: all(active.job.cancelled for active in self.scheduler._active), lambda: "nobody noticed")
 
 
@@ -52,10 +52,12 @@ def wait(done: Callable[[], bool], failure: Callable[[], str]) -> None:
 
 
 @contextmanager
-def serving(model: Model, sessions: int = 2, max_queue: int = 100, key: str | None = None) -> Iterator[Server]:
-    """A server at a free port."""
+def serving(
+    model: Model, sessions: int = 2, max_queue: int = 100, key: str | None = None, origins: Sequence[str] = ()
+) -> Iterator[Server]:
+    """Runs a server at a free port."""
     scheduler = Scheduler(model.program, sessions, max_queue)
-    server = serve.create_server(model, scheduler, key, LIMIT)
+    server = serve.create_server(model, scheduler, Access(key, LIMIT, origins))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
@@ -68,7 +70,7 @@ def serving(model: Model, sessions: int = 2, max_queue: int = 100, key: str | No
 
 
 class Gate:
-    """Holds up a program's steps, and counts them."""
+    """Blocks a program's steps until `open` is set, and counts them."""
 
     def __init__(self, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
@@ -84,13 +86,13 @@ class Gate:
 
 
 def told_by_the_end(model: Model, gate: Gate, body: dict[str, Any], **options: Any) -> list[str]:
-    """What two clients that ask for the same texts, one of them as a stream, are told by a server that ends while one
-    is answered and the other waits.
+    """Returns the responses to two clients, one of them streaming, when the server shuts down while one request is
+    active and the other waits.
     """
-    told = list[str]()
+    responses = list[str]()
 
     def ask(stream: bool) -> None:
-        told.append(server.post("completions", **body, stream=stream).text)
+        responses.append(server.post("completions", **body, stream=stream).text)
 
     with serving(model, **options) as server:
         threads = [threading.Thread(target=ask, args=[stream]) for stream in (False, True)]
@@ -100,4 +102,4 @@ def told_by_the_end(model: Model, gate: Gate, body: dict[str, Any], **options: A
         threading.Timer(0.3, gate.open.set).start()
     for thread in threads:
         thread.join()
-    return told
+    return responses

@@ -1,4 +1,4 @@
-"""Random models in slices, run half by half in a program's place."""
+"""Random models in tensor-parallel slices, run eagerly with a program's interface."""
 
 import threading
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ from tests.conftest import planned, random_model
 GROUPED = ModelConfig(
     dim=64, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=64, vocab_size=93, context=40, tied=True
 )
-"""Of a vocabulary that no number of slices divides."""
+"""A model whose vocabulary size is prime to every number of slices."""
 
 PADDED = replace(GROUPED, dim=48, n_heads=6, n_kv_heads=3, hidden_dim=61)
-"""Of heads and hidden units that four slices do not divide; the last one has no heads of the model's."""
+"""A model whose heads and hidden units cannot be divided by four; the last of four slices has no head of the model."""
 
 GRAPH = GraphOptions(40, 7, "fused", max_rows=3)
 
@@ -68,7 +68,7 @@ UNUSUAL = {
 
 
 def in_slices(config: ModelConfig, count: int, scheme: Scheme = SCHEMES["fp32"]) -> Plan:
-    """How to export a random model in so many slices."""
+    """Returns the export plan of a random model in `count` slices."""
     model = random_model(config)
     source = WeightSource(config, model.state_dict(), scheme, slices=count)
     plan = replace(planned(model, GRAPH, scheme), source=source, sharding=Sharding(slices=count))
@@ -77,12 +77,12 @@ def in_slices(config: ModelConfig, count: int, scheme: Scheme = SCHEMES["fp32"])
 
 
 def metadata_of(plan: Plan, number: int) -> Metadata:
-    """What one of its files carries, but for what a backend needs."""
+    """Returns the metadata of one slice's file, without a backend's requirements."""
     return plan.metadata(Assembled(None, Requirements("", (), ()), 0), plan.shards[number])
 
 
 class EagerSlice:
-    """A slice of a random model, run half by half as a file would be."""
+    """Runs one slice of a random model eagerly, half a block at a time, with the interface of its file."""
 
     def __init__(self, plan: Plan, number: int) -> None:
         self.metadata = metadata_of(plan, number)
@@ -90,7 +90,7 @@ class EagerSlice:
         self._model = source.sliced({name: source.piece(name) for name in piece_names(source.config)})
 
     def load(self) -> None:
-        """Is loaded."""
+        """Does nothing, as the weights are in memory already."""
 
     def run(self, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         (spec,) = (spec for spec in self.metadata.methods if spec.name == name)
@@ -105,7 +105,7 @@ class EagerSlice:
 
 
 class EagerSlices:
-    """All of them, in a program's place."""
+    """Runs all slices of a random model eagerly, with a program's interface."""
 
     def __init__(self, plan: Plan) -> None:
         slices = [EagerSlice(plan, number) for number in range(plan.sharding.slices)]
@@ -114,7 +114,7 @@ class EagerSlices:
 
 
 class Meeting:
-    """The group of one of several threads, each of which has one slice."""
+    """A group of threads that have one slice each, with a process group's interface."""
 
     def __init__(self, number: int, given: list[Tensor], barrier: threading.Barrier) -> None:
         self._number, self._given, self._barrier = number, given, barrier

@@ -1,4 +1,4 @@
-"""Chat templates of public models that tell of functions themselves, and the special tokens that they need."""
+"""Chat templates of public models with tool support, and the special tokens that they need."""
 
 from tests.support.chat_templates import Public
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from export.weights.formats.block_rounding import blocks_of
+from export.weights.formats.float32 import FLOAT
 from export.weights.formats.format import Format, Share
 from export.weights.rows import by_rows
 from model.block_linear import BLOCK_FORMS, GROUP, relaid
@@ -46,8 +47,8 @@ class Blocks(Format):
 
     @property
     def fallback(self) -> Format:
-        """A type with shorter blocks, as llama.cpp chooses it."""
-        return Blocks.of(_SHORTER.get(self.name, "Q8_0"))
+        """A type with shorter blocks, as llama.cpp chooses it; float32 for the finest."""
+        return FLOAT if self.name == "Q8_0" else Blocks.of(_SHORTER.get(self.name, "Q8_0"))
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Returns the size of a matrix, whose rows are stored in whole groups."""
@@ -76,9 +77,13 @@ class Blocks(Format):
 
 _SHORTER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1"}
 
+_ROWS_AT_ONCE = 512
+
 
 class BlockLinear(nn.Module):
     """A linear layer with weights in blocks."""
+
+    bias: Tensor | None
 
     def __init__(self, kind: str, weight: Tensor, bias: Tensor | None) -> None:
         """Takes GGUF's blocks [N, row bytes]."""
@@ -88,10 +93,18 @@ class BlockLinear(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps [..., K] to [..., N]. In an export, only the shapes of weights matter."""
-        weight = self.weight if torch.compiler.is_exporting() else relaid(self.weight, self.kind).flatten()
-        out: Tensor = torch.ops.llama_pte.linear(x, weight, self.bias, self.kind, self.weight.shape[0])
-        return out
+        """Maps [..., K] to [..., N]. In an export, only the shapes of weights matter. In eager mode, a part of the rows
+        is computed at a time, whose intermediate results stay in the processor's caches.
+        """
+        product = torch.ops.llama_pte.linear
+        if torch.compiler.is_exporting():
+            out: Tensor = product(x, self.weight, self.bias, self.kind, self.weight.shape[0])
+            return out
+        parts = torch.split(self.weight, _ROWS_AT_ONCE)
+        out = torch.cat(
+            [product(x, relaid(part, self.kind).flatten(), None, self.kind, len(part)) for part in parts], -1
+        )
+        return out if self.bias is None else out + self.bias
 
 
 class BlockEmbedding(nn.Module):
@@ -107,7 +120,10 @@ class BlockEmbedding(nn.Module):
         self.register_buffer("weight", weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Maps tokens [B, L], int64, to rows [B, L, D]."""
-        weight = self.weight if torch.compiler.is_exporting() else relaid(self.weight, self.kind).flatten()
+        """Maps tokens [B, L], int64, to rows [B, L, D]. In eager mode, only these rows are unpacked."""
+        weight = self.weight
+        if not torch.compiler.is_exporting():
+            weight = relaid(weight[tokens.flatten()], self.kind).flatten()
+            tokens = torch.arange(tokens.numel()).view(tokens.shape)
         out: Tensor = torch.ops.llama_pte.block_rows(weight, tokens, self.kind, self.columns)
         return out

@@ -64,6 +64,10 @@ class Format(ABC):
         """Returns whether a row consists of whole groups."""
         return columns % (self.group_size or 1) == 0
 
+    def fitting(self, columns: int) -> "Format":
+        """Returns the first of this format and its fallbacks in which rows of `columns` are whole groups."""
+        return self if self.fits(columns) else self.fallback.fitting(columns)
+
     def to_json(self) -> dict[str, Any]:
         """Returns the format as JSON types, for `export.weights.formats.registry.parse`."""
         return {"kind": self.kind} | asdict(self)  # type: ignore[call-overload]  # a dataclass
