@@ -21,6 +21,10 @@ inline void over_threads(int64_t count, void (*task)(const void* context, int64_
         int64_t end;
     };
     const int64_t threads = std::min({count, executorch::extension::get_thread_count(), kMostThreads});
+    if (threads <= 1) {
+        for (int64_t i = 0; i < count; ++i) task(context, i);
+        return;
+    }
     std::array<Part, kMostThreads> parts;
     for (int64_t t = 0; t < threads; ++t) {
         parts[static_cast<size_t>(t)].next.store(t * count / threads, std::memory_order_relaxed);
@@ -32,8 +36,7 @@ inline void over_threads(int64_t count, void (*task)(const void* context, int64_
             for (int64_t i = part.next++; i < part.end; i = part.next++) task(context, i);
         }
     };
-    if (threads > 1 && executorch::extension::parallel_for(0, threads, 1, work)) return;
-    work(0, 1);
+    if (!executorch::extension::parallel_for(0, threads, 1, work)) work(0, 1);
 }
 
 /// Registers an operator only once: a process may load its file twice, with the C library and with Python's, and
