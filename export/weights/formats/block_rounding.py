@@ -210,7 +210,7 @@ def _with_exponent(w: Tensor, h: Tensor, form: BlockForm) -> Scales:
     exponent = torch.where(largest > 0, largest, 1.0).log2().ceil()
     tries = torch.stack([exponent - 1, exponent])
     errors = [(h * (w - d * _nearest(w / d, form)).square()).sum(-1, keepdim=True) for d in tries.exp2()]
-    exponent = torch.where(errors[0] < errors[1], *tries).clamp(-126, 126)
+    exponent = torch.where(errors[0] < errors[1], tries[0], tries[1]).clamp(-126, 126)
     return Scales(form, (exponent + 128).to(torch.uint8), exponent.exp2())
 
 
