@@ -24,6 +24,7 @@ from export.lowering.export_cache import ExportCache
 from export.lowering.patches import known_operators, no_patterns
 from export.lowering.slices import sliced
 from export.lowering.trace import kinds, parameter_name, trace_piece
+from export.weights.formats.chosen_experts import choose_experts
 from export.weights.formats.float32 import FLOAT
 from export.weights.formats.format import Format
 from export.weights.scheme import Scheme, swaps_pairs
@@ -125,6 +126,7 @@ class _RandomPiece:
             owner, _, kind = role.rpartition(".")
             if owner not in linear:
                 setattr(module.get_submodule(owner), kind, nn.Parameter(weights[role]))
+        choose_experts(module)
         return _RandomPiece(module.requires_grad_(False).eval(), formats)
 
 
@@ -184,7 +186,7 @@ def _call(
     is_delegate = node.target is executorch_call_delegate
     given = node.args[1:] if is_delegate else node.args
     assert not node.kwargs, f"{node.target} has arguments by name: {node.kwargs}"
-    arguments = [tuple(values[each] if isinstance(each, Node) else Value("constant", each)) for each in given]
+    arguments = [_argument(each, values) for each in given]
     if not is_delegate:
         return {"operator": str(getattr(node.target, "_op", node.target)), "arguments": arguments}
     delegate = program.graph_module.get_submodule(str(node.args[0]))
@@ -198,6 +200,15 @@ def _call(
         "takes": [_shape(each.meta["val"], rows) for each in given if isinstance(each, Node)],
         "gives": [_shape(value, rows) for value in node.meta["val"]],
     }
+
+
+def _argument(given: Any, values: Mapping[Node, Value]) -> tuple[str, Any]:
+    """Returns the content of a `Value` for an argument of a node."""
+    if isinstance(given, Node):
+        return tuple(values[given])
+    if isinstance(given, Sequence) and any(isinstance(each, Node) for each in given):
+        return "list", [_argument(each, values) for each in given]
+    return "constant", given
 
 
 def _placeholder(program: ExportedProgram, node: Node) -> Value:

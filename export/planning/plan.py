@@ -59,7 +59,8 @@ class ExportOptions:
         max_seq_len: capacity of the KV cache; None for the checkpoint's context, at most DEFAULT_CONTEXT.
         prefill_chunk: number of tokens per prefill step; None for DEFAULT_CHUNK, or max_seq_len if that is less.
         backend: one of `export.lowering.backends.BACKENDS`.
-        attention: one of the backend's forms; None for its first, or "aten" without a KV cache or with experts.
+        attention: one of the backend's forms; None for its first, or "aten" without a KV cache or where all
+            experts of a mixture are computed.
         quantize: storage scheme of weights, one of `export.weights.scheme.SCHEMES`.
         group_size, embedding_bits, head_bits, rounding: changes of the scheme, see `export.weights.scheme.adjusted`.
         calibrate: text on which the linear layers' weights are calibrated, see `export.quality.gptq`.
@@ -223,16 +224,16 @@ def plan(options: ExportOptions) -> Plan:
     """
     checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir)
     tokenizer = _tokenizer(checkpoint, options)
-    graph = _graph(checkpoint.config, options)
-    config = for_length(checkpoint.config, graph.max_seq_len)
     scheme = adjusted(
-        base_scheme(options.quantize, config, checkpoint.block_kinds),
+        base_scheme(options.quantize, checkpoint.config, checkpoint.block_kinds),
         options.group_size,
         options.embedding_bits,
         options.head_bits,
         options.rounding,
     )
     scheme = replace(scheme, kv_dtype=KV_DTYPES[options.kv_dtype])
+    graph = _graph(checkpoint.config, options, scheme)
+    config = for_length(checkpoint.config, graph.max_seq_len)
     graph = _with_rows(graph, config, scheme, options.sharding)
     text = CalibrationText.of(options.calibrate) if options.calibrate else None
     if text:
@@ -277,7 +278,7 @@ def _tokenizer(checkpoint: Checkpoint, options: ExportOptions) -> Tokenizer | No
     return tokenizer
 
 
-def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
+def _graph(config: ModelConfig, options: ExportOptions, scheme: Scheme) -> GraphOptions:
     """Returns the options of the graphs, checked against the model and this machine."""
     scaling = config.rope_scaling
     if options.original_context and scaling is None:
@@ -297,9 +298,13 @@ def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
             f"--max-seq-len {max_seq_len} needs KV caches of {need / 1e9:.1f} GB, but this machine has "
             f"{have / 1e9:.1f} GB; give a smaller number"
         )
-    attention = options.attention or _attention(config, options)
-    if attention == "fused" and config.n_experts:
-        raise InputError("--attention fused is unsupported for mixtures of experts; give --attention aten")
+    computes_all = config.n_experts > 0 and not scheme.linear.by_operator
+    attention = options.attention or _attention(options, computes_all)
+    if attention == "fused" and computes_all:
+        raise InputError(
+            "--attention fused needs one of GGUF's types for a mixture of experts; give --quantize q8_0 or such, or "
+            "--attention aten"
+        )
     if attention == "aten" and options.kv_dtype != "fp32":
         raise InputError(f"--kv-dtype {options.kv_dtype} is unsupported with --attention aten; leave --kv-dtype out")
     if attention == "aten" and options.batch_size > 1:
@@ -317,10 +322,11 @@ def _with_rows(graph: GraphOptions, config: ModelConfig, scheme: Scheme, shardin
     return replace(graph, max_rows=1 if graph.attention == "aten" or swaps_pairs(config, last, scheme) else MAX_ROWS)
 
 
-def _attention(config: ModelConfig, options: ExportOptions) -> str:
-    """Returns the default form of attention: aten for experts, because backends do not take dynamic slices."""
-    is_static = config.n_experts or not options.kv_cache
-    return "aten" if is_static else BACKENDS[options.backend].attention[0]
+def _attention(options: ExportOptions, computes_all: bool) -> str:
+    """Returns the default form of attention: aten if all experts of a mixture are computed, because that takes dynamic
+    slices, which backends do not support.
+    """
+    return "aten" if computes_all or not options.kv_cache else BACKENDS[options.backend].attention[0]
 
 
 def for_length(config: ModelConfig, max_seq_len: int) -> ModelConfig:

@@ -91,9 +91,11 @@ class Scheme:
         """Returns the format of a matrix with rows of `columns`, by its name in the model, such as
         layers.3.attention.wq.weight.
         """
+        if name.endswith(".router.weight"):  # small, and a rounded one would choose other experts
+            return FLOAT
         wanted = {"tok_embeddings.weight": self.embedding, "head.output.weight": self.head}.get(name, self.linear)
         layer = re.match(r"layers\.(\d+)\.", name)
-        careful = (layer and int(layer[1]) in self.careful) or name.endswith(".router.weight")
+        careful = layer and int(layer[1]) in self.careful
         return wanted.fallback if careful or not wanted.fits(columns) else wanted
 
 
@@ -179,7 +181,7 @@ def as_stored(config: ModelConfig, kinds: Mapping[str, str]) -> Scheme:
     Raises:
         InputError: the blocks' matrices have several types, or none.
     """
-    found = {kinds.get(name) for name in matrices(config) if name.startswith("layers.")}
+    found = {kinds.get(name) for name in matrices(config) if name.startswith("layers.") and "router" not in name}
     if len(found) > 1 or None in found:
         types = " and ".join(sorted(kind or "float" for kind in found))
         raise InputError(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from export.checkpoints.checkpoint import StoredBlocks
 from export.weights.formats.blocks import Blocks
+from export.weights.formats.chosen_experts import choose_experts
 from export.weights.formats.float32 import FLOAT
 from export.weights.formats.format import Format
 from export.weights.scheme import CALIBRATED, Scheme, is_shared, matrices
@@ -80,10 +81,10 @@ class WeightSource:
         that shares its matrix.
         """
         if name == "head.output.weight":
-            form, is_alone = self.scheme.head, not is_shared(self.config, self.scheme)
+            is_alone = not is_shared(self.config, self.scheme)
         else:
-            form, is_alone = self.scheme.linear, name != "tok_embeddings.weight"
-        return self.scheme.rounding == CALIBRATED and form.can_calibrate and is_alone
+            is_alone = name != "tok_embeddings.weight"
+        return self.scheme.rounding == CALIBRATED and self.format(name).can_calibrate and is_alone
 
     def with_scheme(self, scheme: Scheme) -> "WeightSource":
         """Returns a source of the same model with another scheme."""
@@ -107,6 +108,7 @@ class WeightSource:
             weight = f"{name}.{path}.weight"
             width = widths.get(path.rpartition(".")[2])
             piece.set_submodule(path, self.format(weight).linear(self.stored(weight), layer.bias, width))
+        choose_experts(piece)
         return piece.eval().requires_grad_(False)
 
     def frame(self, name: str) -> nn.Module:
