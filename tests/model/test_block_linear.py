@@ -115,7 +115,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 
 
 class ExpertLinear(nn.Module):
-    """Calls the operator with two experts for each of L tokens: once with the same row for both, once with their own."""
+    """Calls the operator twice: with the same row for all experts of a token, and with a row for each."""
 
     def __init__(self, weights: list[Tensor], rows: int, kind: str) -> None:
         super().__init__()

@@ -130,15 +130,25 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    if config.n_experts:
+        writer.add_expert_count(config.n_experts)
+        writer.add_expert_used_count(config.n_chosen_experts)
     add_tokenizer(writer)
+    stacked = dict[str, list[Tensor]]()
     for name, tensor in model.state_dict().items():
         layer_kind = name.split(".")[-2]
         if layer_kind in ("wq", "wk"):
             tensor = interleaved(tensor, config.n_heads if layer_kind == "wq" else config.n_kv_heads)
         if name == "head.output.weight" and config.tied:
             continue
-        values, target = tensor.contiguous().numpy(), renamed(name, GGUF_NAMES)
-        if tensor.dim() == 1:
+        target = renamed(name, GGUF_NAMES)
+        if "_exps." in target:
+            stacked.setdefault(target, []).append(tensor)
+            if len(stacked[target]) < config.n_experts:
+                continue
+            tensor = torch.stack(stacked[target])
+        values = tensor.contiguous().numpy()
+        if tensor.dim() == 1 or layer_kind == "router":
             writer.add_tensor(target, values)
         else:
             writer.add_tensor(target, gguf.quants.quantize(values, storage), raw_dtype=storage)

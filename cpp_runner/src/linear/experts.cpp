@@ -18,9 +18,9 @@ Linear product_of(const ExpertLinear& linear, int64_t count) {
 
 /// Where the parts of the scratch memory begin.
 struct Scratch {
-    int64_t* ends;  // [E]: where the products of each expert end in `order`
+    int64_t* ends;   // [E]: where the products of each expert end in `order`
     int64_t* order;  // [L * k]: numbers of products, sorted by expert
-    float* x;       // gathered rows of x, and their results
+    float* x;        // gathered rows of x, and their results
     float* out;
     std::byte* rounded;
 
@@ -32,9 +32,7 @@ struct Scratch {
           rounded(reinterpret_cast<std::byte*>(out + gathered(linear) * linear.rows)) {}
 
     /// Returns how many rows are gathered at most. A single one is used where it stands.
-    static int64_t gathered(const ExpertLinear& linear) {
-        return rows_at_once(linear) > 1 ? rows_at_once(linear) : 0;
-    }
+    static int64_t gathered(const ExpertLinear& linear) { return rows_at_once(linear) > 1 ? rows_at_once(linear) : 0; }
 };
 
 void sort_by_expert(const ExpertLinear& linear, const Scratch& scratch) {

@@ -125,7 +125,15 @@ void linear_out(et::KernelRuntimeContext& ctx, et::Span<et::EValue*> args) {
 
 constexpr const char* kExpertsName = "llama_pte::expert_linear.out";
 
-enum ExpertArgument : size_t { kExpertX, kExpertWeights, kExpertChosen, kExpertKind, kExpertRows, kExpertOut, kExpertArguments };
+enum ExpertArgument : size_t {
+    kExpertX,
+    kExpertWeights,
+    kExpertChosen,
+    kExpertKind,
+    kExpertRows,
+    kExpertOut,
+    kExpertArguments
+};
 
 /// Checks the types of all arguments but the matrices, and the ranks of those from which sizes are taken.
 bool experts_well_typed(et::Span<et::EValue*> args) {

@@ -39,9 +39,8 @@ class ChosenExperts(nn.Module):
         N]. In an export, only the shapes of weights matter.
         """
         layers = [cast(BlockLinear, expert.get_submodule(role)) for expert in self.experts]
-        kinds = {layer.kind for layer in layers}
-        assert len(kinds) == 1 and layers[0].bias is None, f"the experts' {role} need one type, not {kinds}, and no bias"
         weights, kind = [layer.weight for layer in layers], layers[0].kind
+        assert {(layer.kind, layer.bias) for layer in layers} == {(kind, None)}, f"{role} has several types, or a bias"
         given = weights if torch.compiler.is_exporting() else [relaid(weight, kind).flatten() for weight in weights]
         out: Tensor = torch.ops.llama_pte.expert_linear(x, given, chosen, kind, len(weights[0]))
         return out
