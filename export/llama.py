@@ -283,7 +283,8 @@ def _add_graph_flags(parser: argparse.ArgumentParser) -> None:
         "--attention",
         metavar="FORM",
         help="fused: one operator that reads only the filled part of the KV cache; aten: plain operators over the "
-        "whole cache (default: fused for xnnpack; aten for other backends, mixtures of experts and --no-kv-cache)",
+        "whole cache (default: fused for xnnpack; aten for other backends, --no-kv-cache and mixtures of experts, "
+        "unless in GGUF's types)",
     )
     add(
         "--batch-size",

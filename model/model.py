@@ -168,7 +168,7 @@ class Experts(nn.Module):
     (https://arxiv.org/abs/2401.04088, eq. 2).
 
     Every expert is computed for every token, with weight 0 for the experts not chosen, because a static graph cannot
-    skip them.
+    skip them. With weights in blocks, an operator can: export.weights.formats.chosen_experts.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -25,7 +25,7 @@ from export.planning.sharding import Sharding
 from export.quality.gptq import CalibrationText
 from export.weights.formats.integer import ROUNDINGS
 from export.weights.gguf_types import QUANTIZE, default_scheme, named_scheme, unkept
-from export.weights.scheme import CALIBRATED, IMPORTANCE, Scheme, adjusted, swaps_pairs
+from export.weights.scheme import CALIBRATED, IMPORTANCE, Scheme, adjusted, computes_all_experts, swaps_pairs
 from export.weights.source import WeightSource
 from model.alibi import alibi_slopes
 from model.config import ModelConfig
@@ -60,7 +60,8 @@ class ExportOptions:
         max_seq_len: capacity of the KV cache; None for the checkpoint's context, at most DEFAULT_CONTEXT.
         prefill_chunk: number of tokens per prefill step; None for DEFAULT_CHUNK, or max_seq_len if that is less.
         backend: one of `export.lowering.backends.BACKENDS`.
-        attention: one of the backend's forms; None for its first, or "aten" without a KV cache or with experts.
+        attention: one of the backend's forms; None for its first, or "aten" without a KV cache or where all experts of
+            a mixture are computed.
         quantize: storage scheme of weights, one of `export.weights.gguf_types.QUANTIZE`; None for the types that a GGUF
             has, and float32 for other checkpoints.
         group_size, embedding_bits, head_bits, rounding: changes of the scheme, see `export.weights.scheme.adjusted`.
@@ -225,18 +226,18 @@ def plan(options: ExportOptions) -> Plan:
     """
     checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir)
     tokenizer = _tokenizer(checkpoint, options)
-    graph = _graph(checkpoint.config, options)
-    config = checkpoint.config.for_length(graph.max_seq_len)
     able = BACKENDS[options.backend].formats
     quantize = options.quantize or ("fp32" if options.auto else default_scheme(checkpoint.types, able))
     scheme = adjusted(
-        named_scheme(quantize, config, checkpoint.types),
+        named_scheme(quantize, checkpoint.config, checkpoint.types),
         options.group_size,
         options.embedding_bits,
         options.head_bits,
         options.rounding,
     )
     scheme = replace(scheme, kv_dtype=KV_DTYPES[options.kv_dtype])
+    graph = _graph(checkpoint.config, options, scheme)
+    config = checkpoint.config.for_length(graph.max_seq_len)
     graph = _with_rows(graph, config, scheme, options.sharding)
     text = CalibrationText.of(options.calibrate, scheme.rounding)
     if text and scheme.rounding != IMPORTANCE:
@@ -286,7 +287,7 @@ def _tokenizer(checkpoint: Checkpoint, options: ExportOptions) -> Tokenizer | No
     return tokenizer
 
 
-def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
+def _graph(config: ModelConfig, options: ExportOptions, scheme: Scheme) -> GraphOptions:
     """Returns the options of the graphs, checked against the model and this machine."""
     scaling = config.rope_scaling
     if options.original_context and scaling is None:
@@ -300,9 +301,14 @@ def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
     if chunk > max_seq_len:
         raise InputError(f"--prefill-chunk {chunk} is larger than --max-seq-len {max_seq_len}; give at most that")
     check_caches(config, max_seq_len, options.kv_cache * options.batch_size, KV_DTYPES[options.kv_dtype])
-    attention = options.attention or _attention(config, options)
-    if attention == "fused" and config.n_experts:
-        raise InputError("--attention fused is unsupported for mixtures of experts; give --attention aten")
+    computes_all = computes_all_experts(config, scheme)  # with dynamic slices, which backends do not support
+    is_static = computes_all or not options.kv_cache
+    attention = options.attention or ("aten" if is_static else BACKENDS[options.backend].attention[0])
+    if attention == "fused" and computes_all:
+        raise InputError(
+            "--attention fused needs one of GGUF's types for a mixture of experts; give --quantize q8_0 or such, or "
+            "--attention aten"
+        )
     if attention == "aten" and options.kv_dtype != "fp32":
         raise InputError(f"--kv-dtype {options.kv_dtype} is unsupported with --attention aten; leave --kv-dtype out")
     if attention == "aten" and options.batch_size > 1:
@@ -318,12 +324,6 @@ def _with_rows(graph: GraphOptions, config: ModelConfig, scheme: Scheme, shardin
     """Returns the options with the maximum number of rows of logits that the head supports."""
     last = sharding.spans(config, scheme)[-1]
     return replace(graph, max_rows=1 if graph.attention == "aten" or swaps_pairs(config, last, scheme) else MAX_ROWS)
-
-
-def _attention(config: ModelConfig, options: ExportOptions) -> str:
-    """Returns the default form of attention: aten for experts, because backends do not take dynamic slices."""
-    is_static = config.n_experts or not options.kv_cache
-    return "aten" if is_static else BACKENDS[options.backend].attention[0]
 
 
 def _warnings(

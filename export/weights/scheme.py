@@ -111,11 +111,12 @@ class Scheme:
         """Returns the format of a matrix with rows of `columns`, by its name in the model, such as
         layers.3.attention.wq.weight.
         """
+        if name.endswith(".router.weight"):  # small, and a rounded one would choose other experts
+            return FLOAT
         block = re.match(r"layers\.\d+", name)
         form = self.others.get(name) or (self.others.get(block[0]) if block else None)
         if form is None:
             form = {"tok_embeddings.weight": self.embedding, "head.output.weight": self.head}.get(name, self.linear)
-            form = form.fallback if name.endswith(".router.weight") else form
         return form.fitting(columns)
 
 
@@ -218,6 +219,12 @@ def swaps_pairs(config: ModelConfig, span: range, scheme: Scheme) -> bool:
     """
     is_here = span == range(config.n_layers) and is_shared(config, scheme)
     return is_here and scheme.format("head.output.weight", config.dim).swaps_pairs
+
+
+def computes_all_experts(config: ModelConfig, scheme: Scheme) -> bool:
+    """Returns whether a mixture computes all experts for every token, as no operator runs the chosen ones alone."""
+    experts = {name: columns for name, (_, columns) in matrices(config).items() if ".experts." in name}
+    return not all(scheme.format(name, columns).by_operator for name, columns in experts.items())
 
 
 def format_exceptions(config: ModelConfig, scheme: Scheme) -> dict[str, Format]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from export.checkpoints.checkpoint import StoredBlocks
 from export.weights.formats.blocks import Blocks
+from export.weights.formats.chosen_experts import choose_experts
 from export.weights.formats.float32 import FLOAT
 from export.weights.formats.format import Format
 from export.weights.scheme import Scheme, is_shared, matrices
@@ -108,6 +109,7 @@ class WeightSource:
             weight = f"{name}.{path}.weight"
             width = widths.get(path.rpartition(".")[2])
             piece.set_submodule(path, self.format(weight).linear(self.stored(weight), layer.bias, width))
+        choose_experts(piece)
         return piece.eval().requires_grad_(False)
 
     def frame(self, name: str) -> nn.Module:
