@@ -83,6 +83,8 @@ _ROWS_AT_ONCE = 512
 class BlockLinear(nn.Module):
     """A linear layer with weights in blocks."""
 
+    bias: Tensor | None
+
     def __init__(self, kind: str, weight: Tensor, bias: Tensor | None) -> None:
         """Takes GGUF's blocks [N, row bytes]."""
         super().__init__()
