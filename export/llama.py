@@ -357,7 +357,8 @@ def _add_scheme_flags(parser: argparse.ArgumentParser) -> None:
         "--head-bits",
         type=int,
         metavar="N",
-        help="bits of the head: 4 or 8 (default: as the other linear layers; 8 for mixed)",
+        help="bits of the head: 4 or 8 (default: as the other linear layers; 8 for mixed, and for a head that is then "
+        "one table with the embedding)",
     )
     add(
         "--kv-dtype",

@@ -234,6 +234,7 @@ def plan(options: ExportOptions) -> Plan:
         options.embedding_bits,
         options.head_bits,
         options.rounding,
+        one_table=config.tied and not options.sharding.has_shards,
     )
     scheme = replace(scheme, kv_dtype=KV_DTYPES[options.kv_dtype])
     graph = _graph(checkpoint.config, options, scheme)

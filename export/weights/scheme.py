@@ -164,9 +164,18 @@ def finer(scheme: Scheme) -> list[str]:
 
 
 def adjusted(
-    scheme: Scheme, group_size: int | None, embedding_bits: int | None, head_bits: int | None, rounding: str
+    scheme: Scheme,
+    group_size: int | None,
+    embedding_bits: int | None,
+    head_bits: int | None,
+    rounding: str,
+    one_table: bool = False,
 ) -> Scheme:
     """Returns a scheme with some settings replaced. None keeps the scheme's own setting.
+
+    Args:
+        one_table: whether embedding and head are stored once if their formats are equal. A head of 4 bits that nobody
+            asked for then has the 8 bits of its embedding, because one table is smaller than two.
 
     Raises:
         InputError: a setting is invalid, or has no effect.
@@ -176,13 +185,12 @@ def adjusted(
     for flag, bits in (("embedding", embedding_bits), ("head", head_bits)):
         if bits is not None and bits not in formats:
             raise InputError(f"--{flag}-bits {bits} is invalid; give 4 or 8")
-    made = replace(
-        scheme,
-        linear=four if _is_four(scheme.linear) else scheme.linear,
-        embedding=formats[embedding_bits] if embedding_bits else scheme.embedding,
-        head=formats[head_bits] if head_bits else four if _is_four(scheme.head) else scheme.head,
-        rounding=rounding,
-    )
+    embedding = formats[embedding_bits] if embedding_bits else scheme.embedding
+    head = formats[head_bits] if head_bits else four if _is_four(scheme.head) else scheme.head
+    if one_table and head_bits is None and _is_four(head) and embedding == BYTE:
+        head = BYTE
+    linear = four if _is_four(scheme.linear) else scheme.linear
+    made = replace(scheme, linear=linear, head=head, embedding=embedding, rounding=rounding)
     if group_size is not None and group_size not in GROUP_SIZES:
         raise InputError(f"--group-size {group_size} is invalid; give {', '.join(map(str, GROUP_SIZES))}")
     if group_size is not None and four not in (made.linear, made.embedding, made.head):
