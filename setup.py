@@ -14,7 +14,7 @@ EXECUTORCH = Path(found.submodule_search_locations[0])
 SOURCES = Path("cpp_runner/src")
 KERNELS = {
     "attention": ("attention.cpp", "bandwidth.cpp", "operator.cpp"),
-    "linear": ("blocks.cpp", "linear.cpp", "operator.cpp"),
+    "linear": ("blocks.cpp", "experts.cpp", "linear.cpp", "operator.cpp"),
 }
 FILES = (*(f"{folder}/{name}" for folder, names in KERNELS.items() for name in names), "python_api.cpp")
 

@@ -39,7 +39,7 @@ from export.quality.perplexity import Gate
 from export.quality.verification import VerificationError, add_flags, verify_once
 from export.weights.formats.integer import ROUNDINGS
 from export.weights.gguf_types import AS_STORED, QUANTIZE
-from export.weights.scheme import matrices
+from export.weights.scheme import IMPORTANCE, matrices
 from model.errors import InputError
 from model.kv_row_format import KV_DTYPES
 from preproc.chat_template import NAMED
@@ -283,7 +283,8 @@ def _add_graph_flags(parser: argparse.ArgumentParser) -> None:
         "--attention",
         metavar="FORM",
         help="fused: one operator that reads only the filled part of the KV cache; aten: plain operators over the "
-        "whole cache (default: fused for xnnpack; aten for other backends, mixtures of experts and --no-kv-cache)",
+        "whole cache (default: fused for xnnpack; aten for other backends, --no-kv-cache and mixtures of experts, "
+        "unless in GGUF's types)",
     )
     add(
         "--batch-size",
@@ -356,17 +357,24 @@ def _add_scheme_flags(parser: argparse.ArgumentParser) -> None:
         "--head-bits",
         type=int,
         metavar="N",
-        help="bits of the head: 4 or 8 (default: as the other linear layers; 8 for mixed)",
+        help="bits of the head: 4 or 8 (default: as the other linear layers; 8 for mixed, and for a head that is then "
+        "one table with the embedding)",
     )
     add(
         "--kv-dtype",
         default="fp32",
         help=f"format of the KV cache: {', '.join(KV_DTYPES)}; int8 has a scale per row (default: %(default)s)",
     )
-    add("--rounding", default="nearest", help=f"rounding of weights: {' or '.join(ROUNDINGS)} (default: %(default)s)")
+    add(
+        "--rounding",
+        default="nearest",
+        help=f"rounding of weights: {', '.join(ROUNDINGS)}; or {IMPORTANCE}, which favours inputs that are large on a "
+        "text (default: %(default)s)",
+    )
     add(
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help=f"round weights with GPTQ, on the first {TOKENS} tokens of this text",
+        help=f"round weights with GPTQ, on the first {TOKENS} tokens of this text; or the text for --rounding "
+        f"{IMPORTANCE} (default for that: a built-in text)",
     )

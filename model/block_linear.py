@@ -1,9 +1,10 @@
-"""Linear layers whose weights are in GGUF's blocks, as an operator; this module defines what it computes in PyTorch.
+"""Linear layers whose weights are in GGUF's blocks, as operators; this module defines what they compute in PyTorch.
 
-cpp_runner/src/linear/kernel.inc implements the operator for devices. A matrix is laid out in groups of 16 rows, whose
+cpp_runner/src/linear/kernel.inc implements them for devices. A matrix is laid out in groups of 16 rows, whose
 numbers stand side by side (cpp_runner/src/linear/blocks.h). They stay what they are in GGUF, and take as many bytes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -184,8 +185,11 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 _LIBRARY = torch.library.Library("llama_pte", "FRAGMENT")  # type: ignore[no-untyped-call]
 _MATRIX = "Tensor weight{0}, Tensor? bias{0}, str kind{0}, int rows{0}"
+_EXPERTS = "Tensor x, Tensor[] weights, Tensor chosen, str kind, int rows"
 _ROWS = "Tensor weight, Tensor tokens, str kind, int columns"
 for _schema in (
+    f"expert_linear({_EXPERTS}) -> Tensor",
+    f"expert_linear.out({_EXPERTS}, *, Tensor(a!) out) -> Tensor(a!)",
     f"block_rows({_ROWS}) -> Tensor",
     f"block_rows.out({_ROWS}, *, Tensor(a!) out) -> Tensor(a!)",
 ):
@@ -260,6 +264,39 @@ def _define(count: int) -> None:
 
 for _count in range(1, MOST_MATRICES + 1):
     _define(_count)
+
+
+@torch.library.impl(_LIBRARY, "expert_linear", "CompositeExplicitAutograd")
+def expert_linear(x: Tensor, weights: Sequence[Tensor], chosen: Tensor, kind: str, rows: int) -> Tensor:
+    """Multiplies rows by the matrices of the experts chosen for them. Each product is that of `linear`.
+
+    Args:
+        x: [.., K] float32, or [.., k, K] with one row for each chosen expert.
+        weights: matrix of each expert: groups of rows, see `relaid`, flat.
+        chosen: [.., k] int64, numbers of experts.
+        kind: a key of `BLOCK_FORMS`.
+        rows: N.
+
+    Returns:
+        The products [.., k, N].
+    """
+    if x.dim() == chosen.dim():
+        x = x.unsqueeze(-2).expand(*chosen.shape, x.shape[-1])
+    out = x.new_empty(*chosen.shape, rows)
+    for number, weight in enumerate(weights):
+        if len(given := x[chosen == number]):
+            out[chosen == number] = linear(given, weight, None, kind, rows)
+    return out
+
+
+@torch.library.register_fake("llama_pte::expert_linear")  # type: ignore[untyped-decorator]
+def _expert_shape(x: Tensor, weights: Sequence[Tensor], chosen: Tensor, kind: str, rows: int) -> Tensor:
+    return x.new_empty(*chosen.shape, rows)
+
+
+@torch.library.register_fake("llama_pte::expert_linear.out")  # type: ignore[untyped-decorator]
+def _expert_out_shape(*_: object, out: Tensor) -> Tensor:
+    return out
 
 
 @torch.library.impl(_LIBRARY, "block_rows", "CompositeExplicitAutograd")

@@ -40,10 +40,16 @@ GGUF_NAMES = {
     "layers.*.feed_forward.w1.weight": "blk.*.ffn_gate.weight",
     "layers.*.feed_forward.w2.weight": "blk.*.ffn_down.weight",
     "layers.*.feed_forward.w3.weight": "blk.*.ffn_up.weight",
+    "layers.*.feed_forward.router.weight": "blk.*.ffn_gate_inp.weight",
+    "layers.*.feed_forward.experts.*.w1.weight": "blk.*.ffn_gate_exps.weight",
+    "layers.*.feed_forward.experts.*.w2.weight": "blk.*.ffn_down_exps.weight",
+    "layers.*.feed_forward.experts.*.w3.weight": "blk.*.ffn_up_exps.weight",
     "head.norm.weight": "output_norm.weight",
     "head.output.weight": "output.weight",
 }
-"""Maps our weight names to GGUF's, with a star for the layer's number."""
+"""Maps our weight names to GGUF's, with stars for the numbers of the layer and of an expert. One tensor has the
+matrices of all experts.
+"""
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _NO_WEIGHTS = {GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")}
@@ -152,6 +158,8 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, GGUFTensor]) 
             rope_scaling=_scaling(path, tensors[_ROPE_FACTORS], theta) if _ROPE_FACTORS in tensors else stretched,
             rotary_dim=None if rotated == head_dim else rotated,
             tied="output.weight" not in tensors,
+            n_experts=fields.get("llama.expert_count", 0),
+            n_chosen_experts=fields.get("llama.expert_used_count", 0),
         )
     except KeyError as error:
         raise InputError(f"{path} lacks the key {error}; convert the checkpoint again") from error
@@ -189,7 +197,7 @@ def _scaling(path: Path, tensor: GGUFTensor, theta: float) -> RopeScaling:
 
 
 def _read(tensor: GGUFTensor, index: Index) -> Tensor:
-    return torch.from_numpy(tensor.read())[index]
+    return torch.from_numpy(tensor.read(index))
 
 
 def _read_blocks(tensor: GGUFTensor, index: Index) -> Tensor:

@@ -49,7 +49,9 @@ def _kind(number: int) -> GGMLQuantizationType:
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor's shape, outermost dimension first, and the location and type of its values in the file."""
+    """A tensor's shape, outermost dimension first, and the location and type of its values in the file. Several
+    matrices in one tensor have the shape of one matrix with the rows of all.
+    """
 
     path: Path
     shape: tuple[int, ...]
@@ -67,9 +69,9 @@ class GGUFTensor:
         data = np.memmap(self.path, np.uint8, mode="c", offset=self.offset, shape=(self.size,))
         return data.reshape(*self.shape[:-1], -1)
 
-    def read(self) -> np.ndarray:
-        """Returns the values as float32."""
-        return np.ascontiguousarray(dequantize(self.blocks(), self.kind), dtype=np.float32).reshape(self.shape)
+    def read(self, rows: tuple[slice, ...] = ()) -> np.ndarray:
+        """Returns the values as float32, or those of some rows."""
+        return np.ascontiguousarray(dequantize(self.blocks()[rows], self.kind), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -154,4 +156,4 @@ class _Cursor:
         kind, offset = _kind(self.number("I")), self.number("Q")
         if not 0 < math.prod(shape) < 1 << 48 or not shape or shape[-1] % GGML_QUANT_SIZES[kind][0]:
             raise ValueError(f"it has a tensor of the invalid shape {list(shape)}")
-        return shape, kind, offset
+        return (math.prod(shape[:-1]), shape[-1])[-len(shape) :], kind, offset

@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from export.lowering.backends import BACKENDS, partitioners, quietly
-from export.lowering.code import Code, Delegate
+from export.lowering.code import Code, Delegate, Value
 from export.lowering.lower import Codes, delegates, to_bytes
 from export.lowering.patches import known_operators
 from export.lowering.slices import SlicedSource
@@ -123,23 +123,32 @@ class LoweredPiece(nn.Module):
         self.code = code
         self.delegates = nn.ModuleList(_with_weights(name, delegate, data) for delegate in code.delegates)
         for number, call in enumerate(code.calls):
-            for index, (kind, value) in enumerate(call.arguments):
-                if kind == "parameter":
-                    self.register_buffer(f"constant_{number}_{index}", data.argument(name, value))
-                elif isinstance(value, Tensor):
-                    self.register_buffer(f"constant_{number}_{index}", value)
+            for index, argument in enumerate(call.arguments):
+                self._keep(f"constant_{number}_{index}", argument, functools.partial(data.argument, name))
+
+    def _keep(self, place: str, argument: Value, read: Callable[[str], Tensor]) -> None:
+        """Registers the tensors that an argument stands for, in buffers named after its place."""
+        if argument.kind == "list":
+            for index, each in enumerate(argument.value):
+                self._keep(f"{place}_{index}", each, read)
+        elif argument.kind == "parameter":
+            self.register_buffer(place, read(argument.value))
+        elif isinstance(argument.value, Tensor):
+            self.register_buffer(place, argument.value)
 
     def forward(self, *arguments: object) -> tuple[Tensor, ...]:
         given = [argument for argument in tree_leaves(arguments) if argument is not None]
         made, delegates = list[Any](), iter(self.delegates)
 
-        def value(kind: str, found: Any, constant: str = "") -> Any:
+        def value(kind: str, found: Any, place: str = "") -> Any:
             if kind == "input":
                 return given[found]
+            if kind == "list":
+                return [value(each[0], each[1], f"{place}_{index}") for index, each in enumerate(found)]
             if kind == "result":
                 call, index = found
                 return made[call] if index is None else made[call][index]
-            return getattr(self, constant, found)
+            return getattr(self, place, found)
 
         for number, call in enumerate(self.code.calls):
             run = next(delegates) if isinstance(call.target, Delegate) else _operator(call.target)

@@ -53,12 +53,18 @@ class Value(NamedTuple):
     Attributes:
         kind: what `value` is: "input": the number of an argument of the piece; "result": the number of an earlier call,
             and the index in its results, or None if it has one; "parameter": the name of a parameter of the piece;
-            "constant": a tensor or a plain value.
+            "constant": a tensor or a plain value; "list": several of these.
         value: see `kind`.
     """
 
     kind: str
     value: Any
+
+    @staticmethod
+    def of(found: Sequence[Any]) -> "Value":
+        """Returns the value from a pair that the export cache keeps."""
+        kind, value = found
+        return Value(kind, tuple(Value.of(each) for each in value) if kind == "list" else value)
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,8 @@ def decoded(entry: Mapping[str, Any], spec: MethodSpec) -> Code:
     calls = []
     for call in entry["calls"]:
         target = call["operator"] if "operator" in call else _delegate(call, spec)
-        calls.append(Call(target, tuple(Value(*each) for each in call["arguments"])))
-    return Code(tuple(calls), tuple(Value(*each) for each in entry["results"]))
+        calls.append(Call(target, tuple(Value.of(each) for each in call["arguments"])))
+    return Code(tuple(calls), tuple(Value.of(each) for each in entry["results"]))
 
 
 def _delegate(call: Mapping[str, Any], spec: MethodSpec) -> Delegate:

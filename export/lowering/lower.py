@@ -25,6 +25,7 @@ from export.lowering.export_cache import ExportCache
 from export.lowering.patches import known_operators, no_patterns
 from export.lowering.slices import sliced
 from export.lowering.trace import formats, kinds, parameter_name, trace_piece, unweighted
+from export.weights.formats.chosen_experts import choose_experts
 from export.weights.formats.float32 import FLOAT
 from export.weights.formats.format import Format
 from export.weights.scheme import Scheme, swaps_pairs
@@ -119,6 +120,7 @@ class _RandomPiece:
             owner, _, kind = role.rpartition(".")
             if owner not in linear:
                 setattr(module.get_submodule(owner), kind, nn.Parameter(weights[role]))
+        choose_experts(module)
         return _RandomPiece(module.requires_grad_(False).eval(), by_role)
 
 
@@ -202,7 +204,7 @@ def _call(
     is_delegate = node.target is executorch_call_delegate
     given = [*node.args[is_delegate:], *(argument for each in others for argument in each.args[1:])]
     assert not node.kwargs, f"{node.target} has arguments by name: {node.kwargs}"
-    arguments = [tuple(values[each] if isinstance(each, Node) else Value("constant", each)) for each in given]
+    arguments = [_argument(each, values) for each in given]
     if not is_delegate:
         name = f"llama_pte.linear{len(together)}.default" if others else _operator(node)
         return {"operator": name, "arguments": arguments}
@@ -217,6 +219,15 @@ def _call(
         "takes": [_shape(each.meta["val"], rows) for each in given if isinstance(each, Node)],
         "gives": [_shape(value, rows) for value in node.meta["val"]],
     }
+
+
+def _argument(given: Any, values: Mapping[Node, Value]) -> tuple[str, Any]:
+    """Returns the content of a `Value` for an argument of a node."""
+    if isinstance(given, Node):
+        return tuple(values[given])
+    if isinstance(given, Sequence) and any(isinstance(each, Node) for each in given):
+        return "list", [_argument(each, values) for each in given]
+    return "constant", given
 
 
 def _placeholder(program: ExportedProgram, node: Node) -> Value:

@@ -99,7 +99,7 @@ def activation_bytes(config: ModelConfig, method: MethodSpec, positions: int) ->
     if not method.is_fused:
         attention += length * (3 * config.n_heads + 1) * (positions + length)
         attention += 2 * config.n_kv_heads * positions * config.head_dim
-    feed_forward = length * (3 * config.hidden_dim + 2 * config.dim)
+    feed_forward = length * (max(1, config.n_chosen_experts) * (3 * config.hidden_dim + config.dim) + config.dim)
     block = config.n_layers * (attention + feed_forward) if method.slices > 1 else max(attention, feed_forward)
     rows = 2 * config.n_layers * config.n_kv_heads * length * config.head_dim
     return (block + rows + method.max_rows * config.vocab_size) * FLOAT

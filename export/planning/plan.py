@@ -25,7 +25,7 @@ from export.planning.sharding import Sharding
 from export.quality.gptq import CalibrationText
 from export.weights.formats.integer import ROUNDINGS
 from export.weights.gguf_types import QUANTIZE, default_scheme, named_scheme, unkept
-from export.weights.scheme import CALIBRATED, Scheme, adjusted, swaps_pairs
+from export.weights.scheme import CALIBRATED, IMPORTANCE, Scheme, adjusted, computes_all_experts, swaps_pairs
 from export.weights.source import WeightSource
 from model.alibi import alibi_slopes
 from model.config import ModelConfig
@@ -60,11 +60,12 @@ class ExportOptions:
         max_seq_len: capacity of the KV cache; None for the checkpoint's context, at most DEFAULT_CONTEXT.
         prefill_chunk: number of tokens per prefill step; None for DEFAULT_CHUNK, or max_seq_len if that is less.
         backend: one of `export.lowering.backends.BACKENDS`.
-        attention: one of the backend's forms; None for its first, or "aten" without a KV cache or with experts.
+        attention: one of the backend's forms; None for its first, or "aten" without a KV cache or where all experts of
+            a mixture are computed.
         quantize: storage scheme of weights, one of `export.weights.gguf_types.QUANTIZE`; None for the types that a GGUF
             has, and float32 for other checkpoints.
         group_size, embedding_bits, head_bits, rounding: changes of the scheme, see `export.weights.scheme.adjusted`.
-        calibrate: text on which the linear layers' weights are calibrated, see `export.quality.gptq`.
+        calibrate: text on which weights are calibrated, see `export.quality.gptq.CalibrationText.of`.
         batch_size: number of texts that are extended at once, see `runtime.batch`.
         sharding: division into shards or slices, each a file in the folder `output`.
         kv_dtype: dtype of the KV caches, one of `model.kv_row_format.KV_DTYPES`.
@@ -120,12 +121,12 @@ class ExportOptions:
             raise InputError(f"--batch-size {self.batch_size} is invalid; give 1 or more")
         for flag, value, known in (
             ("quantize", self.quantize, (None, *QUANTIZE)),
-            ("rounding", self.rounding, ROUNDINGS),
+            ("rounding", self.rounding, (*ROUNDINGS, IMPORTANCE)),
             ("kv-dtype", self.kv_dtype, KV_DTYPES),
         ):
             if value not in known:
                 raise InputError(f"--{flag} {value} is unknown; choose from {', '.join(filter(None, known))}")
-        if self.calibrate and self.rounding != "nearest":
+        if self.calibrate and self.rounding not in ("nearest", IMPORTANCE):
             raise InputError(f"--rounding {self.rounding} has no effect with --calibrate; leave one of them out")
         check(self.backend)
         able = BACKENDS[self.backend].attention
@@ -225,24 +226,26 @@ def plan(options: ExportOptions) -> Plan:
     """
     checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir)
     tokenizer = _tokenizer(checkpoint, options)
-    graph = _graph(checkpoint.config, options)
-    config = checkpoint.config.for_length(graph.max_seq_len)
     able = BACKENDS[options.backend].formats
     quantize = options.quantize or ("fp32" if options.auto else default_scheme(checkpoint.types, able))
     scheme = adjusted(
-        named_scheme(quantize, config, checkpoint.types),
+        named_scheme(quantize, checkpoint.config, checkpoint.types),
         options.group_size,
         options.embedding_bits,
         options.head_bits,
         options.rounding,
+        one_table=config.tied and not options.sharding.has_shards,
     )
     scheme = replace(scheme, kv_dtype=KV_DTYPES[options.kv_dtype])
+    graph = _graph(checkpoint.config, options, scheme)
+    config = checkpoint.config.for_length(graph.max_seq_len)
     graph = _with_rows(graph, config, scheme, options.sharding)
-    text = CalibrationText.of(options.calibrate) if options.calibrate else None
-    if text:
-        if not options.auto:
-            text.check(scheme)
+    text = CalibrationText.of(options.calibrate, scheme.rounding)
+    if text and scheme.rounding != IMPORTANCE:
         scheme = replace(scheme, rounding=CALIBRATED)
+    source = WeightSource(config, checkpoint.weights, scheme, None, options.sharding.slices, checkpoint.blocks)
+    if text and not options.auto:
+        text.check(source)
     check(options.backend, {form.kind for form in scheme.formats})
     suffix = "pte" if options.sharding.is_whole else "shards" if options.sharding.slices == 1 else "slices"
     output = options.output or Path(f"{_name(options.checkpoint)}.{suffix}")
@@ -253,7 +256,7 @@ def plan(options: ExportOptions) -> Plan:
     provenance |= _chat(chat, tokenizer, provenance)
     provenance["calibration"] = {"sha256": text.sha256} if text else None
     return Plan(
-        source=WeightSource(config, checkpoint.weights, scheme, None, options.sharding.slices, checkpoint.blocks),
+        source=source,
         graph=graph,
         sharding=options.sharding,
         tokenizer=tokenizer,
@@ -285,7 +288,7 @@ def _tokenizer(checkpoint: Checkpoint, options: ExportOptions) -> Tokenizer | No
     return tokenizer
 
 
-def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
+def _graph(config: ModelConfig, options: ExportOptions, scheme: Scheme) -> GraphOptions:
     """Returns the options of the graphs, checked against the model and this machine."""
     scaling = config.rope_scaling
     if options.original_context and scaling is None:
@@ -299,9 +302,14 @@ def _graph(config: ModelConfig, options: ExportOptions) -> GraphOptions:
     if chunk > max_seq_len:
         raise InputError(f"--prefill-chunk {chunk} is larger than --max-seq-len {max_seq_len}; give at most that")
     check_caches(config, max_seq_len, options.kv_cache * options.batch_size, KV_DTYPES[options.kv_dtype])
-    attention = options.attention or _attention(config, options)
-    if attention == "fused" and config.n_experts:
-        raise InputError("--attention fused is unsupported for mixtures of experts; give --attention aten")
+    computes_all = computes_all_experts(config, scheme)  # with dynamic slices, which backends do not support
+    is_static = computes_all or not options.kv_cache
+    attention = options.attention or ("aten" if is_static else BACKENDS[options.backend].attention[0])
+    if attention == "fused" and computes_all:
+        raise InputError(
+            "--attention fused needs one of GGUF's types for a mixture of experts; give --quantize q8_0 or such, or "
+            "--attention aten"
+        )
     if attention == "aten" and options.kv_dtype != "fp32":
         raise InputError(f"--kv-dtype {options.kv_dtype} is unsupported with --attention aten; leave --kv-dtype out")
     if attention == "aten" and options.batch_size > 1:
@@ -317,12 +325,6 @@ def _with_rows(graph: GraphOptions, config: ModelConfig, scheme: Scheme, shardin
     """Returns the options with the maximum number of rows of logits that the head supports."""
     last = sharding.spans(config, scheme)[-1]
     return replace(graph, max_rows=1 if graph.attention == "aten" or swaps_pairs(config, last, scheme) else MAX_ROWS)
-
-
-def _attention(config: ModelConfig, options: ExportOptions) -> str:
-    """Returns the default form of attention: aten for experts, because backends do not take dynamic slices."""
-    is_static = config.n_experts or not options.kv_cache
-    return "aten" if is_static else BACKENDS[options.backend].attention[0]
 
 
 def _warnings(

@@ -34,7 +34,7 @@ class Sharding:
             raise InputError("--shards and --shard-bytes cannot be combined; leave one of them out")
         if self.slices < 1:
             raise InputError(f"--tensor-parallel {self.slices} is invalid; give 1 or more")
-        if self.slices > 1 and (self.shards > 1 or self.shard_bytes is not None):
+        if self.slices > 1 and self.has_shards:
             raise InputError(
                 f"--tensor-parallel {self.slices} cannot be combined with --shards or --shard-bytes; leave one of "
                 "them out"
@@ -43,7 +43,12 @@ class Sharding:
     @property
     def is_whole(self) -> bool:
         """Whether the model is stored in one file."""
-        return self.shards == 1 and self.shard_bytes is None and self.slices == 1
+        return not self.has_shards and self.slices == 1
+
+    @property
+    def has_shards(self) -> bool:
+        """Whether the blocks are divided among files."""
+        return self.shards > 1 or self.shard_bytes is not None
 
     def check(self, graph: GraphOptions) -> None:
         """Checks that the methods are supported for slices.

@@ -20,7 +20,8 @@ from model.model import Llama
 from runtime.pte.metadata import Metadata
 
 CALIBRATED = "gptq"
-"""Rounding of a scheme whose matrices are calibrated by `export.quality.gptq`."""
+IMPORTANCE = "importance"
+"""Roundings of a scheme whose matrices are calibrated by `export.quality.gptq`."""
 
 CACHE_MAX_PPL_INCREASE = {"int8": 0.05}
 """Relative increase of perplexity that verification allows by default for quantised KV caches, by dtype."""
@@ -35,7 +36,8 @@ class Scheme:
         head, embedding: formats of these two matrices.
         others: formats of matrices, by name, and of all matrices of a block, by a name such as layers.3, that differ
             from the above.
-        rounding: rounding method of weights, one of `export.weights.formats.integer.ROUNDINGS`, or CALIBRATED.
+        rounding: rounding method of weights, one of `export.weights.formats.integer.ROUNDINGS`, or CALIBRATED or
+            IMPORTANCE.
         kv_dtype: dtype of the KV caches, see `model.kv_row_format`.
     """
 
@@ -96,19 +98,25 @@ class Scheme:
         return any(form.rounds_inputs for form in (self.linear, self.head, *self.others.values()))
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether matrices are rounded by means of their inputs on a text."""
+        return self.rounding in (CALIBRATED, IMPORTANCE)
+
+    @property
     def plain_rounding(self) -> str:
         """Rounding method of matrices that are not calibrated."""
-        return "hqq" if self.rounding == CALIBRATED else self.rounding
+        return "hqq" if self.is_calibrated else self.rounding
 
     def format(self, name: str, columns: int) -> Format:
         """Returns the format of a matrix with rows of `columns`, by its name in the model, such as
         layers.3.attention.wq.weight.
         """
+        if name.endswith(".router.weight"):  # small, and a rounded one would choose other experts
+            return FLOAT
         block = re.match(r"layers\.\d+", name)
         form = self.others.get(name) or (self.others.get(block[0]) if block else None)
         if form is None:
             form = {"tok_embeddings.weight": self.embedding, "head.output.weight": self.head}.get(name, self.linear)
-            form = form.fallback if name.endswith(".router.weight") else form
         return form.fitting(columns)
 
 
@@ -156,9 +164,18 @@ def finer(scheme: Scheme) -> list[str]:
 
 
 def adjusted(
-    scheme: Scheme, group_size: int | None, embedding_bits: int | None, head_bits: int | None, rounding: str
+    scheme: Scheme,
+    group_size: int | None,
+    embedding_bits: int | None,
+    head_bits: int | None,
+    rounding: str,
+    one_table: bool = False,
 ) -> Scheme:
     """Returns a scheme with some settings replaced. None keeps the scheme's own setting.
+
+    Args:
+        one_table: whether embedding and head are stored once if their formats are equal. A head of 4 bits that nobody
+            asked for then has the 8 bits of its embedding, because one table is smaller than two.
 
     Raises:
         InputError: a setting is invalid, or has no effect.
@@ -168,13 +185,12 @@ def adjusted(
     for flag, bits in (("embedding", embedding_bits), ("head", head_bits)):
         if bits is not None and bits not in formats:
             raise InputError(f"--{flag}-bits {bits} is invalid; give 4 or 8")
-    made = replace(
-        scheme,
-        linear=four if _is_four(scheme.linear) else scheme.linear,
-        embedding=formats[embedding_bits] if embedding_bits else scheme.embedding,
-        head=formats[head_bits] if head_bits else four if _is_four(scheme.head) else scheme.head,
-        rounding=rounding,
-    )
+    embedding = formats[embedding_bits] if embedding_bits else scheme.embedding
+    head = formats[head_bits] if head_bits else four if _is_four(scheme.head) else scheme.head
+    if one_table and head_bits is None and _is_four(head) and embedding == BYTE:
+        head = BYTE
+    linear = four if _is_four(scheme.linear) else scheme.linear
+    made = replace(scheme, linear=linear, head=head, embedding=embedding, rounding=rounding)
     if group_size is not None and group_size not in GROUP_SIZES:
         raise InputError(f"--group-size {group_size} is invalid; give {', '.join(map(str, GROUP_SIZES))}")
     if group_size is not None and four not in (made.linear, made.embedding, made.head):
@@ -211,6 +227,12 @@ def swaps_pairs(config: ModelConfig, span: range, scheme: Scheme) -> bool:
     """
     is_here = span == range(config.n_layers) and is_shared(config, scheme)
     return is_here and scheme.format("head.output.weight", config.dim).swaps_pairs
+
+
+def computes_all_experts(config: ModelConfig, scheme: Scheme) -> bool:
+    """Returns whether a mixture computes all experts for every token, as no operator runs the chosen ones alone."""
+    experts = {name: columns for name, (_, columns) in matrices(config).items() if ".experts." in name}
+    return not all(scheme.format(name, columns).by_operator for name, columns in experts.items())
 
 
 def format_exceptions(config: ModelConfig, scheme: Scheme) -> dict[str, Format]:

@@ -27,7 +27,10 @@ FIELDS: dict[str, tuple[str, str]] = {
     "get_max_seq_len": ("int", "capacity of the KV cache in positions (T): prompt and answer together"),
     "get_max_context_len": ("int", "the same number, under the name that ExecuTorch's own runners read"),
     "get_vocab_size": ("int", "width of the logits (V)"),
-    "get_matrix_bytes": ("int", "bytes of the matrices that decoding reads for each token"),
+    "get_matrix_bytes": (
+        "int",
+        "bytes of the matrices that decoding reads for each token, with all experts of a mixture",
+    ),
     "get_activation_bytes": (
         "int",
         "upper estimate of the memory that the longest step needs besides weights and caches, in bytes",

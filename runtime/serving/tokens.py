@@ -40,9 +40,10 @@ def tokenized(raw: bytes, model: Model) -> dict[str, Any]:
     if body.add_special and bos_id is not None:
         ids = [bos_id, *ids]
     if not body.with_pieces:
-        return {"tokens": ids}
+        return {"tokens": ids, **_warned(body)}
     names = _names(model)
-    return {"tokens": [{"id": token, "piece": names.get(token) or _piece(model, token)} for token in ids]}
+    pieces = [{"id": token, "piece": names.get(token) or _piece(model, token)} for token in ids]
+    return {"tokens": pieces, **_warned(body)}
 
 
 def detokenized(raw: bytes, model: Model) -> dict[str, Any]:
@@ -57,7 +58,11 @@ def detokenized(raw: bytes, model: Model) -> dict[str, Any]:
             check_tokens(body.tokens, model.metadata.config.vocab_size)
     names, decoder = _names(model), StreamDecoder(model.tokenizer)
     said = [names.get(token) or decoder.add(token) for token in body.tokens]
-    return {"content": "".join(said) + decoder.finish()}
+    return {"content": "".join(said) + decoder.finish(), **_warned(body)}
+
+
+def _warned(body: Body) -> dict[str, list[str]]:
+    return {"warnings": body.warnings} if body.warnings else {}
 
 
 def _names(model: Model) -> dict[int, str]:

@@ -26,11 +26,15 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "8da8w": {"quantize": "8da8w"},
     "mixed": {"quantize": "mixed"},
-    "8da4w --head-bits 8": {"quantize": "8da4w", "head_bits": 8},
     "8da4w": {"quantize": "8da4w"},
     "8da4w --rounding hqq": {"quantize": "8da4w", "rounding": "hqq"},
+    "8da4w --rounding importance": {"quantize": "8da4w", "rounding": "importance"},
     "8da4w --calibrate": {"quantize": "8da4w"},
+    "q4_0": {"quantize": "q4_0"},
+    "q4_0 --rounding importance": {"quantize": "q4_0", "rounding": "importance"},
+    "q4_0 --calibrate": {"quantize": "q4_0"},
     "8da4w --group-size 64": {"quantize": "8da4w", "group_size": 64},
+    "8da4w --head-bits 4": {"quantize": "8da4w", "head_bits": 4},
     "8da4w --embedding-bits 4": {"quantize": "8da4w", "embedding_bits": 4},
 }
 AT_ONCE = 4

@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from export import inspect
+from export.checkpoints import gguf_file
 from export.checkpoints.layouts import open_checkpoint
 from export.llama import export_llama
 from export.planning.memory import memory_use
@@ -193,3 +194,21 @@ def test_a_gguf_of_several_types_is_exported(
         "feed_forward.w3: GGUF's Q4_1",
     ):
         assert f"\n             {line}\n" in text
+
+
+def test_the_experts_of_a_mixture_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(replace(WIDE, n_experts=3, n_chosen_experts=2))
+    path = write_gguf(model, tmp_path / "model.gguf", "Q8_0")
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config == replace(model.config, norm_eps=checkpoint.config.norm_eps)
+    sizes, whole = list[int](), dequantize
+    monkeypatch.setattr(gguf_file, "dequantize", lambda data, kind: sizes.append(data.size) or whole(data, kind))
+    for name, expected in model.state_dict().items():
+        assert (checkpoint.weights[name] - expected).abs().max() <= 0.01 * expected.abs().max(), name
+    assert max(sizes) == model.tok_embeddings.weight.numel() // 32 * 34
+    assert sizes.count(96 * 64 // 32 * 34) == 2 * 3 * 3, "the matrices of 2 layers, 3 experts and 3 roles"
+    source = plan(ExportOptions(checkpoint=path, quantize="gguf", max_seq_len=32, tokenizer=Path("none"))).source
+    for number in range(3):
+        name = f"layers.1.feed_forward.experts.{number}.w2.weight"
+        found = dequantize(source.stored(name).numpy(), GGMLQuantizationType.Q8_0)
+        assert torch.equal(torch.from_numpy(found.copy()), checkpoint.weights[name])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from export.weights.formats.blocks import Blocks
 from export.weights.formats.float32 import FLOAT
+from export.weights.formats.format import Format
 from export.weights.formats.integer import BYTE, Integer
 from export.weights.scheme import SCHEMES, Scheme, adjusted, format_exceptions, matrices
 from model.block_linear import BLOCK_FORMS
@@ -65,6 +66,17 @@ def test_flags_change_what_they_name() -> None:
     )
     assert adjusted(SCHEMES["8da8w"], None, 4, 4, "nearest") == Scheme(linear=BYTE, head=FOUR, embedding=FOUR)
     assert adjusted(SCHEMES["fp32"], None, 8, None, "nearest") == Scheme(embedding=BYTE)
+
+
+def test_a_tied_head_shares_the_embeddings_table_of_8_bits() -> None:
+    def head(quantize: str, *flags: int | None) -> Format:
+        return adjusted(SCHEMES[quantize], *flags, "nearest", one_table=True).head
+
+    assert head("8da4w", None, None, None) == BYTE
+    assert head("8da4w", 64, None, None) == BYTE
+    assert head("8da4w", None, None, 4) == FOUR, "as it was asked for"
+    assert head("8da4w", None, 4, None) == FOUR, "one table already"
+    assert head("fp32", None, 8, None) == FLOAT
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,17 @@ def test_the_folder_gives_transformers_ids_in_both_languages(theirs: Theirs, fol
 
 
 @pytest.mark.slow
+def test_the_default_export_keeps_the_ggufs_blocks_and_gives_the_same_ids_in_both_languages(
+    runner: Path, tmp_path: Path
+) -> None:
+    pte = export_llama(ExportOptions(checkpoint=GGUF, max_seq_len=256, output=tmp_path / "own.pte"))
+    assert pte.stat().st_size == pytest.approx(GGUF.stat().st_size, rel=0.01)
+    assert Program(pte).metadata.provenance["options"]["quantize"] == "gguf"
+    for prompt in PROMPTS:
+        assert ours(pte, prompt, 64) == runner_ids(runner, pte, prompt, 64), prompt
+
+
+@pytest.mark.slow
 def test_eight_bits_are_written_and_verified(tmp_path: Path) -> None:
     pte = export_llama(ExportOptions(checkpoint=GGUF, quantize="8da8w", max_seq_len=256, output=tmp_path / "8.pte"))
     assert Program(pte).metadata.provenance["verified"]

@@ -21,19 +21,28 @@ OPERATOR = (Path(__file__).parents[2] / "cpp_runner" / "src" / "linear" / "opera
 
 
 def test_the_devices_operators_have_the_same_schemas() -> None:
-    schema = torch.ops.llama_pte.linear.out._schema
     comment = " ".join(re.findall(r"^// ?(.*)", OPERATOR.partition("#include")[0], re.MULTILINE))
-    of_linear, of_rows = re.findall(r"(?:linear|block_rows)(\([^,]* .*? -> Tensor\(a!\))", re.sub(r"\s+", " ", comment))
-    assert f"llama_pte::block_rows.out{of_rows}" == str(torch.ops.llama_pte.block_rows.out._schema)
-    assert f"{schema.name}.{schema.overload_name}{of_linear}" == str(schema)
-    (members,) = re.findall(r"enum Argument : size_t \{(.*?)\}", OPERATOR, re.DOTALL)
-    *matrix, count = (name.lower() for name in re.findall(r"k(\w+),? ", members))
+    described = re.findall(r"(\w+)(\(Tensor .*? -> Tensor\(a!\))", re.sub(r"\s+", " ", comment))
+    assert [name for name, _ in described] == ["linear", "expert_linear", "block_rows"]
+    for name, arguments in described:
+        assert f"llama_pte::{name}.out{arguments}" == str(getattr(torch.ops.llama_pte, name).out._schema)
+        assert f'"llama_pte::{name}.out"' in OPERATOR
+    *places, count = _enumerated("ExpertArgument", "kExpert")
+    schema = torch.ops.llama_pte.expert_linear.out._schema
+    assert (places, count) == ([argument.name for argument in schema.arguments], "arguments")
+    *matrix, count = _enumerated("Argument", "k")
     assert count == "arguments"
     (names,) = re.findall(r"kNames\[\] = \{(.*?)\}", OPERATOR, re.DOTALL)
     for number, name in enumerate(re.findall(r'"llama_pte::(\w+)\.out"', names), 1):
         suffixes = ("", "2", "3")[:number]
         expected = ["x", *(each + suffix for suffix in suffixes for each in matrix), *(f"out{i}" for i in suffixes)]
         assert [each.name for each in getattr(torch.ops.llama_pte, name).out._schema.arguments] == expected
+
+
+def _enumerated(name: str, prefix: str) -> list[str]:
+    """Returns the members of an enumeration in the operators' source, in lower case and without a prefix."""
+    (members,) = re.findall(rf"enum {name} : size_t \{{(.*?)\}}", OPERATOR, re.DOTALL)
+    return [found.lower() for found in re.findall(rf"{prefix}(\w+),? ", members + " ")]
 
 
 def blocks_of(kind: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -122,3 +131,60 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     together = torch.ops.llama_pte.linear(x, weight, None, "Q4_0", 20)
     for row, y in zip(x, together, strict=True):
         assert torch.equal(torch.ops.llama_pte.linear(row, weight, None, "Q4_0", 20), y)
+
+
+class ExpertLinear(nn.Module):
+    """Calls the operator twice: with the same row for all experts of a token, and with a row for each."""
+
+    def __init__(self, weights: list[Tensor], rows: int, kind: str) -> None:
+        super().__init__()
+        for number, weight in enumerate(weights):
+            self.register_buffer(f"weight_{number}", weight)
+        self.count = len(weights)
+        self.rows = rows
+        self.kind = kind
+
+    def forward(self, x: Tensor, own: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        weights = [self.get_buffer(f"weight_{number}") for number in range(self.count)]
+        operator = torch.ops.llama_pte.expert_linear
+        return tuple(operator(each, weights, chosen, self.kind, self.rows) for each in (x, own))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K"])
+def test_experts_multiply_as_linear_layers_do(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = matrix(kind, 5 * 48, 512)[0].chunk(5)
+    module = ExpertLinear(weights, 37, kind)
+    length = {1: torch.export.Dim("length", min=1, max=200)}
+    given = (torch.randn(2, 40, 512), torch.randn(2, 40, 3, 512), torch.randint(5, (2, 40, 3)))
+    program = torch.export.export(module, given, dynamic_shapes=(length, length, length))
+    path = tmp_path / "experts.pte"
+    edge = to_edge(program, compile_config=EdgeCompileConfig(_check_ir_validity=False))
+    path.write_bytes(edge.to_executorch().buffer)
+    loaded = _C._load_for_executorch(str(path))
+    for L, experts in ((1, 5), (7, 5), (200, 5), (200, 1)):  # 200 tokens of one expert are more than it takes at once
+        x, own = torch.randn(2, L, 512), torch.randn(2, L, 3, 512)
+        chosen = torch.rand(2, L, 3, 5)[..., :experts].argmax(-1)
+        found = loaded.run_method("forward", (x, own, chosen))
+        each = [[torch.ops.llama_pte.linear(y, w, None, kind, 37) for w in weights] for y in (x.unsqueeze(2), own)]
+        for y, products in zip(found, each, strict=True):
+            places = chosen.unsqueeze(-1)
+            wanted = torch.zeros(2, L, 3, 37)
+            for number, product in enumerate(products):
+                wanted = torch.where(places == number, product, wanted)
+            assert torch.equal(y, wanted), (L, experts)
+        assert all(map(torch.equal, module(x, own, chosen), found))
+
+
+def test_an_unknown_expert_is_refused(tmp_path: Path) -> None:
+    weights = matrix("Q4_0", 3 * 16, 64)[0].chunk(3)
+    module = ExpertLinear(weights, 16, "Q4_0")
+    x, own = torch.randn(1, 2, 64), torch.randn(1, 2, 2, 64)
+    program = torch.export.export(module, (x, own, torch.zeros(1, 2, 2, dtype=torch.long)))
+    path = tmp_path / "experts.pte"
+    edge = to_edge(program, compile_config=EdgeCompileConfig(_check_ir_validity=False))
+    path.write_bytes(edge.to_executorch().buffer)
+    loaded = _C._load_for_executorch(str(path))
+    for wrong in (-1, 3, 1 << 40):
+        with pytest.raises(RuntimeError):
+            loaded.run_method("forward", (x, own, torch.tensor([[[0, 1], [2, wrong]]])))

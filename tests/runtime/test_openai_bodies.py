@@ -7,11 +7,13 @@ import pytest
 
 from runtime.serving.openai_bodies import ChatBody, CompletionBody
 from runtime.serving.request_body import Body, RequestError, read_values
+from runtime.serving.responses import ResponsesBody
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
 REQUIRED: dict[type[Body], dict[str, object]] = {
     CompletionBody: {"prompt": "x"},
     ChatBody: {"messages": [{"role": "user", "content": "x"}]},
+    ResponsesBody: {"input": "x"},
 }
 
 
@@ -49,7 +51,14 @@ def test_every_parameter_is_in_the_table(kind: type[Body]) -> None:
     assert table().keys() >= {*kind.model_fields, *kind.ALIASES, *kind.UNSUPPORTED}
 
 
-@pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
+def test_the_parameters_of_responses_are_those_that_the_document_names() -> None:
+    text = " ".join(DOCUMENT.split())
+    own, refused = re.findall(r"in whose place are (.+?)\..+?Refused: (.+?)\.", text)[0]
+    assert set(re.findall(r"`(\w+)`", own)) == ResponsesBody.model_fields.keys()
+    assert set(re.findall(r"`(\w+)`", refused)) == ResponsesBody.UNSUPPORTED.keys()
+
+
+@pytest.mark.parametrize("kind", [CompletionBody, ChatBody, ResponsesBody])
 def test_values_that_ask_for_nothing_are_accepted_without_a_warning(kind: type[Body]) -> None:
     for name, harmless in kind.UNSUPPORTED.items():
         for value in (None, *harmless):

@@ -31,6 +31,12 @@ def test_a_texts_tokens_are_those_of_a_prompt_and_give_the_text_again(server: Se
     assert post(server, "detokenize", tokens=[]) == {"content": ""}
 
 
+def test_what_is_ignored_is_said(server: Server) -> None:
+    warnings = ["model is not a parameter of this server and was ignored"]
+    assert post(server, "tokenize", content="", model="x") == {"tokens": [], "warnings": warnings}
+    assert post(server, "detokenize", tokens=[], model="x") == {"content": "", "warnings": warnings}
+
+
 def test_pieces_are_texts_or_bytes(server: Server) -> None:
     told = post(server, "tokenize", content=TEXT, with_pieces=True)["tokens"]
     pieces = [each["piece"] for each in told]

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from export.checkpoints.checkpoint import renamed
-from export.checkpoints.families import HUGGING_FACE_NAMES
 from export.checkpoints.gguf import GGUF_NAMES
 from export.checkpoints.meta import META_NAMES
+from export.checkpoints.weight_names import HUGGING_FACE_NAMES
 from export.weights.formats.block_rounding import blocks_of
 from model.model import Llama
 from preproc import rope
@@ -135,17 +135,28 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    if config.n_experts:
+        writer.add_expert_count(config.n_experts)
+        writer.add_expert_used_count(config.n_chosen_experts)
     add_tokenizer(writer)
+    stacked = dict[str, list[Tensor]]()
     for name, tensor in model.state_dict().items():
         layer_kind = name.split(".")[-2]
         if layer_kind in ("wq", "wk"):
             tensor = interleaved(tensor, config.n_heads if layer_kind == "wq" else config.n_kv_heads)
         if name == "head.output.weight" and config.tied:
             continue
-        values, target = tensor.contiguous().numpy(), renamed(name, GGUF_NAMES)
-        chosen = "F32" if tensor.dim() == 1 else kind(name) if callable(kind) else kind
+        target = renamed(name, GGUF_NAMES)
+        if "_exps." in target:
+            stacked.setdefault(target, []).append(tensor)
+            if len(stacked[target]) < config.n_experts:
+                continue
+            tensor = torch.stack(stacked[target])
+        is_float = tensor.dim() == 1 or layer_kind == "router"
+        chosen = "F32" if is_float else kind(name) if callable(kind) else kind
         storage = gguf.GGMLQuantizationType[chosen]
         is_ours = chosen.endswith("_K")  # which the package reads but does not write
+        values = tensor.contiguous().numpy()
         data = blocks_of(tensor, chosen).numpy() if is_ours else gguf.quants.quantize(values, storage)
         writer.add_tensor(target, data, raw_dtype=storage)
     if rope_factors is not None:
