@@ -39,7 +39,7 @@ from export.quality.perplexity import Gate
 from export.quality.verification import VerificationError, add_flags, verify_once
 from export.weights.formats.integer import ROUNDINGS
 from export.weights.gguf_types import AS_STORED, QUANTIZE
-from export.weights.scheme import matrices
+from export.weights.scheme import IMPORTANCE, matrices
 from model.errors import InputError
 from model.kv_row_format import KV_DTYPES
 from preproc.chat_template import NAMED
@@ -364,10 +364,16 @@ def _add_scheme_flags(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help=f"format of the KV cache: {', '.join(KV_DTYPES)}; int8 has a scale per row (default: %(default)s)",
     )
-    add("--rounding", default="nearest", help=f"rounding of weights: {' or '.join(ROUNDINGS)} (default: %(default)s)")
+    add(
+        "--rounding",
+        default="nearest",
+        help=f"rounding of weights: {', '.join(ROUNDINGS)}; or {IMPORTANCE}, which favours inputs that are large on a "
+        "text (default: %(default)s)",
+    )
     add(
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help=f"round weights with GPTQ, on the first {TOKENS} tokens of this text",
+        help=f"round weights with GPTQ, on the first {TOKENS} tokens of this text; or the text for --rounding "
+        f"{IMPORTANCE} (default for that: a built-in text)",
     )

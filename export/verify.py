@@ -31,7 +31,8 @@ from runtime.engine.program import files, read_metadata
 
 
 def _with_calibration(source: WeightSource, file: Path, path: Path | None, folder: Path) -> WeightSource:
-    """Returns the source with its matrices calibrated on the text at `path`, as in the file. They are kept in `folder`.
+    """Returns the source with its matrices calibrated as in the file, on the text at `path` or on the built-in text.
+    They are kept in `folder`.
 
     A file made without calibration returns the source unchanged.
 
@@ -44,9 +45,9 @@ def _with_calibration(source: WeightSource, file: Path, path: Path | None, folde
         return source
     if made_with is None:
         raise InputError(f"--calibrate {path} needs a calibrated file, but {file} is not one; leave it out")
-    if path is None:
+    text = CalibrationText.of(path, source.scheme.rounding)
+    if text is None or (path is None and text.sha256 != made_with["sha256"]):
         raise InputError(f"{file} was calibrated with a text; give that text with --calibrate FILE")
-    text = CalibrationText.of(path)
     if text.sha256 != made_with["sha256"]:
         raise InputError(
             f"--calibrate {path} is not the text that {file} was calibrated with (SHA-256 {text.sha256} is not "

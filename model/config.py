@@ -75,7 +75,8 @@ here rather than by running out of memory.
 
 _CHOICES = {
     "norm": ("rms", "layer"),
-    "activation": ("silu", "gelu", "gelu_tanh", "relu"),
+    "qk_norm_over": ("head", "own_head", "projection"),
+    "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu_squared"),
     "positions": ("rope", "learned", "alibi"),
 }
 
@@ -96,14 +97,20 @@ class ModelConfig:
         norm_eps: added to the mean square in RMSNorm, to the variance in LayerNorm.
         rope_theta: base of the rotary frequencies.
         rope_scaling: scaling of the rotary frequencies, or None.
+        local_rope_theta: base of the rotary frequencies of local blocks, which are then not scaled (Gemma 3); None if
+            they have the same frequencies as the others.
         tied: whether embedding and output head share one matrix.
 
         norm: rms (RMSNorm) or layer (LayerNorm).
         norm_bias: whether norms add a bias.
-        qk_norm: whether each head's queries and keys are normalised before rotation (Qwen 3).
-        post_norms: whether the outputs of attention and feed-forward are normalised as well (Gemma 2).
-        parallel: whether attention and feed-forward read the same normalised input (GPT-J).
-        activation: silu, gelu, gelu_tanh or relu.
+        qk_norm: whether queries and keys are normalised before rotation (Qwen 3).
+        qk_norm_over: what one norm of queries or keys covers: head (each head, with one weight for all), own_head (each
+            head, with a weight of its own; Cohere) or projection (all heads together; OLMo 2).
+        pre_norms, post_norms: whether the inputs and the outputs of attention and feed-forward are normalised (Gemma 2
+            has both, OLMo 2 only the outputs).
+        parallel: whether attention and feed-forward read the same input (GPT-J).
+        parallel_norms: whether a parallel block normalises the feed-forward's input separately (GPT-NeoX).
+        activation: silu, gelu, gelu_tanh, relu or relu_squared.
         gated: whether the feed-forward is gated: w2(act(w1 x) * w3 x) instead of w2(act(w1 x)).
         n_experts, n_chosen_experts: number of experts per block, and number of them used for each token; 0 for a single
             feed-forward.
@@ -133,13 +140,17 @@ class ModelConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None
     tied: bool = False
 
     norm: str = "rms"
     norm_bias: bool = False
     qk_norm: bool = False
+    qk_norm_over: str = "head"
+    pre_norms: bool = True
     post_norms: bool = False
     parallel: bool = False
+    parallel_norms: bool = False
     activation: str = "silu"
     gated: bool = True
     n_experts: int = 0
@@ -187,7 +198,7 @@ class ModelConfig:
         if not 0 < self.norm_eps < math.inf or not 0 < self.rope_theta < math.inf:
             raise ValueError(f"norm_eps {self.norm_eps} and rope_theta {self.rope_theta} must be positive numbers")
         scales = ("embedding_scale", "residual_scale", "logit_scale", "attention_scale", "alibi_max_bias")
-        for name in (*scales, "attention_softcap", "logit_softcap"):
+        for name in (*scales, "attention_softcap", "logit_softcap", "local_rope_theta"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}: it must be a positive number")
@@ -204,6 +215,8 @@ class ModelConfig:
             self._check_whole("sliding_window", 1, _LARGEST["context"])
         elif self.local_layers:
             raise ValueError(f"local_layers is {self.local_layers}, but there is no sliding_window")
+        if self.local_rope_theta is not None and not self.local_layers:
+            raise ValueError(f"local_rope_theta is {self.local_rope_theta}, but there are no local_layers")
         if self.rope_scaling:
             self._check_scaling(self.rope_scaling)
 
@@ -222,6 +235,14 @@ class ModelConfig:
     def rotated(self) -> int:
         """Number of values of each head that are rotated."""
         return self.rotary_dim or self.head_dim
+
+    def first_pair(self, layer: int) -> int | None:
+        """Returns the column of `preproc.rope.tables` where a block's rotary pairs begin; None for a block without
+        rotary embedding.
+        """
+        if self.positions != "rope" or layer in self.nope_layers:
+            return None
+        return self.rotated // 2 if self.local_rope_theta and self.is_local(layer) else 0
 
     def is_local(self, layer: int) -> bool:
         """Returns whether a block attends only to the sliding window."""

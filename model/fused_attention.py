@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.alibi import alibi_slopes
 from model.kv_row_format import decode, encode
 from model.model import Attention, Block, BlockCache, Embeddings, Head, Llama, Step, softcap
-from model.rotary import Angles, rope
+from model.rotary import Angles, block_angles, rope
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? slopes, Tensor k_cache, Tensor v_cache, "
@@ -151,6 +151,7 @@ class FusedLlama(Embeddings):
         sides: list[tuple[Block | None, Block | Head | None]] = list(zip([None, *blocks], [*blocks, last], strict=True))
         numbers = range(self.span.start, self.span.stop + 1)
         self.segments = nn.ModuleDict({str(i): Segment(*both) for i, both in zip(numbers, sides, strict=True)})
+        self._pairs = config.rotated // 2
         self._settings = [settings(b.attention, config.window(i)) for i, b in zip(self.span, blocks, strict=True)]
         self._slopes = alibi_slopes(config) if config.positions == "alibi" else None
 
@@ -169,8 +170,9 @@ class FusedLlama(Embeddings):
         first, *others, last = self.segments.values()
         q, k, v = first(x)
         k_rows, v_rows = [], []
-        for number, ((rotates, *numbers), cache) in enumerate(zip(self._settings, caches, strict=True)):
-            cos, sin = angles if rotates and angles else (None, None)
+        by_first_pair = {first: block_angles(angles, first, self._pairs) for first, *_ in self._settings}
+        for number, ((first_pair, *numbers), cache) in enumerate(zip(self._settings, caches, strict=True)):
+            cos, sin = by_first_pair[first_pair] or (None, None)
             out, k, v = torch.ops.llama_pte.attention(q, k, v, cos, sin, self._slopes, *cache, start, *numbers)
             k_rows.append(k)
             v_rows.append(v)
@@ -182,6 +184,6 @@ class FusedLlama(Embeddings):
         return Step(k_rows, v_rows, logits, hidden)
 
 
-def settings(attention: Attention, window: int | None) -> tuple[bool, float, float, int]:
-    """Returns whether a block uses rotary embedding, and the operator's scale, cap and window."""
-    return attention.rotates, attention.scale, attention.softcap or 0.0, window or 0
+def settings(attention: Attention, window: int | None) -> tuple[int | None, float, float, int]:
+    """Returns where a block's rotary pairs begin in the tables, and the operator's scale, cap and window."""
+    return attention.first_pair, attention.scale, attention.softcap or 0.0, window or 0

@@ -21,35 +21,8 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.kv_row_format import decode, encode
-from model.rotary import Angles, rope
-
-
-class Norm(nn.Module):
-    """RMSNorm, x / rms(x) * weight (https://arxiv.org/abs/1910.07467, eq. 4), or LayerNorm, which subtracts the mean
-    first (https://arxiv.org/abs/1607.06450, eq. 4) and may add a bias.
-    """
-
-    def __init__(self, config: ModelConfig, dim: int | None = None) -> None:
-        super().__init__()
-        self.eps = config.norm_eps
-        self.centred = config.norm == "layer"
-        self.weight = nn.Parameter(torch.ones(dim or config.dim))
-        self.bias = nn.Parameter(torch.zeros(dim or config.dim)) if config.norm_bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises the last dimension of [B, L, D], or of each head in [B, L, H, Dh]."""
-        if self.centred:
-            x = x - last_mean(x)
-        x = x * torch.rsqrt(last_mean(x * x) + self.eps) * self.weight
-        return x if self.bias is None else x + self.bias
-
-
-def last_mean(x: Tensor) -> Tensor:
-    """Returns the mean over the last dimension, [..., D] -> [..., 1].
-
-    The mean runs over two dimensions of a 4-D view, because only in this form do all backends delegate it whole.
-    """
-    return x.reshape(1, -1, 1, x.shape[-1]).mean((2, 3), keepdim=True).view(x.shape[0], -1, *x.shape[2:-1], 1)
+from model.norm import Norm, QKNorm, last_mean
+from model.rotary import Angles, block_angles, rope
 
 
 def softcap(x: Tensor, cap: float | None) -> Tensor:
@@ -79,7 +52,8 @@ class Attention(nn.Module):
         self.n_kv_heads = config.n_kv_heads
         self.group = config.n_heads // config.n_kv_heads
         self.head_dim = config.head_dim
-        self.rotates = config.positions == "rope" and layer not in config.nope_layers
+        self.first_pair = config.first_pair(layer)
+        self.pairs = config.rotated // 2
         self.scale = config.attention_scale or config.head_dim**-0.5
         self.softcap = config.attention_softcap
         self.kv_dtype = "float32"
@@ -87,17 +61,12 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=config.out_bias)
-        self.q_norm = Norm(config, config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = Norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.q_norm = QKNorm(config, config.n_heads) if config.qk_norm else nn.Identity()
+        self.k_norm = QKNorm(config, config.n_kv_heads) if config.qk_norm else nn.Identity()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Maps [B, L, D] to queries [B, L, H*Dh] and to keys and values [B, L, K*Dh], before rotation."""
-        return self._normed(self.q_norm, self.wq(x)), self._normed(self.k_norm, self.wk(x)), self.wv(x)
-
-    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
-        if isinstance(norm, nn.Identity):
-            return x
-        return norm(x.view(x.shape[0], -1, x.shape[2] // self.head_dim, self.head_dim)).view(x.shape[0], -1, x.shape[2])
+        return self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
 
     def attend(
         self,
@@ -112,7 +81,8 @@ class Attention(nn.Module):
 
         Args:
             q, k, v: the results of `project`.
-            angles: cos and sin, [B, L, P] each; None for a model without rotary embedding.
+            angles: cos and sin, [B, L, P] each, or [B, L, 2P] if local blocks have frequencies of their own; None for a
+                model without rotary embedding.
             mask: [B, L, T+L], or [B*H, L, T+L] if it differs between heads. It is added to the scores: 0 or a bias for
                 visible positions, a large negative number for hidden ones.
             cache: the T cached rows; None if T is 0.
@@ -128,8 +98,8 @@ class Attention(nn.Module):
         k = k.view(B, L, K, Dh).transpose(1, 2)  # [B, K, L, Dh]
         v = v.view(B, L, K, Dh).transpose(1, 2)
         q = q * self.scale
-        if self.rotates and angles is not None:
-            cos, sin = (table.view(B, 1, L, -1) for table in angles)
+        if own := block_angles(angles, self.first_pair, self.pairs):
+            cos, sin = (table.view(B, 1, L, -1) for table in own)
             q, k = rope(q, cos, sin), rope(k, cos, sin)
 
         # The G query heads of a KV head become G*L rows of one matrix, so the keys and values are not repeated.
@@ -160,11 +130,18 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))  # sqrt(2 / pi)
 
 
+def relu_squared(x: Tensor) -> Tensor:
+    """Computes relu(x)^2 (https://arxiv.org/abs/2109.08668, section 4)."""
+    positive = F.relu(x)
+    return positive * positive
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
     "relu": F.relu,
+    "relu_squared": relu_squared,
 }
 
 
@@ -218,15 +195,17 @@ class Experts(nn.Module):
 
 class Block(nn.Module):
     """A transformer block: x + attention(norm(x)), then x + feed_forward(norm(x)). A parallel block computes both from
-    one shared norm and adds them together.
+    the same x and adds them together, with one norm or two.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.parallel = config.parallel
         self.residual_scale = config.residual_scale
-        self.attention_norm = Norm(config)
+        shares = config.parallel and not config.parallel_norms
+        self.attention_norm = Norm(config) if config.pre_norms else nn.Identity()
         self.attention = Attention(config, layer)
-        self.ffn_norm = None if config.parallel else Norm(config)
+        self.ffn_norm = None if shares else Norm(config) if config.pre_norms else nn.Identity()
         self.feed_forward = Experts(config) if config.n_experts else FeedForward(config)
         self.attention_post_norm = Norm(config) if config.post_norms else nn.Identity()
         self.ffn_post_norm = Norm(config) if config.post_norms else nn.Identity()
@@ -251,17 +230,18 @@ class Block(nn.Module):
         and returns the block's output [B, L, D].
         """
         attended = x + self.attended(out)
-        return attended + self._fed(self.attention_norm(x) if self.ffn_norm is None else self.ffn_norm(attended))
+        norm = self.attention_norm if self.ffn_norm is None else self.ffn_norm
+        return attended + self._fed(norm(x if self.parallel else attended))
 
     def attended(self, out: Tensor) -> Tensor:
         """Computes the attention term of the residual stream, [B, L, D], from the attention output [B, L, H*Dh]."""
         return self._scaled(self.attention_post_norm(self.attention.wo(out)))
 
     def fed(self, x: Tensor) -> Tensor:
-        """Computes the feed-forward term of the residual stream, [B, L, D] -> [B, L, D], for a block with a separate
-        feed-forward norm.
+        """Computes the feed-forward term of the residual stream, [B, L, D] -> [B, L, D], of a block that is not
+        parallel.
         """
-        assert self.ffn_norm is not None, "a parallel block has one norm for both"
+        assert self.ffn_norm is not None, "a parallel block may have one norm for both"
         return self._fed(self.ffn_norm(x))
 
     def _fed(self, normed: Tensor) -> Tensor:

@@ -28,18 +28,33 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat(parts + rest, dim=-1)
 
 
+def block_angles(angles: Angles | None, first: int | None, count: int) -> Angles | None:
+    """Returns the cos and sin of a block's `count` rotary pairs, which begin at column `first`, [..., L, count] each.
+    None for a block without rotary embedding.
+    """
+    if angles is None or first is None:
+        return None
+    cos, sin = angles
+    if cos.shape[-1] == count:
+        return angles
+    return cos[..., first : first + count], sin[..., first : first + count]
+
+
 def inverse_frequencies(config: ModelConfig, length: int) -> Tensor:
     """Returns the rotary frequencies [P] float32: theta^(-i/P) for pair i (RoFormer, https://arxiv.org/abs/2104.09864,
-    section 3.2.2), with the model's scaling applied.
+    section 3.2.2), with the model's scaling applied. If local blocks have frequencies of their own, these follow, [2P].
 
     All arithmetic is in float32, as in training: at long positions, higher precision would give different angles.
 
     Args:
         length: maximum number of positions in a text; dynamic and longrope scaling depend on it.
     """
-    if config.rope_scaling is None:
-        return 1.0 / _powers(config, config.rope_theta)
-    return _SCALED[config.rope_scaling.kind](config, config.rope_scaling, length)
+    found = 1.0 / _powers(config, config.rope_theta)
+    if config.rope_scaling:
+        found = _SCALED[config.rope_scaling.kind](config, config.rope_scaling, length)
+    if config.local_rope_theta is None:
+        return found
+    return torch.cat((found, 1.0 / _powers(config, config.local_rope_theta)))
 
 
 def _powers(config: ModelConfig, theta: float) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.fused_attention import settings
 from model.model import Block, Embeddings, Llama
-from model.rotary import Angles
+from model.rotary import Angles, block_angles
 
 BY_COLUMNS = ("wo", "w2")
 """Linear layers divided by columns: a slice takes a part of their inputs."""
@@ -111,7 +111,8 @@ class Attend(nn.Module):
         block = cast(Block, model.layers[str(layer)])
         self.project = Project(block)
         self.merge = Merge(block)
-        self.rotates, *self._settings = settings(block.attention, model.config.window(layer))
+        self._pairs = model.config.rotated // 2
+        self._first_pair, *self._settings = settings(block.attention, model.config.window(layer))
 
     def forward(
         self, x: Tensor, angles: Angles | None, start: Tensor, k_cache: Tensor, v_cache: Tensor
@@ -122,7 +123,7 @@ class Attend(nn.Module):
         `start`, `k_cache` and `v_cache` are as in `fused_attention.attention`.
         """
         q, k, v = self.project(x)
-        cos, sin = angles if self.rotates and angles else (None, None)
+        cos, sin = block_angles(angles, self._first_pair, self._pairs) or (None, None)
         out, k, v = torch.ops.llama_pte.attention(q, k, v, cos, sin, None, k_cache, v_cache, start, *self._settings)
         (part,) = self.merge(out)
         return part, k, v

@@ -10,11 +10,12 @@ from model.rotary import rope as apply
 
 def tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
     """Returns cos and sin of the angles of every position, multiplied by the attention factor, [length, P] float32
-    each.
+    each. If local blocks have frequencies of their own, theirs follow without the factor, [length, 2P].
     """
     positions = torch.arange(length, dtype=torch.float32)
     angles = torch.outer(positions, inverse_frequencies(config, length))
-    factor = attention_factor(config.rope_scaling)
+    factor = torch.ones(angles.shape[1])
+    factor[: config.rotated // 2] = attention_factor(config.rope_scaling)
     return angles.cos() * factor, angles.sin() * factor
 
 
@@ -23,8 +24,8 @@ def earlier(keys: Tensor, tables: tuple[Tensor, Tensor], distance: int) -> Tenso
     because angles are proportional to the position.
 
     Args:
-        tables: cos and sin of every position, multiplied by the attention factor. The factor is removed here, because
-            the keys already include it.
+        tables: cos and sin of every position for the block's pairs, multiplied by the attention factor. The factor is
+            removed here, because the keys already include it.
     """
     cos, sin = (table[distance] / tables[0][0] for table in tables)
     return apply(keys, cos, -sin)

@@ -25,11 +25,13 @@ from preproc.chat_template import NAMED, named
 from preproc.jinja_template import from_file
 from runtime.cli.flags import add_threads_flag
 from runtime.engine.program import Program
-from runtime.serving.openai_request import Model
 from runtime.serving.scheduler import Scheduler
+from runtime.serving.served_model import Access, Model
 
 if TYPE_CHECKING:
     import uvicorn
+
+LIBRARIES = ("pydantic", "starlette", "uvicorn")
 
 KEY_VARIABLE = "LLAMA_PTE_API_KEY"
 
@@ -44,10 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         exit code 0, also after a signal; for bad input the command ends with 2.
     """
     options = _parser().parse_args(arguments)
-    if find_spec("starlette") is None or find_spec("uvicorn") is None:
-        raise InputError(
-            "serving needs starlette and uvicorn, which are not installed; run: pip install 'llama-pte[serve]'"
-        )
+    if missing := [name for name in LIBRARIES if find_spec(name) is None]:
+        raise InputError(f"serving needs {', '.join(missing)}, not installed here; run: pip install 'llama-pte[serve]'")
     if options.api_key == "":
         raise InputError("--api-key '' is invalid; give at least one character, or leave it out")
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns if a client disconnects during its answer
@@ -59,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(number, lambda number, frame: None)  # because uvicorn raises them again when it has ended
         host = f"[{options.host}]" if ":" in options.host else options.host
         print(f"serving {model.name} at http://{host}:{listener.getsockname()[1]}; Ctrl-C ends", file=sys.stderr)
-        create_server(model, scheduler, options.api_key, options.max_body).run([listener])
+        access = Access(options.api_key, options.max_body, options.cors_origin)
+        create_server(model, scheduler, access).run([listener])
     finally:
         scheduler.close()
     return 0
@@ -84,11 +85,11 @@ def open_model(file: Path, template: str | None = None, threads: int | None = No
     return Model(file.stem, int(file.stat().st_mtime), program, tokenizer, chosen)
 
 
-def create_server(model: Model, scheduler: Scheduler, api_key: str | None, max_body: int) -> "uvicorn.Server":
+def create_server(model: Model, scheduler: Scheduler, access: Access) -> "uvicorn.Server":
     """Returns a server that closes the scheduler when it ends."""
     import uvicorn
 
-    from runtime.serving.http_app import Access, create_app
+    from runtime.serving.http_app import create_app
 
     class Server(uvicorn.Server):
         """A server that ends the answers first, because it would wait for them otherwise."""
@@ -97,7 +98,7 @@ def create_server(model: Model, scheduler: Scheduler, api_key: str | None, max_b
             await asyncio.to_thread(scheduler.close)
             await super().shutdown(sockets)
 
-    app = create_app(model, scheduler, Access(api_key, max_body))
+    app = create_app(model, scheduler, access)
     config = uvicorn.Config(
         app, http="h11", ws="none", lifespan="off", log_level="warning", timeout_graceful_shutdown=GRACE
     )
@@ -152,6 +153,14 @@ def _parser() -> argparse.ArgumentParser:
         default=1 << 20,
         metavar="BYTES",
         help="maximum size of a request (default: %(default)s)",
+    )
+    add(
+        "--cors-origin",
+        metavar="ORIGIN",
+        action="append",
+        default=[],
+        help="origin such as https://example.com whose pages may use the server, or '*' for all; repeatable (default: "
+        "only this machine's)",
     )
     add_threads_flag(parser)
     return parser

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from examples.train_tiny.stories import BOS, EOS, encode, pack, read_corpus, train_tokenizer
 from export.checkpoints.checkpoint import renamed
-from export.checkpoints.families import HUGGING_FACE_NAMES
 from export.checkpoints.layouts import open_checkpoint
+from export.checkpoints.weight_names import HUGGING_FACE_NAMES
 from model.config import ModelConfig
 from model.errors import InputError
-from model.model import Block, BlockCache, Llama, Norm
+from model.model import Block, BlockCache, Llama
+from model.norm import Norm
 from preproc import mask, rope
 
 COPY_LIMIT = 30

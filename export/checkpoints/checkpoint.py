@@ -150,17 +150,19 @@ class Storage:
         names: maps our name of a weight to the layout's, with stars for numbers. If several weights have the same name
             in the layout, they are rows of one tensor, in the order of this table.
         turns: number of parts into which each of these weights is divided within the tensor. With 2, the tensor has the
-            first half of the rows of each weight, then the second halves.
+            first half of the rows of each weight, then the second halves. None stands for the number of KV heads.
         transposed: whether the blocks' matrices are stored as [in, out].
         interleaved: whether rotary pairs are rows (2i, 2i + 1), see `half_split`.
         norm_offset: number to add to the norms' weights.
+        skipped_positions: number of rows before the embedding of position 0.
     """
 
     names: Mapping[str, str]
-    turns: int = 1
+    turns: int | None = 1
     transposed: bool = False
     interleaved: bool = False
     norm_offset: float = 0.0
+    skipped_positions: int = 0
 
 
 def starred(name: str) -> str:
@@ -189,16 +191,18 @@ class _Stored:
         name: name of the tensor in the layout.
         parts: names and shapes of the model weights, in order.
         transposed: whether the tensor is stored as [in, out].
+        skipped: number of rows before those of the parts.
     """
 
     name: str
     parts: dict[str, tuple[int, ...]]
     transposed: bool
+    skipped: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
         shapes = list(self.parts.values())
-        joined = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
+        joined = (self.skipped + sum(rows for rows, *_ in shapes), *shapes[0][1:])
         return joined[::-1] if self.transposed else joined
 
     def indices(self, turns: int) -> dict[str, list[Index]]:
@@ -208,7 +212,7 @@ class _Stored:
             InputError: the rows of a weight cannot be divided into `turns` equal parts.
         """
         if len(self.parts) == 1:
-            return {name: [()] for name in self.parts}
+            return {name: [(slice(self.skipped, None),) if self.skipped else ()] for name in self.parts}
         found: dict[str, list[Index]] = {name: [] for name in self.parts}
         start = 0
         for _ in range(turns):
@@ -254,7 +258,7 @@ def match(
         {
             name: partial(_read, name, sources[stored.name], indices, stored.transposed, (config, storage))
             for stored in wanted.values()
-            for name, indices in stored.indices(storage.turns).items()
+            for name, indices in stored.indices(storage.turns or config.n_kv_heads).items()
         }
     )
 
@@ -266,7 +270,8 @@ def _wanted(config: ModelConfig, storage: Storage) -> dict[str, _Stored]:
     for name, shape in sorted(expected_shapes(config).items(), key=lambda item: order[starred(item[0])]):
         theirs = renamed(name, storage.names)
         transposed = storage.transposed and len(shape) == 2 and name.startswith("layers.")
-        wanted.setdefault(theirs, _Stored(theirs, {}, transposed)).parts[name] = shape
+        skipped = storage.skipped_positions if name == "pos_embeddings.weight" else 0
+        wanted.setdefault(theirs, _Stored(theirs, {}, transposed, skipped)).parts[name] = shape
     return wanted
 
 
@@ -285,11 +290,15 @@ def _read(
 
 
 def rotary_order(name: str, weight: Tensor, config: ModelConfig) -> Tensor:
-    """Returns the weight with half-split rotary pairs if it is a wq or wk with interleaved ones, otherwise
-    unchanged.
+    """Returns the weight with half-split rotary pairs if it is a wq, wk, q_norm or k_norm with interleaved ones,
+    otherwise unchanged.
     """
-    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2])
-    return half_split(weight, heads, config.rotated) if heads else weight
+    role = name.split(".")[-2]
+    if role in ("wq", "wk"):
+        return half_split(weight, config.n_heads if role == "wq" else config.n_kv_heads, config.rotated)
+    if role in ("q_norm", "k_norm"):
+        return half_split(weight.flatten(), weight.numel() // config.head_dim, config.rotated).view(weight.shape)
+    return weight
 
 
 def token_ids(value: Any, name: str, path: Path, vocab_size: int) -> tuple[int, ...]:

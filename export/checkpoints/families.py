@@ -6,22 +6,30 @@ modules.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 from export.checkpoints.checkpoint import Storage
-
-Settings = Mapping[str, Any]
-"""The content of config.json."""
-
-
-def _without(settings: Settings, layer: int) -> bool:
-    return False
-
-
-def _every(settings: Settings, layer: int) -> bool:
-    return True
+from export.checkpoints.family import (
+    ACTIVATIONS,
+    Family,
+    Key,
+    Settings,
+    all_but_every_nth,
+    every_layer,
+)
+from export.checkpoints.gpt_families import GPT_FAMILIES
+from export.checkpoints.weight_names import (
+    GATE_UP_NAMES,
+    GEMMA2_NAMES,
+    GLM4_NAMES,
+    HUGGING_FACE_NAMES,
+    INTERNLM2_NAMES,
+    MIXTRAL_NAMES,
+    PHI3_NAMES,
+    POST_NORM_NAMES,
+    UNGATED_NAMES,
+)
 
 
 def _every_other(settings: Settings, layer: int) -> bool:
@@ -32,160 +40,24 @@ def _upper(settings: Settings, layer: int) -> bool:
     return bool(settings["use_sliding_window"]) and layer >= settings["max_window_layers"]
 
 
-def _unrotated(settings: Settings, layer: int) -> bool:
-    return bool(settings["use_sliding_window"]) and not rotates(settings, layer)
+def _all_but_first_of_four(settings: Settings, layer: int) -> bool:
+    return layer % 4 != 0
 
 
-def rotates(settings: Settings, layer: int) -> bool:
-    """Returns whether a block has rotary embedding. In SmolLM 3, every fourth block has none, unless the config lists
-    them.
-    """
-    if "no_rope_layer_interval" not in settings:
-        return True
+def _unless_whole(settings: Settings, layer: int, local: bool) -> bool:
+    """Returns whether a block of EXAONE 4 has rotary embedding: only local ones have it in models with a window."""
+    return local or settings["sliding_window"] is None
+
+
+def _as_listed(settings: Settings, layer: int, local: bool = False) -> bool:
+    """Returns whether a block of SmolLM 3 has rotary embedding: every fourth has none, unless the config lists them."""
     listed = settings["no_rope_layers"]
     return bool(listed[layer] if listed is not None else (layer + 1) % settings["no_rope_layer_interval"])
 
 
-Key = str | tuple[str, Callable[[Any], Any]]
-"""A key of config.json, alone or with a function that converts its value to that of the ModelConfig field."""
+def _unrotated(settings: Settings, layer: int) -> bool:
+    return bool(settings["use_sliding_window"]) and not _as_listed(settings, layer)
 
-
-@dataclass(frozen=True)
-class Family:
-    """The differences between one model family and the others.
-
-    Attributes:
-        keys: maps fields of ModelConfig to keys of config.json.
-        storage: storage of the weights: their names and layout.
-        defaults: default values of keys that config.json omits.
-        features: values of ModelConfig fields that all models of the family share.
-        only: the supported values of each key; any other value would change the result, and is refused.
-        local: returns whether a block attends only to the sliding window, if `layer_types` does not say.
-        sections: keys whose values are objects with further keys.
-        rope_kinds: maps the family's names of rope scaling kinds to ours.
-        prefix: prefix of the weight names, unless it is missing from all of them.
-    """
-
-    keys: Mapping[str, Key]
-    storage: Storage
-    defaults: Settings
-    features: Mapping[str, Any] = field(default_factory=dict)
-    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    local: Callable[[Settings, int], bool] = _without
-    sections: tuple[str, ...] = ()
-    rope_kinds: Mapping[str, str] = field(default_factory=dict)
-    prefix: str = "model."
-
-
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-}
-"""Maps transformers' names of activations to ours. Its three implementations of GELU by tanh differ only in
-rounding.
-"""
-
-
-def _both(ours: str, theirs: str) -> dict[str, str]:
-    """Returns the table entries for a layer's weight and its optional bias."""
-    return {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
-
-
-HUGGING_FACE_NAMES = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "layers.*.attention_norm.weight": "model.layers.*.input_layernorm.weight",
-    **_both("layers.*.attention.wq", "model.layers.*.self_attn.q_proj"),
-    **_both("layers.*.attention.wk", "model.layers.*.self_attn.k_proj"),
-    **_both("layers.*.attention.wv", "model.layers.*.self_attn.v_proj"),
-    **_both("layers.*.attention.wo", "model.layers.*.self_attn.o_proj"),
-    "layers.*.attention.q_norm.weight": "model.layers.*.self_attn.q_norm.weight",
-    "layers.*.attention.k_norm.weight": "model.layers.*.self_attn.k_norm.weight",
-    "layers.*.ffn_norm.weight": "model.layers.*.post_attention_layernorm.weight",
-    **_both("layers.*.feed_forward.w1", "model.layers.*.mlp.gate_proj"),
-    **_both("layers.*.feed_forward.w2", "model.layers.*.mlp.down_proj"),
-    **_both("layers.*.feed_forward.w3", "model.layers.*.mlp.up_proj"),
-    "head.norm.weight": "model.norm.weight",
-    "head.output.weight": "lm_head.weight",
-}
-"""Maps our weight names to those of Hugging Face's Llama, which most families use."""
-
-_MIXTRAL_NAMES = HUGGING_FACE_NAMES | {
-    "layers.*.feed_forward.router.weight": "model.layers.*.block_sparse_moe.gate.weight",
-    "layers.*.feed_forward.experts.*.w1.weight": "model.layers.*.block_sparse_moe.experts.*.w1.weight",
-    "layers.*.feed_forward.experts.*.w2.weight": "model.layers.*.block_sparse_moe.experts.*.w2.weight",
-    "layers.*.feed_forward.experts.*.w3.weight": "model.layers.*.block_sparse_moe.experts.*.w3.weight",
-}
-
-_PHI3_NAMES = HUGGING_FACE_NAMES | {
-    "layers.*.attention.wq.weight": "model.layers.*.self_attn.qkv_proj.weight",
-    "layers.*.attention.wk.weight": "model.layers.*.self_attn.qkv_proj.weight",
-    "layers.*.attention.wv.weight": "model.layers.*.self_attn.qkv_proj.weight",
-    "layers.*.feed_forward.w1.weight": "model.layers.*.mlp.gate_up_proj.weight",
-    "layers.*.feed_forward.w3.weight": "model.layers.*.mlp.gate_up_proj.weight",
-}
-
-_GEMMA2_NAMES = HUGGING_FACE_NAMES | {
-    "layers.*.attention_post_norm.weight": "model.layers.*.post_attention_layernorm.weight",
-    "layers.*.ffn_norm.weight": "model.layers.*.pre_feedforward_layernorm.weight",
-    "layers.*.ffn_post_norm.weight": "model.layers.*.post_feedforward_layernorm.weight",
-}
-
-_GPT2_NAMES = {
-    "tok_embeddings.weight": "transformer.wte.weight",
-    "pos_embeddings.weight": "transformer.wpe.weight",
-    **_both("layers.*.attention_norm", "transformer.h.*.ln_1"),
-    **_both("layers.*.attention.wq", "transformer.h.*.attn.c_attn"),
-    **_both("layers.*.attention.wk", "transformer.h.*.attn.c_attn"),
-    **_both("layers.*.attention.wv", "transformer.h.*.attn.c_attn"),
-    **_both("layers.*.attention.wo", "transformer.h.*.attn.c_proj"),
-    **_both("layers.*.ffn_norm", "transformer.h.*.ln_2"),
-    **_both("layers.*.feed_forward.w1", "transformer.h.*.mlp.c_fc"),
-    **_both("layers.*.feed_forward.w2", "transformer.h.*.mlp.c_proj"),
-    **_both("head.norm", "transformer.ln_f"),
-    "head.output.weight": "lm_head.weight",
-}
-
-_GPTJ_NAMES = {
-    "tok_embeddings.weight": "transformer.wte.weight",
-    **_both("layers.*.attention_norm", "transformer.h.*.ln_1"),
-    "layers.*.attention.wq.weight": "transformer.h.*.attn.q_proj.weight",
-    "layers.*.attention.wk.weight": "transformer.h.*.attn.k_proj.weight",
-    "layers.*.attention.wv.weight": "transformer.h.*.attn.v_proj.weight",
-    "layers.*.attention.wo.weight": "transformer.h.*.attn.out_proj.weight",
-    **_both("layers.*.feed_forward.w1", "transformer.h.*.mlp.fc_in"),
-    **_both("layers.*.feed_forward.w2", "transformer.h.*.mlp.fc_out"),
-    **_both("head.norm", "transformer.ln_f"),
-    **_both("head.output", "lm_head"),
-}
-
-_CODEGEN_QKV = "transformer.h.*.attn.qkv_proj.weight"
-_CODEGEN_NAMES = {name: theirs for name, theirs in _GPTJ_NAMES.items() if ".attention.w" not in name} | {
-    "layers.*.attention.wq.weight": _CODEGEN_QKV,
-    "layers.*.attention.wv.weight": _CODEGEN_QKV,
-    "layers.*.attention.wk.weight": _CODEGEN_QKV,
-    "layers.*.attention.wo.weight": "transformer.h.*.attn.out_proj.weight",
-}
-
-_MPT_NAMES = {
-    "tok_embeddings.weight": "transformer.wte.weight",
-    "layers.*.attention_norm.weight": "transformer.blocks.*.norm_1.weight",
-    "layers.*.attention.wq.weight": "transformer.blocks.*.attn.Wqkv.weight",
-    "layers.*.attention.wk.weight": "transformer.blocks.*.attn.Wqkv.weight",
-    "layers.*.attention.wv.weight": "transformer.blocks.*.attn.Wqkv.weight",
-    "layers.*.attention.wo.weight": "transformer.blocks.*.attn.out_proj.weight",
-    "layers.*.ffn_norm.weight": "transformer.blocks.*.norm_2.weight",
-    "layers.*.feed_forward.w1.weight": "transformer.blocks.*.ffn.up_proj.weight",
-    "layers.*.feed_forward.w2.weight": "transformer.blocks.*.ffn.down_proj.weight",
-    "head.norm.weight": "transformer.norm_f.weight",
-    "head.output.weight": "lm_head.weight",
-}
 
 _LLAMA_KEYS: dict[str, Key] = {
     "dim": "hidden_size",
@@ -221,38 +93,88 @@ _QWEN_WINDOWS = {
 }
 _GEMMA_SCALE: dict[str, Key] = {"embedding_scale": ("hidden_size", math.sqrt)}
 _GEMMA_ACTIVATIONS = ACTIVATIONS | {"gelu": "gelu_tanh"}  # the first Gemma configs say gelu where the tanh form is used
+_CWM_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+}
 _CAUSAL = {"use_bidirectional_attention": (None, False)}
 
-_GPT_KEYS: dict[str, Key] = {
-    "dim": "n_embd",
-    "n_layers": "n_layer",
-    "n_heads": "n_head",
-    "hidden_dim": "n_inner",
-    "vocab_size": "vocab_size",
-    "context": "n_positions",
-    "norm_eps": "layer_norm_epsilon",
-    "tied": "tie_word_embeddings",
-    "activation": ("activation_function", ACTIVATIONS.get),
-}
-_GPT_DEFAULTS = {"n_inner": None, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
-_LAYER_NORM = {"norm": "layer", "norm_bias": True, "gated": False}
-_PARALLEL = _LAYER_NORM | {"parallel": True, "ffn_bias": True, "head_bias": True}
-
 _LLAMA = Storage(HUGGING_FACE_NAMES)
-_GPTJ_DEFAULTS = _GPT_DEFAULTS | {"tie_word_embeddings": False, "rotary_dim": 64, "rope_theta": 10000.0}
+_INTERLEAVED = Storage(HUGGING_FACE_NAMES, interleaved=True)
+_POST_NORMS = {"pre_norms": False, "post_norms": True, "qk_norm": True}
+_GLM_KEYS = _LLAMA_KEYS | {"qkv_bias": "attention_bias"}
+_GLM_DEFAULTS = (
+    _LLAMA_DEFAULTS
+    | {"num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1.5625e-7}
+    | {"attention_bias": True, "partial_rotary_factor": 0.5}
+)
+_GEMMA2_KEYS = (
+    _LLAMA_KEYS
+    | _ATTENTION_BIAS
+    | _GEMMA_SCALE
+    | {
+        "activation": ("hidden_activation", ACTIVATIONS.get),
+        "attention_scale": ("query_pre_attn_scalar", lambda scalar: scalar**-0.5),
+        "attention_softcap": "attn_logit_softcapping",
+        "logit_softcap": "final_logit_softcapping",
+    }
+)
+_GEMMA2_DEFAULTS = (
+    _LLAMA_DEFAULTS
+    | {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096}
+    | {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "layer_types": None}
+    | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+)
+_GEMMA3 = Family(
+    _GEMMA2_KEYS,
+    Storage(GEMMA2_NAMES, norm_offset=1.0),
+    _GEMMA2_DEFAULTS
+    | {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8}
+    | {"vocab_size": 262208, "max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 10000.0}
+    | {"sliding_window_pattern": 6, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    features={"post_norms": True, "qk_norm": True},
+    only=_CAUSAL,
+    local=all_but_every_nth,
+)
+_MISTRAL = Family(
+    _LLAMA_KEYS, _LLAMA, _LLAMA_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096}, local=every_layer
+)
+_GRANITE_KEYS: dict[str, Key] = (
+    _LLAMA_KEYS
+    | _BIASES
+    | {
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "attention_scale": "attention_multiplier",
+        "logit_scale": ("logits_scaling", lambda divisor: 1 / divisor),
+    }
+)
+_IMAGES: dict[str, Any] = {
+    "sections": ("text_config",),
+    "other_parts": {"language_model": ""},
+    "unread": ("vision_tower", "multi_modal_projector"),
+}
+"""Settings of families whose config.json and weights contain a language model among others."""
+_MAYBE_TIED: dict[str, Key] = {"tied": lambda settings: True}  # both configurations may say so; the weights decide
 
 FAMILIES = {
     "LlamaForCausalLM": Family(_LLAMA_KEYS | _BIASES, _LLAMA, _LLAMA_DEFAULTS),
-    "MistralForCausalLM": Family(
-        _LLAMA_KEYS, _LLAMA, _LLAMA_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096}, local=_every
+    "MistralForCausalLM": _MISTRAL,
+    "Mistral3ForConditionalGeneration": replace(
+        _MISTRAL, keys=_LLAMA_KEYS | _MAYBE_TIED, only={"model_type": ("mistral",)}, **_IMAGES
     ),
+    "MinistralForCausalLM": replace(_MISTRAL, defaults={**_MISTRAL.defaults, "layer_types": None}),
     "MixtralForCausalLM": Family(
         _LLAMA_KEYS | {"n_experts": "num_local_experts", "n_chosen_experts": "num_experts_per_tok"},
-        Storage(_MIXTRAL_NAMES),
+        Storage(MIXTRAL_NAMES),
         _LLAMA_DEFAULTS
         | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None}
         | {"num_local_experts": 8, "num_experts_per_tok": 2},
-        local=_every,
+        local=every_layer,
     ),
     "Qwen2ForCausalLM": Family(
         _LLAMA_KEYS,
@@ -270,11 +192,11 @@ FAMILIES = {
     ),
     "Phi3ForCausalLM": Family(
         _LLAMA_KEYS,
-        Storage(_PHI3_NAMES),
+        Storage(PHI3_NAMES),
         _LLAMA_DEFAULTS
         | {"rms_norm_eps": 1e-5, "sliding_window": None}
         | {"original_max_position_embeddings": 4096, "partial_rotary_factor": 1.0},
-        local=_every,
+        local=every_layer,
         rope_kinds={"su": "longrope", "yarn": "longrope"},
     ),
     "GemmaForCausalLM": Family(
@@ -285,24 +207,18 @@ FAMILIES = {
         only=_CAUSAL,
     ),
     "Gemma2ForCausalLM": Family(
-        _LLAMA_KEYS
-        | _ATTENTION_BIAS
-        | _GEMMA_SCALE
-        | {
-            "activation": ("hidden_activation", ACTIVATIONS.get),
-            "attention_scale": ("query_pre_attn_scalar", lambda scalar: scalar**-0.5),
-            "attention_softcap": "attn_logit_softcapping",
-            "logit_softcap": "final_logit_softcapping",
-        },
-        Storage(_GEMMA2_NAMES, norm_offset=1.0),
-        _LLAMA_DEFAULTS
-        | {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096}
-        | {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "layer_types": None}
-        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        _GEMMA2_KEYS,
+        Storage(GEMMA2_NAMES, norm_offset=1.0),
+        _GEMMA2_DEFAULTS,
         features={"post_norms": True},
         only=_CAUSAL,
         local=_every_other,
     ),
+    "VaultGemmaForCausalLM": Family(
+        _GEMMA2_KEYS, Storage(GEMMA2_NAMES, norm_offset=1.0), _GEMMA2_DEFAULTS, local=_every_other
+    ),
+    "Gemma3ForCausalLM": _GEMMA3,
+    "Gemma3ForConditionalGeneration": replace(_GEMMA3, keys=_GEMMA2_KEYS | _MAYBE_TIED, **_IMAGES),
     "SmolLM3ForCausalLM": Family(
         _LLAMA_KEYS | _BIASES,
         _LLAMA,
@@ -310,71 +226,90 @@ FAMILIES = {
         | {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2e6, "layer_types": None}
         | {"use_sliding_window": False, "sliding_window": None, "no_rope_layers": None, "no_rope_layer_interval": 4},
         local=_unrotated,
+        rotates=_as_listed,
     ),
     "GraniteForCausalLM": Family(
-        _LLAMA_KEYS
-        | _BIASES
-        | {
-            "embedding_scale": "embedding_multiplier",
-            "residual_scale": "residual_multiplier",
-            "attention_scale": "attention_multiplier",
-            "logit_scale": ("logits_scaling", lambda divisor: 1 / divisor),
-        },
+        _GRANITE_KEYS,
         _LLAMA,
         _LLAMA_DEFAULTS
         | {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0, "logits_scaling": 1.0},
     ),
-    "GPT2LMHeadModel": Family(
-        _GPT_KEYS | {"attention_scale": ("scale_attn_weights", lambda scales: None if scales else 1.0)},
-        Storage(_GPT2_NAMES, transposed=True),
-        _GPT_DEFAULTS | {"tie_word_embeddings": True, "scale_attn_weights": True},
-        features=_LAYER_NORM | {"qkv_bias": True, "out_bias": True, "ffn_bias": True, "positions": "learned"},
-        only={"scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
-        prefix="transformer.",
+    "Olmo2ForCausalLM": Family(
+        _LLAMA_KEYS | _ATTENTION_BIAS,
+        Storage(POST_NORM_NAMES),
+        _LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5},
+        features=_POST_NORMS | {"qk_norm_over": "projection"},
     ),
-    "GPTJForCausalLM": Family(
-        _GPT_KEYS | {"rotary_dim": "rotary_dim"},
-        Storage(_GPTJ_NAMES, interleaved=True),
-        _GPTJ_DEFAULTS,
-        features=_PARALLEL,
-        prefix="transformer.",
+    "Olmo3ForCausalLM": Family(
+        _LLAMA_KEYS | _ATTENTION_BIAS,
+        Storage(POST_NORM_NAMES),
+        _LLAMA_DEFAULTS
+        | {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_local_base_freq": 500000.0}
+        | {"sliding_window": 4096, "layer_types": None, "sliding_window_pattern": 4},
+        features=_POST_NORMS | {"qk_norm_over": "projection"},
+        local=all_but_every_nth,
     ),
-    "CodeGenForCausalLM": Family(
-        _GPT_KEYS | {"rotary_dim": "rotary_dim"},
-        Storage(_CODEGEN_NAMES, turns=4, interleaved=True),
-        _GPTJ_DEFAULTS,
-        features=_PARALLEL,
-        prefix="transformer.",
+    "Exaone4ForCausalLM": Family(
+        _LLAMA_KEYS,
+        Storage(POST_NORM_NAMES),
+        _LLAMA_DEFAULTS
+        | {"num_key_value_heads": 32, "rms_norm_eps": 1e-5}
+        | {"sliding_window": 4096, "layer_types": None, "sliding_window_pattern": 4},
+        features=_POST_NORMS,
+        local=all_but_every_nth,
+        rotates=_unless_whole,
     ),
-    "MptForCausalLM": Family(
-        {
-            "dim": "d_model",
-            "n_layers": "n_layers",
-            "n_heads": "n_heads",
-            "vocab_size": "vocab_size",
-            "context": "max_seq_len",
-            "norm_eps": "layer_norm_epsilon",
-            "tied": "tie_word_embeddings",
-            "attention_scale": "softmax_scale",
-            "alibi_max_bias": "alibi_bias_max",
+    "GlmForCausalLM": Family(_GLM_KEYS, Storage(GATE_UP_NAMES, interleaved=True), _GLM_DEFAULTS),
+    "Glm4ForCausalLM": Family(
+        _GLM_KEYS, Storage(GLM4_NAMES, interleaved=True), _GLM_DEFAULTS, features={"post_norms": True}
+    ),
+    "Ernie4_5ForCausalLM": Family(
+        _LLAMA_KEYS | {"qkv_bias": "use_bias", "out_bias": "use_bias", "ffn_bias": "use_bias"},
+        _INTERLEAVED,
+        _LLAMA_DEFAULTS
+        | {"num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5}
+        | {"tie_word_embeddings": True, "rope_theta": 500000.0, "use_bias": False},
+    ),
+    "HeliumForCausalLM": Family(
+        _LLAMA_KEYS | {"qkv_bias": "attention_bias", "ffn_bias": "mlp_bias"},
+        _INTERLEAVED,
+        _LLAMA_DEFAULTS | {"num_key_value_heads": 20, "head_dim": 128, "rms_norm_eps": 1e-8, "rope_theta": 100000.0},
+    ),
+    "SeedOssForCausalLM": Family(
+        _LLAMA_KEYS | {"qkv_bias": "attention_bias", "out_bias": "attention_out_bias", "ffn_bias": "mlp_bias"},
+        _LLAMA,
+        _LLAMA_DEFAULTS
+        | {"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_out_bias": False},
+    ),
+    "ArceeForCausalLM": Family(
+        _LLAMA_KEYS | _BIASES,
+        Storage(UNGATED_NAMES),
+        _LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "hidden_act": "relu2"},
+        features={"gated": False},
+    ),
+    "CwmForCausalLM": Family(
+        _LLAMA_KEYS | {"ffn_bias": "mlp_bias"},
+        _LLAMA,
+        _LLAMA_DEFAULTS
+        | {"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+        | {"sliding_window": 8192, "layer_types": None, "rope_parameters": _CWM_ROPE},
+        local=_all_but_first_of_four,
+    ),
+    "InternLM2ForCausalLM": Family(
+        _LLAMA_KEYS | {"qkv_bias": "bias", "out_bias": "bias"},
+        Storage(INTERNLM2_NAMES, turns=None),
+        _LLAMA_DEFAULTS | {"bias": True},
+    ),
+    "MiniCPMForCausalLM": Family(
+        _LLAMA_KEYS
+        | {
+            "embedding_scale": "scale_emb",
+            "residual_scale": lambda settings: settings["scale_depth"] / math.sqrt(settings["num_hidden_layers"]),
+            "logit_scale": lambda settings: settings["dim_model_base"] / settings["hidden_size"],
         },
-        Storage(_MPT_NAMES),
-        {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "softmax_scale": None, "alibi_bias_max": 8},
-        features={"norm": "layer", "gated": False, "activation": "gelu", "positions": "alibi"},
-        only={
-            "expansion_ratio": (4,),
-            "no_bias": (True,),
-            "norm_type": ("low_precision_layernorm", "layernorm"),
-            "logit_scale": (None,),
-            "attn_type": ("multihead_attention",),
-            "clip_qkv": (None,),
-            "qk_ln": (False,),
-            "prefix_lm": (False,),
-            "attn_uses_sequence_id": (False,),
-            "alibi": (True,),
-        },
-        sections=("attn_config",),
-        prefix="transformer.",
+        _LLAMA,
+        _LLAMA_DEFAULTS | {"tie_word_embeddings": True, "scale_emb": 1, "dim_model_base": 1, "scale_depth": 1},
+        only={"num_experts": (0, None)},
     ),
-}
+} | GPT_FAMILIES
 """Maps the architecture in config.json to its family. Code Llama, TinyLlama, SmolLM 2 and XGen are LlamaForCausalLM."""

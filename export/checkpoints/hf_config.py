@@ -5,11 +5,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from export.checkpoints.families import ACTIVATIONS, FAMILIES, Family, Key, Settings, rotates
+from export.checkpoints.families import FAMILIES
+from export.checkpoints.family import ACTIVATIONS, Family, Key, Settings
 from model.config import ModelConfig, RopeScaling
 from model.errors import InputError, listed
 
-_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 _LAYER_TYPES = {"sliding_attention": True, "full_attention": False}
 
 _NULLS = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads")
@@ -52,12 +53,14 @@ def config_of(settings: Settings, path: Path) -> ModelConfig:
         if found.get("positions", "rope") == "rope":
             found |= _rope(settings, family, found["head_dim"], path)
         config = ModelConfig(**found)
+        layers = range(config.n_layers)
         local = _local_layers(settings, family, config.n_layers, path)
         return replace(
             config,
-            nope_layers=tuple(layer for layer in range(config.n_layers) if not rotates(settings, layer)),
+            nope_layers=tuple(layer for layer in layers if not family.rotates(settings, layer, layer in local)),
             local_layers=local,
             sliding_window=_whole(settings["sliding_window"]) if local else None,
+            local_rope_theta=_local_theta(settings, config, path) if local else None,
         )
     except KeyError as error:
         raise InputError(f"{path} lacks the key {error}; add it, or give another checkpoint") from error
@@ -77,6 +80,7 @@ def _completed(settings: Settings, family: Family, path: Path) -> dict[str, Any]
         if not isinstance(content, dict):
             raise InputError(f"{path} sets {section} to a {type(content).__name__}, which is invalid; give an object")
         found |= content
+    found = {family.other_keys.get(key, key): value for key, value in found.items()}
     found = {key: value for key, value in found.items() if value is not None or key in _NULLS}
     for key, known in {**family.only, **dict.fromkeys(_ACTIVATION_KEYS, tuple(ACTIVATIONS))}.items():
         if found.get(key, known[0]) not in known:
@@ -88,6 +92,8 @@ def _completed(settings: Settings, family: Family, path: Path) -> dict[str, Any]
 def _value(settings: Settings, key: Key) -> Any:
     if isinstance(key, str):
         return settings[key]
+    if callable(key):
+        return key(settings)
     name, convert = key
     return convert(settings[name])
 
@@ -117,6 +123,8 @@ def _rope(settings: Settings, family: Family, head_dim: int, path: Path) -> dict
     `rope_theta` with `rope_scaling`.
     """
     rope: Any = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    if "rope_local_base_freq" in settings and isinstance(rope, dict):
+        rope = rope.get("full_attention", rope)
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise InputError(
             f"{path} sets its rope scaling to {rope!r}, which is invalid; give an object without nested objects"
@@ -129,6 +137,17 @@ def _rope(settings: Settings, family: Family, head_dim: int, path: Path) -> dict
     if "partial_rotary_factor" not in family.defaults:
         raise InputError(f"{path} sets partial_rotary_factor to {share!r}; its architecture supports only 1")
     return found | {"rotary_dim": int(head_dim * share)}
+
+
+def _local_theta(settings: Settings, config: ModelConfig, path: Path) -> float | None:
+    """Returns the base of the rotary frequencies of local blocks; None if they have the same frequencies as others."""
+    if "rope_local_base_freq" not in settings or config.positions != "rope":
+        return None
+    rope = (settings.get("rope_parameters") or {}).get("sliding_attention") or {}
+    if (kind := rope.get("rope_type", "default")) != "default":
+        raise InputError(f"{path} has the unsupported rope scaling {kind!r} of local blocks; supported is default")
+    theta = float(rope.get("rope_theta") or settings["rope_local_base_freq"])
+    return None if theta == config.rope_theta and config.rope_scaling is None else theta
 
 
 def _scaling(rope: Settings, settings: Settings, family: Family, path: Path) -> RopeScaling | None:

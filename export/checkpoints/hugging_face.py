@@ -23,12 +23,17 @@ from export.checkpoints.checkpoint import (
     recommended,
     token_ids,
 )
+from export.checkpoints.family import Family
 from export.checkpoints.hf_config import config_of, family_of
 from export.checkpoints.pickled import is_torch_file, load_tensors, without_wrappers
 from model.errors import InputError, listed
 from preproc.tokenizer import from_bytes, token_text
 
-_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attn.causal_mask")
+_BUFFERS = (
+    ".rotary_emb.inv_freq",
+    *(".attn.bias", ".attn.masked_bias", ".attn.causal_mask"),
+    *(".attention.bias", ".attention.masked_bias"),
+)
 """Suffixes of the names of tensors in old checkpoints that are derived from the configuration and are not weights."""
 
 
@@ -66,12 +71,13 @@ def open_folder(path: Path, alone: Path | None = None) -> Checkpoint:
     _check_unquantised(path, settings)
     family, config = family_of(settings, path / "config.json"), config_of(settings, path / "config.json")
     files = _weight_files(path, alone)
-    sources = without_wrappers(_sources(files))
+    sources = {_known(name, family): source for name, source in without_wrappers(_sources(files)).items()}
     storage = family.storage
     if not any(name.startswith(family.prefix) for name in sources):
         bare = {ours: theirs.removeprefix(family.prefix) for ours, theirs in storage.names.items()}
         storage = replace(storage, names=bare)
-    spare = {name for name in sources if name.endswith(_BUFFERS)}
+    images = {name for name in sources if set(family.unread) & set(name.split("."))}
+    spare = images | {name for name in sources if name.endswith(_BUFFERS)}
     if config.tied:
         embedding, head = (storage.names[f"{name}.weight"] for name in ("tok_embeddings", "head.output"))
         config = replace(config, tied=_is_tied(sources, embedding, head))
@@ -101,7 +107,14 @@ def open_folder(path: Path, alone: Path | None = None) -> Checkpoint:
         tokenizer=tokenizer,
         chat=chat,
         sampling=recommended(generation, path / "generation_config.json"),
+        warnings=(f"{path} also takes images, which are left out: only its language model is exported",) * bool(images),
     )
+
+
+def _known(name: str, family: Family) -> str:
+    """Returns the name of a weight with the parts that the family's table has."""
+    parts = (family.other_parts.get(part, part) for part in name.split("."))
+    return ".".join(part for part in parts if part)
 
 
 def _check_unquantised(path: Path, settings: dict[str, Any]) -> None:

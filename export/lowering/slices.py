@@ -22,6 +22,9 @@ _UNABLE: dict[str, Callable[[ModelConfig], bool]] = {
     "norms behind attention and feed-forward (post_norms)": lambda config: config.post_norms,
     "parallel blocks": lambda config: config.parallel,
     "a mixture of experts": lambda config: config.n_experts > 0,
+    "queries and keys normalised in another way than by one weight per head": lambda config: (
+        config.qk_norm and config.qk_norm_over != "head"
+    ),
     "ALiBi": lambda config: config.positions == "alibi",
 }
 """Features that cannot be sliced: the halves of a block are then not sums over heads and hidden units, or it is not

@@ -258,7 +258,8 @@ def _position_inputs(
     config: ModelConfig, span: range, length: int, options: GraphOptions, is_fused: bool
 ) -> list[TensorSpec]:
     """Returns the position inputs that a shard's blocks take, see `preproc.position_inputs`."""
-    B, L, pairs = options.batch_size, _length(length, is_fused), config.rotated // 2
+    B, L = options.batch_size, _length(length, is_fused)
+    pairs = config.rotated // 2 * (1 if config.local_rope_theta is None else 2)
     found = {
         "positions": TensorSpec("positions", (B, L), "int64"),
         "cos": TensorSpec("cos", (B, L, pairs), "float32"),

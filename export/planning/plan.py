@@ -25,7 +25,7 @@ from export.planning.sharding import Sharding
 from export.quality.gptq import CalibrationText
 from export.weights.formats.integer import ROUNDINGS
 from export.weights.gguf_types import QUANTIZE, default_scheme, named_scheme, unkept
-from export.weights.scheme import CALIBRATED, Scheme, adjusted, swaps_pairs
+from export.weights.scheme import CALIBRATED, IMPORTANCE, Scheme, adjusted, swaps_pairs
 from export.weights.source import WeightSource
 from model.alibi import alibi_slopes
 from model.config import ModelConfig
@@ -64,7 +64,7 @@ class ExportOptions:
         quantize: storage scheme of weights, one of `export.weights.gguf_types.QUANTIZE`; None for the types that a GGUF
             has, and float32 for other checkpoints.
         group_size, embedding_bits, head_bits, rounding: changes of the scheme, see `export.weights.scheme.adjusted`.
-        calibrate: text on which the linear layers' weights are calibrated, see `export.quality.gptq`.
+        calibrate: text on which weights are calibrated, see `export.quality.gptq.CalibrationText.of`.
         batch_size: number of texts that are extended at once, see `runtime.batch`.
         sharding: division into shards or slices, each a file in the folder `output`.
         kv_dtype: dtype of the KV caches, one of `model.kv_row_format.KV_DTYPES`.
@@ -120,12 +120,12 @@ class ExportOptions:
             raise InputError(f"--batch-size {self.batch_size} is invalid; give 1 or more")
         for flag, value, known in (
             ("quantize", self.quantize, (None, *QUANTIZE)),
-            ("rounding", self.rounding, ROUNDINGS),
+            ("rounding", self.rounding, (*ROUNDINGS, IMPORTANCE)),
             ("kv-dtype", self.kv_dtype, KV_DTYPES),
         ):
             if value not in known:
                 raise InputError(f"--{flag} {value} is unknown; choose from {', '.join(filter(None, known))}")
-        if self.calibrate and self.rounding != "nearest":
+        if self.calibrate and self.rounding not in ("nearest", IMPORTANCE):
             raise InputError(f"--rounding {self.rounding} has no effect with --calibrate; leave one of them out")
         check(self.backend)
         able = BACKENDS[self.backend].attention
@@ -239,11 +239,12 @@ def plan(options: ExportOptions) -> Plan:
     )
     scheme = replace(scheme, kv_dtype=KV_DTYPES[options.kv_dtype])
     graph = _with_rows(graph, config, scheme, options.sharding)
-    text = CalibrationText.of(options.calibrate) if options.calibrate else None
-    if text:
-        if not options.auto:
-            text.check(scheme)
+    text = CalibrationText.of(options.calibrate, scheme.rounding)
+    if text and scheme.rounding != IMPORTANCE:
         scheme = replace(scheme, rounding=CALIBRATED)
+    source = WeightSource(config, checkpoint.weights, scheme, None, options.sharding.slices, checkpoint.blocks)
+    if text and not options.auto:
+        text.check(source)
     check(options.backend, {form.kind for form in scheme.formats})
     suffix = "pte" if options.sharding.is_whole else "shards" if options.sharding.slices == 1 else "slices"
     output = options.output or Path(f"{_name(options.checkpoint)}.{suffix}")
@@ -254,7 +255,7 @@ def plan(options: ExportOptions) -> Plan:
     provenance |= _chat(chat, tokenizer, provenance)
     provenance["calibration"] = {"sha256": text.sha256} if text else None
     return Plan(
-        source=WeightSource(config, checkpoint.weights, scheme, None, options.sharding.slices, checkpoint.blocks),
+        source=source,
         graph=graph,
         sharding=options.sharding,
         tokenizer=tokenizer,

@@ -1,5 +1,8 @@
-"""GPTQ calibration (Frantar et al. 2022, https://arxiv.org/abs/2210.17323, algorithm 1): matrices are rounded by means
-of their inputs on a text, and weights that are rounded later compensate for the errors of earlier ones.
+"""Calibration: matrices are rounded by means of their inputs on a text.
+
+Scales have the least squared error, in which a column counts as much as the mean square of its inputs. With GPTQ
+(Frantar et al. 2022, https://arxiv.org/abs/2210.17323, algorithm 1), weights that are rounded later also compensate for
+the errors of earlier ones.
 
 torchao 0.18 has GPTQ only for CUDA, and not for the formats of `export.weights.formats.integer`.
 """
@@ -11,21 +14,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from export.lowering.trace import step
 from export.quality.perplexity import read_text, windows
-from export.weights.formats.integer import Integer, hqq
-from export.weights.formats.integer_layers import as_8_bits
+from export.weights.formats.format import Grid, Quantised
 from export.weights.rows import by_rows
-from export.weights.scheme import CALIBRATED, Scheme
+from export.weights.scheme import CALIBRATED, IMPORTANCE
 from export.weights.source import WeightSource, linear_layers, piece_names
 from model.config import ModelConfig
 from model.errors import InputError
 from preproc.position_inputs import Positions, names
 from preproc.tokenizer import Tokenizer
+
+TEXT = Path(__file__).with_name("calibration_text.txt")
+"""The built-in text: short passages of several kinds and languages."""
 
 TOKENS = 4096
 """Number of tokens of a calibration text that are used."""
@@ -49,35 +55,45 @@ _ELEMENTS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The text given by `--calibrate`."""
+    """A text on which matrices are calibrated.
 
-    path: Path
+    Attributes:
+        flag: the flag that asks for it, for messages.
+        text: the text.
+    """
+
+    flag: str
     text: str = field(repr=False)
 
     @staticmethod
-    def of(path: Path) -> "CalibrationText":
-        """Reads the text of a file.
+    def of(path: Path | None, rounding: str) -> "CalibrationText | None":
+        """Returns the text of the file that `--calibrate` gives; without one, the built-in text for the rounding
+        IMPORTANCE, and None for others.
 
         Raises:
             InputError: the file is not a text file.
         """
-        return CalibrationText(path, read_text("--calibrate", path))
+        if path is not None:
+            return CalibrationText(f"--calibrate {path}", read_text("--calibrate", path))
+        if rounding == IMPORTANCE:
+            return CalibrationText(f"--rounding {rounding}", TEXT.read_text(encoding="utf-8"))
+        return None
 
     @property
     def sha256(self) -> str:
         """SHA-256 of the text in UTF-8, in hex."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
-    def check(self, scheme: Scheme) -> None:
+    def check(self, source: WeightSource) -> None:
         """Checks that calibration has an effect.
 
         Raises:
-            InputError: no matrix of the scheme can be calibrated.
+            InputError: no matrix of the model can be calibrated.
         """
-        if not any(form.can_calibrate for form in (scheme.linear, scheme.head, *scheme.others.values())):
+        if not any(map(source.is_calibrated, source.matrices)):
             raise InputError(
-                f"--calibrate {self.path} needs layers in 8da4w or 8da8w, but these are not; give --quantize 8da4w as "
-                "well, or leave it out"
+                f"{self.flag} has no effect, because no matrix of a linear layer is rounded; give another "
+                "--quantize, such as q4_0, or leave it out"
             )
 
     def windows(self, tokenizer: Tokenizer | None, bos_id: int | None, max_seq_len: int) -> list[list[int]]:
@@ -87,11 +103,11 @@ class CalibrationText:
             InputError: there is no tokenizer, or the text has fewer than two tokens.
         """
         if tokenizer is None:
-            raise InputError(f"--calibrate {self.path} needs a tokenizer; give --tokenizer FILE, or leave it out")
+            raise InputError(f"{self.flag} needs a tokenizer; give --tokenizer FILE, or leave it out")
         ids = tokenizer.encode(self.text)
         given = [part[:-1] for part in windows(ids, bos_id, min(WINDOW, max_seq_len), TOKENS)]
         if not ids or not given:
-            raise InputError(f"--calibrate {self.path} has fewer than two tokens; give a longer text")
+            raise InputError(f"{self.flag} has fewer than two tokens; give a longer text")
         return [part for part in given if len(part) == len(given[0])]
 
 
@@ -101,12 +117,12 @@ def calibrate(source: WeightSource, texts: Sequence[Sequence[int]], max_seq_len:
     are already rounded.
 
     Args:
-        source: source of the model, whose scheme has the rounding CALIBRATED.
+        source: source of the model, whose scheme is calibrated.
         texts: token ids of texts of equal length.
         max_seq_len: length for which the rotary tables are made.
         folder: folder for the matrices, which is needed as long as the returned source is used.
     """
-    assert source.scheme.rounding == CALIBRATED, source.scheme
+    assert source.scheme.is_calibrated, source.scheme
     found = _Stored(folder, source)
     model = source.streamed()
     for name in piece_names(source.config):
@@ -134,17 +150,17 @@ class _Stored(Mapping[str, Tensor]):
     def __init__(self, folder: Path, source: WeightSource) -> None:
         self._folder, self._source, self._files = folder, source, dict[str, Path]()
 
-    def save(self, piece: str, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Saves codes and scales of a piece's matrices, by name."""
+    def save(self, piece: str, matrices: Mapping[str, Sequence[Tensor]]) -> None:
+        """Saves the data of a piece's matrices, by name, see `Quantised.gathered`."""
         path = self._folder / f"{piece}.safetensors"
-        parts = {f"{name}.codes": codes for name, (codes, _) in matrices.items()}
-        save_file(parts | {f"{name}.scale": scale for name, (_, scale) in matrices.items()}, path)
+        parts = {f"{name}.{i}": part.contiguous() for name, found in matrices.items() for i, part in enumerate(found)}
+        save_file(parts, path)
         self._files |= dict.fromkeys(matrices, path)
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], "pt") as tensors:
-            codes, scale = tensors.get_tensor(f"{name}.codes"), tensors.get_tensor(f"{name}.scale")
-        return _integer(self._source, name).from_codes(codes, scale)
+            parts = [tensors.get_tensor(key) for key in sorted(tensors.keys()) if key.rpartition(".")[0] == name]
+        return _quantised(self._source, name).restored(*parts)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -153,9 +169,9 @@ class _Stored(Mapping[str, Tensor]):
         return len(self._files)
 
 
-def _integer(source: WeightSource, name: str) -> Integer:
+def _quantised(source: WeightSource, name: str) -> Quantised:
     form = source.format(name)
-    assert isinstance(form, Integer), f"{name} is stored as {form}, which cannot be calibrated"
+    assert isinstance(form, Quantised), f"{name} is stored as {form}, which cannot be calibrated"
     return form
 
 
@@ -167,20 +183,23 @@ class _Piece(nn.Module):
     def __init__(self, source: WeightSource, name: str, stored: _Stored) -> None:
         super().__init__()
         self.source, self.name, self.stored = source, name, stored
-        self.found = dict[str, tuple[Tensor, Tensor]]()
-        self.last: tuple[Tensor, Tensor] | None = None
+        self.found = dict[str, list[Tensor]]()
+        self.last: tuple[Tensor, Tensor, Tensor | None, Tensor] | None = None
 
-    def round(self, name: str, bias: Tensor | None, x: Tensor) -> nn.Module:
-        """Rounds a linear layer's matrix for its inputs [..., K], and returns the layer. Consecutive layers with the
-        same inputs share their inverse root.
+    def round(self, name: str, x: Tensor, with_values: bool = True) -> tuple[Tensor, Tensor]:
+        """Rounds a linear layer's matrix for its inputs [..., K], and returns the inputs as the layer rounds them and,
+        if wanted, the matrix [N, K], in float32. Consecutive layers with the same inputs share what is computed of
+        these.
         """
+        form = _quantised(self.source, name)
         if self.last is None or self.last[0] is not x:
             self.last = None
-            self.last = (x, inverse_root(as_8_bits(x)))
-        weight = self.source.weight(name)
-        form = _integer(self.source, name)
-        self.found[name] = gptq(weight, self.last[1], form)
-        return form.linear(form.from_codes(*self.found[name]), bias)
+            inputs = form.rounded(x)
+            root = inverse_root(inputs) if self.source.scheme.rounding == CALIBRATED else None
+            self.last = (x, inputs, root, importance(inputs))
+        _, inputs, root, h = self.last
+        values, *self.found[name] = gptq(self.source.weight(name), root, h, form, with_values)
+        return inputs, values
 
     def finish(self) -> None:
         """Saves the rounded matrices."""
@@ -195,7 +214,7 @@ class _Block(_Piece):
         for path, layer in linear_layers(block):
             name = f"{self.name}.{path}.weight"
             if self.source.is_calibrated(name):
-                made: nn.Module = _Rounding(functools.partial(self.round, name, layer.bias))
+                made: nn.Module = _Rounding(functools.partial(self.round, name), layer.bias)
             else:
                 made = self.source.format(name).linear(self.source.stored(name), layer.bias)
             block.set_submodule(path, made)
@@ -209,20 +228,33 @@ class _Head(_Piece):
         """Rounds the head's matrix. Logits are not used, so the input is returned instead."""
         if self.source.is_calibrated("head.output.weight"):
             norm = self.source.frame("head").get_submodule("norm")
-            self.round("head.output.weight", None, norm(x))
+            self.round("head.output.weight", norm(x), with_values=False)
             self.finish()
         return x, x
 
 
 class _Rounding(nn.Module):
-    """A layer that is created when its inputs are known."""
+    """A layer whose matrix is rounded when its inputs are known."""
 
-    def __init__(self, make: Callable[[Tensor], nn.Module]) -> None:
+    bias: Tensor | None
+
+    def __init__(self, round_for: Callable[[Tensor], tuple[Tensor, Tensor]], bias: Tensor | None) -> None:
         super().__init__()
-        self.make = make
+        self.round_for = round_for
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.make(x)(x)
+        inputs, matrix = self.round_for(x)
+        return F.linear(inputs, matrix, self.bias)
+
+
+def importance(x: Tensor) -> Tensor:
+    """Returns factors for the squared errors of columns, [K] with a mean of about 1, for inputs X, [..., K]: the second
+    moments of the inputs. A column without inputs has a small factor.
+    """
+    moments = x.reshape(-1, x.shape[-1]).square().mean(0)
+    mean = moments.mean()
+    return moments / mean + 1e-4 if mean > 0 else torch.ones_like(moments)
 
 
 def inverse_root(x: Tensor) -> Tensor:
@@ -242,42 +274,58 @@ def inverse_root(x: Tensor) -> Tensor:
     return inverse.flip(0, 1)
 
 
-def gptq(weight: Tensor, root: Tensor, form: Integer) -> tuple[Tensor, Tensor]:
-    """Returns codes and scales of a matrix [N, K], given the `inverse_root` of its inputs."""
+def gptq(weight: Tensor, root: Tensor | None, h: Tensor, form: Quantised, with_values: bool = True) -> list[Tensor]:
+    """Rounds a matrix [N, K].
+
+    Args:
+        root: the `inverse_root` of its inputs; None to round every column without regard to the others.
+        h: the `importance` of its inputs.
+
+    Returns:
+        The values to which it was rounded, [N, K] float32, or [N, 0] if they are not wanted, and the matrix's data, see
+        `Quantised.gathered`.
+    """
+
+    def made(rows: Tensor) -> list[Tensor]:
+        values, *data = _rounded(rows.float(), root, h, form)
+        return [values if with_values else values[:, :0], *data]
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each column is little work, so threads would mostly wait
     try:
-        codes, scale = by_rows(weight, lambda rows: _rounded(rows.float(), root, form), _ELEMENTS_AT_ONCE)
+        return by_rows(weight, made, _ELEMENTS_AT_ONCE)
     finally:
         torch.set_num_threads(threads)
-    return codes, scale
 
 
-def _rounded(rows: Tensor, root: Tensor, form: Integer) -> tuple[Tensor, Tensor]:
-    """Returns codes and scales of some rows. They are transposed to [K, N], so that a column is contiguous. The scale
-    of a group is computed when the group is reached, after the corrections for earlier errors.
+def _rounded(rows: Tensor, root: Tensor | None, h: Tensor, form: Quantised) -> list[Tensor]:
+    """Returns the values and the data of some rows. They are transposed to [K, N], so that a column is contiguous. The
+    grid of a group is computed when the group is reached, after the corrections for earlier errors.
     """
-    left = rows.t().contiguous()
-    codes, scales, most = torch.empty(left.shape, dtype=torch.int8), list[Tensor](), form.largest
+    left, values, grids, found = rows.t().contiguous(), torch.empty(rows.t().shape), list[Grid](), list[Tensor]()
     columns = form.group_size or _COLUMNS_AT_ONCE
     for start in range(0, len(left), columns):
-        if form.group_size or not scales:
-            scales.append(hqq(left[start : start + (form.group_size or len(left))].t().contiguous(), form)[1])
+        if form.group_size or not grids:
+            group = slice(start, start + (form.group_size or len(left)))
+            grids.append(form.grid(left[group].t().contiguous(), h[group]))
         here, rest = slice(start, start + columns), slice(start + columns, None)
-        made, errors = _round_columns(left[here], root[here, here], scales[-1][:, 0], most)
-        codes[here] = made
-        left[rest].addmm_(root[here, rest].t(), errors, alpha=-1)
-    return codes.t(), torch.cat(scales, dim=1)
+        within = None if root is None else root[here, here]
+        codes, errors = _round_columns(left[here], within, grids[-1], values[here])
+        found.append(codes)
+        if root is not None:
+            left[rest].addmm_(root[here, rest].t(), errors, alpha=-1)
+    return [values.t(), *form.gathered(grids, torch.cat(found).t())]
 
 
-def _round_columns(columns: Tensor, root: Tensor, scale: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def _round_columns(columns: Tensor, root: Tensor | None, grid: Grid, values: Tensor) -> tuple[Tensor, Tensor]:
     """Returns codes [C, N] of columns, and the errors [C, N] for which later columns compensate. Changes `columns` in
-    place.
+    place, and writes the values of the codes into `values`.
     """
-    codes, errors = torch.empty_like(columns), torch.empty_like(columns)
-    steps, inverse = scale.float(), (1 / scale).float()  # inverse in the dtype of the scale, as in torchao
+    codes, errors = list[Tensor](), torch.zeros_like(columns)
     for i, column in enumerate(columns):
-        codes[i] = (column * inverse).round_().clamp_(-most, most - 1)
-        errors[i] = (column - codes[i] * steps) / root[i, i]
-        columns[i + 1 :].addr_(root[i, i + 1 :], errors[i], alpha=-1)
-    return codes, errors
+        code, values[i] = grid.round(column, i)
+        codes.append(code)
+        if root is not None:
+            errors[i] = (column - values[i]) / root[i, i]
+            columns[i + 1 :].addr_(root[i, i + 1 :], errors[i], alpha=-1)
+    return torch.stack(codes), errors

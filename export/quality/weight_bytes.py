@@ -20,7 +20,8 @@ from export.lowering.lower import to_bytes
 from export.weights.scheme import is_shared
 from export.weights.source import WeightSource
 from model.config import ModelConfig
-from model.model import Llama, Norm
+from model.model import Llama
+from model.norm import Norm
 from runtime.engine.executorch import Shard
 from runtime.engine.program import files
 from runtime.pte.metadata import Metadata, export_identity

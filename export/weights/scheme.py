@@ -20,7 +20,8 @@ from model.model import Llama
 from runtime.pte.metadata import Metadata
 
 CALIBRATED = "gptq"
-"""Rounding of a scheme whose matrices are calibrated by `export.quality.gptq`."""
+IMPORTANCE = "importance"
+"""Roundings of a scheme whose matrices are calibrated by `export.quality.gptq`."""
 
 CACHE_MAX_PPL_INCREASE = {"int8": 0.05}
 """Relative increase of perplexity that verification allows by default for quantised KV caches, by dtype."""
@@ -35,7 +36,8 @@ class Scheme:
         head, embedding: formats of these two matrices.
         others: formats of matrices, by name, and of all matrices of a block, by a name such as layers.3, that differ
             from the above.
-        rounding: rounding method of weights, one of `export.weights.formats.integer.ROUNDINGS`, or CALIBRATED.
+        rounding: rounding method of weights, one of `export.weights.formats.integer.ROUNDINGS`, or CALIBRATED or
+            IMPORTANCE.
         kv_dtype: dtype of the KV caches, see `model.kv_row_format`.
     """
 
@@ -96,9 +98,14 @@ class Scheme:
         return any(form.rounds_inputs for form in (self.linear, self.head, *self.others.values()))
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether matrices are rounded by means of their inputs on a text."""
+        return self.rounding in (CALIBRATED, IMPORTANCE)
+
+    @property
     def plain_rounding(self) -> str:
         """Rounding method of matrices that are not calibrated."""
-        return "hqq" if self.rounding == CALIBRATED else self.rounding
+        return "hqq" if self.is_calibrated else self.rounding
 
     def format(self, name: str, columns: int) -> Format:
         """Returns the format of a matrix with rows of `columns`, by its name in the model, such as

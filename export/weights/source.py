@@ -10,7 +10,7 @@ from export.checkpoints.checkpoint import StoredBlocks
 from export.weights.formats.blocks import Blocks
 from export.weights.formats.float32 import FLOAT
 from export.weights.formats.format import Format
-from export.weights.scheme import CALIBRATED, Scheme, is_shared, matrices
+from export.weights.scheme import Scheme, is_shared, matrices
 from model.config import ModelConfig
 from model.fused_attention import FusedLlama
 from model.model import Block, Llama
@@ -56,11 +56,14 @@ class WeightSource:
         """Returns a parameter as its format stores it."""
         if self.is_calibrated(name):
             return self._calibrated[name]
-        form = self.format(name)
-        blocks = self._blocks.get(self._stored_name(name))
-        if blocks and form == Blocks.of(blocks.kind):
+        if blocks := self._kept(name):
             return blocks.read()
-        return form.stored(self.weight(name), self.scheme.plain_rounding)
+        return self.format(name).stored(self.weight(name), self.scheme.plain_rounding)
+
+    def _kept(self, name: str) -> StoredBlocks | None:
+        """Returns the blocks that a checkpoint has for a matrix, if they are of the matrix's format."""
+        blocks = self._blocks.get(self._stored_name(name))
+        return blocks if blocks and self.format(name) == Blocks.of(blocks.kind) else None
 
     def format(self, name: str) -> Format:
         """Returns the storage format of a parameter: the scheme's for matrices, float32 for all others."""
@@ -77,10 +80,11 @@ class WeightSource:
 
     def is_calibrated(self, name: str) -> bool:
         """Returns whether `export.quality.gptq` calibrates a matrix. The embedding is not calibrated, nor is a head
-        that shares its matrix.
+        that shares its matrix, nor is what the checkpoint has in blocks of the same format.
         """
         tables = ["tok_embeddings.weight"] + ["head.output.weight"] * is_shared(self.config, self.scheme)
-        return self.scheme.rounding == CALIBRATED and self.format(name).can_calibrate and name not in tables
+        is_alone = name not in tables and not self._kept(name)
+        return self.scheme.is_calibrated and self.format(name).can_calibrate and is_alone
 
     def with_scheme(self, scheme: Scheme) -> "WeightSource":
         """Returns a source of the same model with another scheme."""

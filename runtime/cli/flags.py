@@ -112,7 +112,7 @@ def generation_options(
     Raises:
         InputError: a value is invalid.
     """
-    given = {each.name: getattr(flags, each.name) for each in fields(SamplingOptions)}
+    given = {each.name: getattr(flags, each.name) for each in fields(SamplingOptions) if each.name in flags}
     given = {**recommendation, **{name: value for name, value in given.items() if value is not None}}
     sampling = SamplingOptions(**(given | {"logit_bias": dict(flags.logit_bias)}))
     return GenerationOptions(sampling, flags.max_new_tokens, stop_strings=tuple(map(valid, flags.stop)))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.errors import InputError
 from model.kv_row_format import decode, encode
+from model.rotary import block_angles
 from preproc import rope
 from preproc.position_inputs import PositionInputs
 from runtime.engine import session_file
@@ -222,7 +223,7 @@ class Session:
         Raises:
             InputError: positions are learned, or the window covers so much of the context that none can be removed.
         """
-        config = self._program.metadata.config
+        metadata, config = self._program.metadata, self._program.metadata.config
         if config.positions == "learned" and self.cache.buffers:
             raise InputError("sliding is unsupported for a model with learned positions; stop when the context is full")
         count = min((self.position - SINKS) // 2, self.cache.room(SINKS))
@@ -233,10 +234,11 @@ class Session:
             )
 
         def moved(spec: TensorSpec, rows: np.ndarray) -> np.ndarray:
-            if spec.role != K_CACHE or config.positions != "rope" or spec.layer in config.nope_layers:
+            first_pair = None if spec.layer is None else config.first_pair(spec.layer)
+            tables = block_angles((metadata.rope_cos, metadata.rope_sin), first_pair, config.rotated // 2)
+            if spec.role != K_CACHE or tables is None:
                 return rows
-            metadata, tensor = self._program.metadata, torch.from_numpy(rows)
-            keys = rope.earlier(decode(tensor), (metadata.rope_cos, metadata.rope_sin), count)
+            keys = rope.earlier(decode(torch.from_numpy(rows)), tables, count)
             return encode(keys, spec.dtype).numpy()
 
         self.cache.slide(SINKS, count, moved)

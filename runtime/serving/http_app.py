@@ -5,9 +5,8 @@ import hmac
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -20,14 +19,25 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model.errors import InputError
+from runtime.serving.embeddings import embeddings_reply, read_embeddings
 from runtime.serving.jobs import RESTARTED, Jobs
+from runtime.serving.metrics import CONTENT_TYPE, metrics
 from runtime.serving.openai_reply import Reply
-from runtime.serving.openai_request import CompletionRequest, Model, read_chat, read_completion
-from runtime.serving.request_values import RequestError
+from runtime.serving.openai_request import CompletionRequest, read_chat, read_completion
+from runtime.serving.request_body import RequestError
+from runtime.serving.responses import ResponseReply, read_response
 from runtime.serving.scheduler import ClosedError, Scheduler
+from runtime.serving.served_model import Access, Model
+from runtime.serving.tokens import detokenized, tokenized
+from runtime.text.generation import Step
+
+AnyRequest = TypeVar("AnyRequest", bound=CompletionRequest)
 
 RETRY_AFTER = "1"
 """Value of the Retry-After header, in seconds, if the queue is full."""
+
+OPEN = ("/", "/health")
+"""Paths that need no key."""
 
 PAGE = Path(__file__).with_name("chat.html")
 
@@ -43,20 +53,9 @@ _PAGES: dict[str, Any] = {
     "allow_methods": ["GET", "POST"],
     "allow_headers": ["*"],
 }
-"""CORS settings: in a browser only pages from this machine may send requests, so that no website can use the server."""
-
-
-@dataclass(frozen=True)
-class Access:
-    """Limits on requests.
-
-    Attributes:
-        api_key: the key that requests must have; None for no key.
-        max_body: maximum size of a request's body in bytes.
-    """
-
-    api_key: str | None
-    max_body: int
+"""CORS settings: in a browser only pages from this machine may send requests, so that no website can use the server
+unless it was allowed by its origin.
+"""
 
 
 def create_app(model: Model, scheduler: Scheduler, access: Access) -> Starlette:
@@ -65,10 +64,15 @@ def create_app(model: Model, scheduler: Scheduler, access: Access) -> Starlette:
     routes = [
         Route("/", service.page),
         Route("/health", service.health),
+        Route("/metrics", service.metrics),
+        Route("/tokenize", service.tokenize, methods=["POST"]),
+        Route("/detokenize", service.detokenize, methods=["POST"]),
         Route("/v1/models", service.models),
         Route("/v1/models/{name:path}", service.model),
         Route("/v1/completions", service.completions, methods=["POST"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/v1/responses", service.responses, methods=["POST"]),
+        Route("/v1/embeddings", service.embeddings, methods=["POST"]),
     ]
     handlers: dict[Any, Callable[[Request, Any], Awaitable[Response]]] = {
         RequestError: _refused,
@@ -76,10 +80,9 @@ def create_app(model: Model, scheduler: Scheduler, access: Access) -> Starlette:
         ClientDisconnect: _nobody_listens,
         Exception: _failed,
     }
+    cors = Middleware(CORSMiddleware, allow_origins=access.origins, **_PAGES)
     return Starlette(
-        routes=routes,
-        exception_handlers=handlers,
-        middleware=[Middleware(CORSMiddleware, **_PAGES), Middleware(_KeyCheck, access.api_key)],
+        routes=routes, exception_handlers=handlers, middleware=[cors, Middleware(_KeyCheck, access.api_key)]
     )
 
 
@@ -111,6 +114,15 @@ class _Service:
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", **self._scheduler.counts})
 
+    async def metrics(self, request: Request) -> Response:
+        return Response(metrics(self._scheduler), media_type=CONTENT_TYPE)
+
+    async def tokenize(self, request: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(tokenized, await self._body(request), self._model))
+
+    async def detokenize(self, request: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(detokenized, await self._body(request), self._model))
+
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._described()]})
 
@@ -122,32 +134,37 @@ class _Service:
         return JSONResponse(self._described())
 
     async def completions(self, request: Request) -> Response:
-        return await self._answer(request, read_completion)
+        return await self._answer(request, read_completion, Reply)
 
     async def chat(self, request: Request) -> Response:
-        return await self._answer(request, read_chat)
+        return await self._answer(request, read_chat, Reply)
+
+    async def responses(self, request: Request) -> Response:
+        return await self._answer(request, read_response, ResponseReply)
+
+    async def embeddings(self, request: Request) -> Response:
+        embeddings, body = await run_in_threadpool(read_embeddings, await self._body(request), self._model)
+        jobs = Jobs(embeddings, self._scheduler)
+        await _run(request, jobs, lambda number, step: None)
+        return JSONResponse(embeddings_reply(embeddings, body, self._model, jobs))
 
     def _described(self) -> dict[str, Any]:
         model = self._model
         described = {"id": model.name, "object": "model", "created": model.created, "owned_by": "llama-pte"}
         return described | {"sampling": dict(model.metadata.sampling)}
 
-    async def _answer(self, request: Request, read: Callable[[bytes, Model], CompletionRequest]) -> Response:
-        raw = await self._body(request)
-        completion_request = await run_in_threadpool(read, raw, self._model)
+    async def _answer(
+        self,
+        request: Request,
+        read: Callable[[bytes, Model], AnyRequest],
+        start: Callable[[AnyRequest, Model, Jobs], Reply | ResponseReply],
+    ) -> Response:
+        completion_request = await run_in_threadpool(read, await self._body(request), self._model)
         jobs = Jobs(completion_request, self._scheduler)
-        reply = Reply(completion_request, self._model, jobs)
+        reply = start(completion_request, self._model, jobs)
         if completion_request.stream:
             return _EventStream(_events(jobs, reply), jobs)
-        watch = asyncio.create_task(_watch(request, jobs))
-        try:
-            async for number, step in jobs:
-                reply.take(number, step)
-        except (InputError, ClosedError) as error:
-            raise _client_error(error) from error
-        finally:
-            watch.cancel()
-            jobs.cancel()
+        await _run(request, jobs, reply.take)
         return JSONResponse(reply.whole())
 
     async def _body(self, request: Request) -> bytes:
@@ -164,6 +181,23 @@ class _Service:
         return bytes(body)
 
 
+async def _run(request: Request, jobs: Jobs, take: Callable[[int, Step], None]) -> None:
+    """Passes the jobs' steps on until they have ended.
+
+    Raises:
+        RequestError: the jobs have failed.
+    """
+    watch = asyncio.create_task(_watch(request, jobs))
+    try:
+        async for number, step in jobs:
+            take(number, step)
+    except (InputError, ClosedError) as error:
+        raise _client_error(error) from error
+    finally:
+        watch.cancel()
+        jobs.cancel()
+
+
 async def _watch(request: Request, jobs: Jobs) -> None:
     """Ends the jobs' steps when the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
@@ -171,7 +205,7 @@ async def _watch(request: Request, jobs: Jobs) -> None:
     jobs.fail(ClientDisconnect())
 
 
-async def _events(jobs: Jobs, reply: Reply) -> AsyncIterator[str]:
+async def _events(jobs: Jobs, reply: Reply | ResponseReply) -> AsyncIterator[str]:
     try:
         for chunk in reply.opening():
             yield _event(chunk)
@@ -185,11 +219,13 @@ async def _events(jobs: Jobs, reply: Reply) -> AsyncIterator[str]:
         return
     for chunk in reply.closing():
         yield _event(chunk)
-    yield "data: [DONE]\n\n"
+    if reply.ending:
+        yield reply.ending
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    name = f"event: {content['type']}\n" if "type" in content else ""
+    return f"{name}data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
 def _client_error(error: Exception) -> RequestError:
@@ -208,7 +244,8 @@ async def _refused(request: Request, error: RequestError) -> Response:
 
 async def _no_such_endpoint(request: Request, error: HTTPException) -> Response:
     message = (
-        f"{request.method} {request.url.path} is not an endpoint; see /v1/models, /v1/completions, /v1/chat/completions"
+        f"{request.method} {request.url.path} is not an endpoint; see /v1/models, /v1/completions, "
+        "/v1/chat/completions, /v1/responses, /v1/embeddings, /tokenize, /detokenize, /metrics, /health"
     )
     return JSONResponse(RequestError(error.status_code, message).content, error.status_code, error.headers)
 
@@ -223,14 +260,14 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 class _KeyCheck:
-    """Middleware that requires the key for paths under /v1. The chat page needs none, as a browser cannot send it."""
+    """Middleware that requires the key, but for OPEN paths: a browser cannot send it before it has the page."""
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self._app = app
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._expected is not None and scope["path"].startswith("/v1"):
+        if scope["type"] == "http" and self._expected is not None and scope["path"] not in OPEN:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 content = RequestError(

@@ -3,8 +3,10 @@
 import asyncio
 from collections.abc import AsyncIterator
 
+from torch import Tensor
+
 from runtime.serving.openai_request import CompletionRequest
-from runtime.serving.request_values import RequestError
+from runtime.serving.request_body import RequestError
 from runtime.serving.scheduler import ClosedError, Job, QueueFullError, Scheduler
 from runtime.text.generation import Step
 from runtime.text.sampler import Rng
@@ -48,6 +50,27 @@ class Jobs:
         """Returns the steps of a prompt's own tokens, if requested; known after the prompt's first new token."""
         return self._jobs[prompt * self._tries].scored
 
+    def vector(self, prompt: int) -> Tensor:
+        """Returns the vector of a prompt, if requested, [D]; known after the last step."""
+        vector = self._jobs[prompt * self._tries].vector
+        assert vector is not None, "no vector was made"
+        return vector
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """The numbers and times of tokens under the names of llama.cpp's server; known after the last step.
+
+        Times are those of this request's steps, without those of others in between.
+        """
+        cached = sum(job.cached for job in self._jobs)
+        ran, made = sum(len(job.prompt) for job in self._jobs) - cached, sum(job.made for job in self._jobs)
+        before, after = (sum(getattr(job, name) for job in self._jobs) for name in ("prompt_seconds", "seconds"))
+        return {
+            "cache_n": cached,
+            **_timing("prompt", ran, before),
+            **_timing("predicted", made, after),
+        }
+
     def fail(self, error: Exception) -> None:
         """Ends the iteration over steps with an error."""
         self._items.put_nowait(error)
@@ -75,7 +98,7 @@ class Jobs:
                 self._loop.call_soon_threadsafe(self._take, number, item)
 
         prompt = request.prompts[text.prompt]
-        return Job(prompt, request.options, Rng(text.seed), text.constraint, deliver, scores)
+        return Job(prompt, request.options, Rng(text.seed), text.constraint, deliver, scores, embeds=request.embeds)
 
     def _take(self, number: int, item: Step | Exception) -> None:
         """Takes a step or an error from a job."""
@@ -99,3 +122,12 @@ class Jobs:
                 return
             self._scheduler.submit(self._jobs[self._submitted], is_more=self._submitted > 0)
             self._submitted += 1
+
+
+def _timing(name: str, count: int, seconds: float) -> dict[str, float]:
+    return {
+        f"{name}_n": count,
+        f"{name}_ms": seconds * 1e3,
+        f"{name}_per_token_ms": seconds * 1e3 / count if count else 0.0,
+        f"{name}_per_second": count / seconds if seconds else 0.0,
+    }

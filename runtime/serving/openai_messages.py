@@ -1,14 +1,100 @@
-"""Reads and checks messages and tools (functions that a model may call) in OpenAI's form."""
+"""Messages and tools (functions that a model may call) in OpenAI's form."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
 
 from preproc.chat_template import ASSISTANT, SYSTEM
-from runtime.serving.request_values import Values, refuse, shown
+from runtime.serving.request_body import Part, refuse, shown
 from runtime.serving.tool_prompt import TOOL, Described
 
-_FORM = '{"type": "function", "function": {"name": "..."}}'
+
+class _Described(Part):
+    """An object that templates get with all its entries."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class ToolFunction(_Described):
+    """A function that may be called."""
+
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(_Described):
+    """A tool, which must be a function."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class FunctionName(Part):
+    """The name of a function."""
+
+    name: str = Field(min_length=1)
+
+
+class ToolName(Part):
+    """The choice of one function."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class CalledFunction(FunctionName):
+    """A function and the arguments that it was called with, an object or its JSON."""
+
+    arguments: str | dict[str, Any] | None = None
+
+
+class ToolCall(Part):
+    """A call in an earlier message."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class TextPart(Part):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Part):
+    """A message. Its content may be missing if it has calls."""
+
+    role: str
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    def described(self) -> Described:
+        """Returns the message in the form for templates.
+
+        Raises:
+            RequestError: it has neither content nor calls, or the arguments of a call are no object.
+        """
+        message: dict[str, Any] = {"role": SYSTEM if self.role == "developer" else self.role}
+        calls = self.tool_calls if self.role == ASSISTANT else None
+        if isinstance(self.content, list):
+            message["content"] = "".join(part.text for part in self.content)
+        elif self.content is not None:
+            message["content"] = self.content
+        elif not calls:
+            refuse("messages", f"the message of {shown(self.role)} has no content; add a text")
+        if calls:
+            message["tool_calls"] = [_call(call) for call in calls]
+        if self.role == TOOL:
+            message |= self.model_dump(include={"tool_call_id", "name"}, exclude_none=True)
+        return message
 
 
 @dataclass(frozen=True)
@@ -31,96 +117,31 @@ class Tools:
         return [str(tool["function"]["name"]) for tool in self.given]
 
 
-def read_tools(values: Values) -> Tools:
-    """Reads the tools of a request and its tool choice.
+def read_tools(given: Sequence[Tool], choice: str | ToolName, several: bool) -> Tools:
+    """Returns the tools of a request, of which a choice says whether one must be called.
 
     Raises:
-        RequestError: they are malformed.
+        RequestError: two have the same name, or the choice is none of them.
     """
-    choice, several = values.get("tool_choice", "auto"), values.flag("parallel_tool_calls", True)
-    if choice == "none":
-        return Tools()
-    given = values.get("tools", [])
-    if not isinstance(given, list):
-        refuse("tools", f"tools {shown(given)} is invalid; give a list of functions")
-    tools = Tools(tuple(_tool(each) for each in given), several=several)
+    tools = Tools(tuple(tool.model_dump(exclude_unset=True) for tool in given), several=several)
     if repeated := next((name for name in tools.names if tools.names.count(name) > 1), None):
         refuse("tools", f"tools has {shown(repeated)} more than once; give each function a different name")
-    if choice == "auto":
-        return tools
     if choice == "required":
         if not given:
             refuse("tool_choice", 'tool_choice "required" needs tools; give some, or leave it out')
         return Tools(tools.given, tools.given, several)
-    name = _name(choice)
-    if name is None:
-        refuse("tool_choice", f"tool_choice {shown(choice)} is unknown; give none, auto, required or {_FORM}")
+    if isinstance(choice, str):
+        return tools
+    name = choice.function.name
     if name not in tools.names:
         known = ", ".join(map(shown, tools.names)) or "it in tools as well"
         refuse("tool_choice", f"tool_choice names {shown(name)}, which is not in tools; give {known}")
     return Tools(tools.given, (tools.given[tools.names.index(name)],), False)
 
 
-def read_messages(values: Values) -> list[Described]:
-    """Reads the messages of a request.
-
-    Raises:
-        RequestError: they are malformed.
-    """
-    given = values.get("messages")
-    if not isinstance(given, list) or not given:
-        refuse("messages", f"messages {shown(given)} is invalid; give a list of at least one message")
-    return [_message(each) for each in given]
-
-
-def _name(value: Any) -> str | None:
-    """Returns the name of the function in an object {"type": "function", ...}, or None if it is no such object."""
-    if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(value.get("function"), dict):
-        return None
-    name = value["function"].get("name")
-    return name if isinstance(name, str) and name else None
-
-
-def _tool(value: Any) -> Described:
-    """Checks one tool and returns it."""
-    name = _name(value)
-    if name is None:
-        refuse("tools", f"tools has {shown(value)}, which is not a function; give {_FORM}")
-    parameters, text = (value["function"].get(key) for key in ("parameters", "description"))
-    if parameters is not None and not isinstance(parameters, dict):
-        refuse("tools", f"the parameters {shown(parameters)} of {shown(name)} are invalid; give a JSON schema")
-    if text is not None and not isinstance(text, str):
-        refuse("tools", f"the description {shown(text)} of {shown(name)} is invalid; give a text")
-    return value
-
-
-def _message(value: Any) -> Described:
-    """Reads one message. Its content may be a list of texts, and may be missing if there are calls."""
-    role = value.get("role") if isinstance(value, dict) else None
-    if not isinstance(role, str):
-        refuse("messages", f"the message {shown(value)} has no role; give system, user or assistant")
-    content, calls = value.get("content"), value.get("tool_calls") if role == ASSISTANT else None
-    message: dict[str, Any] = {"role": SYSTEM if role == "developer" else role}
-    if content is not None or not calls:
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, list) or not all(_is_text(part) for part in parts):
-            refuse("messages", f"the content {shown(content)} is invalid; give only text")
-        message["content"] = "".join(part["text"] for part in parts)
-    if calls:
-        if not isinstance(calls, list):
-            refuse("messages", f"tool_calls {shown(calls)} is invalid; give a list of calls")
-        message["tool_calls"] = [_call(call) for call in calls]
-    if role == TOOL:
-        message |= {key: value[key] for key in ("tool_call_id", "name") if isinstance(value.get(key), str)}
-    return message
-
-
-def _call(value: Any) -> dict[str, Any]:
-    """Reads a call in an earlier message, and returns it with its arguments as an object, the form for templates."""
-    name = _name({"type": "function"} | value) if isinstance(value, dict) else None
-    if name is None:
-        refuse("messages", f"tool_calls has {shown(value)}, which is not a call; give {_FORM}")
-    arguments = value["function"].get("arguments") or {}
+def _call(call: ToolCall) -> dict[str, Any]:
+    """Returns a call with its arguments as an object."""
+    name, arguments = call.function.name, call.function.arguments or {}
     try:
         found = json.loads(arguments) if isinstance(arguments, str) else arguments
         json.dumps(found, ensure_ascii=False).encode()  # fails for half of a surrogate pair
@@ -128,9 +149,5 @@ def _call(value: Any) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         refuse("messages", f"the arguments {shown(arguments)} of {shown(name)} are invalid; give an object as JSON")
-    id = {"id": value["id"]} if isinstance(value.get("id"), str) else {}
+    id = {"id": call.id} if call.id is not None else {}
     return {**id, "type": "function", "function": {"name": name, "arguments": found}}
-
-
-def _is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)

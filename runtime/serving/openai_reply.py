@@ -9,13 +9,20 @@ from typing import Any
 from preproc.chat_template import ASSISTANT
 from preproc.tokenizer import Tokenizer
 from runtime.serving.jobs import Jobs
-from runtime.serving.openai_request import CompletionRequest, Model
+from runtime.serving.openai_request import CompletionRequest
+from runtime.serving.served_model import Model
 from runtime.serving.tool_calls import Call, CallReader
 from runtime.text.generation import Step
 
 
 class Reply:
-    """The answer to one request."""
+    """The answer to one request.
+
+    Attributes:
+        ending: the text that ends a stream.
+    """
+
+    ending = "data: [DONE]\n\n"
 
     def __init__(self, request: CompletionRequest, model: Model, jobs: Jobs) -> None:
         """Starts an empty answer.
@@ -29,6 +36,7 @@ class Reply:
         self._fingerprint = f"fp_{model.metadata.identity.hex()[:12]}"
         names = _Names(model.tokenizer)
         self._texts = [_Choice(request, number, names) for number in range(len(request.texts))]
+        self._ended = 0
 
     def take(self, number: int, step: Step) -> None:
         """Adds the next step of text `number`."""
@@ -40,7 +48,21 @@ class Reply:
             {"index": index, **text.whole(self._jobs.scored(text.prompt))} for index, text in enumerate(self._chosen())
         ]
         kind = "chat.completion" if self._request.is_chat else "text_completion"
-        return self._object(kind, choices) | {"usage": self._usage()}
+        return self._object(kind, choices) | self.tail()
+
+    def head(self) -> dict[str, Any]:
+        """Returns what each part of the answer has."""
+        return {
+            "id": self._id,
+            "object": self._chunk_kind,
+            "created": self._created,
+            "model": self._model.name,
+            "system_fingerprint": self._fingerprint,
+        }
+
+    def tail(self) -> dict[str, Any]:
+        """Returns what follows the choices: the numbers of tokens, their times, and warnings, if any."""
+        return {"usage": self._usage(), **self._extras()}
 
     def opening(self) -> Iterator[dict[str, Any]]:
         """Yields the first chunks of a stream."""
@@ -53,12 +75,14 @@ class Reply:
         self.take(number, step)
         text = self._texts[number]
         for content, logprobs, finish_reason in text.latest(self._jobs.scored(text.prompt)):
-            yield self._chunk(number, content, logprobs, finish_reason)
+            self._ended += finish_reason is not None
+            is_last = self._ended == len(self._texts) and not self._request.include_usage
+            yield self._chunk(number, content, logprobs, finish_reason) | (self._extras() if is_last else {})
 
     def closing(self) -> Iterator[dict[str, Any]]:
         """Yields the last chunks of a stream."""
         if self._request.include_usage:
-            yield self._object(self._chunk_kind, []) | {"usage": self._usage()}
+            yield self._object(self._chunk_kind, []) | self.tail()
 
     def _chosen(self) -> Iterator["_Choice"]:
         """Yields the texts for the answer: all of each prompt, or those with the highest mean log-probability."""
@@ -85,14 +109,11 @@ class Reply:
         return chunk | {"usage": None} if self._request.include_usage else chunk
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model.name,
-            "system_fingerprint": self._fingerprint,
-            "choices": choices,
-        }
+        return self.head() | {"object": kind, "choices": choices}
+
+    def _extras(self) -> dict[str, Any]:
+        warnings = {"warnings": self._request.warnings} if self._request.warnings else {}
+        return {"timings": self._jobs.timings, **warnings}
 
     def _usage(self) -> dict[str, Any]:
         prompts = sum(map(len, self._request.prompts))

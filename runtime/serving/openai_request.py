@@ -1,24 +1,21 @@
-"""Reads and checks requests in OpenAI's form (https://platform.openai.com/docs/api-reference).
+"""Turns requests in OpenAI's form (https://platform.openai.com/docs/api-reference) into texts to generate."""
 
-Requests may also have the sampler's parameters that OpenAI lacks: top_k, min_p, repetition_penalty, penalty_window.
-Unknown parameters are ignored. Known ones that would change the answer but are not supported are refused.
-"""
-
+import functools
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from preproc.chat_template import NAMED
 from preproc.jinja_template import Carried
 from preproc.tokenizer import StreamDecoder, Tokenizer
-from runtime.engine.program import Program
 from runtime.engine.session import TooLongError, check_prompt
-from runtime.pte.metadata import Metadata
-from runtime.serving.openai_messages import Tools, read_messages, read_tools
-from runtime.serving.request_values import RequestError, Values, blamed_on, number, refuse, shown
+from runtime.serving.openai_bodies import MOST_TEXTS, ChatBody, CompletionBody, GenerationBody
+from runtime.serving.openai_messages import Message, Tools, read_tools
+from runtime.serving.request_body import blamed_on, read_body, refuse, shown
+from runtime.serving.served_model import Model
 from runtime.serving.tool_calls import Form, call_rules
 from runtime.serving.tool_prompt import encode, tool_support
 from runtime.text.constraint import Constraint, json_grammar, json_rule, rules
@@ -29,46 +26,8 @@ from runtime.text.sampler import SamplingOptions
 COMPLETION_TOKENS = 16
 """Default maximum number of new tokens of /v1/completions, the same as OpenAI's."""
 
-MOST_STOPS, MOST_BIASES, MOST_LOGPROBS, MOST_CHOICES, MOST_TEXTS = 16, 1024, 20, 16, 256
-
 LIKELIEST = 1e-9
 """The value used for top_p 0: a probability that the likeliest token alone reaches."""
-
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "suffix": ("",),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-}
-"""Unsupported parameter -> its values that have no effect and are accepted; null is accepted, too."""
-
-_ONLY_TEXTS: dict[str, tuple[Any, ...]] = {"tools": ([],)}
-_ONLY_MESSAGES: dict[str, tuple[Any, ...]] = {"echo": (False,), "best_of": (0, 1)}
-"""Further unsupported parameters of only one of the endpoints."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """The served model.
-
-    Attributes:
-        name: its name in requests.
-        created: modification time of the file, in seconds since 1970.
-        program, tokenizer: the opened file and its tokenizer.
-        template: the chat template; None if there is none.
-    """
-
-    name: str
-    created: int
-    program: Program
-    tokenizer: Tokenizer
-    template: Carried | None
-
-    @property
-    def metadata(self) -> Metadata:
-        """The contents of the file other than graph and weights."""
-        return self.program.metadata
 
 
 @dataclass(frozen=True)
@@ -101,6 +60,8 @@ class CompletionRequest:
         include_usage: whether a stream ends with the numbers of tokens.
         echoes: the prompts as texts, if each answer begins with its prompt; empty otherwise.
         is_silent: whether the answer has only the prompt; one token is generated but not output.
+        warnings: a sentence for each thing in the request that was ignored.
+        embeds: whether no text but each prompt's vector is wanted.
         form, names: how calls of functions are written, and the functions' names; None and empty without functions.
     """
 
@@ -116,6 +77,8 @@ class CompletionRequest:
     is_silent: bool = False
     form: Form | None = None
     names: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    embeds: bool = False
 
     @property
     def tries(self) -> int:
@@ -134,19 +97,27 @@ def read_completion(raw: bytes, model: Model) -> CompletionRequest:
     Raises:
         RequestError: it cannot be answered.
     """
-    values = _Request(raw, model, _ONLY_TEXTS)
-    given = values.prompts()
-    echo = values.flag("echo")
-    logprobs = values.whole("logprobs", 0, MOST_LOGPROBS)
-    is_silent = echo and values.get("max_tokens") == 0 and values.whole("max_tokens") == 0
-    limit = 1 if is_silent else values.limit(("max_tokens",), COMPLETION_TOKENS)
-    choices = values.whole("n", 1, MOST_CHOICES) or 1
-    tries = values.tries(choices)
-    options = values.options(logprobs if tries == choices else logprobs or 0, limit, model.metadata.stop_ids)
-    prompts = [values.ids(each) for each in given]
-    echoes = [each if isinstance(each, str) else _said(model.tokenizer, each) for each in given] if echo else []
-    texts = values.texts(prompts, tries, options, values.grammar())
-    return CompletionRequest(False, prompts, texts, choices, options, logprobs, *values.streaming(), echoes, is_silent)
+    body = read_body(raw, CompletionBody)
+    reader = _Reader(model, body)
+    given = listed(body.prompt)
+    is_silent = body.echo and body.max_tokens == 0
+    limit = 1 if is_silent else reader.limit("max_tokens", COMPLETION_TOKENS)
+    tries = body.best_of or body.n
+    if tries < body.n:
+        refuse("best_of", f"best_of {tries} is less than n {body.n}; give at least as many, or leave it out")
+    if tries > body.n and body.stream:
+        refuse("best_of", f"best_of {tries} is unsupported with stream; leave one of them out")
+    logprobs = body.logprobs if tries == body.n else body.logprobs or 0
+    options = reader.options(logprobs, limit, model.metadata.stop_ids)
+    prompts = [prompt_of(model, "prompt", each) for each in given]
+    echoes = [each if isinstance(each, str) else _said(model.tokenizer, each) for each in given] if body.echo else []
+    texts = reader.texts(prompts, tries, options, reader.grammar())
+    return replace(
+        reader.request(False, prompts, texts, options),
+        logprobs=body.logprobs,
+        echoes=echoes,
+        is_silent=is_silent,
+    )
 
 
 def read_chat(raw: bytes, model: Model) -> CompletionRequest:
@@ -155,25 +126,29 @@ def read_chat(raw: bytes, model: Model) -> CompletionRequest:
     Raises:
         RequestError: it cannot be answered.
     """
-    values = _Request(raw, model, _ONLY_MESSAGES)
-    tools = read_tools(values)
-    prompt, template = values.conversation(tools)
-    top = values.whole("top_logprobs", 0, MOST_LOGPROBS)
-    logprobs = (top or 0) if values.flag("logprobs") else None
-    if top and logprobs is None:
-        refuse("top_logprobs", f"top_logprobs {top} needs logprobs; add logprobs: true")
-    limit = values.limit(("max_completion_tokens", "max_tokens"), None)
+    return chat_request(read_body(raw, ChatBody), model)
+
+
+def chat_request(body: ChatBody, model: Model) -> CompletionRequest:
+    """Returns the request of a chat.
+
+    Raises:
+        RequestError: it cannot be answered.
+    """
+    reader = _Reader(model, body)
+    tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    prompt, template = reader.conversation(body.messages, tools)
+    if body.top_logprobs and not body.logprobs:
+        refuse("top_logprobs", f"top_logprobs {body.top_logprobs} needs logprobs; add logprobs: true")
+    logprobs = body.top_logprobs if body.logprobs else None
+    limit = reader.limit("max_tokens" if body.max_completion_tokens is None else "max_completion_tokens", None)
     metadata, specials = model.metadata, model.tokenizer.specials
     stop_ids = template.stop_ids(model.tokenizer, metadata.bos_id, metadata.stop_ids)
     form = tool_support(template).form if tools.given else None
-    options = values.options(logprobs, limit, stop_ids, form.shown_ids(specials) if form else ())
-    choices = values.whole("n", 1, MOST_CHOICES) or 1
-    grammar = values.grammar_with(form, tools) if form else values.grammar()
-    texts = values.texts([prompt], choices, options, grammar)
-    streaming = values.streaming()
-    return CompletionRequest(
-        True, [prompt], texts, choices, options, logprobs, *streaming, form=form, names=tools.names
-    )
+    options = reader.options(logprobs, limit, stop_ids, form.shown_ids(specials) if form else ())
+    grammar = reader.grammar_with(form, tools) if form else reader.grammar()
+    texts = reader.texts([prompt], body.n, options, grammar)
+    return replace(reader.request(True, [prompt], texts, options), form=form, names=tools.names)
 
 
 class _Grammar(NamedTuple):
@@ -183,57 +158,23 @@ class _Grammar(NamedTuple):
     text: str
 
 
-class _Request(Values):
-    """The values of a request's body, checked for a model."""
+class _Reader:
+    """Turns parameters into what a model needs."""
 
-    def __init__(self, raw: bytes, model: Model, harmless: Mapping[str, tuple[Any, ...]]) -> None:
-        super().__init__(raw)
-        self._model = model
-        name = self.get("model", model.name)
-        if name != model.name:
-            message = f"the model {shown(name)} is not served; give {shown(model.name)}, or leave it out"
-            raise RequestError(404, message, "model", "model_not_found")
-        for param, values in {**_HARMLESS, **harmless}.items():
-            is_idle = param == "tools" and self.get("tool_choice") == "none"
-            if param in self and self.get(param) not in values and not is_idle:
-                fix = f"give {shown(values[0])}" if values else "leave it out"
-                refuse(param, f"{param} {shown(self.get(param))} is unsupported; {fix}", "unsupported_value")
+    def __init__(self, model: Model, body: GenerationBody) -> None:
+        self._model, self._body = model, body
 
-    def limit(self, names: Sequence[str], usual: int | None) -> int | None:
-        """Returns the token limit from the first given parameter of `names`; -1 is no limit, as with llama.cpp.
+    def limit(self, name: str, usual: int | None) -> int | None:
+        """Returns the token limit that the parameter `name` sets; -1 is no limit, as with llama.cpp.
 
-        `usual` is the limit if none is given; None is no limit.
+        `usual` is the limit if it is not given; None is no limit.
         """
-        name = next((name for name in names if name in self), None)
-        if name is None:
-            return usual
-        return None if self.get(name) == -1 else self.whole(name, 1)
+        given: int | None = getattr(self._body, name)
+        if given == 0:
+            refuse(name, f"{name} 0 is invalid; give 1 or more, or -1 for no limit")
+        return usual if given is None else None if given == -1 else given
 
-    def prompts(self) -> list[str | list[int]]:
-        """Returns the prompts, each a text or ids."""
-        value = self.get("prompt")
-        is_list = isinstance(value, list) and bool(value) and all(isinstance(each, str | list) for each in value)
-        given = value if is_list else [value]
-        for each in given:
-            if not isinstance(each, str) and not _are_ids(each):
-                message = f"prompt {shown(each)} is invalid; give a text or a list of token ids, or a list of these"
-                refuse("prompt", message)
-        return given
-
-    def ids(self, prompt: str | list[int]) -> Sequence[int]:
-        """Returns the ids of a prompt, which must fit in the context."""
-        return self._fitting("prompt", prompt_ids(self._model.program, prompt) if isinstance(prompt, str) else prompt)
-
-    def tries(self, choices: int) -> int:
-        """Number of texts to generate for each prompt."""
-        best_of = self.whole("best_of", 0, MOST_CHOICES) or choices
-        if best_of < choices:
-            refuse("best_of", f"best_of {best_of} is less than n {choices}; give at least as many, or leave it out")
-        if best_of > choices and self.flag("stream"):
-            refuse("best_of", f"best_of {best_of} is unsupported with stream; leave one of them out")
-        return best_of
-
-    def conversation(self, tools: Tools) -> tuple[Sequence[int], Carried]:
+    def conversation(self, messages: Sequence[Message], tools: Tools) -> tuple[Sequence[int], Carried]:
         """Returns the ids of the messages, and the chat template."""
         template = self._model.template
         if template is None:
@@ -242,10 +183,10 @@ class _Request(Values):
                 "the file has no chat template, which messages need; start the server with "
                 f"--chat-template {', '.join(NAMED)}, or export the file again with it",
             )
-        messages = read_messages(self)
+        described = [message.described() for message in messages]
         with blamed_on("messages"):
-            ids = encode(template, messages, tools.given, self._model.tokenizer)
-        return self._fitting("messages", ids), template
+            ids = encode(template, described, tools.given, self._model.tokenizer)
+        return _fitting(self._model, "messages", ids), template
 
     def options(
         self,
@@ -255,17 +196,16 @@ class _Request(Values):
         shown_ids: tuple[int, ...] = (),
     ) -> GenerationOptions:
         """Returns the options for choosing tokens and ending a text; defaults are the checkpoint's recommendations."""
-        given: dict[str, Any] = {"temperature": 1.0, **self._model.metadata.sampling}
-        for field in fields(SamplingOptions):
-            if field.name in self:
-                given[field.name] = self._option(field.name)
+        body = self._body
+        given: dict[str, Any] = {"temperature": 1.0, **self._model.metadata.sampling, **self._sampling()}
         for name, value in given.items():
             with blamed_on(name):
                 SamplingOptions(**{name: value})
         sampling, vocab_size = SamplingOptions(**given), self._model.metadata.config.vocab_size
         with blamed_on("logit_bias"):
             check_ids(sampling, vocab_size)
-        return GenerationOptions(sampling, max_new_tokens, stop_ids, self._stops(), logprobs, shown_ids=shown_ids)
+        stops = tuple(body.stop) if isinstance(body.stop, list) else (body.stop,) if body.stop else ()
+        return GenerationOptions(sampling, max_new_tokens, stop_ids, stops, logprobs, shown_ids=shown_ids)
 
     def texts(
         self, prompts: Sequence[Sequence[int]], each: int, options: GenerationOptions, grammar: _Grammar | None
@@ -274,8 +214,8 @@ class _Request(Values):
         if len(prompts) * each > MOST_TEXTS:
             message = f"prompt asks for {len(prompts)} times {each} texts; give at most {MOST_TEXTS} in all"
             refuse("prompt", message)
-        model, seed, texts = self._model, self.whole("seed"), list[Text]()
-        seed = secrets.randbits(64) if seed is None else seed
+        model, texts = self._model, list[Text]()
+        seed = secrets.randbits(64) if self._body.seed is None else self._body.seed
         vocab_size = model.metadata.config.vocab_size
         for i in range(len(prompts) * each):
             constraint = None
@@ -304,69 +244,48 @@ class _Request(Values):
             return _Grammar("tools", rules(f"start: calls\n{calls}"))
         return _Grammar("response_format", rules(f"start: calls | json\njson: {json_rule(schema)}\n{calls}"))
 
-    def streaming(self) -> tuple[bool, bool]:
-        """Returns whether the answer is streamed, and whether a stream ends with the numbers of tokens."""
-        stream, usage = self.flag("stream"), self.entries("stream_options").get("include_usage", False)
-        if "stream_options" in self and not stream:
+    def request(
+        self, is_chat: bool, prompts: Sequence[Sequence[int]], texts: Sequence[Text], options: GenerationOptions
+    ) -> CompletionRequest:
+        """Returns the request for texts."""
+        body, stream_options = self._body, self._body.stream_options
+        if stream_options and not body.stream:
             refuse("stream_options", "stream_options needs stream; add stream: true, or leave it out")
-        return stream, usage is True
+        usage = stream_options is not None and stream_options.include_usage
+        warnings = body.warnings + self._model.warnings(body.model)
+        return CompletionRequest(
+            is_chat, prompts, texts, body.n, options, options.logprobs, body.stream, usage, warnings=warnings
+        )
 
-    def _fitting(self, param: str, ids: Sequence[int]) -> Sequence[int]:
-        metadata = self._model.metadata
-        with blamed_on(param):
-            try:
-                check_prompt(ids, metadata)
-            except TooLongError:  # whose message is about exporting
-                message = f"the {param} has {len(ids)} tokens, but the context only {metadata.max_seq_len}; shorten it"
-                refuse(param, message, "context_length_exceeded")
-        return ids
-
-    def _option(self, name: str) -> float | int | dict[int, float]:
-        """Returns a value for SamplingOptions."""
-        if name == "top_k" and self.get(name) == -1:  # vLLM's value for all tokens
-            return 0
-        if name in ("top_k", "penalty_window"):
-            return self.whole(name) or 0
-        if name == "logit_bias":
-            return self._biases()
-        value = number(name, self.get(name))
-        return LIKELIEST if name == "top_p" and value == 0 else value
-
-    def _biases(self) -> dict[int, float]:
-        given = self.entries("logit_bias")
-        if len(given) > MOST_BIASES:
-            refuse("logit_bias", f"logit_bias has {len(given)} entries; give at most {MOST_BIASES}")
-        for token in given:
-            if not token.isdecimal():
-                refuse("logit_bias", f"logit_bias {shown(token)} is invalid; give a token id as a string")
-        return {int(token): number("logit_bias", value) for token, value in given.items()}
-
-    def _stops(self) -> tuple[str, ...]:
-        value = self.get("stop", "")
-        stops = [value][: len(value)] if isinstance(value, str) else value
-        if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
-            refuse("stop", f"stop {shown(value)} is invalid; give a text or a list of texts, none of them empty")
-        if len(stops) > MOST_STOPS:
-            refuse("stop", f"stop has {len(stops)} texts; give at most {MOST_STOPS}")
-        return tuple(stops)
+    def _sampling(self) -> dict[str, Any]:
+        """Returns the given values for SamplingOptions."""
+        body, capacity = self._body, self._model.metadata.max_seq_len
+        given = {each.name: getattr(body, each.name, None) for each in fields(SamplingOptions)}
+        given = {name: value for name, value in given.items() if name in body.model_fields_set}
+        if given.get("top_k") == -1:  # vLLM's value for all tokens
+            given["top_k"] = 0
+        if given.get("top_p") == 0:
+            given["top_p"] = LIKELIEST
+        if given.get("penalty_window") == -1:  # llama.cpp's value for the whole text
+            given["penalty_window"] = capacity
+        if given.get("penalty_window") == 0:  # llama.cpp's value for no penalties
+            given |= {"penalty_window": 1, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        if given.get("dry_multiplier"):
+            given["dry_breakers"] = _holding(self._model, tuple(body.dry_sequence_breakers))
+            given["dry_window"] = None if body.dry_penalty_last_n == -1 else body.dry_penalty_last_n
+        return given | {"logit_bias": {int(token): bias for token, bias in body.logit_bias.items()}}
 
     def _schema(self) -> dict[str, Any] | None:
         """Returns the JSON schema of an answer that must be JSON, or None."""
-        wanted = self.entries("response_format")
-        kind = wanted.get("type", "text")
-        if kind == "text":
+        wanted = self._body.response_format
+        if wanted.type == "text":
             return None
-        schema: Any = {"type": "object"}
-        if kind == "json_schema":
-            schema = wanted["json_schema"].get("schema") if isinstance(wanted.get("json_schema"), dict) else None
-        elif kind != "json_object":
-            refuse(
-                "response_format", f"response_format {shown(kind)} is unknown; give text, json_object or json_schema"
-            )
-        if not isinstance(schema, dict):
-            refuse("response_format", f"the schema {shown(schema)} of response_format is invalid; give an object")
         _require_grammars("response_format")
-        return schema
+        if wanted.type == "json_object":
+            return {"type": "object"}
+        if wanted.json_schema is None:
+            refuse("response_format", 'response_format has no json_schema; add {"name": "...", "schema": {...}}')
+        return wanted.json_schema.body
 
 
 def _require_grammars(param: str) -> None:
@@ -374,8 +293,47 @@ def _require_grammars(param: str) -> None:
         refuse(param, "the server lacks llguidance; run there: pip install 'llama-pte[constrain]'")
 
 
-def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and not any(isinstance(i, bool) or not isinstance(i, int) for i in value)
+@functools.lru_cache(maxsize=4)
+def _holding(model: Model, texts: Sequence[str]) -> frozenset[int]:
+    """Returns the tokens that hold one of the texts that end a repetition.
+
+    Raises:
+        RequestError: no token holds one of them.
+    """
+    pieces = [model.tokenizer.piece(token, first=False) for token in range(model.metadata.config.vocab_size)]
+    found = set[int]()
+    for text in texts:
+        holding = {token for token, piece in enumerate(pieces) if text.encode() in piece}
+        if not holding:
+            refuse("dry_sequence_breakers", f"dry_sequence_breakers {shown(text)} is in no token; give shorter texts")
+        found |= holding
+    return frozenset(found)
+
+
+def listed(prompt: str | list[int] | list[str | list[int]]) -> list[Any]:
+    """Returns the prompts, each a text or ids, of a parameter that may be one prompt or a list."""
+    is_list = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+    return prompt if is_list else [prompt]  # type: ignore[return-value]
+
+
+def prompt_of(model: Model, param: str, prompt: str | list[int]) -> Sequence[int]:
+    """Returns the ids of a prompt.
+
+    Raises:
+        RequestError: it is empty, has unknown ids or does not fit in the context.
+    """
+    return _fitting(model, param, prompt_ids(model.program, prompt) if isinstance(prompt, str) else prompt)
+
+
+def _fitting(model: Model, param: str, ids: Sequence[int]) -> Sequence[int]:
+    metadata = model.metadata
+    with blamed_on(param):
+        try:
+            check_prompt(ids, metadata)
+        except TooLongError:  # whose message is about exporting
+            message = f"the {param} has {len(ids)} tokens, but the context only {metadata.max_seq_len}; shorten it"
+            refuse(param, message, "context_length_exceeded")
+    return ids
 
 
 def _said(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

@@ -1,16 +1,19 @@
 """Scheduler: the single thread that runs a program for several texts in turn, and its queue of jobs."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from model.errors import InputError
 from runtime.engine.program import Program
 from runtime.engine.session import Session
 from runtime.serving.session_pool import SessionPool
 from runtime.text.constraint import Constraint
-from runtime.text.generation import GenerationOptions, Step, generate, score
+from runtime.text.generation import GenerationOptions, Step, embed, generate, score
 from runtime.text.sampler import Rng
 
 
@@ -36,6 +39,11 @@ class Job:
         scored: the steps of the prompt's own tokens, if `scores` is set; complete when the first step is delivered.
         cached: number of prompt tokens that were not run because a session had them cached; known when the first step
             is delivered.
+        embeds: whether the prompt's vector is made instead of new tokens; one step without text then ends the job.
+        vector: the prompt's vector, see `embed`; known when that step is delivered.
+        made: number of steps so far.
+        prompt_seconds: time of running the prompt, with the first step.
+        seconds: time of the other steps.
         cancelled: whether the job was cancelled, so that nothing more is delivered.
     """
 
@@ -47,7 +55,32 @@ class Job:
     scores: int | None = None
     scored: list[Step] = field(default_factory=list)
     cached: int = 0
+    embeds: bool = False
+    vector: Tensor | None = None
+    made: int = 0
+    prompt_seconds: float = 0.0
+    seconds: float = 0.0
     cancelled: bool = False
+
+
+@dataclass
+class Totals:
+    """What a scheduler has done since its start.
+
+    Attributes:
+        requests: number of jobs that have ended with a finish_reason.
+        prompt_tokens: number of prompt tokens that were run.
+        cached_tokens: number of prompt tokens that were not run because a session had them cached.
+        tokens: number of new tokens.
+        prompt_seconds, seconds: see `Job`.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: int = 0
+    prompt_seconds: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -66,6 +99,7 @@ class Scheduler:
 
     Attributes:
         sessions: maximum number of active jobs.
+        totals: what was done so far.
     """
 
     def __init__(self, program: Program, sessions: int, max_queue: int) -> None:
@@ -80,6 +114,7 @@ class Scheduler:
         """
         self._program, self._room = program, sessions + max_queue
         self.sessions = sessions
+        self.totals = Totals()
         self._pool = SessionPool(program, sessions)
         self._changed = threading.Condition()
         self._waiting = deque[Job]()
@@ -149,7 +184,8 @@ class Scheduler:
 
     def _activate(self, job: Job) -> None:
         try:
-            session = self._pool.take(job.prompt if job.scores is None else job.prompt[:1])  # scores need a full run
+            is_whole = job.embeds or job.scores is not None  # and nothing of the prompt may come from a cache
+            session = self._pool.take(job.prompt[:1] if is_whole else job.prompt)
         except Exception as error:  # for example out of memory
             _deliver(job, error)
             return
@@ -158,6 +194,11 @@ class Scheduler:
 
     def _steps(self, job: Job, session: Session) -> Iterator[Step | None]:
         """Yields None for each chunk of the prompt except the last, and then the steps of the new tokens."""
+        if job.embeds:
+            for vector in embed(session, job.prompt):
+                job.vector = vector
+                yield None if vector is None else Step(job.prompt[-1], "", "stop")
+            return
         if job.scores is not None:
             for part in score(session, job.prompt, job.scores, self._program.tokenizer):
                 job.scored += part
@@ -169,16 +210,36 @@ class Scheduler:
 
     def _advance(self, active: _Active) -> None:
         """Runs the next step of a job and delivers it; ends the job after its last step or if it was cancelled."""
+        job, begun = active.job, time.perf_counter()
         try:
-            step = None if active.job.cancelled else next(active.steps)
+            step = None if job.cancelled else next(active.steps)
         except Exception as error:  # no error may stop the other jobs
             self._end(active, failed=not isinstance(error, InputError))
-            _deliver(active.job, error)
+            _deliver(job, error)
             return
-        if active.job.cancelled or (step and step.finish_reason):
+        self._count(job, step, time.perf_counter() - begun)
+        if job.cancelled or (step and step.finish_reason):
             self._end(active)
         if step:
-            _deliver(active.job, step)
+            _deliver(job, step)
+
+    def _count(self, job: Job, step: Step | None, seconds: float) -> None:
+        """Adds the time of a step, and what it did, to the job and the totals."""
+        totals = self.totals
+        if job.made:
+            job.seconds += seconds
+            totals.seconds += seconds
+        else:
+            job.prompt_seconds += seconds
+            totals.prompt_seconds += seconds
+        if step is None:
+            return
+        job.made += 1
+        if job.made == 1:
+            totals.prompt_tokens += len(job.prompt) - job.cached
+            totals.cached_tokens += job.cached
+        totals.tokens += not job.embeds
+        totals.requests += step.finish_reason is not None
 
     def _end(self, active: _Active, failed: bool = False) -> None:
         with self._changed:

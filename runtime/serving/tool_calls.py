@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.serving.request_values import no_number
+from runtime.serving.request_body import no_number
 from runtime.text.constraint import json_rule
 
 _BETWEEN = " \t\r\n;,"

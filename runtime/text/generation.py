@@ -10,7 +10,7 @@ from model.errors import InputError
 from preproc.tokenizer import StreamDecoder, Tokenizer
 from runtime.engine.session import Session
 from runtime.text.constraint import Constraint
-from runtime.text.sampler import Rng, SamplingOptions, logprobs, sample
+from runtime.text.sampler import Mirostat, Rng, SamplingOptions, logprobs, sample
 from runtime.text.speculative import Drafter
 
 
@@ -124,16 +124,18 @@ class Chooser:
         """Starts after `prompt`; `constraint` limits the tokens that may be chosen, see `runtime.text.constraint`."""
         self.tokens = list(prompt)
         self._options, self._rng, self._constraint = options, rng, constraint
+        self._mirostat = Mirostat(options) if options.mirostat else None
 
     def choose(self, logits: Tensor) -> int:
         """Chooses the next token from logits [V]."""
         allowed = self._constraint.allowed() if self._constraint else None
-        token = sample(logits, self._options, self._rng, self.tokens, allowed)
+        token = sample(logits, self._options, self._rng, self.tokens, allowed, self._mirostat)
         self._take(token)
         return token
 
     def follow(self, tokens: Sequence[int]) -> None:
         """Continues as if it had just chosen these tokens."""
+        assert self._mirostat is None, "mirostat's state depends on the logits"
         for token in tokens:
             if self._options.temperature:
                 self._rng.coin()
@@ -291,6 +293,23 @@ def score(
             logprob, top = logprobs(row, token, count)
             steps.append(Step(token, text(token), None, logprob, top))
         yield steps
+
+
+def embed(session: Session, prompt: Sequence[int]) -> Iterator[Tensor | None]:
+    """Replaces the session's text by the prompt and yields its vector: the mean hidden state, scaled to length 1, [D].
+
+    Yields None after each run of the model but the last. The program must return hidden states.
+    """
+    session.reset()
+    total: Tensor | float = 0.0
+    while session.position < len(prompt):
+        session.prefill(prompt[session.position : session.position + session.chunk])
+        assert session.hidden is not None, "the program returns no hidden states"
+        total = total + session.hidden.sum(dim=0)
+        if session.position < len(prompt):
+            yield None
+    assert isinstance(total, Tensor), "a prompt is not empty"
+    yield total / total.norm()
 
 
 def steps_to_json(steps: Sequence[Step]) -> dict[str, Any]:

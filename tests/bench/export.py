@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from export.checkpoints.families import HUGGING_FACE_NAMES
+from export.checkpoints.weight_names import HUGGING_FACE_NAMES
 
 SHAPES = {
     "1b": {"dim": 2048, "n_layers": 16, "ffn_dim_multiplier": 1.5, "multiple_of": 256},

@@ -29,7 +29,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "8da4w": {"quantize": "8da4w"},
     "8da4w --head-bits 4": {"quantize": "8da4w", "head_bits": 4},
     "8da4w --head-bits 4 --rounding hqq": {"quantize": "8da4w", "head_bits": 4, "rounding": "hqq"},
+    "8da4w --head-bits 4 --rounding importance": {"quantize": "8da4w", "head_bits": 4, "rounding": "importance"},
     "8da4w --head-bits 4 --calibrate": {"quantize": "8da4w", "head_bits": 4},
+    "q4_0": {"quantize": "q4_0"},
+    "q4_0 --rounding importance": {"quantize": "q4_0", "rounding": "importance"},
+    "q4_0 --calibrate": {"quantize": "q4_0"},
     "8da4w --head-bits 4 --group-size 64": {"quantize": "8da4w", "head_bits": 4, "group_size": 64},
     "8da4w --embedding-bits 4": {"quantize": "8da4w", "embedding_bits": 4},
 }

@@ -3,6 +3,9 @@
 #include <executorch/runtime/platform/runtime.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
+
+#include "attention/operators.h"
 #include "attention_step.h"
 #include "kernel_call.h"
 
@@ -222,6 +225,17 @@ TEST(AttentionOperator, RefusesImpossibleArguments) {
     EXPECT_EQ(call(step), et::Error::InvalidArgument);
     AttentionStep wide({1, 1, 257, 1, 4, {0}}, RowForm::kFloat32);
     EXPECT_EQ(call(wide), et::Error::InvalidArgument);
+}
+
+TEST(OverThreads, RunsEachTaskOnce) {
+    for (const int64_t count : {0, 1, 2, 3, 7, 100, 5000}) {
+        std::vector<std::atomic<int>> runs(static_cast<size_t>(count));
+        const auto run = [](const void* context, int64_t i) {
+            ++static_cast<std::atomic<int>*>(const_cast<void*>(context))[i];
+        };
+        over_threads(count, run, runs.data());
+        for (const std::atomic<int>& each : runs) ASSERT_EQ(each, 1) << count;
+    }
 }
 
 }  // namespace

@@ -62,6 +62,13 @@ struct Product {
     }
 };
 
+/// Whether numbers are equal bit for bit, or neither is a number.
+bool alike(const std::vector<float>& a, const std::vector<float>& b) {
+    return std::ranges::equal(a, b, [](float one, float other) {
+        return std::memcmp(&one, &other, sizeof one) == 0 || (std::isnan(one) && std::isnan(other));
+    });
+}
+
 bool same(const std::vector<float>& a, const std::vector<float>& b) {
     return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
@@ -153,6 +160,26 @@ TEST_P(LinearOn, TakesTheLargestNumbersExactly) {
     for (const float y : product.out) EXPECT_EQ(y, expected);
 }
 
+TEST_P(LinearOn, TakesAnyBytes) {
+    std::mt19937 engine(1);
+    for (int round = 0; round < 300; ++round) {
+        const auto type = BlockType(engine() % kTypes);
+        const int64_t tokens = 1 + engine() % 20, rows = 1 + engine() % 50;
+        const int64_t columns = block_columns(type) * static_cast<int64_t>(1 + engine() % 3);
+        Product portable(type, tokens, columns, rows);
+        Product product(type, tokens, columns, rows);
+        for (std::byte& byte : product.weight) byte = std::byte(engine());
+        if (round % 3 == 0) product.x[engine() % product.x.size()] = round % 2 == 0 ? INFINITY : 3e38f;
+        portable.weight = product.weight;
+        portable.x = product.x;
+        portable.multiply(in_order, IntegerSet::kPortable);
+        product.multiply(on_three_threads, GetParam());
+        EXPECT_TRUE(alike(portable.out, product.out)) << kBlockForms[size_t(type)].name << " round " << round;
+        std::vector<float> row(static_cast<size_t>(columns));
+        for (int64_t r = 0; r < rows; ++r) read_row(type, columns, product.weight.data(), r, row.data());
+    }
+}
+
 TEST_P(LinearOn, PassesOnWhatIsNotANumber) {
     Product product(BlockType::kQ4_0, 2, 96, 20);
     product.x[50] = NAN;
@@ -164,7 +191,7 @@ TEST_P(LinearOn, PassesOnWhatIsNotANumber) {
 }
 
 std::string name_of(const ::testing::TestParamInfo<IntegerSet>& set) {
-    constexpr const char* kNames[] = {"Portable", "Neon", "NeonDot", "Avx2", "Avx512Vnni"};
+    constexpr const char* kNames[] = {"Portable", "Neon", "NeonDot", "NeonI8mm", "Avx2", "Avx512Vnni"};
     return kNames[static_cast<size_t>(set.param)];
 }
 
@@ -295,6 +322,28 @@ TEST(LinearOperator, RefusesImpossibleArguments) {
     }
     refuses(4, 1.0);
     for (const int64_t rows : {int64_t{0}, int64_t{-1}, int64_t{33}, INT64_MAX}) refuses(4, rows);
+}
+
+TEST(LinearOperator, ComputesOrRefusesAnySizes) {
+    using executorch::aten::ScalarType;
+    std::mt19937 engine(1);
+    std::vector<int64_t> memory(1 << 14);
+    for (int round = 0; round < 1000; ++round) {
+        const auto type = BlockType(engine() % kTypes);
+        const auto tokens = static_cast<int32_t>(1 + engine() % 5);
+        Product product(type, tokens, block_columns(type), 1 + engine() % 50);
+        const auto bytes = static_cast<int32_t>(product.weight.size());
+        const auto off = static_cast<int32_t>(engine() % 5) - 2;
+        const auto columns = static_cast<int32_t>(product.linear.columns);
+        EXPECT_EQ(call(product, 1, Owned(ScalarType::Byte, {bytes + off}, memory.data()).value) == et::Error::Ok,
+                  off == 0);
+        EXPECT_EQ(call(product, 0, Owned(ScalarType::Float, {1, tokens, columns + off}, memory.data()).value) ==
+                      et::Error::Ok,
+                  off == 0);
+        const auto rows = static_cast<int64_t>(engine() % 64);
+        EXPECT_EQ(call(product, 4, rows) == et::Error::Ok,
+                  rows <= product.linear.rows && rows > 0 && groups_of(rows) == groups_of(product.linear.rows));
+    }
 }
 
 }  // namespace

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from export.checkpoints.checkpoint import half_split, renamed
-from export.checkpoints.families import HUGGING_FACE_NAMES
 from export.checkpoints.layouts import BUILT_IN, Checkpoint, open_checkpoint
+from export.checkpoints.weight_names import HUGGING_FACE_NAMES
 from export.lowering.trace import GraphOptions
 from export.weights.scheme import SCHEMES
 from export.weights.source import WeightSource

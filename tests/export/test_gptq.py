@@ -11,19 +11,23 @@ from safetensors import safe_open
 from torch import Tensor
 
 from export import verify as command
+from export.checkpoints.checkpoint import StoredBlocks
 from export.checkpoints.layouts import BUILT_IN, open_checkpoint
 from export.llama import ExportOptions, export_llama
 from export.lowering.trace import step
 from export.planning.plan import plan
 from export.quality import gptq as calibrate_module
 from export.quality.eager import packed
-from export.quality.gptq import CalibrationText, calibrate, gptq, inverse_root
+from export.quality.gptq import CalibrationText, calibrate, gptq, importance, inverse_root
 from export.quality.layer_errors import measure_layer_errors
 from export.quality.perplexity import TEXT, Rows, windows
+from export.weights.formats.blocks import Blocks
 from export.weights.formats.float32 import FLOAT
-from export.weights.formats.integer import BYTE, ROUNDINGS, Integer, codes_for, hqq
-from export.weights.scheme import CALIBRATED, SCHEMES, Scheme, matrices
+from export.weights.formats.format import Quantised
+from export.weights.formats.integer import BYTE, ROUNDINGS, Integer, codes_for
+from export.weights.scheme import CALIBRATED, IMPORTANCE, SCHEMES, Scheme, matrices
 from export.weights.source import WeightSource
+from model.block_linear import BLOCK_FORMS
 from model.config import ModelConfig
 from model.errors import InputError
 from preproc.tokenizer import open_tokenizer
@@ -33,6 +37,7 @@ from tests.export.test_layer_errors import VARIANTS
 
 FOUR = Integer(4, 32)
 SCHEME = replace(SCHEMES["8da4w"], rounding=CALIBRATED)
+FORMS: list[Quantised] = [BYTE, FOUR, Integer(4, 128), *map(Blocks.of, BLOCK_FORMS)]
 FEW = replace(TOY, dim=64, hidden_dim=96, head_dim=16, vocab_size=40, tied=False)
 """A model with fewer tokens than dimensions, so that inputs are correlated."""
 
@@ -44,7 +49,19 @@ def correlated(seed: int, columns: int = 128) -> Tensor:
 
 
 def loss(x: Tensor, weight: Tensor, found: Tensor) -> float:
-    return float((x @ (weight - found.dequantize()).t()).square().sum())
+    return float((x @ (weight - found).t()).square().sum())
+
+
+def dense(form: Quantised, stored: Tensor) -> Tensor:
+    """The numbers that a stored matrix stands for."""
+    columns = 256 if isinstance(form, Blocks) else stored.shape[1]
+    return form.embedding(stored, columns)(torch.arange(len(stored))[None])[0]
+
+
+def text_of(path: Path) -> CalibrationText:
+    found = CalibrationText.of(path, CALIBRATED)
+    assert found
+    return found
 
 
 def random_tokens(config: ModelConfig, seed: int) -> list[list[int]]:
@@ -56,13 +73,36 @@ def source_of(config: ModelConfig, scheme: Scheme = SCHEME) -> WeightSource:
     return WeightSource(config, random_model(config).state_dict(), scheme)
 
 
-@settings(max_examples=10)
-@given(st.integers(0, 1 << 30), st.sampled_from([BYTE, FOUR, Integer(4, 128)]))
-def test_gptq_loses_less_than_rounding_each_weight_alone(seed: int, form: Integer) -> None:
-    weight, x = torch.randn(24, 128, generator=torch.Generator().manual_seed(seed)), correlated(seed)
-    found = form.from_codes(*gptq(weight, inverse_root(x), form))
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_errors_are_smaller_where_inputs_are_larger(form: Quantised) -> None:
+    weight = torch.randn(24, 256, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(300, 256, generator=torch.Generator().manual_seed(1)) * torch.logspace(-1, 1, 256)
+    x = x[:, torch.randperm(256, generator=torch.Generator().manual_seed(2))]
+    h = importance(x)
+    values, *found = gptq(weight, None, h, form)
+    torch.testing.assert_close(values, dense(form, form.restored(*found)), atol=1e-5, rtol=1e-5)
     for rounding in ROUNDINGS:
-        assert loss(x, weight, found) < 0.8 * loss(x, weight, form.stored(weight, rounding))
+        plain = dense(form, form.stored(weight, rounding))
+        assert (h * (values - weight).square()).sum() <= (h * (plain - weight).square()).sum()
+    again = gptq(weight, None, h, form, with_values=False)
+    assert again[0].numel() == 0
+    assert all(map(torch.equal, again[1:], found))
+
+
+def test_a_column_without_inputs_still_counts() -> None:
+    assert torch.equal(importance(torch.zeros(3, 4)), torch.ones(4))
+    found = importance(torch.tensor([[0.0, 1.0, 2.0], [0.0, -1.0, 2.0]]))
+    torch.testing.assert_close(found, torch.tensor([0, 0.6, 2.4]) + 1e-4)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 1 << 30), st.sampled_from(FORMS))
+def test_less_is_lost_than_where_each_weight_is_rounded_alone(seed: int, form: Quantised) -> None:
+    weight, x = torch.randn(24, 256, generator=torch.Generator().manual_seed(seed)), correlated(seed, 256)
+    values, *found = gptq(weight, inverse_root(x), importance(x), form)
+    torch.testing.assert_close(values, dense(form, form.restored(*found)), atol=1e-5, rtol=1e-5)
+    for rounding in ROUNDINGS:
+        assert loss(x, weight, values) < 0.8 * loss(x, weight, dense(form, form.stored(weight, rounding)))
 
 
 @pytest.mark.parametrize("form", [BYTE, FOUR, Integer(4, 64)])
@@ -70,9 +110,10 @@ def test_with_uncorrelated_inputs_each_weight_is_rounded_alone(form: Integer) ->
     torch.manual_seed(0)
     weight = torch.randn(24, 192)
     for x in (torch.diag(torch.rand(192) + 0.1), torch.zeros(5, 192)):
-        codes, scale = gptq(weight, inverse_root(x), form)
-        groups = torch.split(weight, form.group_size or 192, dim=1)
-        assert torch.equal(scale, torch.cat([hqq(group, form)[1] for group in groups], dim=1))
+        h = importance(x)
+        _, codes, scale = gptq(weight, inverse_root(x), h, form)
+        groups = zip(*(torch.split(each, form.group_size or 192, dim=-1) for each in (weight, h)), strict=True)
+        assert torch.equal(scale, torch.stack([form.grid(*group).scale for group in groups], dim=1))
         assert torch.equal(codes, codes_for(weight, scale, form)[0])
 
 
@@ -80,7 +121,7 @@ def test_a_column_that_no_token_uses_is_rounded_alone() -> None:
     x = correlated(0)
     x[:, [5, 40]] = 0
     weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
-    codes, scale = gptq(weight, inverse_root(x), FOUR)
+    _, codes, scale = gptq(weight, inverse_root(x), importance(x), FOUR)
     alone, _ = codes_for(weight, scale, FOUR)
     assert torch.equal(codes[:, [5, 40]], alone[:, [5, 40]])
     assert not torch.equal(codes, alone)
@@ -96,26 +137,27 @@ def test_inverse_root_is_the_root_of_the_inverse() -> None:
 
 
 def test_rows_are_rounded_alike_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    root, weight = inverse_root(correlated(0)), torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(calibrate_module, "hqq", ROUNDINGS["nearest"])  # hqq's stopping rule depends on all rows
-    whole = gptq(weight, root, FOUR)
+    x, weight = correlated(0), torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
+    _, codes, scale = gptq(weight, inverse_root(x), importance(x), FOUR)
     monkeypatch.setattr(calibrate_module, "_ELEMENTS_AT_ONCE", 5 * 128)
-    parted = gptq(weight, root, FOUR)
-    torch.testing.assert_close(parted[1], whole[1], atol=0, rtol=1e-2)
-    assert (parted[0] != whole[0]).float().mean() < 1e-2
+    _, parted_codes, parted_scale = gptq(weight, inverse_root(x), importance(x), FOUR)
+    torch.testing.assert_close(parted_scale, scale, atol=0, rtol=1e-2)
+    assert (parted_codes != codes).float().mean() < 1e-2
 
 
-def test_a_models_stream_is_closer_to_float32s(tmp_path: Path) -> None:
-    """Compares on tokens that were not used for calibration."""
-    calibrated = calibrate(source_of(FEW), random_tokens(FEW, 0), FEW.context, tmp_path)
+@pytest.mark.parametrize("quantize", ["8da4w", "q4_0", "q4_1"])
+def test_a_models_stream_is_closer_to_float32s(quantize: str, tmp_path: Path) -> None:
+    """Of tokens that it was not calibrated with."""
+    scheme = replace(SCHEMES[quantize], rounding=CALIBRATED)
+    calibrated = calibrate(source_of(FEW, scheme), random_tokens(FEW, 0), FEW.context, tmp_path)
     inputs = packed(FEW, random_tokens(FEW, 1)[:5], FEW.context)
 
     def streams(source: WeightSource) -> list[float]:
         return [found.stream for found in measure_layer_errors(source, inputs, lambda start, exact, found: None)][1:]
 
     ours = streams(calibrated)
-    for rounding in ROUNDINGS:
-        theirs = streams(source_of(FEW, replace(SCHEME, rounding=rounding)))
+    for rounding in ROUNDINGS if quantize == "8da4w" else ["nearest"]:
+        theirs = streams(source_of(FEW, replace(scheme, rounding=rounding)))
         assert all(our < 0.9 * their for our, their in zip(ours, theirs, strict=True)), rounding
 
 
@@ -151,7 +193,7 @@ def test_only_calibrated_matrices_are_read_from_the_folder(tmp_path: Path) -> No
     for name in matrices(FEW):
         piece = name.rpartition(".")[0] if name.startswith("head") else ".".join(name.split(".")[:2])
         with safe_open(tmp_path / f"{piece.removesuffix('.output')}.safetensors", "pt") as tensors:
-            assert torch.equal(source.stored(name).qdata, tensors.get_tensor(f"{name}.codes"))
+            assert torch.equal(source.stored(name).qdata, tensors.get_tensor(f"{name}.0"))
         assert not torch.equal(source.stored(name).qdata, FOUR.stored(source.weight(name), "hqq").qdata)
     embedding = source.stored("tok_embeddings.weight")
     assert torch.equal(embedding.qdata, BYTE.stored(source.weight("tok_embeddings.weight"), "hqq").qdata)
@@ -180,6 +222,17 @@ def test_float32_and_a_tied_head_are_not_calibrated(
             assert torch.equal(found if form == FLOAT else found.qdata, expected if form == FLOAT else expected.qdata)
 
 
+def test_blocks_of_a_checkpoint_are_kept(tmp_path: Path) -> None:
+    weights, name = random_model(FEW).state_dict(), "layers.0.attention.wq.weight"
+    scheme = replace(SCHEMES["q4_0"], rounding=CALIBRATED)
+    kept = scheme.linear.stored(torch.eye(64), "nearest")
+    blocks = {name: StoredBlocks("Q4_0", lambda: kept)}
+    source = calibrate(WeightSource(FEW, weights, scheme, blocks=blocks), random_tokens(FEW, 0), 8, tmp_path)
+    assert not source.is_calibrated(name)
+    assert torch.equal(source.stored(name), kept)
+    assert source.is_calibrated("layers.0.attention.wk.weight")
+
+
 @pytest.fixture(scope="module")
 def calibrated_toy(toy_options: ExportOptions, tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
     """Exports a calibrated random model and returns its options."""
@@ -196,10 +249,21 @@ def test_a_calibrated_file_records_its_text_and_is_verified(
     assert output
     provenance = read_metadata(output).provenance
     assert provenance["options"]["scheme"]["rounding"] == "gptq"
-    assert provenance["calibration"] == {"sha256": CalibrationText.of(TEXT).sha256}
+    assert provenance["calibration"] == {"sha256": text_of(TEXT).sha256}
     arguments = [str(output), "--checkpoint", str(calibrated_toy.checkpoint), "--max-ppl-increase", "1000"]
     assert command.main([*arguments, "--calibrate", str(TEXT)]) == 0
     assert "passed" in capsys.readouterr().out
+
+
+def test_a_file_of_the_built_in_text_is_verified_without_naming_it(toy_options: ExportOptions, tmp_path: Path) -> None:
+    options = replace(toy_options, prefill_chunk=1, quantize="q4_0", rounding=IMPORTANCE, output=tmp_path / "toy.pte")
+    path = export_llama(replace(options, max_ppl_increase=1e3))
+    provenance = read_metadata(path).provenance
+    text = CalibrationText.of(None, IMPORTANCE)
+    assert text
+    assert provenance["options"]["scheme"]["rounding"] == IMPORTANCE
+    assert provenance["calibration"] == {"sha256": text.sha256}
+    assert command.main([str(path), "--checkpoint", str(options.checkpoint), "--max-ppl-increase", "1000"]) == 0
 
 
 def test_another_export_is_the_same_to_the_byte(
@@ -233,8 +297,13 @@ def test_verifying_needs_the_same_text(calibrated_toy: ExportOptions, tmp_path: 
         (None, {}, r"--calibrate .*text.txt is not a file; give a text file"),
         (b"\xff\xfe", {}, r"text.txt is not UTF-8; give a text file in UTF-8"),
         (b"", {}, r"text.txt has fewer than two tokens; give a longer text"),
-        (b"Once", {"quantize": "fp32"}, r"text.txt needs layers in 8da4w or 8da8w.*give --quantize 8da4w"),
+        (b"Once", {"quantize": "fp32"}, r"text.txt has no effect, because no matrix .* is rounded; give another"),
         (b"Once upon", {"tokenizer": Path("none")}, r"needs a tokenizer; give --tokenizer FILE"),
+        (
+            b"Once upon",
+            {"calibrate": None, "rounding": IMPORTANCE, "quantize": "fp32"},
+            r"--rounding importance has no",
+        ),
         (b"Once upon", {"rounding": "hqq"}, r"--rounding hqq has no effect with --calibrate"),
     ],
 )
@@ -251,11 +320,11 @@ def test_invalid_options_are_refused_when_planned(
 def test_a_text_is_split_into_windows_of_one_length() -> None:
     tokenizer = open_tokenizer(BUILT_IN / "tokenizer.model")
     ids = tokenizer.encode(TEXT.read_text())
-    found = CalibrationText.of(TEXT).windows(tokenizer, 1, 100)
+    found = text_of(TEXT).windows(tokenizer, 1, 100)
     assert {len(part) for part in found} == {100}
     assert found == [[1, *ids[start : start + 99]] for start in range(0, 100 * len(found), 100)]
     assert len(found) == min(len(ids), calibrate_module.TOKENS) // 100
-    assert CalibrationText(TEXT, "Once").windows(tokenizer, 1, 100) == [[1, *tokenizer.encode("Once")][:-1]]
+    assert CalibrationText("--calibrate", "Once").windows(tokenizer, 1, 100) == [[1, *tokenizer.encode("Once")][:-1]]
 
 
 @pytest.mark.slow
@@ -281,7 +350,7 @@ def test_unseen_text_is_predicted_better(model: str, shared: Path, tmp_path: Pat
         assert comparison.perplexity
         return comparison.perplexity, comparison.mean_kl
 
-    text = CalibrationText.of(shared / "tinystories" / "train-a.txt").windows(tokenizer, 1, 512)
+    text = text_of(shared / "tinystories" / "train-a.txt").windows(tokenizer, 1, 512)
     source = WeightSource(checkpoint.config, checkpoint.weights, SCHEME)
     ours = perplexity(calibrate(source, text, 512, tmp_path))
     for rounding in ROUNDINGS:

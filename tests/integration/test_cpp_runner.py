@@ -343,6 +343,25 @@ def test_aarch64_runs_four_bit_weights_as_this_machine_does(
     assert there.stdout == here.stdout, there.stderr
 
 
+@pytest.mark.slow
+def test_aarch64_multiplies_by_blocks_as_every_cpu_does(aarch64: list[str | Path], tmp_path: Path) -> None:
+    """Runs the kernels' tests on ARM, which compare all instruction sets that qemu has, bit for bit."""
+    (wheel,) = (AARCH64.parent / "third_party").glob("aarch64-*/executorch")
+    google, source = Path("/usr/src/googletest/googletest"), ROOT / "cpp_runner" / "src"
+    include = (source, ROOT / "cpp_runner" / "include", google, google / "include", wheel / "include")
+    include += (wheel / "include" / "executorch" / "runtime" / "core" / "portable_type" / "c10",)
+    files = [ROOT / "tests" / "cpp" / "test_linear.cpp", *(source / "linear").glob("*.cpp")]
+    files += [google / "src" / "gtest-all.cc", google / "src" / "gtest_main.cc"]
+    flags = ["-std=c++20", "-O2", "-DC10_USING_CUSTOM_GENERATED_MACROS", "-DET_USE_THREADPOOL"]
+    flags += [*(f"-I{folder}" for folder in include), f"-L{wheel / 'lib'}", "-o", str(tmp_path / "tests")]
+    libraries = ["-lexecutorch", "-lexecutorch_threadpool", f"-Wl,-rpath,{wheel / 'lib'}"]
+    made = _run("aarch64-linux-gnu-g++", *files, *flags, *libraries)
+    assert made.returncode == 0, made.stderr
+    done = _run(*aarch64[:-1], tmp_path / "tests")
+    assert done.returncode == 0, done.stdout
+    assert "IsTheSameOnEveryCpu/NeonI8mm" in done.stdout
+
+
 def _built(preset: str, *targets: str) -> Path:
     """Returns the folder of another build of the C++ runner."""
     build = ROOT / "build" / preset

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from runtime import serve
-from runtime.serving.openai_request import Model
 from runtime.serving.scheduler import Job, Scheduler
+from runtime.serving.served_model import Model
 from runtime.text.prompts import prompt_ids
 from tests.support.serving import MESSAGES, Gate, Server, serving, told_by_the_end
 

@@ -53,6 +53,9 @@ def text_of(steps: list[Step]) -> str:
         {"temperature": 0.0},
         {"temperature": 0.9, "top_p": 0.8, "presence_penalty": 0.5, "frequency_penalty": 0.3},
         {"temperature": 1.1, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.3, "logit_bias": {300: 4.0}},
+        {"temperature": 1.2, "typical_p": 0.4},
+        {"temperature": 1.0, "mirostat": 1, "mirostat_tau": 2.0, "mirostat_eta": 0.3},
+        {"temperature": 1.0, "mirostat": 2, "mirostat_tau": 1.0},
     ],
 )
 def test_a_completion_equals_generate(server: Server, expected: Callable[..., list[Step]], how: dict[str, Any]) -> None:
@@ -251,6 +254,8 @@ def test_a_continued_chat_reuses_its_cache(server: Server, tiny_pte: Path) -> No
         ("completions", {"prompt": "x", "best_of": 1, "n": 2}, "best_of", "best_of 1 is less than n 2"),
         ("completions", {"prompt": "x", "best_of": 2, "stream": True}, "best_of", "is unsupported with stream"),
         ("completions", {"prompt": "x", "tools": [{}]}, "tools", "tools [{}] is unsupported; give []"),
+        ("completions", {"prompt": "x", "mirostat": 3}, "mirostat", "mirostat 3 is invalid; give 0 (none), 1 or 2"),
+        ("completions", {"prompt": "x", "grammar": "root"}, "grammar", 'grammar "root" is unsupported; give ""'),
         ("completions", {"prompt": "x", "suffix": "y"}, "suffix", 'suffix "y" is unsupported; give ""'),
         (
             "chat/completions",
@@ -260,12 +265,17 @@ def test_a_continued_chat_reuses_its_cache(server: Server, tiny_pte: Path) -> No
         ),
         ("completions", {"prompt": "x", "temperature": -1}, "temperature", "temperature -1.0 is invalid"),
         ("completions", {"prompt": "x", "temperature": "hot"}, "temperature", '"hot" is invalid; give a number'),
-        ("completions", {"prompt": "x", "temperature": 10**400}, "temperature", "is too large"),
+        ("completions", {"prompt": "x", "temperature": 10**400}, "temperature", "is invalid; give a number"),
         ("completions", {"prompt": "x", "top_p": 2}, "top_p", "top-p 2.0 is invalid"),
         ("completions", {"prompt": "x", "top_k": 1.5}, "top_k", "1.5 is invalid; give a whole number"),
         ("completions", {"prompt": "x", "max_tokens": 0}, "max_tokens", "max_tokens 0 is invalid; give 1 or more"),
         ("completions", {"prompt": "x", "logprobs": 21}, "logprobs", "give 0 to 20"),
-        ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", "is invalid; give a token id"),
+        (
+            "completions",
+            {"prompt": "x", "logit_bias": {"a": 1}},
+            "logit_bias",
+            "is invalid; give at most 1024 token ids",
+        ),
         (
             "completions",
             {"prompt": "x", "logit_bias": {"99999": 1}},
@@ -273,7 +283,12 @@ def test_a_continued_chat_reuses_its_cache(server: Server, tiny_pte: Path) -> No
             "logit-bias 99999 is invalid; give ids",
         ),
         ("completions", {"prompt": "x", "stop": ["a", ""]}, "stop", "none of them empty"),
-        ("completions", {"prompt": "x", "stop": ["a"] * 17}, "stop", "stop has 17 texts; give at most 16"),
+        (
+            "completions",
+            {"prompt": "x", "stop": ["a"] * 17},
+            "stop",
+            "is invalid; give a text or a list of at most 16 texts",
+        ),
         ("completions", {"prompt": "x", "seed": True}, "seed", "true is invalid; give a whole number"),
         ("completions", {"prompt": "x", "stream": "yes"}, "stream", "is invalid; give true or false"),
         ("completions", {"prompt": "x", "stream_options": {}}, "stream_options", "needs stream; add stream: true"),
@@ -289,22 +304,51 @@ def test_a_continued_chat_reuses_its_cache(server: Server, tiny_pte: Path) -> No
         ("completions", {}, "prompt", "is invalid; give a text or a list of token ids"),
         ("completions", {"prompt": []}, "prompt", "the prompt is empty"),
         ("completions", {"prompt": [1, 99999]}, "prompt", "token 99999 is not in the vocabulary"),
-        ("completions", {"prompt": "x", "response_format": {"type": "xml"}}, "response_format", '"xml" is unknown'),
-        ("completions", {"prompt": "x", "response_format": {"type": "json_schema"}}, "response_format", "schema null"),
+        (
+            "completions",
+            {"prompt": "x", "response_format": {"type": "xml"}},
+            "response_format",
+            "response_format.type \"xml\" is invalid; give 'text', 'json_object' or",
+        ),
+        (
+            "completions",
+            {"prompt": "x", "response_format": {"type": "json_schema"}},
+            "response_format",
+            "response_format has no json_schema; add",
+        ),
         (
             "completions",
             {"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}},
             "response_format",
             "the grammar cannot be used",
         ),
-        ("chat/completions", {"messages": []}, "messages", "give a list of at least one"),
-        ("chat/completions", {"messages": ["Hi"]}, "messages", '"Hi" has no role'),
-        ("chat/completions", {"messages": [{"role": "user"}]}, "messages", "the content null is invalid"),
+        ("chat/completions", {"messages": []}, "messages", "messages [] is invalid; give a list of at least 1"),
+        ("chat/completions", {"messages": ["Hi"]}, "messages", 'messages[0] "Hi" is invalid; give an object'),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user"}]},
+            "messages",
+            'the message of "user" has no content; add a text',
+        ),
         (
             "chat/completions",
             {"messages": [{"role": "tool", "content": ""}]},
             "messages",
             "the roles of the messages are tool",
+        ),
+        ("chat/completions", {}, "messages", "the request has no messages; add it"),
+        ("chat/completions", {"messages": [{"content": "x"}]}, "messages", 'messages[0] {"content": "x"} has no role'),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages",
+            "messages[0].content[0].type \"image_url\" is invalid; give 'text'",
+        ),
+        (
+            "chat/completions",
+            {"messages": MESSAGES, "max_completion_tokens": 0},
+            "max_completion_tokens",
+            "give 1 or more",
         ),
         ("chat/completions", {"messages": MESSAGES, "top_logprobs": 1}, "top_logprobs", "add logprobs: true"),
     ],
@@ -316,6 +360,78 @@ def test_invalid_values_are_refused(
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert message in error["message"]
+
+
+def test_what_is_ignored_is_said_in_the_answer_or_at_the_end_of_a_stream(server: Server) -> None:
+    ask: dict[str, Any] = {"max_tokens": 2, "store": True, "model": "gpt-4o", "user": None}
+    expected = [
+        "store is not a parameter of this server and was ignored",
+        'model "gpt-4o" is not served; tiny answered',
+    ]
+    for endpoint, body in (("completions", {"prompt": STORY}), ("chat/completions", {"messages": MESSAGES})):
+        answer = server.post(endpoint, **body, **ask).json()
+        assert (answer["model"], answer["warnings"]) == ("tiny", expected)
+        assert "warnings" not in server.post(endpoint, **body, max_tokens=2, model="tiny").json()
+        for how in ({}, {"stream_options": {"include_usage": True}}):
+            stream = server.post(endpoint, **body, **ask, stream=True, **how).text
+            *chunks, last = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+            assert last["warnings"] == expected
+            assert all("warnings" not in chunk for chunk in chunks)
+            assert ("usage" in last) == bool(how)
+
+
+def test_timings_are_those_of_llama_cpps_server(server: Server) -> None:
+    told = server.post("completions", prompt="The bird sang a song of " + STORY, max_tokens=6, n=2).json()
+    timings, usage = told["timings"], told["usage"]
+    assert timings["predicted_n"] == usage["completion_tokens"] == 12
+    assert timings["cache_n"] + timings["prompt_n"] == 2 * usage["prompt_tokens"]
+    for name in ("prompt", "predicted"):
+        count, milliseconds = timings[f"{name}_n"], timings[f"{name}_ms"]
+        assert milliseconds > 0
+        assert timings[f"{name}_per_token_ms"] == pytest.approx(milliseconds / count)
+        assert timings[f"{name}_per_second"] == pytest.approx(1e3 * count / milliseconds)
+
+
+def test_a_parameter_may_have_the_name_that_other_servers_give_it(server: Server) -> None:
+    def text(**how: Any) -> str:
+        answer = server.post("completions", prompt=STORY, seed=1, **how)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["text"])
+
+    ours = {"repetition_penalty": 1.5, "penalty_window": 9, "typical_p": 0.5, "max_tokens": 30}
+    theirs = {"repeat_penalty": 1.5, "repeat_last_n": 9, "typ_p": 0.5, "n_predict": 30}
+    assert text(**ours) == text(**theirs) == text(**ours, **theirs)
+    assert text(repetition_penalty=1.5, repetition_context_size=9, typical_p=0.5, max_tokens=30) == text(**ours)
+    assert text(repeat_penalty=1.9, repeat_last_n=0, n_predict=30) == text(max_tokens=30)
+    whole = text(repeat_penalty=1.9, repeat_last_n=-1, n_predict=30)
+    assert whole == text(repetition_penalty=1.9, penalty_window=512, max_tokens=30)
+    error = server.post("completions", prompt=STORY, repeat_penalty=1.5, repetition_penalty=1.2).json()["error"]
+    assert error["param"] == "repeat_penalty"
+    assert error["message"] == "repeat_penalty 1.5 and repetition_penalty 1.2 differ; give one"
+    error = server.post("completions", prompt=STORY, n_predict="x").json()["error"]
+    assert (error["param"], error["message"]) == (
+        "n_predict",
+        'n_predict "x" is invalid; give 1 or more, or -1 for no limit',
+    )
+
+
+def test_dry_ends_a_repetition_unless_a_breaker_stands_in_it(server: Server) -> None:
+    lines = "The cat sat. The cat sat. The cat sat. The cat"
+    sat = str(server.model.tokenizer.encode("The cat sat")[-1])
+
+    def text(**how: Any) -> str:
+        ask: Any = {"prompt": lines, "temperature": 0, "max_tokens": 1, "logit_bias": {sat: 100}, **how}
+        answer = server.post("completions", **ask)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["text"])
+
+    dry = {"dry_multiplier": 200.0}
+    assert text() == " sat"
+    assert text(**dry) != " sat"
+    assert text(**dry, dry_sequence_breakers=["cat"]) == text(**dry, dry_penalty_last_n=3) == " sat"
+    error = server.post("completions", prompt=lines, **dry, dry_sequence_breakers=["q9!"]).json()["error"]
+    assert error["param"] == "dry_sequence_breakers"
+    assert error["message"] == 'dry_sequence_breakers "q9!" is in no token; give shorter texts'
 
 
 def test_unknown_parameters_and_nulls_are_ignored(server: Server) -> None:
@@ -370,3 +486,15 @@ def test_only_local_pages_may_send_requests_from_a_browser(origin: str, is_let: 
     answer = httpx.options(f"{server.url}/v1/chat/completions", headers=headers)
     assert (answer.status_code == 200) == is_let
     assert answer.headers.get("access-control-allow-origin") == (origin if is_let else None)
+
+
+def test_pages_of_allowed_origins_may_ask_as_well(server: Server) -> None:
+    def allowed(origins: list[str], origin: str) -> str | None:
+        with serving(server.model, origins=origins) as other:
+            answer = httpx.get(f"{other.url}/health", headers={"Origin": origin})
+        return answer.headers.get("access-control-allow-origin")
+
+    there = "https://elsewhere.example"
+    assert allowed([there], there) == there
+    assert allowed([there], "https://third.example") is None
+    assert allowed(["*"], there) == "*"

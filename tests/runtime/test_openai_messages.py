@@ -12,7 +12,8 @@ import pytest
 from preproc.jinja_template import JinjaTemplate
 from runtime import serve
 from runtime.serving import openai_request, scheduler
-from runtime.serving.openai_request import Model, read_chat
+from runtime.serving.openai_request import read_chat
+from runtime.serving.served_model import Model
 from runtime.text.generation import GenerationOptions, Step, StepBuilder
 from tests.support.serving import MESSAGES, Server, serving
 
@@ -183,15 +184,31 @@ HISTORY = {"role": "assistant", "content": None}
 @pytest.mark.parametrize(
     ("values", "param", "message"),
     [
-        ({"tools": {}}, "tools", "tools {} is invalid; give a list of functions"),
-        ({"tools": [{}]}, "tools", 'tools has {}, which is not a function; give {"type": "function"'),
-        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools", "which is not a function"),
-        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools", "which is not a function"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools", "the parameters []"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "description": 1}}]}, "tools", "the description 1"),
+        ({"tools": {}}, "tools", "tools {} is invalid; give a list"),
+        ({"tools": [{}]}, "tools", "tools[0] {} has no type; add it"),
+        (
+            {"tools": [{"type": "custom", "custom": {"name": "x"}}]},
+            "tools",
+            "tools[0].type \"custom\" is invalid; give 'function'",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": ""}}]},
+            "tools",
+            'tools[0].function.name "" is invalid; give at least',
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+            "tools",
+            "parameters [] is invalid; give an object",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "description": 1}}]},
+            "tools",
+            "description 1 is invalid; give a text",
+        ),
         ({"tools": [PET, PET]}, "tools", 'tools has "pet" more than once; give each function a different name'),
-        ({"tools": [PET], "tool_choice": "any"}, "tool_choice", 'tool_choice "any" is unknown; give none, auto, req'),
-        ({"tools": [PET], "tool_choice": {"type": "function"}}, "tool_choice", "is unknown; give none, auto"),
+        ({"tools": [PET], "tool_choice": "any"}, "tool_choice", 'tool_choice "any" is invalid; give none, auto, req'),
+        ({"tools": [PET], "tool_choice": {"type": "function"}}, "tool_choice", "is invalid; give none, auto"),
         (
             {"tools": [WAIT], "tool_choice": NAMED},
             "tool_choice",
@@ -208,8 +225,16 @@ HISTORY = {"role": "assistant", "content": None}
             "tools",
             "the grammar cannot be used",
         ),
-        ({"messages": [{**HISTORY, "tool_calls": {"x": 1}}]}, "messages", "give a list of calls"),
-        ({"messages": [{**HISTORY, "tool_calls": [{}]}]}, "messages", "tool_calls has {}, which is not a call"),
+        (
+            {"messages": [{**HISTORY, "tool_calls": {"x": 1}}]},
+            "messages",
+            'messages[0].tool_calls {"x": 1} is invalid; give a list',
+        ),
+        (
+            {"messages": [{**HISTORY, "tool_calls": [{}]}]},
+            "messages",
+            "messages[0].tool_calls[0] {} has no function; add it",
+        ),
         (
             {"messages": [{**HISTORY, "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]},
             "messages",
@@ -220,7 +245,7 @@ HISTORY = {"role": "assistant", "content": None}
             "messages",
             "give an object as JSON",
         ),
-        ({"messages": [HISTORY]}, "messages", "the content null is invalid"),
+        ({"messages": [HISTORY]}, "messages", 'the message of "assistant" has no content; add a text'),
     ],
 )
 def test_malformed_requests_are_refused(server: Server, values: dict[str, Any], param: str, message: str) -> None:

@@ -10,7 +10,7 @@ from transformers.generation import logits_process
 
 from model.errors import InputError
 from runtime.text import sampler
-from runtime.text.sampler import Rng, SamplingOptions, logprobs, sample
+from runtime.text.sampler import Mirostat, Rng, SamplingOptions, logprobs, sample
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 3.0, -1.0])
 
@@ -98,7 +98,10 @@ def transformers_scores(logits: Tensor, options: SamplingOptions, recent: list[i
     if options.top_k:
         scores = logits_process.TopKLogitsWarper(options.top_k)(ids, scores)
     scores = logits_process.TopPLogitsWarper(options.top_p)(ids, scores)
-    return logits_process.MinPLogitsWarper(options.min_p)(ids, scores)[0]
+    scores = logits_process.MinPLogitsWarper(options.min_p)(ids, scores)
+    if options.typical_p < 1:
+        scores = logits_process.TypicalLogitsWarper(options.typical_p)(ids, scores)
+    return scores[0]
 
 
 @given(
@@ -110,6 +113,7 @@ def transformers_scores(logits: Tensor, options: SamplingOptions, recent: list[i
         top_k=st.sampled_from([0, 0, 3, 12, 100]),
         top_p=st.sampled_from([1.0, 0.9, 0.4]),
         min_p=st.sampled_from([0.0, 0.03, 0.3, 1.0]),
+        typical_p=st.sampled_from([1.0, 0.9, 0.3, 1e-9]),
         repetition_penalty=st.sampled_from([1.0, 1.4, 0.7]),
         presence_penalty=st.sampled_from([0.0, 0.8, -0.5]),
         frequency_penalty=st.sampled_from([0.0, 0.4, -0.3]),
@@ -216,6 +220,14 @@ def test_logprobs_are_torchs_log_softmax(values: list[float], k: int, data: st.D
         ({"repetition_penalty": float("inf")}, "repetition-penalty inf"),
         ({"presence_penalty": float("nan")}, "presence-penalty nan is invalid; give a finite number"),
         ({"frequency_penalty": -float("inf")}, "frequency-penalty -inf is invalid; give a finite number"),
+        ({"typical_p": 0.0}, "typical-p 0.0 is invalid; give more than 0, up to 1"),
+        ({"dry_multiplier": -1.0}, "dry-multiplier -1.0 is invalid; give 0 .none. or more"),
+        ({"dry_base": 0.5}, "dry-base 0.5 is invalid; give 1 to 100"),
+        ({"dry_allowed_length": 0}, "dry-allowed-length 0 is invalid; give 1 or more"),
+        ({"dry_window": -1}, "dry-window -1 is invalid; give 0 or more"),
+        ({"mirostat": 3}, "mirostat 3 is invalid; give 0 .none., 1 or 2"),
+        ({"mirostat_tau": -1.0}, "mirostat-tau -1.0 is invalid; give 0 or more"),
+        ({"mirostat_eta": float("inf")}, "mirostat-eta inf is invalid; give 0 or more"),
         ({"penalty_window": 0}, "penalty-window 0 is invalid; give 1 or more"),
         ({"logit_bias": {-1: 2.0}}, "logit-bias -1=2.0 is invalid; give an id of 0 or more and a finite number"),
         ({"logit_bias": {5: float("inf")}}, "logit-bias 5=inf"),
@@ -224,3 +236,80 @@ def test_logprobs_are_torchs_log_softmax(values: list[float], k: int, data: st.D
 def test_impossible_options_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         SamplingOptions(**options)  # type: ignore[arg-type]
+
+
+def penalties_of_dry(text: list[int], options: SamplingOptions) -> list[float]:
+    """What DRY takes from each token's logit, found by comparing what precedes each earlier place of the token with the
+    end of the text, one token at a time.
+    """
+    window = text if options.dry_window is None else text[len(text) - min(options.dry_window, len(text)) :]
+    taken = [0.0] * 6
+    for place, token in enumerate(window):
+        length = 0
+        while length < place and window[place - 1 - length] == window[-1 - length] not in options.dry_breakers:
+            length += 1
+        if length >= options.dry_allowed_length:
+            penalty = options.dry_multiplier * options.dry_base ** (length - options.dry_allowed_length)
+            taken[token] = max(taken[token], penalty)
+    return taken
+
+
+@given(
+    text=st.lists(st.integers(0, 3), max_size=30),
+    multiplier=st.sampled_from([0.5, 2.0]),
+    allowed_length=st.integers(1, 4),
+    window=st.sampled_from([None, 0, 1, 7, 100]),
+    breakers=st.sampled_from([frozenset[int](), frozenset({2})]),
+)
+def test_dry_takes_more_from_a_token_the_longer_a_repetition_it_would_continue(
+    text: list[int], multiplier: float, allowed_length: int, window: int | None, breakers: frozenset[int]
+) -> None:
+    options = SamplingOptions(
+        dry_multiplier=multiplier, dry_allowed_length=allowed_length, dry_window=window, dry_breakers=breakers
+    )
+    logits = torch.linspace(1, 2, 6)
+    scores = sampler._adjusted(logits.numpy(), options, text, None)
+    assert scores.tolist() == pytest.approx((logits.double() - torch.tensor(penalties_of_dry(text, options))).tolist())
+
+
+def zipf(size: int, exponent: float) -> Tensor:
+    """Logits whose probabilities follow Zipf's law."""
+    return -exponent * torch.log(torch.arange(1, size + 1, dtype=torch.float64)).float()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("target", [2.0, 4.0])
+def test_mirostat_keeps_the_mean_information_at_its_target(version: int, target: float) -> None:
+    options = SamplingOptions(1.0, mirostat=version, mirostat_tau=target)
+    logits, rng, state = zipf(2000, 1.1), Rng(1), Mirostat(options)
+    seen = list[float]()
+    for _ in range(2000):
+        kept = state.kept(torch.softmax(logits.double(), 0).numpy())
+        token = sample(logits, options, rng, mirostat=state)
+        assert token < kept
+        seen.append(-float(torch.log_softmax(logits[:kept].double(), 0)[token]) / np.log(2))
+    assert np.mean(seen[200:]) == pytest.approx(target, abs=0.1)
+
+
+@given(st.floats(0.2, 3), st.integers(2, 400), st.floats(0.1, 12))
+def test_mirostats_first_version_keeps_as_many_tokens_as_its_publication_says(
+    exponent: float, size: int, limit: float
+) -> None:
+    state = Mirostat(SamplingOptions(mirostat=1))
+    state.limit = limit
+    excess = exponent - 1
+    share = (1 - size**-excess) / excess if abs(excess) > 1e-6 else np.log(size)
+    expected = (2**limit / share) ** (1 / exponent)
+    found = state.kept(torch.softmax(zipf(size, exponent).double(), 0).numpy())
+    assert found == pytest.approx(min(max(expected, 1), size), rel=0.01, abs=1)
+
+
+def test_mirostat_and_typical_sampling_take_the_likeliest_at_temperature_zero_and_among_one() -> None:
+    for version in (1, 2):
+        options = SamplingOptions(mirostat=version)
+        assert sample(LOGITS, options, Rng(0), mirostat=Mirostat(options)) == 1
+        warm = SamplingOptions(1.0, mirostat=version)
+        allowed = np.array([False, False, True, False, False])
+        assert sample(LOGITS, warm, Rng(0), allowed=allowed, mirostat=Mirostat(warm)) == 2
+    allowed = np.array([False, False, True, False, False])
+    assert sample(LOGITS, SamplingOptions(1.0, typical_p=0.5), Rng(0), allowed=allowed) == 2

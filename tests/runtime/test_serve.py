@@ -21,7 +21,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from model.errors import InputError
 from runtime import serve
-from runtime.serving.openai_request import Model
+from runtime.serving.served_model import Model
 from tests.support.serving import LIMIT, MESSAGES, Gate, Server, serving, told_by_the_end, wait
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,6 @@ def test_the_model_is_listed(server: Server) -> None:
         (b"[" * 15000, 400, "the body is not JSON"),
         (b"\xff\xfe\xfd", 400, "the body is not JSON"),
         (b" " * (LIMIT + 1), 413, f"more than {LIMIT} bytes"),
-        (b'{"model": "other", "prompt": "x"}', 404, 'the model "other" is not served; give "tiny"'),
         (json.dumps({"prompt": "word " * 600}).encode(), 400, "the context only 512; shorten it"),
     ],
 )
@@ -89,7 +88,9 @@ def test_only_the_right_key_opens_the_endpoints(model: Model) -> None:
         for key in ("Secret", "secre", "secret s"):
             answer = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {key}"})
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), key
-        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+        for path in ("v1/models", "metrics"):
+            assert httpx.get(f"{server.url}/{path}").status_code == 401
+        assert httpx.post(f"{server.url}/tokenize", json={"content": "x"}).status_code == 401
         assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
 
 
@@ -274,7 +275,7 @@ def test_missing_libraries_are_reported_with_the_install_command(
     toy_pte: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"needs starlette and uvicorn.*pip install 'llama-pte\[serve\]'"):
+    with pytest.raises(InputError, match=r"needs pydantic, starlette, uvicorn.*pip install 'llama-pte\[serve\]'"):
         serve.main([str(toy_pte)])
 
 

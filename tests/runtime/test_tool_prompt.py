@@ -9,8 +9,8 @@ from model.errors import InputError
 from preproc.chat_template import NAMED
 from preproc.jinja_template import Carried, JinjaTemplate
 from preproc.special_tokens import Part
-from runtime.serving.openai_messages import read_messages
-from runtime.serving.request_values import Values
+from runtime.serving.openai_bodies import ChatBody
+from runtime.serving.request_body import read_body
 from runtime.serving.tool_calls import HERMES, LLAMA3, MISTRAL
 from runtime.serving.tool_prompt import DESCRIPTION, ToolSupport, encode, tool_support
 from tests.export.test_jinja_reduction import TINY, jinja_of, ours_of, theirs_of
@@ -40,7 +40,8 @@ def calling(content: str | None = None, calls: int = 1) -> dict[str, Any]:
 
 def read(messages: list[dict[str, Any]]) -> list[Any]:
     """Parses messages as the server does."""
-    return read_messages(Values(json.dumps({"messages": messages}).encode()))
+    body = read_body(json.dumps({"messages": messages}).encode(), ChatBody)
+    return [message.described() for message in body.messages]
 
 
 class Recording(JinjaTemplate):

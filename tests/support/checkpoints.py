@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from export.checkpoints.checkpoint import renamed
-from export.checkpoints.families import HUGGING_FACE_NAMES
 from export.checkpoints.gguf import GGUF_NAMES
 from export.checkpoints.meta import META_NAMES
+from export.checkpoints.weight_names import HUGGING_FACE_NAMES
 from export.weights.formats.block_rounding import blocks_of
 from model.model import Llama
 from preproc import rope

@@ -1,10 +1,15 @@
 """Random models of every supported family, made by transformers."""
 
+import json
+import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 LLAMA_DIMS = {
     "vocab_size": 160,
@@ -26,6 +31,16 @@ GPT_DIMS = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+GPT_NEO_DIMS = {
+    "vocab_size": 160,
+    "hidden_size": 32,
+    "num_layers": 3,
+    "num_heads": 4,
+    "max_position_embeddings": 64,
+    "attention_types": [[["global", "local"], 1], [["global"], 1]],
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
 MPT_DIMS = {"vocab_size": 160, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}
 
 
@@ -34,6 +49,8 @@ class Case:
     """A random model: its architecture, and the settings that differ from the dimensions above.
 
     Attributes:
+        saved_as: architecture that transformers does not have and that computes the same; `save` writes a checkpoint of
+            it.
         exported: whether the default run also exports it; the others are exported by the slow tests.
         norms: factor of the norms' weights.
     """
@@ -42,10 +59,17 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     exported: bool = False
     norms: float = 1.0
+    saved_as: str = ""
 
 
 def rope(kind: str, **parameters: object) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0} | parameters}
+
+
+def layered_rope(**full: object) -> dict[str, Any]:
+    """Returns rotary settings of blocks that see everything, and of local blocks."""
+    local = {"rope_type": "default", "rope_theta": 1000.0}
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
 
 
 DIVISORS = {
@@ -165,10 +189,127 @@ CASES = {
         },
         exported=True,
     ),
+    "Mistral 3, language model": Case(
+        "Mistral3ForConditionalGeneration", {"text_config": {"model_type": "mistral", "num_key_value_heads": 2}}
+    ),
+    "Ministral": Case(
+        "MinistralForCausalLM",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    "VaultGemma": Case(
+        "VaultGemmaForCausalLM",
+        {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 8},
+        norms=2.0,
+    ),
+    "Gemma 3": Case(
+        "Gemma3ForCausalLM",
+        {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 8}
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+        | layered_rope(rope_type="linear", factor=4.0, rope_theta=1e6),
+        exported=True,
+        norms=2.0,
+    ),
+    "Gemma 3, language model": Case(
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 8}
+            | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+        },
+        norms=2.0,
+    ),
+    "OLMo 2": Case("Olmo2ForCausalLM", {"num_key_value_heads": 2}, exported=True, norms=1.5),
+    "OLMo 3": Case(
+        "Olmo3ForCausalLM",
+        {"num_key_value_heads": 2, "sliding_window": 8}
+        | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+        | layered_rope(rope_type="yarn", factor=4.0, rope_theta=5e5, original_max_position_embeddings=16),
+        norms=1.5,
+    ),
+    "EXAONE 4": Case(
+        "Exaone4ForCausalLM",
+        {"num_key_value_heads": 2, "sliding_window": 8}
+        | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+        norms=1.5,
+    ),
+    "EXAONE 4 without windows": Case(
+        "Exaone4ForCausalLM",
+        {"num_key_value_heads": 2, "sliding_window": None, "layer_types": ["full_attention"] * 3},
+        norms=1.5,
+    ),
+    "GLM": Case(
+        "GlmForCausalLM",
+        {"num_key_value_heads": 2, "head_dim": 12, "eos_token_id": 2} | rope("default", partial_rotary_factor=0.5),
+    ),
+    "GLM-4": Case(
+        "Glm4ForCausalLM",
+        {"num_key_value_heads": 2, "head_dim": 8, "eos_token_id": 2} | rope("default", partial_rotary_factor=0.5),
+    ),
+    "Ernie 4.5": Case("Ernie4_5ForCausalLM", {"num_key_value_heads": 2, "head_dim": 12, "use_bias": True}),
+    "Helium": Case("HeliumForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
+    "Seed-OSS": Case("SeedOssForCausalLM", {"num_key_value_heads": 2, "head_dim": 12}),
+    "Arcee": Case("ArceeForCausalLM", {"num_key_value_heads": 2}),
+    "CWM": Case(
+        "CwmForCausalLM",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "eos_token_id": 2,
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    "InternLM 2": Case("LlamaForCausalLM", {"num_key_value_heads": 2}, saved_as="InternLM2ForCausalLM"),
+    "MiniCPM": Case(
+        "GraniteForCausalLM",
+        {
+            "num_key_value_heads": 2,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.7 / math.sqrt(3),
+            "attention_multiplier": 8**-0.5,
+            "logits_scaling": 4.0,
+        },
+        saved_as="MiniCPMForCausalLM",
+    ),
     "GPT-2": Case("GPT2LMHeadModel", exported=True),
     "GPT-2, unscaled, wide, untied": Case(
         "GPT2LMHeadModel",
         {"scale_attn_weights": False, "n_inner": 40, "tie_word_embeddings": False, "activation_function": "relu"},
+    ),
+    "GPTBigCode": Case("GPTBigCodeForCausalLM"),
+    "GPTBigCode, a KV head per head": Case("GPTBigCodeForCausalLM", {"multi_query": False, "n_inner": 40}),
+    "GPT-Neo": Case("GPTNeoForCausalLM", {"window_size": 8}),
+    "OPT": Case("OPTForCausalLM", {"ffn_dim": 48}),
+    "GPT-NeoX": Case("GPTNeoXForCausalLM"),
+    "GPT-NeoX, blocks in turn": Case(
+        "GPTNeoXForCausalLM", {"use_parallel_residual": False} | rope("default", partial_rotary_factor=1.0)
+    ),
+    "Falcon": Case("FalconForCausalLM", {"ffn_hidden_size": 48}),
+    "Falcon, new decoder": Case("FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "Falcon, new decoder with one norm": Case(
+        "FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}
+    ),
+    "Falcon, blocks in turn, biases": Case(
+        "FalconForCausalLM", {"parallel_attn": False, "multi_query": False, "bias": True}
+    ),
+    "Phi-2": Case("PhiForCausalLM", {"num_key_value_heads": 2}),
+    "StableLM": Case("StableLmForCausalLM", {"num_key_value_heads": 2, "use_qkv_bias": True}),
+    "StableLM, parallel": Case("StableLmForCausalLM", {"num_key_value_heads": 4, "use_parallel_residual": True}),
+    "StarCoder 2": Case("Starcoder2ForCausalLM", {"sliding_window": 8}),
+    "Nemotron": Case("NemotronForCausalLM", {"num_key_value_heads": 2}),
+    "Jais 2": Case("Jais2ForCausalLM", {"num_key_value_heads": 2}),
+    "Cohere": Case("CohereForCausalLM", {"logit_scale": 0.5, "num_key_value_heads": 2}),
+    "Cohere, normalised queries and keys": Case(
+        "CohereForCausalLM", {"logit_scale": 0.5, "num_key_value_heads": 2, "use_qk_norm": True}, exported=True
+    ),
+    "Cohere 2": Case(
+        "Cohere2ForCausalLM",
+        {"logit_scale": 0.5, "num_key_value_heads": 2, "sliding_window": 8}
+        | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
     ),
     "MPT": Case("MptForCausalLM", exported=True),
     "MPT, six heads": Case("MptForCausalLM", {"d_model": 48, "n_heads": 6, "attn_config": {"softmax_scale": 0.5}}),
@@ -179,22 +320,92 @@ CASES = {
 }
 
 
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
 def dimensions(architecture: str) -> dict[str, Any]:
     if architecture == "MptForCausalLM":
         return MPT_DIMS
-    return GPT_DIMS if architecture in ("GPT2LMHeadModel", "CodeGenForCausalLM", "GPTJForCausalLM") else LLAMA_DIMS
+    if architecture == "GPTNeoForCausalLM":
+        return GPT_NEO_DIMS
+    if architecture.endswith("ConditionalGeneration"):
+        return {"text_config": LLAMA_DIMS, "vision_config": VISION, "image_token_index": 159}
+    gpt = ("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "CodeGenForCausalLM", "GPTJForCausalLM")
+    return GPT_DIMS if architecture in gpt else LLAMA_DIMS
 
 
 def hugging_face_model(case: Case, seed: int = 1) -> Any:
     """Returns the case's model with random weights, large enough for logits of order 1 that differ between tokens."""
     model_class = getattr(transformers, case.architecture)
-    config = model_class.config_class(**dimensions(case.architecture) | case.settings)
+    settings = dict(dimensions(case.architecture))
+    for key, value in case.settings.items():
+        settings[key] = settings.get(key, {}) | value if key == "text_config" else value
+    config = model_class.config_class(**settings)
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     model = model_class(config).eval().requires_grad_(False)
+    model.generation_config.eos_token_id = None  # some families have one even if the configuration says None
+    offset = 1.0 if any(name in case.architecture for name in ("Gemma", "Nemotron")) else 0.0
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and name.endswith("weight"):
-            parameter.uniform_(0.5, 1.5).mul_(case.norms).sub_(1.0 if "Gemma" in case.architecture else 0.0)
+            parameter.uniform_(0.5, 1.5).mul_(case.norms).sub_(offset)
         else:
             parameter.normal_(0, 0.3 if any(part.isdigit() for part in name.split(".")) else 0.2)
     return model
+
+
+def save(case: Case, model: Any, folder: Path) -> None:
+    """Saves the case's model as a checkpoint of its architecture."""
+    model.save_pretrained(folder)
+    if case.saved_as:
+        settings = json.loads((folder / "config.json").read_text())
+        state = load_file(folder / "model.safetensors")
+        settings, state = {"InternLM2ForCausalLM": _internlm2, "MiniCPMForCausalLM": _minicpm}[case.saved_as](
+            settings, state
+        )
+        (folder / "config.json").write_text(json.dumps(settings | {"architectures": [case.saved_as]}))
+        save_file(state, folder / "model.safetensors")
+
+
+def _internlm2(settings: dict[str, Any], state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns a Llama model as InternLM 2 stores it (internlm/internlm2-7b, modeling_internlm2.py): each KV head's
+    query heads, key head and value head follow one another in wqkv.
+    """
+    names = {
+        "embed_tokens": "tok_embeddings",
+        "self_attn": "attention",
+        "o_proj": "wo",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp": "feed_forward",
+        "gate_proj": "w1",
+        "down_proj": "w2",
+        "up_proj": "w3",
+        "lm_head": "output",
+    }
+    found = {
+        ".".join(names.get(part, part) for part in name.split(".")): tensor
+        for name, tensor in state.items()
+        if name.split(".")[-2] not in ("q_proj", "k_proj", "v_proj")
+    }
+    heads = settings["num_key_value_heads"]
+    for layer in range(settings["num_hidden_layers"]):
+        parts = [state[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "qkv"]
+        groups = [part.view(heads, -1, part.shape[1]) for part in parts]
+        found[f"model.layers.{layer}.attention.wqkv.weight"] = torch.cat(groups, dim=1).flatten(0, 1)
+    return settings | {"bias": False}, found
+
+
+def _minicpm(settings: dict[str, Any], state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns a Granite model as MiniCPM describes it (openbmb/MiniCPM-2B-sft-bf16, modeling_minicpm.py): the factors
+    of each block's terms and of the logits follow from a depth and a width.
+    """
+    kept = {key: value for key, value in settings.items() if "multiplier" not in key and key != "logits_scaling"}
+    return kept | {"scale_emb": 6.0, "scale_depth": 0.7, "dim_model_base": 8}, state

@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +14,8 @@ import pytest
 
 from runtime import serve
 from runtime.engine.program import Program
-from runtime.serving.openai_request import Model
 from runtime.serving.scheduler import Scheduler
+from runtime.serving.served_model import Access, Model
 
 MESSAGES: Any = [{"role": "system", "content": "Tell stories."}, {"role": "user", "content": "Of a dog, please."}]
 LIMIT = 20000
@@ -52,10 +52,12 @@ def wait(done: Callable[[], bool], failure: Callable[[], str]) -> None:
 
 
 @contextmanager
-def serving(model: Model, sessions: int = 2, max_queue: int = 100, key: str | None = None) -> Iterator[Server]:
+def serving(
+    model: Model, sessions: int = 2, max_queue: int = 100, key: str | None = None, origins: Sequence[str] = ()
+) -> Iterator[Server]:
     """Runs a server at a free port."""
     scheduler = Scheduler(model.program, sessions, max_queue)
-    server = serve.create_server(model, scheduler, key, LIMIT)
+    server = serve.create_server(model, scheduler, Access(key, LIMIT, origins))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()

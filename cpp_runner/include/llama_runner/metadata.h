@@ -131,6 +131,8 @@ struct Metadata {
     std::string positions;
     /// Blocks without rotary embedding in a model whose other blocks have it.
     std::vector<int64_t> nope_layers;
+    /// Blocks with rotary frequencies of their own, in the second half of the tables' columns.
+    std::vector<int64_t> locally_rotated_layers;
     /// The number that each head's mask subtracts for every position of distance, [H]; empty for none.
     std::vector<float> alibi_slopes;
     /// Number of positions that a token of a local block sees, itself included; 0 if all blocks see everything.

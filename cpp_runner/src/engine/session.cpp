@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <map>
 
 #include "attention/attention.h"
 #include "engine/session_file.h"
@@ -281,16 +282,21 @@ Result<int64_t> Session::slide() {
                      " of them; export with a larger --max-seq-len"};
     }
     const Angles angles = earlier(metadata.rope, count);
-    std::vector<std::string> rotating;  // names of the buffers whose rows have rotary embedding
+    const auto is_in = [](const std::vector<int64_t>& layers, const KVCache::Buffer& buffer) {
+        return std::ranges::find(layers, layer_of(buffer.name)) != layers.end();
+    };
+    const size_t pairs = angles.cos.size() / (metadata.locally_rotated_layers.empty() ? 1 : 2);
+    std::map<std::string, size_t> first_pairs;  // of each buffer whose rows have rotary embedding
     for (const KVCache::Buffer& buffer : cache_.buffers()) {
-        const bool is_fixed =
-            std::ranges::find(metadata.nope_layers, layer_of(buffer.name)) != metadata.nope_layers.end();
-        if (metadata.positions == "rope" && role_of(buffer.name) == kKCache && !is_fixed)
-            rotating.push_back(buffer.name);
+        const bool rotates = metadata.positions == "rope" && !is_in(metadata.nope_layers, buffer);
+        if (rotates && role_of(buffer.name) == kKCache) {
+            first_pairs[buffer.name] = is_in(metadata.locally_rotated_layers, buffer) ? pairs : 0;
+        }
     }
     cache_.slide(kSinks, count, [&](const KVCache::Buffer& buffer, std::span<std::byte> row) {
-        if (std::ranges::find(rotating, buffer.name) != rotating.end()) {
-            turn(form_of(buffer.dtype), angles.cos, angles.sin, row);
+        if (const auto found = first_pairs.find(buffer.name); found != first_pairs.end()) {
+            turn(form_of(buffer.dtype), std::span(angles.cos).subspan(found->second, pairs),
+                 std::span(angles.sin).subspan(found->second, pairs), row);
         }
     });
     tokens_.erase(tokens_.begin() + kSinks, tokens_.begin() + kSinks + count);

@@ -89,6 +89,15 @@ LLAMA_RUNNER_BEGIN("arch=armv8.2-a+dotprod")
 #define LLAMA_RUNNER_LANES 4
 #define LLAMA_RUNNER_REGISTERS 32
 #include "linear/kernel.inc"
+LLAMA_RUNNER_END
+
+LLAMA_RUNNER_BEGIN("arch=armv8.2-a+dotprod+i8mm")
+#define LLAMA_RUNNER_I8MM
+#define LLAMA_RUNNER_SET kNeonI8mm
+#define LLAMA_RUNNER_LANES 4
+#define LLAMA_RUNNER_REGISTERS 32
+#include "linear/kernel.inc"
+#undef LLAMA_RUNNER_I8MM
 #undef LLAMA_RUNNER_DOT
 LLAMA_RUNNER_END
 #undef LLAMA_RUNNER_NEON
@@ -123,6 +132,7 @@ constexpr Kernel kKernels[] = {
 #if defined(__aarch64__)
     kNeon::kKernel,
     kNeonDot::kKernel,
+    kNeonI8mm::kKernel,
 #elif defined(__x86_64__)
     kAvx2::kKernel,
     kAvx512Vnni::kKernel,
@@ -145,6 +155,7 @@ bool supports([[maybe_unused]] IntegerSet set) {
     if (set == IntegerSet::kAvx512Vnni) return has_avx512() && __builtin_cpu_supports("avx512vnni");
 #elif defined(__aarch64__)
     if (set == IntegerSet::kNeonDot) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+    if (set == IntegerSet::kNeonI8mm) return (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
 #endif
     return true;
 }

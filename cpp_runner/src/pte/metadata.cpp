@@ -152,6 +152,15 @@ TensorSpec tensor_spec(Reader& reader, const json& object, StepSize most) {
     return spec;
 }
 
+std::vector<int64_t> layers(Reader& reader, const json& config, const char* key) {
+    std::vector<int64_t> found;
+    for (const json& layer : reader.member(config, key)) {
+        layer.is_number_integer() ? found.push_back(layer.get<int64_t>())
+                                  : reader.fail(std::string(key) + " is not a list of whole numbers");
+    }
+    return found;
+}
+
 MethodSpec method_spec(Reader& reader, const json& object) {
     MethodSpec spec{reader.text(object, "name"),
                     reader.integer(object, "min_length"),
@@ -260,9 +269,9 @@ Result<Metadata> from_constants(const Constants& constants) {
     metadata.identity = digest_of(reader.text("get_provenance"));
     const json config = reader.parsed("get_config");
     metadata.positions = reader.text(config, "positions");
-    for (const json& layer : reader.member(config, "nope_layers")) {
-        layer.is_number_integer() ? metadata.nope_layers.push_back(layer.get<int64_t>())
-                                  : reader.fail("nope_layers is not a list of whole numbers");
+    metadata.nope_layers = layers(reader, config, "nope_layers");
+    if (const auto theta = config.find("local_rope_theta"); theta != config.end() && !theta->is_null()) {
+        metadata.locally_rotated_layers = layers(reader, config, "local_layers");
     }
     int64_t width = 0;
     metadata.rope.cos = reader.floats("get_rope_cos", 2, metadata.rope.width);

@@ -7,15 +7,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from export.weights.formats.block_rounding import blocks_of
+from export.weights.formats.block_rounding import Scales, blocks_of, fitted, packed
 from export.weights.formats.float32 import FLOAT
-from export.weights.formats.format import Format, Share
+from export.weights.formats.format import Format, Grid, Quantised, Share
 from export.weights.rows import by_rows
-from model.block_linear import BLOCK_FORMS, GROUP, relaid
+from model.block_linear import BLOCK_FORMS, GROUP, relaid, rounded
 
 
 @dataclass(frozen=True)
-class Blocks(Format):
+class Blocks(Quantised):
     """Blocks of codes with their scales, as in GGUF. The inputs of linear layers are rounded to 8 bits per block of 32
     when a layer is run. A stored matrix is uint8 [rows, bytes of a row], as in a GGUF file.
 
@@ -57,6 +57,22 @@ class Blocks(Format):
     def stored(self, weight: Tensor, rounding: str) -> Tensor:
         (blocks,) = by_rows(weight, lambda part: [blocks_of(part.float(), self.name)])
         return blocks
+
+    def grid(self, w: Tensor, h: Tensor) -> Scales:
+        return fitted(w, h, self.name)
+
+    def gathered(self, grids: Sequence[Grid], codes: Tensor) -> list[Tensor]:
+        heads = [grid.head for grid in grids if isinstance(grid, Scales)]
+        blocks = torch.unflatten(codes, 1, (-1, self.group_size)).contiguous()
+        return [packed(torch.stack(heads, dim=1), blocks, self.name)]
+
+    def restored(self, *tensors: Tensor) -> Tensor:
+        (blocks,) = tensors
+        return blocks
+
+    def rounded(self, x: Tensor) -> Tensor:
+        codes, scale = rounded(x.reshape(-1, x.shape[-1]))
+        return (codes * scale.unsqueeze(-1)).view(x.shape)
 
     def random(self, shape: Sequence[int]) -> Tensor:
         """Returns random bytes, because only the shape of an operator's argument matters."""

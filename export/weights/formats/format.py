@@ -20,6 +20,14 @@ class Share(Protocol):
         ...
 
 
+class Grid(Protocol):
+    """The values to which the weights of a group of columns can be rounded."""
+
+    def round(self, w: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """Returns the codes and the values nearest to the weights [N] of one of the group's columns."""
+        ...
+
+
 class Format(ABC):
     """The storage format of a matrix [rows, columns], and everything that is specific to it.
 
@@ -120,3 +128,31 @@ class Format(ABC):
             axis: 0 if rows are divided, 1 if columns are.
             take: applied to each tensor that is divided.
         """
+
+
+class Quantised(Format):
+    """A format whose matrices can be rounded column by column, see `export.quality.gptq`."""
+
+    can_calibrate: ClassVar[bool] = True
+
+    @abstractmethod
+    def grid(self, w: Tensor, h: Tensor) -> Grid:
+        """Returns the grid for a group of columns w [N, columns] with the least sum of h * error^2.
+
+        Args:
+            h: positive factors [columns].
+        """
+
+    @abstractmethod
+    def gathered(self, grids: Sequence[Grid], codes: Tensor) -> list[Tensor]:
+        """Returns the data of a matrix, given the grids of its groups and its codes [N, K], as plain tensors with a row
+        for each row.
+        """
+
+    @abstractmethod
+    def restored(self, *tensors: Tensor) -> Tensor:
+        """Returns the stored matrix whose data `gathered` has returned."""
+
+    @abstractmethod
+    def rounded(self, x: Tensor) -> Tensor:
+        """Returns inputs [..., K] of a linear layer as it rounds them."""

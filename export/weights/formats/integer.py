@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
 from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_scale_only_hqq, choose_qparams_affine
 
-from export.weights.formats.format import Format, Share
-from export.weights.formats.integer_layers import QuantizedEmbedding, QuantizedLinear
+from export.weights.formats.block_rounding import fitted_scale
+from export.weights.formats.format import Format, Grid, Quantised, Share
+from export.weights.formats.integer_layers import QuantizedEmbedding, QuantizedLinear, as_8_bits
 from export.weights.rows import by_rows
+from model.block_linear import BLOCK_FORMS
 
 
 @dataclass(frozen=True)
-class Integer(Format):
+class Integer(Quantised):
     """Integers with one scale per row or per group of a row. The inputs of linear layers are rounded to 8 bits per
     token when a layer is run.
 
@@ -26,7 +28,6 @@ class Integer(Format):
 
     kind: ClassVar[str] = "integer"
     rounds_inputs: ClassVar[bool] = True
-    can_calibrate: ClassVar[bool] = True
     bits: int
     group_size: int | None = None
 
@@ -80,6 +81,20 @@ class Integer(Format):
             scale = take(scale, padding=1.0)  # XNNPACK does not accept a scale of 0
         return self.from_codes(take(weight.qdata), scale)
 
+    def grid(self, w: Tensor, h: Tensor) -> "IntegerGrid":
+        scale = fitted_scale(w, h, BLOCK_FORMS[f"Q{self.bits}_0"], positive=True)
+        return IntegerGrid(self, torch.where(scale > 0, scale, 1.0).to(self.scale_dtype))
+
+    def gathered(self, grids: Sequence[Grid], codes: Tensor) -> list[Tensor]:
+        scales = [grid.scale for grid in grids if isinstance(grid, IntegerGrid)]
+        return [codes, torch.stack(scales, dim=1)]
+
+    def restored(self, *tensors: Tensor) -> Tensor:
+        return self.from_codes(*tensors)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return as_8_bits(x)
+
     def from_codes(self, codes: Tensor, scale: Tensor) -> IntxUnpackedToInt8Tensor:
         """Returns the stored matrix of int8 codes [rows, columns] and scales [rows, groups]."""
         scale = scale.to(self.scale_dtype)
@@ -99,6 +114,23 @@ class Integer(Format):
 
 
 BYTE = Integer(8)
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """Multiples of a scale for each row.
+
+    Attributes:
+        form: format of the matrix.
+        scale: [N], in the dtype in which it is stored.
+    """
+
+    form: Integer
+    scale: Tensor
+
+    def round(self, w: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        codes = (w * (1 / self.scale).float()).round().clamp(-self.form.largest, self.form.largest - 1)
+        return codes.to(torch.int8), codes * self.scale.float()  # the inverse in the scale's dtype, as in torchao
 
 
 def _torchao(stored: Tensor) -> IntxUnpackedToInt8Tensor:
