@@ -203,8 +203,9 @@ def test_the_experts_of_a_mixture_are_read_one_by_one(tmp_path: Path, monkeypatc
     assert checkpoint.config == replace(model.config, norm_eps=checkpoint.config.norm_eps)
     sizes, whole = list[int](), dequantize
     monkeypatch.setattr(gguf_file, "dequantize", lambda data, kind: sizes.append(data.size) or whole(data, kind))
-    for name, expected in model.state_dict().items():
-        assert (checkpoint.weights[name] - expected).abs().max() <= 0.01 * expected.abs().max(), name
+    state = model.state_dict()
+    for name, weight in checkpoint.weights.items():
+        assert (weight - state[name]).abs().max() <= 0.01 * state[name].abs().max(), name
     assert max(sizes) == model.tok_embeddings.weight.numel() // 32 * 34
     assert sizes.count(96 * 64 // 32 * 34) == 2 * 3 * 3, "the matrices of 2 layers, 3 experts and 3 roles"
     source = plan(ExportOptions(checkpoint=path, quantize="gguf", max_seq_len=32, tokenizer=Path("none"))).source
