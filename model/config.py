@@ -76,7 +76,7 @@ here rather than by running out of memory.
 _CHOICES = {
     "norm": ("rms", "layer"),
     "qk_norm_over": ("head", "own_head", "projection"),
-    "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu_squared"),
+    "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu_squared", "xielu"),
     "positions": ("rope", "learned", "alibi"),
 }
 
@@ -103,6 +103,7 @@ class ModelConfig:
 
         norm: rms (RMSNorm) or layer (LayerNorm).
         norm_bias: whether norms add a bias.
+        embedding_norm: whether the embeddings are normalised (BLOOM).
         qk_norm: whether queries and keys are normalised before rotation (Qwen 3).
         qk_norm_over: what one norm of queries or keys covers: head (each head, with one weight for all), own_head (each
             head, with a weight of its own; Cohere) or projection (all heads together; OLMo 2).
@@ -110,7 +111,7 @@ class ModelConfig:
             has both, OLMo 2 only the outputs).
         parallel: whether attention and feed-forward read the same input (GPT-J).
         parallel_norms: whether a parallel block normalises the feed-forward's input separately (GPT-NeoX).
-        activation: silu, gelu, gelu_tanh, relu or relu_squared.
+        activation: silu, gelu, gelu_tanh, relu, relu_squared or xielu.
         gated: whether the feed-forward is gated: w2(act(w1 x) * w3 x) instead of w2(act(w1 x)).
         n_experts, n_chosen_experts: number of experts per block, and number of them used for each token; 0 for a single
             feed-forward.
@@ -145,6 +146,7 @@ class ModelConfig:
 
     norm: str = "rms"
     norm_bias: bool = False
+    embedding_norm: bool = False
     qk_norm: bool = False
     qk_norm_over: str = "head"
     pre_norms: bool = True

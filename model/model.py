@@ -12,13 +12,14 @@ implemented in one place here.
     E   experts
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.activations import activation
 from model.config import ModelConfig
 from model.kv_row_format import decode, encode
 from model.norm import Norm, QKNorm, last_mean
@@ -122,29 +123,6 @@ class Attention(nn.Module):
         return out.view(B, K * G, L, Dh).transpose(1, 2).reshape(B, L, K * G * Dh), k, v
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """Computes GELU with the tanh approximation (https://arxiv.org/abs/1606.08415, section 2).
-
-    The formula is written out because backends replace F.gelu(approximate="tanh") by the exact GELU.
-    """
-    return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))  # sqrt(2 / pi)
-
-
-def relu_squared(x: Tensor) -> Tensor:
-    """Computes relu(x)^2 (https://arxiv.org/abs/2109.08668, section 4)."""
-    positive = F.relu(x)
-    return positive * positive
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": gelu_tanh,
-    "relu": F.relu,
-    "relu_squared": relu_squared,
-}
-
-
 class FeedForward(nn.Module):
     """The feed-forward network: w2(act(w1 x) * w3 x) if gated, as in SwiGLU (Shazeer 2020,
     https://arxiv.org/abs/2002.05202), and w2(act(w1 x)) otherwise.
@@ -152,7 +130,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = activation(config.activation)
         self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=config.ffn_bias)
         self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=config.ffn_bias)
         self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=config.ffn_bias) if config.gated else None
@@ -303,6 +281,8 @@ class Embeddings(nn.Module):
             self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
             if config.positions == "learned":
                 self.pos_embeddings = nn.Embedding(config.context, config.dim)
+            if config.embedding_norm:
+                self.embedding_norm = Norm(config)
 
     @property
     def begins(self) -> bool:
@@ -319,6 +299,8 @@ class Embeddings(nn.Module):
         x = self.tok_embeddings(tokens)
         if positions is not None:
             x = x + self.pos_embeddings(positions)
+        if self.config.embedding_norm:
+            x = self.embedding_norm(x)
         return x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
 
 

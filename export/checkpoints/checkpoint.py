@@ -155,6 +155,7 @@ class Storage:
         interleaved: whether rotary pairs are rows (2i, 2i + 1), see `half_split`.
         norm_offset: number to add to the norms' weights.
         skipped_positions: number of rows before the embedding of position 0.
+        converted: maps the last part of a weight's name to a function of the stored values.
     """
 
     names: Mapping[str, str]
@@ -163,6 +164,7 @@ class Storage:
     interleaved: bool = False
     norm_offset: float = 0.0
     skipped_positions: int = 0
+    converted: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
 def starred(name: str) -> str:
@@ -286,6 +288,8 @@ def _read(
         tensor = tensor.T.contiguous()
     if storage.norm_offset and name.endswith("norm.weight"):
         tensor = tensor.float() + storage.norm_offset
+    if convert := storage.converted.get(name.rpartition(".")[2]):
+        tensor = convert(tensor.float())
     return rotary_order(name, tensor, config) if storage.interleaved else tensor
 
 

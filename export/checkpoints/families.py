@@ -9,6 +9,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import torch.nn.functional as F
+
 from export.checkpoints.checkpoint import Storage
 from export.checkpoints.family import (
     ACTIVATIONS,
@@ -20,10 +22,12 @@ from export.checkpoints.family import (
 )
 from export.checkpoints.gpt_families import GPT_FAMILIES
 from export.checkpoints.weight_names import (
+    APERTUS_NAMES,
     GATE_UP_NAMES,
     GEMMA2_NAMES,
     GLM4_NAMES,
     HUGGING_FACE_NAMES,
+    HYPERCLOVAX_NAMES,
     INTERNLM2_NAMES,
     MIXTRAL_NAMES,
     PHI3_NAMES,
@@ -47,6 +51,11 @@ def _all_but_first_of_four(settings: Settings, layer: int) -> bool:
 def _unless_whole(settings: Settings, layer: int, local: bool) -> bool:
     """Returns whether a block of EXAONE 4 has rotary embedding: only local ones have it in models with a window."""
     return local or settings["sliding_window"] is None
+
+
+def _attention_multiplier(settings: Settings) -> float:
+    width = settings["head_dim"] or settings["hidden_size"] // settings["num_attention_heads"]
+    return float(settings["attention_multiplier"] or width**-0.5)
 
 
 def _as_listed(settings: Settings, layer: int, local: bool = False) -> bool:
@@ -93,6 +102,14 @@ _QWEN_WINDOWS = {
 }
 _GEMMA_SCALE: dict[str, Key] = {"embedding_scale": ("hidden_size", math.sqrt)}
 _GEMMA_ACTIVATIONS = ACTIVATIONS | {"gelu": "gelu_tanh"}  # the first Gemma configs say gelu where the tanh form is used
+_APERTUS_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 12e6,
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+}
 _CWM_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 1e6,
@@ -234,6 +251,14 @@ FAMILIES = {
         _LLAMA_DEFAULTS
         | {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0, "logits_scaling": 1.0},
     ),
+    "HyperCLOVAXForCausalLM": Family(
+        _GRANITE_KEYS
+        | {"logit_scale": "logits_scaling", "post_norms": "use_post_norm", "attention_scale": _attention_multiplier},
+        Storage(HYPERCLOVAX_NAMES),
+        _LLAMA_DEFAULTS
+        | {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": None}
+        | {"logits_scaling": 1.0, "use_post_norm": True},
+    ),
     "Olmo2ForCausalLM": Family(
         _LLAMA_KEYS | _ATTENTION_BIAS,
         Storage(POST_NORM_NAMES),
@@ -287,6 +312,16 @@ FAMILIES = {
         _LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "hidden_act": "relu2"},
         features={"gated": False},
     ),
+    "ApertusForCausalLM": Family(
+        _LLAMA_KEYS | _ATTENTION_BIAS,
+        Storage(
+            APERTUS_NAMES,
+            converted={"positive": F.softplus, "negative": lambda stored: 0.5 + F.softplus(stored)},
+        ),
+        _LLAMA_DEFAULTS
+        | {"rms_norm_eps": 1e-5, "hidden_act": "xielu", "rope_theta": 12e6, "rope_parameters": _APERTUS_ROPE},
+        features={"gated": False, "qk_norm": True},
+    ),
     "CwmForCausalLM": Family(
         _LLAMA_KEYS | {"ffn_bias": "mlp_bias"},
         _LLAMA,
@@ -309,7 +344,7 @@ FAMILIES = {
         },
         _LLAMA,
         _LLAMA_DEFAULTS | {"tie_word_embeddings": True, "scale_emb": 1, "dim_model_base": 1, "scale_depth": 1},
-        only={"num_experts": (0, None)},
+        only={"rope_scaling": (None,), "num_experts": (0,)},
     ),
 } | GPT_FAMILIES
 """Maps the architecture in config.json to its family. Code Llama, TinyLlama, SmolLM 2 and XGen are LlamaForCausalLM."""

@@ -80,6 +80,7 @@ ACTIVATIONS = {
     "swish": "silu",
     "relu": "relu",
     "relu2": "relu_squared",
+    "xielu": "xielu",
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",

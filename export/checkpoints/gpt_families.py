@@ -11,6 +11,7 @@ from export.checkpoints.family import (
     rotates_if_local,
 )
 from export.checkpoints.weight_names import (
+    BLOOM_NAMES,
     CODEGEN_NAMES,
     FALCON_NAMES,
     GPT2_NAMES,
@@ -85,6 +86,7 @@ _COHERE_KEYS: dict[str, Key] = _KEYS | {
     "logit_scale": "logit_scale",
 }
 _COHERE_DEFAULTS = _DEFAULTS | {"tie_word_embeddings": True, "attention_bias": False, "logit_scale": 0.0625}
+_OLD_KEYS = {"n_embed": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
 _COHERE = {"norm": "layer", "parallel": True}
 _GPTJ_DEFAULTS = _GPT_DEFAULTS | {"tie_word_embeddings": False, "rotary_dim": 64, "rope_theta": 10000.0}
 
@@ -209,9 +211,25 @@ GPT_FAMILIES = {
         | {"new_decoder_architecture": False, "num_ln_in_parallel_attn": None, "num_kv_heads": None},
         features=_LAYER_NORM,
         only={"alibi": (False,)},
-        other_keys={"n_embed": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
-        | {"n_head_kv": "num_kv_heads"},
+        other_keys=_OLD_KEYS | {"n_head_kv": "num_kv_heads"},
         other_parts={"ln_attn": "input_layernorm", "ln_mlp": "post_attention_layernorm"},
+        prefix="transformer.",
+    ),
+    "BloomForCausalLM": Family(
+        {
+            "dim": "hidden_size",
+            "n_layers": "num_hidden_layers",
+            "n_heads": "num_attention_heads",
+            "vocab_size": "vocab_size",
+            "context": "seq_length",
+            "norm_eps": "layer_norm_epsilon",
+            "tied": "tie_word_embeddings",
+        },
+        Storage(BLOOM_NAMES, turns=None),
+        {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "seq_length": 2048},
+        features=_LAYER_NORM | _BIASED | {"positions": "alibi", "activation": "gelu_tanh", "embedding_norm": True},
+        only={"apply_residual_connection_post_layernorm": (False,)},
+        other_keys=_OLD_KEYS,
         prefix="transformer.",
     ),
     "PhiForCausalLM": Family(

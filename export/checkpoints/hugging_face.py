@@ -33,6 +33,7 @@ _BUFFERS = (
     ".rotary_emb.inv_freq",
     *(".attn.bias", ".attn.masked_bias", ".attn.causal_mask"),
     *(".attention.bias", ".attention.masked_bias"),
+    *(".act_fn.beta", ".act_fn.eps"),
 )
 """Suffixes of the names of tensors in old checkpoints that are derived from the configuration and are not weights."""
 

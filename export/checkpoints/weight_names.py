@@ -101,6 +101,11 @@ POST_NORM_NAMES = HUGGING_FACE_NAMES | {
 }
 """For families that normalise only the outputs of attention and feed-forward."""
 
+HYPERCLOVAX_NAMES = HUGGING_FACE_NAMES | {
+    "layers.*.attention_post_norm.weight": "model.layers.*.post_norm1.weight",
+    "layers.*.ffn_post_norm.weight": "model.layers.*.post_norm2.weight",
+}
+
 GATE_UP_NAMES = HUGGING_FACE_NAMES | {
     "layers.*.feed_forward.w1.weight": "model.layers.*.mlp.gate_up_proj.weight",
     "layers.*.feed_forward.w3.weight": "model.layers.*.mlp.gate_up_proj.weight",
@@ -115,6 +120,8 @@ APERTUS_NAMES = HUGGING_FACE_NAMES | {
     "layers.*.attention_norm.weight": "model.layers.*.attention_layernorm.weight",
     "layers.*.ffn_norm.weight": "model.layers.*.feedforward_layernorm.weight",
     **both("layers.*.feed_forward.w1", "model.layers.*.mlp.up_proj"),
+    "layers.*.feed_forward.activation.positive": "model.layers.*.mlp.act_fn.alpha_p",
+    "layers.*.feed_forward.activation.negative": "model.layers.*.mlp.act_fn.alpha_n",
 }
 
 INTERNLM2_NAMES = {
@@ -180,6 +187,8 @@ FALCON_NAMES = {
     **both("head.norm", "transformer.ln_f"),
     "head.output.weight": "lm_head.weight",
 }
+
+BLOOM_NAMES = FALCON_NAMES | both("embedding_norm", "transformer.word_embeddings_layernorm")
 
 GPT_NEO_NAMES = GPT2_NAMES | {
     **both("layers.*.attention.wq", "transformer.h.*.attn.attention.q_proj"),

@@ -184,13 +184,14 @@ class _Data:
         """Returns a part of the model that is not lowered by itself, with its weights as constants. The embedding comes
         before the head.
         """
+        if name != "tok_embeddings":
+            return self.source.piece(name)
         form = self.source.format(f"{name}.weight")
         if form.by_operator:
             self._embedding = []
             return form.embedding(self.stand_in(f"{name}.weight"), self.source.config.dim)
         piece = self.source.piece(name)
-        if name == "tok_embeddings":
-            self._embedding = list(piece.state_dict().values())
+        self._embedding = list(piece.state_dict().values())
         return piece
 
     def argument(self, piece: str, role: str) -> Tensor:

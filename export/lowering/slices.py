@@ -25,6 +25,7 @@ _UNABLE: dict[str, Callable[[ModelConfig], bool]] = {
     "queries and keys normalised in another way than by one weight per head": lambda config: (
         config.qk_norm and config.qk_norm_over != "head"
     ),
+    "normalised embeddings": lambda config: config.embedding_norm,
     "ALiBi": lambda config: config.positions == "alibi",
 }
 """Features that cannot be sliced: the halves of a block are then not sums over heads and hidden units, or it is not

@@ -147,10 +147,11 @@ class WeightSource:
 
 
 def embedding_names(config: ModelConfig, span: range | None = None) -> list[str]:
-    """Returns the names of the embeddings in a model or shard, which no backend takes."""
+    """Returns the names of the embeddings, and of their norm, in a model or shard. No backend takes them."""
     if span is not None and span.start > 0:
         return []
-    return ["tok_embeddings"] + ["pos_embeddings"] * (config.positions == "learned")
+    others = {"pos_embeddings": config.positions == "learned", "embedding_norm": config.embedding_norm}
+    return ["tok_embeddings", *(name for name, is_there in others.items() if is_there)]
 
 
 def piece_names(config: ModelConfig, span: range | None = None) -> list[str]:

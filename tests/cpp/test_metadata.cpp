@@ -25,7 +25,8 @@ std::map<std::string, std::vector<Constant>> good() {
          {std::string(R"([{"name": "decode", "min_length": 1, "max_length": 4, "max_rows": 2, "start_layer": 0,
                            "end_layer": 1, "inputs": [{"name": "mask", "shape": [1, "L", 9], "dtype": "float32"}],
                            "outputs": [{"name": "logits", "shape": [1, "R", 16], "dtype": "float32"}]}])")}},
-        {"get_config", {std::string(R"({"positions": "rope", "nope_layers": [1]})")}},
+        {"get_config",
+         {std::string(R"({"positions": "rope", "nope_layers": [1], "local_rope_theta": 100.0, "local_layers": [0]})")}},
         {"get_provenance", {std::string("{}")}},
         {"get_requirements", {std::string(R"({"executorch": "1.5.1", "backends": ["B"], "operators": []})")}},
         {"get_rope_cos", {table}},
@@ -59,6 +60,7 @@ TEST(Metadata, ReadsEveryField) {
     EXPECT_EQ(metadata->methods[0].inputs[0].elements(4), 36);
     EXPECT_EQ(metadata->methods[0].outputs[0].elements({4, 2}), 32);
     EXPECT_EQ(metadata->nope_layers, (std::vector<int64_t>{1}));
+    EXPECT_EQ(metadata->locally_rotated_layers, (std::vector<int64_t>{0}));
     EXPECT_EQ(metadata->positions, "rope");
     EXPECT_EQ(metadata->identity[0], 0xdc) << "XXH3-128 of {}";
     EXPECT_EQ(metadata->rope.rows(), 3);

@@ -3,6 +3,7 @@ save_pretrained.
 """
 
 import json
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,8 @@ from runtime.engine.session import Session
 from runtime.text.generation import GenerationOptions, generate
 from runtime.text.sampler import Rng
 from tests.conftest import MODELS
-from tests.support.families import CASES, Case, dimensions, hugging_face_model, save
+from tests.support.families import CASES, LLAMA_DIMS, Case, dimensions, hugging_face_model, layered_rope
+from tests.support.saved import save
 
 LENGTH = 64
 """Number of positions that the files are exported for."""
@@ -107,6 +109,11 @@ def settings(name: str, folder: Path) -> dict[str, Any]:
         ("GPT-2", {"n_inner": 40}, r"c_fc.weight .* the shape \[32, 128\], but its configuration needs \[32, 40\]"),
         ("CodeGen", {"n_layer": 4}, "lacks the weights transformer.h.3.attn.out_proj.weight, .* more"),
         ("Gemma", {"tie_word_embeddings": False}, "lacks the weights lm_head.weight"),
+        ("Gemma 3", layered_rope({"rope_type": "linear", "factor": 2.0}), "scaling 'linear' of local blocks"),
+        ("Mistral 3, language model", {"text_config": {"model_type": "ministral3"}}, "sets model_type to 'ministral3'"),
+        ("Falcon", {"alibi": True}, "sets alibi to True"),
+        ("StableLM", {"qk_layernorm": True}, "sets qk_layernorm to True"),
+        ("OPT", {"do_layer_norm_before": False}, "sets do_layer_norm_before to False"),
         ("Llama 2", {"num_hidden_layers": 2}, r"architecture does not have: model.layers.2.* more"),
     ],
 )
@@ -117,6 +124,28 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(
     with pytest.raises(InputError, match=message) as caught:
         open_checkpoint(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_old_and_new_rotary_settings_of_gemma_3_mean_the_same() -> None:
+    common = LLAMA_DIMS | {"architectures": ["Gemma3ForCausalLM"], "num_key_value_heads": 2}
+    full = {"rope_type": "linear", "factor": 8.0}
+    new = layered_rope({"rope_theta": 500.0}, rope_theta=1000.0, **full)
+    types = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    old = {"rope_scaling": full, "rope_theta": 1000.0, "rope_local_base_freq": 500.0, "sliding_window_pattern": 2}
+    assert config_of(common | old, Path("old")) == config_of(common | new | types, Path("new"))
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_images_are_left_out_with_a_warning(prefix: str, tmp_path: Path) -> None:
+    settings("Gemma 3, language model", tmp_path)
+    expected = open_checkpoint(tmp_path).build().state_dict()
+    state = load_file(tmp_path / "model.safetensors")
+    renamed = {re.sub(r"^(model\.language_model|language_model\.model)\.", prefix, name): state[name] for name in state}
+    save_file(renamed, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert all(torch.equal(found, expected[name]) for name, found in checkpoint.build().state_dict().items())
+    (warning,) = checkpoint.warnings
+    assert "only its language model is exported" in warning
 
 
 def test_gpt2_with_openais_names_and_old_buffers_opens(tmp_path: Path) -> None:
@@ -187,13 +216,18 @@ def varied(case: Case) -> tuple[Any, list[int], list[Tensor]]:
     raise AssertionError(f"{case} repeats itself with eight seeds")
 
 
+NORM_KERNELS = ("add", "mean", "mul", "rsqrt", "sub", "view_copy")
+"""Kernels of the LayerNorm of embeddings, which XNNPACK does not take."""
+
+
 def outside(config: ModelConfig, attention: str) -> set[str]:
     """Returns the kernels outside XNNPACK's delegates: those of the first block's input, and the attention operator."""
     scales = {"aten::mul.out"} if config.embedding_scale != 1 else set()
     adds = {"aten::add.out"} if config.positions == "learned" else set()
     ours = {"llama_pte::attention.out"} if attention == "fused" else set()
     slices = {"aten::slice_copy.Tensor_out"} if ours and config.local_rope_theta else set()
-    return {"aten::embedding.out"} | scales | adds | ours | slices
+    norm = {f"aten::{name}.out" for name in NORM_KERNELS} if config.embedding_norm else set()
+    return {"aten::embedding.out"} | scales | adds | ours | slices | norm
 
 
 def exports() -> Iterator[Any]:

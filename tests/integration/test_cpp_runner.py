@@ -30,7 +30,7 @@ from runtime.generate import main
 from runtime.text.generation import GenerationOptions, generate
 from runtime.text.sampler import Rng
 from tests.conftest import BUILD, MODELS, ROOT
-from tests.support.kinds import KINDS, VOCABULARY, export_kind, recomputed
+from tests.support.kinds import CONTEXT, KINDS, VOCABULARY, export_kind, recomputed
 
 AARCH64 = ROOT / "build" / "aarch64-linux"
 CMAKE = ROOT / ".venv" / "bin" / "cmake"
@@ -197,6 +197,19 @@ def test_runs_models_of_every_kind_as_python_does(
     counted = _run(BUILD / "tests" / "test_allocations", path)
     assert counted.returncode == 0, counted.stdout
     assert " 0 allocations by the runner" in counted.stdout
+
+
+def test_slides_as_python_does_where_local_blocks_have_their_own_rotary_frequencies(
+    runner: Path, exported: Callable[[str, str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = exported("fused, local rotary frequencies", "portable")
+    flags = ["--prompt-ids", "1,2,3", "--max-new-tokens", "90", "--on-full", "slide", "--format", "json"]
+    flags += ["--temperature", "1", "--seed", "3"]
+    main([str(path), *flags])
+    theirs, done = json.loads(capsys.readouterr().out), _run(runner, path, *flags)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["token_ids"] == theirs["token_ids"]
+    assert len(theirs["token_ids"]) == 90 > 2 * CONTEXT
 
 
 HIDDEN = """

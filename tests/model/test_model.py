@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from export.checkpoints.layouts import open_checkpoint
 from export.quality.eager import reference
-from model.model import BlockCache, Norm
+from model.model import BlockCache
 from preproc import mask, rope
 from tests.conftest import TOY, random_model
 from tests.preproc.test_rope import LLAMA3
@@ -95,10 +95,3 @@ def test_select_names_the_rows_whose_logits_are_returned() -> None:
     select = torch.tensor([[[0.0, 0, 0, 1], [0, 1, 0, 0]]])
     step = model(torch.tensor([tokens]), (cos, sin), [mask.causal(0, 4, 0).unsqueeze(0)], select)
     torch.testing.assert_close(step.logits[0], reference(model, [tokens])[0][[3, 1]])
-
-
-def test_rms_norm_is_torchs() -> None:
-    x = torch.randn(2, 3, 16)
-    norm = Norm(TOY, 16)
-    torch.nn.init.uniform_(norm.weight)
-    torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (16,), norm.weight, TOY.norm_eps))

@@ -1,15 +1,11 @@
 """Random models of every supported family, made by transformers."""
 
-import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 LLAMA_DIMS = {
     "vocab_size": 160,
@@ -49,8 +45,8 @@ class Case:
     """A random model: its architecture, and the settings that differ from the dimensions above.
 
     Attributes:
-        saved_as: architecture that transformers does not have and that computes the same; `save` writes a checkpoint of
-            it.
+        saved_as: architecture that transformers does not have and that computes the same; `tests.support.saved`
+            writes a checkpoint of it.
         exported: whether the default run also exports it; the others are exported by the slow tests.
         norms: factor of the norms' weights.
     """
@@ -66,10 +62,9 @@ def rope(kind: str, **parameters: object) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0} | parameters}
 
 
-def layered_rope(**full: object) -> dict[str, Any]:
-    """Returns rotary settings of blocks that see everything, and of local blocks."""
-    local = {"rope_type": "default", "rope_theta": 1000.0}
-    return {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
+def layered_rope(local: dict[str, object], **full: object) -> dict[str, Any]:
+    """Returns the rotary settings of local blocks and of those that see everything."""
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": {"rope_type": "default"} | local}}
 
 
 DIVISORS = {
@@ -210,7 +205,7 @@ CASES = {
         "Gemma3ForCausalLM",
         {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 8}
         | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-        | layered_rope(rope_type="linear", factor=4.0, rope_theta=1e6),
+        | layered_rope({"rope_theta": 1000.0}, rope_type="linear", factor=4.0, rope_theta=1e6),
         exported=True,
         norms=2.0,
     ),
@@ -222,12 +217,18 @@ CASES = {
         },
         norms=2.0,
     ),
+    "HyperCLOVA X": Case(
+        "HyperCLOVAXForCausalLM",
+        {"num_key_value_heads": 2, "embedding_multiplier": 6.0, "residual_multiplier": 0.4, "logits_scaling": 0.25},
+    ),
     "OLMo 2": Case("Olmo2ForCausalLM", {"num_key_value_heads": 2}, exported=True, norms=1.5),
     "OLMo 3": Case(
         "Olmo3ForCausalLM",
         {"num_key_value_heads": 2, "sliding_window": 8}
         | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
-        | layered_rope(rope_type="yarn", factor=4.0, rope_theta=5e5, original_max_position_embeddings=16),
+        | layered_rope(
+            {"rope_theta": 1000.0}, rope_type="yarn", factor=4.0, rope_theta=5e5, original_max_position_embeddings=16
+        ),
         norms=1.5,
     ),
     "EXAONE 4": Case(
@@ -253,6 +254,11 @@ CASES = {
     "Helium": Case("HeliumForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
     "Seed-OSS": Case("SeedOssForCausalLM", {"num_key_value_heads": 2, "head_dim": 12}),
     "Arcee": Case("ArceeForCausalLM", {"num_key_value_heads": 2}),
+    "Apertus": Case(
+        "ApertusForCausalLM",
+        {"num_key_value_heads": 2}
+        | rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
+    ),
     "CWM": Case(
         "CwmForCausalLM",
         {
@@ -296,6 +302,8 @@ CASES = {
     "Falcon, blocks in turn, biases": Case(
         "FalconForCausalLM", {"parallel_attn": False, "multi_query": False, "bias": True}
     ),
+    "BLOOM": Case("BloomForCausalLM"),
+    "BLOOM, six heads": Case("BloomForCausalLM", {"hidden_size": 48, "num_attention_heads": 6}),
     "Phi-2": Case("PhiForCausalLM", {"num_key_value_heads": 2}),
     "StableLM": Case("StableLmForCausalLM", {"num_key_value_heads": 2, "use_qkv_bias": True}),
     "StableLM, parallel": Case("StableLmForCausalLM", {"num_key_value_heads": 4, "use_parallel_residual": True}),
@@ -359,53 +367,3 @@ def hugging_face_model(case: Case, seed: int = 1) -> Any:
         else:
             parameter.normal_(0, 0.3 if any(part.isdigit() for part in name.split(".")) else 0.2)
     return model
-
-
-def save(case: Case, model: Any, folder: Path) -> None:
-    """Saves the case's model as a checkpoint of its architecture."""
-    model.save_pretrained(folder)
-    if case.saved_as:
-        settings = json.loads((folder / "config.json").read_text())
-        state = load_file(folder / "model.safetensors")
-        settings, state = {"InternLM2ForCausalLM": _internlm2, "MiniCPMForCausalLM": _minicpm}[case.saved_as](
-            settings, state
-        )
-        (folder / "config.json").write_text(json.dumps(settings | {"architectures": [case.saved_as]}))
-        save_file(state, folder / "model.safetensors")
-
-
-def _internlm2(settings: dict[str, Any], state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns a Llama model as InternLM 2 stores it (internlm/internlm2-7b, modeling_internlm2.py): each KV head's
-    query heads, key head and value head follow one another in wqkv.
-    """
-    names = {
-        "embed_tokens": "tok_embeddings",
-        "self_attn": "attention",
-        "o_proj": "wo",
-        "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "mlp": "feed_forward",
-        "gate_proj": "w1",
-        "down_proj": "w2",
-        "up_proj": "w3",
-        "lm_head": "output",
-    }
-    found = {
-        ".".join(names.get(part, part) for part in name.split(".")): tensor
-        for name, tensor in state.items()
-        if name.split(".")[-2] not in ("q_proj", "k_proj", "v_proj")
-    }
-    heads = settings["num_key_value_heads"]
-    for layer in range(settings["num_hidden_layers"]):
-        parts = [state[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "qkv"]
-        groups = [part.view(heads, -1, part.shape[1]) for part in parts]
-        found[f"model.layers.{layer}.attention.wqkv.weight"] = torch.cat(groups, dim=1).flatten(0, 1)
-    return settings | {"bias": False}, found
-
-
-def _minicpm(settings: dict[str, Any], state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns a Granite model as MiniCPM describes it (openbmb/MiniCPM-2B-sft-bf16, modeling_minicpm.py): the factors
-    of each block's terms and of the logits follow from a depth and a width.
-    """
-    kept = {key: value for key, value in settings.items() if "multiplier" not in key and key != "logits_scaling"}
-    return kept | {"scale_emb": 6.0, "scale_depth": 0.7, "dim_model_base": 8}, state
