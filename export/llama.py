@@ -25,6 +25,7 @@ from rich.console import Console
 
 from export.atomic_file import replacing
 from export.checkpoints import hub
+from export.checkpoints.adapters import add_lora_flag
 from export.checkpoints.layouts import BUILT_IN
 from export.lowering.assemble import assemble
 from export.lowering.backends import BACKENDS, lowering
@@ -238,6 +239,7 @@ def _add_file_flags(parser: argparse.ArgumentParser) -> None:
         help="checkpoint: Hugging Face or Meta folder, GGUF, llama2.c .bin, or org/name on the Hugging Face hub "
         "(default: the built-in model)",
     )
+    add_lora_flag(parser)
     add(
         "--tokenizer",
         type=Path,

@@ -15,9 +15,11 @@ if __name__ == "__main__":
     command.start("export.verify")
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from export.checkpoints import hub
+from export.checkpoints.adapters import Adapter, add_lora_flag, open_adapters
 from export.checkpoints.layouts import BUILT_IN, open_checkpoint
 from export.quality.gptq import CalibrationText, calibrate
 from export.quality.perplexity import Gate
@@ -28,6 +30,7 @@ from model.errors import InputError
 from preproc.tokenizer import from_bytes
 from runtime.cli import command
 from runtime.engine.program import files, read_metadata
+from runtime.pte.metadata import Metadata
 
 
 def _with_calibration(source: WeightSource, file: Path, path: Path | None, folder: Path) -> WeightSource:
@@ -58,6 +61,22 @@ def _with_calibration(source: WeightSource, file: Path, path: Path | None, folde
     return calibrate(source, texts, metadata.max_seq_len, folder)
 
 
+def _check_adapters(file: Path, metadata: Metadata, adapters: Sequence[Adapter]) -> None:
+    """Checks that the adapters are those that the file was made with. Their names and places may have changed.
+
+    Raises:
+        InputError: there are others.
+    """
+    made_with = metadata.provenance.get("adapters") or []
+    wanted = [(each["sha256"], each["scale"]) for each in made_with]
+    if wanted != [(adapter.sha256, adapter.scale) for adapter in adapters]:
+        flags = " ".join(f"--lora {each['name']}:{each['scale']:g}" for each in made_with)
+        raise InputError(
+            f"{file} was made with {flags or 'no adapter'}, unlike the adapters given here; give "
+            f"{'these, with the same content' if flags else 'no --lora'}"
+        )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command. Returns exit code 0 if the file passes, 1 if it does not, 2 for bad input."""
     parser = command.parser("export.verify", "Compares a .pte file with its checkpoint.", __doc__)
@@ -69,6 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="PATH",
         help="checkpoint of the file: a path, or org/name on the Hugging Face hub (default: the built-in model)",
     )
+    add_lora_flag(parser)
     hub.add_flags(parser)
     add_flags(parser)
     parser.add_argument(
@@ -83,7 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
     scheme = Scheme.of(metadata)
     if options.report and scheme.max_ppl_increase is None:
         raise InputError(f"--report needs a quantised file, but {options.file} is float32; leave it out")
-    checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir)
+    adapters = open_adapters(options.lora, options.hub_token, options.cache_dir)
+    _check_adapters(options.file, metadata, adapters)
+    checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir, adapters)
     config = checkpoint.config.for_length(metadata.max_seq_len)
     slices = metadata.provenance["options"].get("tensor_parallel", 1)
     source = WeightSource(config, checkpoint.weights, scheme, slices=slices, blocks=checkpoint.blocks)

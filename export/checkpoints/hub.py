@@ -14,6 +14,8 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index
 layouts.
 """
 
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags for `download`."""
@@ -47,6 +49,11 @@ def download(name: Path, token: str | None = None, cache: Path | None = None) ->
     if not any(folder.glob("model*.safetensors")):
         folder = _snapshot(name, token, cache, (*_SETTINGS, *_PICKLED))
     return folder
+
+
+def download_adapter(name: Path, token: str | None = None, cache: Path | None = None) -> Path:
+    """Returns the folder of a PEFT adapter on the hub, as `download` does for a checkpoint."""
+    return _snapshot(name, token, cache, _ADAPTER)
 
 
 def _snapshot(name: Path, token: str | None, cache: Path | None, patterns: tuple[str, ...]) -> Path:

@@ -1,31 +1,31 @@
 """Reader of Hugging Face folders: config.json, and weights in .safetensors or pytorch_model.bin files."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
+from export.checkpoints.adapters import Adapter, check_beside
 from export.checkpoints.checkpoint import (
     ChatSource,
     Checkpoint,
-    Index,
+    Storage,
     TensorSource,
-    is_plain,
     match,
-    read_head,
     read_json,
     recommended,
+    starred,
     token_ids,
 )
 from export.checkpoints.family import Family
 from export.checkpoints.hf_config import config_of, family_of
-from export.checkpoints.pickled import is_torch_file, load_tensors, without_wrappers
+from export.checkpoints.merging import Names, merged
+from export.checkpoints.pickled import without_wrappers
+from export.checkpoints.tensor_files import tensor_sources
 from model.errors import InputError, listed
 from preproc.tokenizer import from_bytes, token_text
 
@@ -43,44 +43,45 @@ def is_folder(path: Path) -> bool:
     return path.is_dir() and (path / "config.json").is_file()
 
 
-def is_safetensors(path: Path) -> bool:
-    """Returns whether the file starts like a safetensors file: a length and a JSON object."""
-    return read_head(path, 9)[8:] == b"{"
-
-
-def open_file(path: Path) -> Checkpoint:
-    """Opens a file of weights, with the configuration in the same folder.
+def open_file(path: Path, adapters: Sequence[Adapter] = ()) -> Checkpoint:
+    """Opens a file of weights, with the configuration in the same folder, as `open_folder` does.
 
     Raises:
         InputError: the folder has no config.json, or as in `open_folder`.
     """
     if not is_folder(path.parent):
         raise InputError(f"{path} has weights but no config.json beside it; put the checkpoint's there")
-    return open_folder(path.parent, path)
+    return open_folder(path.parent, adapters, path)
 
 
-def open_folder(path: Path, alone: Path | None = None) -> Checkpoint:
+def open_folder(path: Path, adapters: Sequence[Adapter] = (), alone: Path | None = None) -> Checkpoint:
     """Opens a Hugging Face folder.
 
     Args:
+        adapters: adapters to merge into the weights.
         alone: file from which to read all weights, unless it is one of several files of a checkpoint.
 
     Raises:
         InputError: the folder is incomplete, damaged, or cannot be exported.
     """
+    check_beside(path, adapters)
     settings = read_json(path / "config.json")
     _check_unquantised(path, settings)
     family, config = family_of(settings, path / "config.json"), config_of(settings, path / "config.json")
     files = _weight_files(path, alone)
-    sources = {_known(name, family): source for name, source in without_wrappers(_sources(files)).items()}
+    found = without_wrappers(tensor_sources(files))
+    sources = {_known(name, family): source for name, source in found.items()}
     storage = family.storage
     if not any(name.startswith(family.prefix) for name in sources):
         bare = {ours: theirs.removeprefix(family.prefix) for ours, theirs in storage.names.items()}
         storage = replace(storage, names=bare)
     images = {name for name in sources if set(family.unread) & set(name.split("."))}
     spare = images | {name for name in sources if name.endswith(_BUFFERS)}
+    embedding, head = (storage.names[f"{name}.weight"] for name in ("tok_embeddings", "head.output"))
+    if adapters:
+        names = Names(family.prefix, partial(_is_transposed, storage), (embedding, head) if config.tied else ())
+        sources = merged(path, sources, adapters, names)
     if config.tied:
-        embedding, head = (storage.names[f"{name}.weight"] for name in ("tok_embeddings", "head.output"))
         config = replace(config, tied=_is_tied(sources, embedding, head))
         spare.add(head)
     weights = match(path, config, sources, storage, spare)
@@ -102,6 +103,7 @@ def open_folder(path: Path, alone: Path | None = None) -> Checkpoint:
         weights,
         (path / "config.json", *files),
         "Hugging Face folder",
+        notes=tuple(f"adapter {adapter.name} is merged, scale {adapter.scale:g}" for adapter in adapters),
         bos_id=bos[0] if bos and not decides else None,
         adds_bos=None if decides else said.get("add_bos_token"),
         stop_ids=tuple(dict.fromkeys(itertools.chain(*stop))),
@@ -130,6 +132,12 @@ def _check_unquantised(path: Path, settings: dict[str, Any]) -> None:
         raise InputError(f"{path} is quantised ({method}); give the unquantised checkpoint")
 
 
+def _is_transposed(storage: Storage, name: str) -> bool:
+    """Returns whether the layout stores a matrix as [in, out], which holds for the blocks' alone."""
+    blocks = (theirs for ours, theirs in storage.names.items() if ours.startswith("layers."))
+    return storage.transposed and starred(name) in blocks
+
+
 def _is_tied(sources: dict[str, TensorSource], embedding: str, head: str) -> bool:
     """Returns whether embedding and head share one matrix. If only one of them is stored, it serves as both. If both
     are stored and differ, they are separate, as in transformers.
@@ -137,6 +145,8 @@ def _is_tied(sources: dict[str, TensorSource], embedding: str, head: str) -> boo
     if embedding not in sources and head in sources:
         sources[embedding] = sources[head]
     if head not in sources or embedding not in sources:
+        return True
+    if sources[head] is sources[embedding]:
         return True
     if sources[head].shape != sources[embedding].shape:
         return False
@@ -253,42 +263,3 @@ def _indexed_names(index: Path) -> list[str]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{index} has no weight_map with file names; download the checkpoint again")
     return sorted(set(weight_map.values()))
-
-
-def _sources(files: Iterable[Path]) -> dict[str, TensorSource]:
-    sources: dict[str, TensorSource] = {}
-    found_in: dict[str, Path] = {}
-    for file in files:
-        for name, source in (_index_pickled(file) if is_torch_file(file) else _index_safetensors(file)).items():
-            if name in sources:
-                raise InputError(f"{name} is in both {found_in[name].name} and {file.name}; remove one")
-            sources[name], found_in[name] = source, file
-    return sources
-
-
-def _index_pickled(file: Path) -> dict[str, TensorSource]:
-    return {
-        name: TensorSource(tuple(t.shape), partial(_part, t), is_plain(t)) for name, t in load_tensors(file).items()
-    }
-
-
-def _part(tensor: Tensor, index: Index) -> Tensor:
-    return tensor[index]
-
-
-def _index_safetensors(file: Path) -> dict[str, TensorSource]:
-    sources = {}
-    try:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                view = tensors.get_slice(name)
-                plain = view.get_dtype() in ("F64", "F32", "F16", "BF16")
-                sources[name] = TensorSource(tuple(view.get_shape()), partial(_read_safetensors, file, name), plain)
-    except SafetensorError as error:
-        raise InputError(f"{file} is truncated or not a safetensors file ({error}); download it again") from error
-    return sources
-
-
-def _read_safetensors(file: Path, name: str, index: Index) -> Tensor:
-    with safe_open(file, "pt") as tensors:
-        return tensors.get_slice(name)[index] if index else tensors.get_tensor(name)

@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 
+from export.checkpoints.adapters import open_adapters
 from export.checkpoints.layouts import BUILT_IN, Checkpoint, open_checkpoint
 from export.lowering.assemble import Assembled
 from export.lowering.backends import BACKENDS, check
 from export.lowering.export_cache import source_digest, versions
 from export.lowering.slices import sliced
 from export.lowering.trace import GraphOptions
-from export.planning.cpp_tokenizer import unsupported_in_cpp
 from export.planning.jinja_reduction import Chosen, chosen
 from export.planning.memory import activation_bytes, check_caches, matrix_bytes
 from export.planning.sharding import Sharding
+from export.planning.warnings import warnings_of
 from export.quality.gptq import CalibrationText
 from export.weights.formats.integer import ROUNDINGS
 from export.weights.gguf_types import QUANTIZE, default_scheme, named_scheme, unkept
@@ -54,6 +55,7 @@ class ExportOptions:
 
     Attributes:
         checkpoint: file or folder in any layout of `export.checkpoints.layouts`, or a name on the Hugging Face hub.
+        lora: adapters to merge into the weights, each FOLDER or FOLDER:scale, see `export.checkpoints.adapters`.
         tokenizer: tokenizer file; None for the checkpoint's own, "none" for an export without a tokenizer.
         output: the .pte to write, or the folder of shards or slices; None for a path in the current folder named after
             the checkpoint.
@@ -81,6 +83,7 @@ class ExportOptions:
     """
 
     checkpoint: Path = BUILT_IN
+    lora: Sequence[str] = ()
     tokenizer: Path | None = None
     output: Path | None = None
     max_seq_len: int | None = None
@@ -224,7 +227,8 @@ def plan(options: ExportOptions) -> Plan:
     Raises:
         InputError: checkpoint, tokenizer or options cannot be used.
     """
-    checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir)
+    adapters = open_adapters(options.lora, options.hub_token, options.cache_dir)
+    checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir, adapters)
     tokenizer = _tokenizer(checkpoint, options)
     able = BACKENDS[options.backend].formats
     quantize = options.quantize or ("fp32" if options.auto else default_scheme(checkpoint.types, able))
@@ -234,7 +238,7 @@ def plan(options: ExportOptions) -> Plan:
         options.embedding_bits,
         options.head_bits,
         options.rounding,
-        one_table=config.tied and not options.sharding.has_shards,
+        one_table=checkpoint.config.tied and not options.sharding.has_shards,
     )
     scheme = replace(scheme, kv_dtype=KV_DTYPES[options.kv_dtype])
     graph = _graph(checkpoint.config, options, scheme)
@@ -254,6 +258,7 @@ def plan(options: ExportOptions) -> Plan:
     provenance = _provenance(checkpoint, tokenizer, options, graph, quantize, scheme)
     chat = chosen(options.chat_template, checkpoint, tokenizer)
     provenance |= _chat(chat, tokenizer, provenance)
+    provenance["adapters"] = [adapter.record for adapter in adapters]
     provenance["calibration"] = {"sha256": text.sha256} if text else None
     return Plan(
         source=source,
@@ -262,9 +267,9 @@ def plan(options: ExportOptions) -> Plan:
         tokenizer=tokenizer,
         provenance=provenance,
         output=output,
-        summary=f"{checkpoint.layout}, {config.n_layers} layers, dim {config.dim}, vocabulary {config.vocab_size}",
+        summary="; ".join((f"{checkpoint.layout}, {_dimensions(config)}", *checkpoint.notes)),
         warnings=(
-            *_warnings(checkpoint, tokenizer, graph.max_seq_len, provenance["stop_ids"]),
+            *warnings_of(checkpoint, tokenizer, graph.max_seq_len, provenance["stop_ids"]),
             *unkept(quantize, config, checkpoint.types),
             *chat.warnings,
         ),
@@ -327,23 +332,8 @@ def _with_rows(graph: GraphOptions, config: ModelConfig, scheme: Scheme, shardin
     return replace(graph, max_rows=1 if graph.attention == "aten" or swaps_pairs(config, last, scheme) else MAX_ROWS)
 
 
-def _warnings(
-    checkpoint: Checkpoint, tokenizer: Tokenizer | None, max_seq_len: int, stop_ids: Sequence[int]
-) -> tuple[str, ...]:
-    context, scaling, found = checkpoint.config.context, checkpoint.config.rope_scaling, list(checkpoint.warnings)
-    if max_seq_len > context:
-        how = f"; its {scaling.kind} scaling is stretched to that length" if scaling else ""
-        found.append(f"--max-seq-len {max_seq_len} is more than the {context} positions the model was trained for{how}")
-    if scaling and scaling.kind == "longrope" and max_seq_len > scaling.original_context:
-        found.append(
-            f"texts of up to {scaling.original_context} tokens also use the factors for longer ones, unlike in "
-            "transformers; --original-context exports for short texts only"
-        )
-    if tokenizer and not stop_ids:
-        found.append("the checkpoint names no token that ends a text, so answers end only at their length limit")
-    if tokenizer and (lacking_in_cpp := unsupported_in_cpp(tokenizer.data)):
-        found.append(f"llama_runner cannot use this tokenizer: {lacking_in_cpp}; the Python runtime can")
-    return tuple(f"warning: {each}" for each in found)
+def _dimensions(config: ModelConfig) -> str:
+    return f"{config.n_layers} layers, dim {config.dim}, vocabulary {config.vocab_size}"
 
 
 def _name(checkpoint: Path) -> str:

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from export.checkpoints import hugging_face
+from export.checkpoints import tensor_files
 from export.checkpoints.families import FAMILIES
 from export.checkpoints.hf_config import config_of
 from export.checkpoints.layouts import open_checkpoint
@@ -165,7 +165,7 @@ def test_only_the_needed_rows_of_a_fused_tensor_are_read(
 ) -> None:
     settings(name, tmp_path)
     read = list[Tensor]()
-    monkeypatch.setattr(hugging_face, "_read_safetensors", _recording(hugging_face._read_safetensors, read))
+    monkeypatch.setattr(tensor_files, "_read_safetensors", _recording(tensor_files._read_safetensors, read))
     checkpoint = open_checkpoint(tmp_path)
     assert not read
     weight = checkpoint.weights["layers.1.attention.wk.weight"]

@@ -101,7 +101,9 @@ def test_a_quantised_checkpoint_is_refused_with_its_method(settings: dict[str, A
 
 def test_an_adapter_is_named_with_its_base(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    with pytest.raises(InputError, match="a LoRA adapter of org/base; merge it first"):
+    with pytest.raises(
+        InputError, match=r"a LoRA adapter of org/base; merge it first .* or give --checkpoint org/base --lora"
+    ):
         open_checkpoint(tmp_path)
 
 
