@@ -390,8 +390,7 @@ def _evaluate_command(folder: Path, stories: list[str], valid: list[str]) -> Non
     size = sum(len(story.encode()) for story in valid)
     print(f"validation loss {nats / count:.4f} nats/token over {count} tokens of {len(valid)} stories")
     print(f"bits per byte {nats / math.log(2) / size:.4f} over {size} bytes")
-    samples = sample(model, range(20), 256, 0.8)
-    longest = longest_copy(samples, encode(processor, stories))
+    longest = longest_copy(sample(model, range(20), 256, 0.8), encode(processor, stories))
     verdict = "none of 30 or more" if longest < COPY_LIMIT else f"COPIED: the limit is {COPY_LIMIT - 1}"
     print(f"longest run shared with the training text: {longest} tokens ({verdict}) in 20 samples of 256 tokens")
     print(processor.decode(sample(model, [0], 256, 0.0)[0]))
