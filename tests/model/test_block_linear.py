@@ -42,7 +42,7 @@ def test_the_devices_operators_have_the_same_schemas() -> None:
 def _enumerated(name: str, prefix: str) -> list[str]:
     """Returns the members of an enumeration in the operators' source, in lower case and without a prefix."""
     (members,) = re.findall(rf"enum {name} : size_t \{{(.*?)\}}", OPERATOR, re.DOTALL)
-    return [found.lower() for found in re.findall(rf"{prefix}(\w+),? ", members + " ")]
+    return [found.lower() for found in re.findall(rf"{prefix}(\w+)", members)]
 
 
 def blocks_of(kind: str, shape: tuple[int, ...]) -> np.ndarray:
