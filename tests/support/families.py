@@ -302,8 +302,10 @@ CASES = {
     "Falcon, blocks in turn, biases": Case(
         "FalconForCausalLM", {"parallel_attn": False, "multi_query": False, "bias": True}
     ),
-    "BLOOM": Case("BloomForCausalLM"),
-    "BLOOM, six heads": Case("BloomForCausalLM", {"hidden_size": 48, "num_attention_heads": 6}),
+    "BLOOM": Case("BloomForCausalLM", {"tie_word_embeddings": False}),
+    "BLOOM, six heads": Case(
+        "BloomForCausalLM", {"hidden_size": 48, "num_attention_heads": 6, "tie_word_embeddings": False}
+    ),
     "Phi-2": Case("PhiForCausalLM", {"num_key_value_heads": 2}),
     "StableLM": Case("StableLmForCausalLM", {"num_key_value_heads": 2, "use_qkv_bias": True}),
     "StableLM, parallel": Case("StableLmForCausalLM", {"num_key_value_heads": 4, "use_parallel_residual": True}),
