@@ -29,8 +29,7 @@ def test_each_matrix_has_its_format() -> None:
     assert scheme.format("layers.11.attention.wq.weight", 64) == FOUR
     assert scheme.format("layers.2.attention.wv.weight", 64) == FLOAT, "its own name comes before its block's"
     assert scheme.format("layers.2.attention.wk.weight", 64) == BYTE
-    assert scheme.format("layers.0.feed_forward.router.weight", 64) == BYTE
-    assert SCHEMES["fp32"].format("layers.0.feed_forward.router.weight", 64) == FLOAT
+    assert scheme.format("layers.0.feed_forward.router.weight", 64) == FLOAT
 
 
 FORMATS = st.sampled_from([FLOAT, BYTE, FOUR, Integer(4, 128), *(Blocks.of(name) for name in BLOCK_FORMS)])
