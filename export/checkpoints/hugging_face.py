@@ -25,6 +25,7 @@ from export.checkpoints.family import Family
 from export.checkpoints.hf_config import config_of, family_of
 from export.checkpoints.merging import Names, merged
 from export.checkpoints.pickled import without_wrappers
+from export.checkpoints.quantised.methods import dequantised
 from export.checkpoints.tensor_files import tensor_sources
 from model.errors import InputError, listed
 from preproc.tokenizer import from_bytes, token_text
@@ -66,12 +67,13 @@ def open_folder(path: Path, adapters: Sequence[Adapter] = (), alone: Path | None
     """
     check_beside(path, adapters)
     settings = read_json(path / "config.json")
-    _check_unquantised(path, settings)
     family, config = family_of(settings, path / "config.json"), config_of(settings, path / "config.json")
     files = _weight_files(path, alone)
-    found = without_wrappers(tensor_sources(files))
+    found, notes = dequantised(path, settings, without_wrappers(tensor_sources(files)))
     sources = {_known(name, family): source for name, source in found.items()}
     storage = family.storage
+    if notes and storage.transposed:
+        raise InputError(f"{path} is quantised, which its architecture must not be; give the unquantised checkpoint")
     if not any(name.startswith(family.prefix) for name in sources):
         bare = {ours: theirs.removeprefix(family.prefix) for ours, theirs in storage.names.items()}
         storage = replace(storage, names=bare)
@@ -103,7 +105,7 @@ def open_folder(path: Path, adapters: Sequence[Adapter] = (), alone: Path | None
         weights,
         (path / "config.json", *files),
         "Hugging Face folder",
-        notes=tuple(f"adapter {adapter.name} is merged, scale {adapter.scale:g}" for adapter in adapters),
+        notes=(*notes, *(f"adapter {adapter.name} is merged, scale {adapter.scale:g}" for adapter in adapters)),
         bos_id=bos[0] if bos and not decides else None,
         adds_bos=None if decides else said.get("add_bos_token"),
         stop_ids=tuple(dict.fromkeys(itertools.chain(*stop))),
@@ -118,18 +120,6 @@ def _known(name: str, family: Family) -> str:
     """Returns the name of a weight with the parts that the family's table has."""
     parts = (family.other_parts.get(part, part) for part in name.split("."))
     return ".".join(part for part in parts if part)
-
-
-def _check_unquantised(path: Path, settings: dict[str, Any]) -> None:
-    """Checks that the weights are not quantised.
-
-    Raises:
-        InputError: the configuration says that they are. The message names the method.
-    """
-    theirs, mlx = settings.get("quantization_config"), settings.get("quantization")
-    method = theirs.get("quant_method", "by an unnamed method") if isinstance(theirs, dict) else "mlx" if mlx else None
-    if method is not None:
-        raise InputError(f"{path} is quantised ({method}); give the unquantised checkpoint")
 
 
 def _is_transposed(storage: Storage, name: str) -> bool:

@@ -85,20 +85,6 @@ def test_metas_head_is_tied_where_it_equals_the_embedding(is_tied: bool, tmp_pat
     assert open_checkpoint(tmp_path).config.tied == is_tied
 
 
-@pytest.mark.parametrize(
-    ("settings", "method"),
-    [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, "mlx"),
-    ],
-)
-def test_a_quantised_checkpoint_is_refused_with_its_method(settings: dict[str, Any], method: str, folder: Path) -> None:
-    configure(folder, **settings)
-    with pytest.raises(InputError, match=rf"is quantised \({method}\); give the unquantised checkpoint"):
-        open_checkpoint(folder)
-
-
 def test_an_adapter_is_named_with_its_base(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     with pytest.raises(

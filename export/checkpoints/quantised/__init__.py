@@ -1,0 +1,1 @@
+"""Quantised Hugging Face checkpoints, whose matrices are dequantised as they are read."""
