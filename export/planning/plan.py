@@ -55,7 +55,6 @@ class ExportOptions:
 
     Attributes:
         checkpoint: file or folder in any layout of `export.checkpoints.layouts`, or a name on the Hugging Face hub.
-        lora: adapters to merge into the weights, each FOLDER or FOLDER:scale, see `export.checkpoints.adapters`.
         tokenizer: tokenizer file; None for the checkpoint's own, "none" for an export without a tokenizer.
         output: the .pte to write, or the folder of shards or slices; None for a path in the current folder named after
             the checkpoint.
@@ -80,10 +79,10 @@ class ExportOptions:
         hub_token, cache_dir: settings for a name on the hub, see `export.checkpoints.hub.download`.
         force: whether to export even if the output is up to date.
         cache: whether to use the cache of lowered blocks and verifications.
+        lora: adapters to merge into the weights, each FOLDER or FOLDER:scale, see `export.checkpoints.adapters`.
     """
 
     checkpoint: Path = BUILT_IN
-    lora: Sequence[str] = ()
     tokenizer: Path | None = None
     output: Path | None = None
     max_seq_len: int | None = None
@@ -110,6 +109,7 @@ class ExportOptions:
     cache_dir: Path | None = None
     force: bool = False
     cache: bool = True
+    lora: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.auto and (self.quantize or self.group_size or self.embedding_bits or self.head_bits):
