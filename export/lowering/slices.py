@@ -151,9 +151,11 @@ class SlicedSource(WeightSource):
         return found if axis is None else self._share(found, name=name, axis=axis)
 
     def stored(self, name: str) -> Tensor:
-        """Returns the slice's share of a matrix in the scheme's format."""
+        """Returns the slice's share of a parameter in its format."""
+        if name not in self.matrices:
+            return super().stored(name)
         found, axis = self._whole.stored(name), _axis(name)
-        assert axis is not None, f"{name} is not a matrix"
+        assert axis is not None, f"{name} is not divided"
         return self._whole.format(name).share(found, axis, functools.partial(self._share, name=name, axis=axis))
 
     def _share(self, whole: Tensor, padding: float = 0.0, *, name: str, axis: int) -> Tensor:

@@ -42,6 +42,17 @@ def test_joined_slices_equal_the_whole(scheme: Scheme, config: ModelConfig, coun
         assert not padding.any()
 
 
+def test_the_slices_of_biases_and_norms_are_stored_as_the_weights_are() -> None:
+    whole = WeightSource(UNUSUAL["biases"], random_model(UNUSUAL["biases"]).state_dict(), SCHEMES["8da8w"])
+    parts = [SlicedSource(whole, number, 2) for number in range(2)]
+    bias = "layers.1.feed_forward.w2.bias"
+    assert torch.equal(sum(part.stored(bias) for part in parts), whole.weight(bias))
+    for name in ("layers.0.attention.wq.bias", "head.output.bias"):
+        found = torch.cat([part.stored(name) for part in parts])
+        assert torch.equal(found[: len(whole.weight(name))], whole.weight(name))
+    assert torch.equal(parts[1].stored("head.norm.weight"), whole.weight("head.norm.weight"))
+
+
 def _values(matrix: Tensor) -> Tensor:
     return matrix.dequantize() if isinstance(matrix, IntxUnpackedToInt8Tensor) else matrix
 
