@@ -164,14 +164,14 @@ enum ExpertArgument : size_t {
 /// Checks the types of all arguments but the matrices, and the ranks of those from which sizes are taken.
 bool experts_well_typed(et::Span<et::EValue*> args) {
     if (args.size() < kExpertArguments) return false;
-    for (const size_t i : {kExpertX, kExpertChosen, kExpertOut}) {
-        if (!args[i]->isTensor() || !et::tensor_is_contiguous(args[i]->toTensor())) return false;
+    if (!is_plain(*args[kExpertX], ScalarType::Float) || !is_plain(*args[kExpertChosen], ScalarType::Long) ||
+        !is_plain(*args[kExpertOut], ScalarType::Float)) {
+        return false;
     }
     const Tensor& x = args[kExpertX]->toTensor();
     const Tensor& chosen = args[kExpertChosen]->toTensor();
     const Tensor& out = args[kExpertOut]->toTensor();
-    return args[kExpertKind]->isString() && args[kExpertRows]->isInt() && x.scalar_type() == ScalarType::Float &&
-           chosen.scalar_type() == ScalarType::Long && out.scalar_type() == ScalarType::Float && chosen.dim() >= 1 &&
+    return args[kExpertKind]->isString() && args[kExpertRows]->isInt() && chosen.dim() >= 1 &&
            (x.dim() == chosen.dim() || x.dim() == chosen.dim() + 1) && out.dim() == chosen.dim() + 1 &&
            out.dim() <= kMostDimensions;
 }
@@ -239,8 +239,7 @@ void block_rows_out(et::KernelRuntimeContext& ctx, et::Span<et::EValue*> args) {
     for (int64_t i = 0; i < tokens.numel(); ++i) {
         ET_KERNEL_CHECK_MSG(ctx, ids[i] >= 0 && ids[i] < rows, InvalidArgument, , "%s: no row %lld", kRowsName,
                             static_cast<long long>(ids[i]));
-        read_row(*type, columns, static_cast<const std::byte*>(weight.const_data_ptr()), ids[i],
-                 out.mutable_data_ptr<float>() + i * columns);
+        read_row(*type, columns, bytes_of(weight), ids[i], out.mutable_data_ptr<float>() + i * columns);
     }
 }
 
