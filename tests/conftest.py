@@ -40,6 +40,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = Path(os.environ.get("LLAMA_RUNNER_BUILD", ROOT / "build" / "host"))
 MODELS = Path(__file__).parent.parent / "build" / "models"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+SMOLLM2 = ROOT / "build" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+"""A real instruct model, which `make test` fetches."""
+
 os.environ["XDG_CACHE_HOME"] = str(ROOT / "build" / "cache")  # also read by commands that tests start
 
 TOY = ModelConfig(

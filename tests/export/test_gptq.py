@@ -12,7 +12,7 @@ from torch import Tensor
 
 from export import verify as command
 from export.checkpoints.checkpoint import StoredBlocks
-from export.checkpoints.layouts import BUILT_IN, open_checkpoint
+from export.checkpoints.layouts import BUILT_IN
 from export.llama import ExportOptions, export_llama
 from export.lowering.trace import step
 from export.planning.plan import plan
@@ -20,7 +20,7 @@ from export.quality import gptq as calibrate_module
 from export.quality.eager import packed
 from export.quality.gptq import CalibrationText, calibrate, gptq, importance, inverse_root
 from export.quality.layer_errors import measure_layer_errors
-from export.quality.perplexity import TEXT, Rows, windows
+from export.quality.perplexity import TEXT, Comparison, Rows, windows
 from export.weights.formats.blocks import Blocks
 from export.weights.formats.float32 import FLOAT
 from export.weights.formats.format import Quantised
@@ -32,7 +32,7 @@ from model.config import ModelConfig
 from model.errors import InputError
 from preproc.tokenizer import open_tokenizer
 from runtime.engine.program import read_metadata
-from tests.conftest import TOY, random_model
+from tests.conftest import SMOLLM2, TOY, random_model
 from tests.export.test_layer_errors import VARIANTS
 
 FOUR = Integer(4, 32)
@@ -327,16 +327,38 @@ def test_a_text_is_split_into_windows_of_one_length() -> None:
     assert CalibrationText("--calibrate", "Once").windows(tokenizer, 1, 100) == [[1, *tokenizer.encode("Once")][:-1]]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["built-in", "stories260K"])
-def test_unseen_text_is_predicted_better(model: str, shared: Path, tmp_path: Path) -> None:
-    folder = shared / "stories260K"
-    path, tokens = (folder / "stories260K.bin", folder / "tok512.model") if model == "stories260K" else (BUILT_IN, None)
-    checkpoint, tokenizer = open_checkpoint(path), open_tokenizer(tokens or BUILT_IN / "tokenizer.model")
-    ids = tokenizer.encode((shared / "tinystories" / "valid.txt").read_text()[:40_000])
-    parts = windows(ids, 1, 512, 4096)
+TRAINING, VALIDATION = "tinystories/train-a.txt", "tinystories/valid.txt"
 
-    def perplexity(source: WeightSource) -> tuple[float, float]:
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("checkpoint", "tokenizer", "texts"),
+    [
+        (BUILT_IN, None, (TRAINING, VALIDATION)),
+        ("stories260K/stories260K.bin", "stories260K/tok512.model", (TRAINING, VALIDATION)),
+        (SMOLLM2, None, (calibrate_module.TEXT, "wikitext2/wiki.test.raw")),
+    ],
+    ids=["built-in", "stories260K", "SmolLM2"],
+)
+def test_unseen_text_is_predicted_more_as_in_float32(
+    checkpoint: str | Path, tokenizer: str | None, texts: tuple[str | Path, str], shared: Path, tmp_path: Path
+) -> None:
+    """The perplexity itself is compared on the large model only: on a small one, a worse rounding can predict a text
+    better by accident, as where HQQ's larger scales make the built-in model's predictions more certain.
+    """
+    options = ExportOptions(
+        checkpoint=shared / checkpoint,
+        tokenizer=shared / tokenizer if tokenizer else None,
+        quantize="8da4w",
+        max_seq_len=512,
+        calibrate=shared / texts[0],
+    )
+    planned = plan(options)
+    assert planned.tokenizer
+    ids = planned.tokenizer.encode((shared / texts[1]).read_text()[:40_000])
+    parts = windows(ids, planned.provenance["bos_id"], 512, 2048)
+
+    def predicted(source: WeightSource) -> Comparison:
         rows = list[Rows]()
         for start in range(0, len(parts), 2):
             texts = parts[start : start + 2]
@@ -346,14 +368,14 @@ def test_unseen_text_is_predicted_better(model: str, shared: Path, tmp_path: Pat
                 rows.append(Rows.of(exact, found, targets[row : row + len(exact)]))
 
             measure_layer_errors(source, packed(source.config, [text[:-1] for text in texts], 512), take)
-        comparison = Rows.concatenate(rows).comparison(is_text=True)
-        assert comparison.perplexity
-        return comparison.perplexity, comparison.mean_kl
+        return Rows.concatenate(rows).comparison(is_text=True)
 
-    text = text_of(shared / "tinystories" / "train-a.txt").windows(tokenizer, 1, 512)
-    source = WeightSource(checkpoint.config, checkpoint.weights, SCHEME)
-    ours = perplexity(calibrate(source, text, 512, tmp_path))
+    ours = predicted(calibrate(planned.source, planned.texts, 512, tmp_path))
     for rounding in ROUNDINGS:
-        theirs = perplexity(WeightSource(checkpoint.config, checkpoint.weights, replace(SCHEME, rounding=rounding)))
-        assert ours[0] <= theirs[0], rounding
-        assert ours[1] < 0.85 * theirs[1], rounding
+        theirs = predicted(plan(replace(options, calibrate=None, rounding=rounding)).source)
+        assert ours.mean_kl < 0.85 * theirs.mean_kl, rounding
+        assert ours.top_1 > theirs.top_1, rounding
+        if checkpoint == SMOLLM2:
+            assert ours.perplexity
+            assert theirs.perplexity
+            assert ours.perplexity < theirs.perplexity, rounding

@@ -16,9 +16,8 @@ from runtime.engine.session import Session
 from runtime.text.generation import GenerationOptions, generate
 from runtime.text.prompts import prompt_ids
 from runtime.text.sampler import Rng
-from tests.conftest import MODELS, ROOT, exported
+from tests.conftest import MODELS, SMOLLM2, exported
 
-GGUF = ROOT / "build" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):\n",
@@ -52,9 +51,9 @@ class Theirs(NamedTuple):
 
 @pytest.fixture(scope="module")
 def theirs() -> Theirs:
-    if not GGUF.exists():
-        pytest.fail(f"{GGUF} does not exist; `make test` fetches it")
-    load = {"pretrained_model_name_or_path": GGUF.parent, "gguf_file": GGUF.name}
+    if not SMOLLM2.exists():
+        pytest.fail(f"{SMOLLM2} does not exist; `make test` fetches it")
+    load = {"pretrained_model_name_or_path": SMOLLM2.parent, "gguf_file": SMOLLM2.name}
     quantised = transformers.AutoModelForCausalLM.from_pretrained(**load, dtype=torch.float32)
     config = quantised.config
     del config.quantization_config  # otherwise the model cannot be saved
@@ -66,7 +65,7 @@ def theirs() -> Theirs:
 @pytest.fixture(scope="module")
 def gguf_pte(theirs: Theirs) -> Path:
     """In float32, as transformers runs it."""
-    options = ExportOptions(checkpoint=GGUF, quantize="fp32", max_seq_len=256, output=MODELS / "SmolLM2-gguf.pte")
+    options = ExportOptions(checkpoint=SMOLLM2, quantize="fp32", max_seq_len=256, output=MODELS / "SmolLM2-gguf.pte")
     return exported(options)
 
 
@@ -111,8 +110,8 @@ def test_the_folder_gives_transformers_ids_in_both_languages(theirs: Theirs, fol
 def test_the_default_export_keeps_the_ggufs_blocks_and_gives_the_same_ids_in_both_languages(
     runner: Path, tmp_path: Path
 ) -> None:
-    pte = export_llama(ExportOptions(checkpoint=GGUF, max_seq_len=256, output=tmp_path / "own.pte"))
-    assert pte.stat().st_size == pytest.approx(GGUF.stat().st_size, rel=0.01)
+    pte = export_llama(ExportOptions(checkpoint=SMOLLM2, max_seq_len=256, output=tmp_path / "own.pte"))
+    assert pte.stat().st_size == pytest.approx(SMOLLM2.stat().st_size, rel=0.01)
     assert Program(pte).metadata.provenance["options"]["quantize"] == "gguf"
     for prompt in PROMPTS:
         assert ours(pte, prompt, 64) == runner_ids(runner, pte, prompt, 64), prompt
@@ -120,5 +119,5 @@ def test_the_default_export_keeps_the_ggufs_blocks_and_gives_the_same_ids_in_bot
 
 @pytest.mark.slow
 def test_eight_bits_are_written_and_verified(tmp_path: Path) -> None:
-    pte = export_llama(ExportOptions(checkpoint=GGUF, quantize="8da8w", max_seq_len=256, output=tmp_path / "8.pte"))
+    pte = export_llama(ExportOptions(checkpoint=SMOLLM2, quantize="8da8w", max_seq_len=256, output=tmp_path / "8.pte"))
     assert Program(pte).metadata.provenance["verified"]
