@@ -1,7 +1,9 @@
-"""Linear layers whose weights are in GGUF's blocks, as operators; this module defines what they compute in PyTorch.
+"""Linear layers whose weights are in blocks, as operators; this module defines what they compute in PyTorch.
 
 cpp_runner/src/linear/kernel.inc implements them for devices. A matrix is laid out in groups of 16 rows, whose
 numbers stand side by side (cpp_runner/src/linear/blocks.h). They stay what they are in GGUF, and take as many bytes.
+MXFP6 and MXINT8, which GGUF does not have, are microscaling formats of the Open Compute Project (OCP MX specification
+1.0) with elements of E2M3 and INT8. A block of theirs is laid out like those of GGUF's types with 32 columns.
 """
 
 from collections.abc import Sequence
@@ -15,6 +17,8 @@ GROUP = 16
 _COLUMNS = 32
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _MXFP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_E2M3 = tuple(i if i < 8 else (8 + i % 8) << (i // 8 - 1) for i in range(32))
+_MXFP6 = (*_E2M3, *(-number for number in _E2M3))
 
 
 @dataclass(frozen=True)
@@ -25,18 +29,20 @@ class BlockForm:
         head: what a block stores in front of its codes.
             scale: float16 d.
             scale_and_offset: float16 d and m.
-            exponent: a byte e, and d is 2^(e - 128).
+            exponent: a byte e, and d is 2^(e - 127 - fraction_bits).
             six_bits: float16 D and M, and 12 bytes with 6-bit s and t of 8 blocks: d = D * s, m = -M * t.
             bytes: float16 D, and int8 s of 16 half blocks: d = D * s.
         bits: of a code.
         zero: subtracted from a code.
         table: the numbers that codes stand for.
+        fraction_bits: fractional bits of the numbers that codes stand for, with an exponent as head.
     """
 
     head: Literal["scale", "scale_and_offset", "exponent", "six_bits", "bytes"]
     bits: int
     zero: int = 0
     table: tuple[int, ...] = ()
+    fraction_bits: int = 0
 
     @property
     def head_bytes(self) -> int:
@@ -69,9 +75,11 @@ BLOCK_FORMS = {
     "Q5_K": BlockForm("six_bits", 5),
     "Q6_K": BlockForm("bytes", 6, 32),
     "IQ4_NL": BlockForm("scale", 4, table=_IQ4_NL),
-    "MXFP4": BlockForm("exponent", 4, table=_MXFP4),
+    "MXFP4": BlockForm("exponent", 4, table=_MXFP4, fraction_bits=1),
+    "MXFP6": BlockForm("exponent", 6, table=_MXFP6, fraction_bits=3),
+    "MXINT8": BlockForm("exponent", 8, fraction_bits=6),
 }
-"""All formats, by GGUF's names."""
+"""All formats, by GGUF's names where it has them."""
 
 
 def relaid(blocks: Tensor, kind: str) -> Tensor:
@@ -119,9 +127,9 @@ def _taken_apart(blocks: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
         return head, codes
     if form.columns > _COLUMNS:  # a byte has a bit of each block of 32 columns
         bits = high.unsqueeze(-2) >> _along(0, range(8), 2)
-    else:  # of 8 consecutive columns
-        bits = high.unsqueeze(-1) >> _along(1, range(8), 2)
-    return head, codes | (bits & 1).flatten(-2) << 4
+    else:  # of consecutive columns
+        bits = high.unsqueeze(-1) >> _along(1, range(0, 8, form.bits - 4), 2)
+    return head, codes | (bits & (1 << form.bits - 4) - 1).flatten(-2) << 4
 
 
 def _codes(planes: Tensor, form: BlockForm) -> Tensor:
@@ -147,7 +155,8 @@ def _scales(head: Tensor, form: BlockForm) -> tuple[Tensor, Tensor | None]:
     singles = torch.unflatten(singles, -1, (-1, GROUP)) if singles.shape[-1] else singles
     if form.head == "exponent":
         e = singles.int()
-        return torch.where(e < 2, e + 1 << 21, e - 1 << 23).view(torch.float32), None
+        power = torch.where(e < 2, e + 1 << 21, e - 1 << 23).view(torch.float32)  # 2^(e - 128)
+        return power * 2 ** (1 - form.fraction_bits), None
     if form.head == "bytes":
         return first * singles.view(torch.int8).float(), None
     if form.head == "six_bits":

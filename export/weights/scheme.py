@@ -132,7 +132,7 @@ SCHEMES = {
     if name != "Q6_K"  # a mixture, see export.weights.gguf_types
 }
 """The schemes available to `--quantize` for every model: 8-bit dynamic activations (8da) with weights of 4 or 8 bits
-(4w, 8w), and GGUF's types with a head and embedding in Q8_0. `mixed` has 4-bit weights except in the blocks with the
+(4w, 8w), and types of blocks with a head and embedding in Q8_0. `mixed` has 4-bit weights except in the blocks with the
 greatest loss, see `export.planning.scheme_search`.
 """
 

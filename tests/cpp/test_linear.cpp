@@ -246,10 +246,10 @@ TEST(Linear, KeepsThreadsBusy) {
     }
 }
 
-TEST(Linear, KnowsGgufsFormats) {
+TEST(Linear, KnowsTheFormats) {
     EXPECT_EQ(block_type_of("Q6_K"), BlockType::kQ6_K);
     EXPECT_EQ(block_type_of("Q9_K"), std::nullopt);
-    const size_t bytes[] = {34, 18, 20, 22, 24, 144, 176, 210, 18, 17};
+    const size_t bytes[] = {34, 18, 20, 22, 24, 144, 176, 210, 18, 17, 25, 33};
     for (size_t type = 0; type < kTypes; ++type) EXPECT_EQ(block_bytes(BlockType(type)), bytes[type]);
 }
 

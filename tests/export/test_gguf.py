@@ -184,14 +184,14 @@ def test_a_gguf_of_several_types_is_exported(
     assert memory_use(metadata).weights == pytest.approx(3 * 256 * 256 * 4, rel=0.01), "only wo is not in blocks"
     assert inspect.main([str(options.output)]) == 0
     text = capsys.readouterr().out
-    assert "weights      gguf: linear GGUF's Q8_0, head GGUF's Q6_K, embedding GGUF's Q6_K; KV cache float32\n" in text
+    assert "weights      gguf: linear Q8_0, head Q6_K, embedding Q6_K; KV cache float32\n" in text
     for line in (
-        "attention.wk: GGUF's Q4_0",
+        "attention.wk: Q4_0",
         "attention.wo: float32",
-        "attention.wq: GGUF's Q4_K",
-        "attention.wv of blocks 0, 2: GGUF's Q4_K",
-        "attention.wv of blocks 1: GGUF's Q6_K",
-        "feed_forward.w3: GGUF's Q4_1",
+        "attention.wq: Q4_K",
+        "attention.wv of blocks 0, 2: Q4_K",
+        "attention.wv of blocks 1: Q6_K",
+        "feed_forward.w3: Q4_1",
     ):
         assert f"\n             {line}\n" in text
 

@@ -87,7 +87,7 @@ def test_rows_that_no_block_divides_and_routers_are_float32() -> None:
 def test_a_matrix_in_a_type_without_operator_is_float32() -> None:
     types = dict.fromkeys(matrices(SMALL), "Q4_0") | {"layers.3.attention.wv.weight": "Q3_K"}
     scheme = of_types(SMALL, types | {"tok_embeddings.weight": "F16"})
-    assert (str(scheme.linear), str(scheme.embedding)) == ("GGUF's Q4_0", "float32")
+    assert (str(scheme.linear), str(scheme.embedding)) == ("Q4_0", "float32")
     assert {name: str(form) for name, form in scheme.others.items()} == {"layers.3.attention.wv.weight": "float32"}
 
 

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 from executorch.exir import EdgeCompileConfig, to_edge
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize, quantize
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
 from torch import Tensor, nn
 
 from model.block_linear import BLOCK_FORMS, relaid, rounded
 from runtime.engine.executorch import _C  # importing it loads the operators
+from tests.support.blocks import MICROSCALING, numbers, sizes
 
 HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,)}
-"""Byte offsets of the float16 numbers in blocks that the gguf package cannot make."""
+"""Byte offsets of the float16 numbers in blocks that the gguf package has, but cannot make."""
 
 OPERATOR = (Path(__file__).parents[2] / "cpp_runner" / "src" / "linear" / "operator.cpp").read_text()
 
@@ -46,14 +47,16 @@ def _enumerated(name: str, prefix: str) -> list[str]:
 
 
 def blocks_of(kind: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns a matrix in GGUF's blocks: random numbers rounded by gguf or, where gguf cannot, random bytes."""
+    """Returns a matrix in blocks: random numbers rounded by gguf or, where gguf cannot, random bytes."""
     N, K = shape
     random = np.random.default_rng(N)
-    columns, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    if kind not in HALVES:
+    columns, size = sizes(kind)
+    if kind not in HALVES and kind not in MICROSCALING:
         return quantize(random.standard_normal((N, K)).astype(np.float32), GGMLQuantizationType[kind])
     blocks = random.integers(0, 256, (N, K // columns, size), dtype=np.uint8)
-    for at in HALVES[kind]:
+    if kind in MICROSCALING:
+        blocks[..., 0] = random.integers(110, 130, blocks.shape[:-1])
+    for at in HALVES.get(kind, ()):
         scales = (random.standard_normal((N, K // columns, 1)) / 64).astype(np.float16)
         blocks[..., at : at + 2] = scales.view(np.uint8)
     return blocks.reshape(N, -1)
@@ -61,30 +64,29 @@ def blocks_of(kind: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def matrix(kind: str, *shape: int) -> tuple[Tensor, Tensor]:
     """Returns a random matrix as stored in the runtime's groups, and its dequantised values."""
-    blocks = blocks_of(kind, shape)
-    numbers = torch.from_numpy(dequantize(blocks, GGMLQuantizationType[kind]).copy())
-    return relaid(torch.from_numpy(blocks), kind).flatten(), numbers
+    blocks = torch.from_numpy(blocks_of(kind, shape))
+    return relaid(blocks, kind).flatten(), numbers(blocks, kind)
 
 
 @pytest.mark.parametrize("kind", BLOCK_FORMS)
 def test_groups_hold_ggufs_numbers_in_as_many_bytes(kind: str) -> None:
-    weight, numbers = matrix(kind, 37, 512)
-    assert weight.numel() == 48 * 512 // BLOCK_FORMS[kind].columns * GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
+    weight, expected = matrix(kind, 37, 512)
+    assert weight.numel() == 48 * 512 // BLOCK_FORMS[kind].columns * sizes(kind)[1]
     for tokens in (torch.arange(37), torch.tensor([[36, 0], [5, 36]])):
-        assert torch.equal(torch.ops.llama_pte.block_rows(weight, tokens, kind, 512), numbers[tokens])
+        assert torch.equal(torch.ops.llama_pte.block_rows(weight, tokens, kind, 512), expected[tokens])
 
 
 @pytest.mark.parametrize("kind", BLOCK_FORMS)
 def test_the_operator_only_rounds_its_inputs(kind: str) -> None:
     torch.manual_seed(0)
-    weight, numbers = matrix(kind, 37, 512)
+    weight, matrix_numbers = matrix(kind, 37, 512)
     x, bias = torch.randn(2, 5, 512), torch.randn(37)
     x[0, 0, :32] = 0
     codes, scale = rounded(x.flatten(0, 1))
     near = (codes * scale.unsqueeze(-1)).view(2, 5, 512)
     assert bool(((near - x).abs() <= scale.repeat_interleave(32, -1).view(2, 5, 512) * 0.5001).all())
     y = torch.ops.llama_pte.linear(x, weight, bias, kind, 37)
-    exact = (near.double() @ numbers.double().T + bias).float()
+    exact = (near.double() @ matrix_numbers.double().T + bias).float()
     torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
     plain = torch.ops.llama_pte.linear(x, weight, None, kind, 37)
     assert torch.equal(plain + bias, y)

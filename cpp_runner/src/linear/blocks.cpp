@@ -11,7 +11,7 @@ constexpr size_t kRows = kGroupRows;
 constexpr size_t kColumns = kBlockColumns;
 constexpr size_t kMostColumns = 8 * kColumns;
 
-/// One row's block as GGUF stores it, taken apart.
+/// One row's block as GGUF stores it, or as GGUF's types of 32 columns are laid out, taken apart.
 struct Parts {
     const std::byte* head[2]{};  // consecutive pieces of what is stored in front of the codes
     size_t head_bytes[2]{};
@@ -20,7 +20,7 @@ struct Parts {
 
 uint8_t at(const std::byte* from, size_t i) { return static_cast<uint8_t>(from[i]); }
 
-/// Takes apart a block of 32 columns: its head, fifth bits if there are any, and nibbles.
+/// Takes apart a block of 32 columns: its head, what codes have above 4 bits, and nibbles.
 Parts take_block(const BlockForm& form, const std::byte* from) {
     Parts parts;
     parts.head[0] = from;
@@ -30,10 +30,11 @@ Parts take_block(const BlockForm& form, const std::byte* from) {
         std::memcpy(parts.codes.data(), from, kColumns);
         return parts;
     }
-    const std::byte* nibbles = form.bits == 5 ? from + kColumns / 8 : from;
+    const auto above = static_cast<size_t>(form.bits - 4);
+    const std::byte* nibbles = from + kColumns * above / 8;
     for (size_t c = 0; c < kColumns; ++c) {
         const int low = at(nibbles, c % 16) >> (c < 16 ? 0 : 4) & 15;
-        const int high = form.bits == 5 ? at(from, c / 8) >> (c % 8) & 1 : 0;
+        const int high = above == 0 ? 0 : at(from, c * above / 8) >> (c * above % 8) & ((1 << above) - 1);
         parts.codes[c] = static_cast<uint8_t>(low | high << 4);
     }
     return parts;

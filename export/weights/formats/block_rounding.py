@@ -1,4 +1,4 @@
-"""Rounding of matrices to GGUF's blocks: scales and offsets with the least squared error, and the bytes they become.
+"""Rounding of matrices to blocks: scales and offsets with the least squared error, and the bytes they become.
 
 GGUF's layouts are those of ggml (ggml-common.h); gguf.quants.dequantize reads them.
 """
@@ -210,8 +210,9 @@ def _with_exponent(w: Tensor, h: Tensor, form: BlockForm) -> Scales:
     exponent = torch.where(largest > 0, largest, 1.0).log2().ceil()
     tries = torch.stack([exponent - 1, exponent])
     errors = [(h * (w - d * _nearest(w / d, form)).square()).sum(-1, keepdim=True) for d in tries.exp2()]
-    exponent = torch.where(errors[0] < errors[1], tries[0], tries[1]).clamp(-126, 126)
-    return Scales(form, (exponent + 128).to(torch.uint8), exponent.exp2())
+    zero = 127 + form.fraction_bits
+    exponent = torch.where(errors[0] < errors[1], tries[0], tries[1]).clamp(-126, 254 - zero)
+    return Scales(form, (exponent + zero).to(torch.uint8), exponent.exp2())
 
 
 def _with_six_bits(w: Tensor, h: Tensor, form: BlockForm) -> Scales:
@@ -245,16 +246,17 @@ _FITTED: dict[str, Callable[[Tensor, Tensor, BlockForm], Scales]] = {
 
 
 def _packed(head: Tensor, codes: Tensor, form: BlockForm) -> Tensor:
-    """Returns blocks of 32 columns: the head, the fifth bits of consecutive columns, and the low bits, of which
-    column i stands beside column i + 16.
+    """Returns blocks of 32 columns: the head, the bits above the fourth of consecutive columns, and the low bits, of
+    which column i stands beside column i + 16.
     """
     codes = codes.to(torch.uint8)
     if form.bits == 8:
         return torch.cat((head, codes), dim=-1)
     low = codes & 15
     planes = [head, low[..., :16] | low[..., 16:] << 4]
-    if form.bits == 5:
-        bits = torch.unflatten(codes >> 4, -1, (4, 8)) << torch.arange(8, dtype=torch.uint8)
+    if form.bits > 4:
+        shifts = torch.arange(0, 8, form.bits - 4, dtype=torch.uint8)
+        bits = torch.unflatten(codes >> 4, -1, (-1, len(shifts))) << shifts
         planes.insert(1, bits.sum(-1, dtype=torch.uint8))
     return torch.cat(planes, dim=-1)
 

@@ -1,4 +1,4 @@
-"""Blocks, GGUF's formats of weights in blocks, which this project's own operators run."""
+"""Blocks, the formats of GGUF's types and of the OCP's microscaling, which this project's own operators run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from model.block_linear import BLOCK_FORMS, GROUP, relaid, rounded
 
 @dataclass(frozen=True)
 class Blocks(Quantised):
-    """Blocks of codes with their scales, as in GGUF. The inputs of linear layers are rounded to 8 bits per block of 32
-    when a layer is run. A stored matrix is uint8 [rows, bytes of a row], as in a GGUF file.
+    """Blocks of codes with their scales. The inputs of linear layers are rounded to 8 bits per block of 32
+    when a layer is run. A stored matrix is uint8 [rows, bytes of a row], for GGUF's types as in a GGUF file.
 
     Attributes:
-        name: GGUF's name of the type, a key of `model.block_linear.BLOCK_FORMS`.
+        name: name of the type, a key of `model.block_linear.BLOCK_FORMS`.
         bits: bits of a code.
         group_size: number of weights in a block.
     """
@@ -34,12 +34,12 @@ class Blocks(Quantised):
 
     @staticmethod
     def of(name: str) -> "Blocks":
-        """Returns the format of a GGUF type."""
+        """Returns the format of a type, by its name."""
         form = BLOCK_FORMS[name]
         return Blocks(name, form.bits, form.columns)
 
     def __str__(self) -> str:
-        return f"GGUF's {self.name}"
+        return self.name
 
     @property
     def max_ppl_increase(self) -> float:
