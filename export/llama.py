@@ -40,7 +40,7 @@ from export.quality.perplexity import Gate
 from export.quality.verification import VerificationError, add_flags, verify_once
 from export.weights.formats.integer import ROUNDINGS
 from export.weights.gguf_types import AS_STORED, QUANTIZE
-from export.weights.scheme import IMPORTANCE, matrices
+from export.weights.scheme import GPTQ, IMPORTANCE, matrices
 from model.errors import InputError
 from model.kv_row_format import KV_DTYPES
 from preproc.chat_template import NAMED
@@ -371,12 +371,12 @@ def _add_scheme_flags(parser: argparse.ArgumentParser) -> None:
         "--rounding",
         default="nearest",
         help=f"rounding of weights: {', '.join(ROUNDINGS)}; or {IMPORTANCE}, which favours inputs that are large on a "
-        "text (default: %(default)s)",
+        f"text; or {GPTQ}, which also compensates for errors (default: %(default)s)",
     )
     add(
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help=f"round weights with GPTQ, on the first {TOKENS} tokens of this text; or the text for --rounding "
-        f"{IMPORTANCE} (default for that: a built-in text)",
+        help=f"text whose first {TOKENS} tokens --rounding {IMPORTANCE} and {GPTQ} use; without --rounding, it means "
+        f"{GPTQ} (default: a built-in text)",
     )

@@ -23,7 +23,7 @@ from export.lowering.trace import step
 from export.quality.perplexity import read_text, windows
 from export.weights.formats.format import Grid, Quantised
 from export.weights.rows import by_rows
-from export.weights.scheme import CALIBRATED, IMPORTANCE
+from export.weights.scheme import GPTQ, IMPORTANCE
 from export.weights.source import WeightSource, linear_layers, piece_names
 from model.config import ModelConfig
 from model.errors import InputError
@@ -67,15 +67,15 @@ class CalibrationText:
 
     @staticmethod
     def of(path: Path | None, rounding: str) -> "CalibrationText | None":
-        """Returns the text of the file that `--calibrate` gives; without one, the built-in text for the rounding
-        IMPORTANCE, and None for others.
+        """Returns the text of the file that `--calibrate` gives; without one, the built-in text for the roundings that
+        need a text, and None for others.
 
         Raises:
             InputError: the file is not a text file.
         """
         if path is not None:
             return CalibrationText(f"--calibrate {path}", read_text("--calibrate", path))
-        if rounding == IMPORTANCE:
+        if rounding in (GPTQ, IMPORTANCE):
             return CalibrationText(f"--rounding {rounding}", TEXT.read_text(encoding="utf-8"))
         return None
 
@@ -195,7 +195,7 @@ class _Piece(nn.Module):
         if self.last is None or self.last[0] is not x:
             self.last = None
             inputs = form.rounded(x)
-            root = inverse_root(inputs) if self.source.scheme.rounding == CALIBRATED else None
+            root = inverse_root(inputs) if self.source.scheme.rounding == GPTQ else None
             self.last = (x, inputs, root, importance(inputs))
         _, inputs, root, h = self.last
         values, *self.found[name] = gptq(self.source.weight(name), root, h, form, with_values)

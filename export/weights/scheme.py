@@ -19,7 +19,7 @@ from model.errors import InputError
 from model.model import Llama
 from runtime.pte.metadata import Metadata
 
-CALIBRATED = "gptq"
+GPTQ = "gptq"
 IMPORTANCE = "importance"
 """Roundings of a scheme whose matrices are calibrated by `export.quality.gptq`."""
 
@@ -36,7 +36,7 @@ class Scheme:
         head, embedding: formats of these two matrices.
         others: formats of matrices, by name, and of all matrices of a block, by a name such as layers.3, that differ
             from the above.
-        rounding: rounding method of weights, one of `export.weights.formats.integer.ROUNDINGS`, or CALIBRATED or
+        rounding: rounding method of weights, one of `export.weights.formats.integer.ROUNDINGS`, or GPTQ or
             IMPORTANCE.
         kv_dtype: dtype of the KV caches, see `model.kv_row_format`.
     """
@@ -100,7 +100,7 @@ class Scheme:
     @property
     def is_calibrated(self) -> bool:
         """Whether matrices are rounded by means of their inputs on a text."""
-        return self.rounding in (CALIBRATED, IMPORTANCE)
+        return self.rounding in (GPTQ, IMPORTANCE)
 
     @property
     def plain_rounding(self) -> str:
@@ -147,8 +147,8 @@ def finer(scheme: Scheme) -> list[str]:
     if any(_is_four(form) and form.group_size != GROUP_SIZES[0] for form in formats):
         found.append(f"--group-size {GROUP_SIZES[0]}")
     has_four = any(_is_four(form) for form in formats)
-    if has_four and scheme.rounding == "nearest":
-        found.append("--rounding hqq")
+    if scheme.rounding == "nearest" and any(form.bits and form.bits < 8 for form in formats):
+        found.append(f"--rounding {GPTQ}")
     found += [f"--{name}-bits 8" for name in ("head", "embedding") if _is_four(getattr(scheme, name))]
     if _is_four(scheme.linear) and not scheme.others:
         found.append("--quantize mixed")

@@ -25,7 +25,7 @@ from export.weights.formats.blocks import Blocks
 from export.weights.formats.float32 import FLOAT
 from export.weights.formats.format import Quantised
 from export.weights.formats.integer import BYTE, ROUNDINGS, Integer, codes_for
-from export.weights.scheme import CALIBRATED, IMPORTANCE, SCHEMES, Scheme, matrices
+from export.weights.scheme import GPTQ, IMPORTANCE, SCHEMES, Scheme, matrices
 from export.weights.source import WeightSource
 from model.block_linear import BLOCK_FORMS
 from model.config import ModelConfig
@@ -36,7 +36,7 @@ from tests.conftest import SMOLLM2, TOY, random_model
 from tests.export.test_layer_errors import VARIANTS
 
 FOUR = Integer(4, 32)
-SCHEME = replace(SCHEMES["8da4w"], rounding=CALIBRATED)
+SCHEME = replace(SCHEMES["8da4w"], rounding=GPTQ)
 FORMS: list[Quantised] = [BYTE, FOUR, Integer(4, 128), *map(Blocks.of, BLOCK_FORMS)]
 FEW = replace(TOY, dim=64, hidden_dim=96, head_dim=16, vocab_size=40, tied=False)
 """A model with fewer tokens than dimensions, so that inputs are correlated."""
@@ -59,7 +59,7 @@ def dense(form: Quantised, stored: Tensor) -> Tensor:
 
 
 def text_of(path: Path) -> CalibrationText:
-    found = CalibrationText.of(path, CALIBRATED)
+    found = CalibrationText.of(path, GPTQ)
     assert found
     return found
 
@@ -148,7 +148,7 @@ def test_rows_are_rounded_alike_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("quantize", ["8da4w", "q4_0", "q4_1"])
 def test_a_models_stream_is_closer_to_float32s(quantize: str, tmp_path: Path) -> None:
     """Of tokens that it was not calibrated with."""
-    scheme = replace(SCHEMES[quantize], rounding=CALIBRATED)
+    scheme = replace(SCHEMES[quantize], rounding=GPTQ)
     calibrated = calibrate(source_of(FEW, scheme), random_tokens(FEW, 0), FEW.context, tmp_path)
     inputs = packed(FEW, random_tokens(FEW, 1)[:5], FEW.context)
 
@@ -224,7 +224,7 @@ def test_float32_and_a_tied_head_are_not_calibrated(
 
 def test_blocks_of_a_checkpoint_are_kept(tmp_path: Path) -> None:
     weights, name = random_model(FEW).state_dict(), "layers.0.attention.wq.weight"
-    scheme = replace(SCHEMES["q4_0"], rounding=CALIBRATED)
+    scheme = replace(SCHEMES["q4_0"], rounding=GPTQ)
     kept = scheme.linear.stored(torch.eye(64), "nearest")
     blocks = {name: StoredBlocks("Q4_0", lambda: kept)}
     source = calibrate(WeightSource(FEW, weights, scheme, blocks=blocks), random_tokens(FEW, 0), 8, tmp_path)
@@ -255,13 +255,16 @@ def test_a_calibrated_file_records_its_text_and_is_verified(
     assert "passed" in capsys.readouterr().out
 
 
-def test_a_file_of_the_built_in_text_is_verified_without_naming_it(toy_options: ExportOptions, tmp_path: Path) -> None:
-    options = replace(toy_options, prefill_chunk=1, quantize="q4_0", rounding=IMPORTANCE, output=tmp_path / "toy.pte")
+@pytest.mark.parametrize("rounding", [IMPORTANCE, GPTQ])
+def test_a_file_of_the_built_in_text_is_verified_without_naming_it(
+    rounding: str, toy_options: ExportOptions, tmp_path: Path
+) -> None:
+    options = replace(toy_options, prefill_chunk=1, quantize="q4_0", rounding=rounding, output=tmp_path / "toy.pte")
     path = export_llama(replace(options, max_ppl_increase=1e3))
     provenance = read_metadata(path).provenance
-    text = CalibrationText.of(None, IMPORTANCE)
+    text = CalibrationText.of(None, rounding)
     assert text
-    assert provenance["options"]["scheme"]["rounding"] == IMPORTANCE
+    assert provenance["options"]["scheme"]["rounding"] == rounding
     assert provenance["calibration"] == {"sha256": text.sha256}
     assert command.main([str(path), "--checkpoint", str(options.checkpoint), "--max-ppl-increase", "1000"]) == 0
 
