@@ -25,6 +25,7 @@ from preproc.chat_template import NAMED, named
 from preproc.jinja_template import from_file
 from runtime.cli.flags import add_threads_flag
 from runtime.engine.program import Program
+from runtime.serving.running import SESSIONS
 from runtime.serving.scheduler import Scheduler
 from runtime.serving.served_model import Access, Model
 
@@ -136,9 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--sessions",
         type=int,
-        default=4,
         metavar="N",
-        help="number of texts kept and answered in turns (default: %(default)s)",
+        help="number of texts that are kept and answered at the same time (default: the file's --batch-size, or "
+        f"{SESSIONS} in turns)",
     )
     add(
         "--max-queue",

@@ -125,6 +125,12 @@ def toy_program(toy_pte: Path) -> Program:
     return Program(toy_pte)
 
 
+@pytest.fixture(scope="session")
+def three_toys(toy_options: ExportOptions) -> Path:
+    """Returns TOY exported with --batch-size 3."""
+    return exported(replace(toy_options, batch_size=3, output=MODELS / "toys.pte"))
+
+
 def exported(options: ExportOptions) -> Path:
     """Exports a model, once even if several test processes need it at the same time."""
     assert options.output, "a shared model has a name"

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.errors import InputError
 from runtime.engine.kv_cache import KVCache
 from runtime.engine.session import Binding, Steps, check_prompt
 
@@ -15,6 +16,10 @@ class BatchedSession:
 
     One step appends tokens to any of them, so that weights are read once for all. A lane with fewer tokens than another
     is padded; the results of padding are ignored.
+
+    Attributes:
+        caches: the KV cache of each lane.
+        texts: the tokens in each cache.
     """
 
     def __init__(self, program: Steps) -> None:
@@ -23,6 +28,7 @@ class BatchedSession:
         self._added = [spec.name for spec in method.outputs if spec.is_rows]
         self._cache = KVCache(method, metadata.max_seq_len)
         self.caches = [self._cache.lane(number, metadata.batch_size) for number in range(metadata.batch_size)]
+        self.texts = [list[int]() for _ in self.caches]
         self._bindings = [Binding(method, metadata, cache) for cache in self.caches]
 
     @property
@@ -41,6 +47,22 @@ class BatchedSession:
     def reset(self, lane: int) -> None:
         """Starts a new text in a lane."""
         self.caches[lane].rewind(0)
+        self.texts[lane].clear()
+
+    def shorten(self, lane: int, position: int) -> None:
+        """Removes a lane's tokens from `position` on, or all if a ring buffer no longer holds the window before it."""
+        try:
+            self.caches[lane].rewind(position)
+        except InputError:
+            self.caches[lane].rewind(0)
+        del self.texts[lane][self.caches[lane].position :]
+
+    def copy(self, source: int, target: int) -> None:
+        """Replaces a lane's text by another's."""
+        filled = self.caches[source].filled()
+        for copied, original in zip(self.caches[target].restore(self.caches[source].state), filled, strict=True):
+            copied[...] = original
+        self.texts[target] = list(self.texts[source])
 
     def is_full(self, lane: int) -> bool:
         """Returns whether a lane's text has the maximum number of tokens."""
@@ -76,6 +98,7 @@ class BatchedSession:
         outputs = self._program.step(self._method, inputs)
         for lane, tokens in texts.items():
             self.caches[lane].commit(self._rows(outputs, lane), len(tokens))
+            self.texts[lane] += tokens
         return {lane: torch.from_numpy(outputs["logits"].numpy()[lane, 0].copy()) for lane in texts}
 
     def _rows(self, outputs: Mapping[str, Tensor], lane: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Jobs: the texts of one request, which a scheduler generates in parallel."""
+"""Jobs: the texts of one request, which a scheduler generates at the same time."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,7 +7,8 @@ from torch import Tensor
 
 from runtime.serving.openai_request import CompletionRequest
 from runtime.serving.request_body import RequestError
-from runtime.serving.scheduler import ClosedError, Job, QueueFullError, Scheduler
+from runtime.serving.running import Job
+from runtime.serving.scheduler import ClosedError, QueueFullError, Scheduler
 from runtime.text.generation import Step
 from runtime.text.sampler import Rng
 

@@ -1,10 +1,8 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from export.planning.plan import ExportOptions
 from model.errors import InputError
 from runtime import batch as command
 from runtime.engine.program import Program
@@ -13,15 +11,9 @@ from runtime.text.batching import batch
 from runtime.text.generation import GenerationOptions, generate
 from runtime.text.prompts import prompt_ids, read_prompts
 from runtime.text.sampler import Rng, SamplingOptions
-from tests.conftest import MODELS, TOY, exported
+from tests.conftest import TOY
 
 PROMPTS = [[1, 2, 3], [5], [7] * 20, [9, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9], [3] * 40, [11]]
-
-
-@pytest.fixture(scope="module")
-def three_toys(toy_options: ExportOptions) -> Path:
-    """Returns TOY exported with --batch-size 3."""
-    return exported(replace(toy_options, batch_size=3, output=MODELS / "toys.pte"))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -1,4 +1,3 @@
-import queue
 import random
 import threading
 from collections.abc import Iterator
@@ -11,30 +10,14 @@ from export.quality.eager import reference
 from model.errors import InputError
 from runtime.engine.program import Program
 from runtime.engine.session import Session
-from runtime.serving.scheduler import ClosedError, Job, QueueFullError, Scheduler
+from runtime.serving.scheduler import ClosedError, QueueFullError, Scheduler
 from runtime.text.generation import GenerationOptions, Step, generate
 from runtime.text.sampler import Rng, SamplingOptions
 from tests.conftest import TOY, toy_model
-from tests.support.serving import Gate, wait
+from tests.support.jobs import Client, wait_for
+from tests.support.serving import Gate
 
 WARM = SamplingOptions(temperature=1.0)
-
-
-class Client:
-    """A client with one job."""
-
-    def __init__(self, prompt: list[int], options: GenerationOptions, rng: Rng | None = None) -> None:
-        self.items = queue.Queue[Step | Exception]()
-        self.job = Job(prompt, options, rng or Rng(7), None, self.items.put)
-
-    def steps(self) -> list[Step]:
-        received = list[Step]()
-        while not received or received[-1].finish_reason is None:
-            item = self.items.get(timeout=60)
-            if isinstance(item, Exception):
-                raise item
-            received.append(item)
-        return received
 
 
 @pytest.fixture
@@ -48,10 +31,6 @@ def gate(toy_program: Program, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate
     gate = Gate(toy_program, monkeypatch)
     yield gate
     gate.open.set()
-
-
-def wait_for(scheduler: Scheduler, **counts: int) -> None:
-    wait(lambda: counts.items() <= scheduler.counts.items(), lambda: f"{scheduler.counts}, not {counts}")
 
 
 def test_interleaved_texts_equal_those_run_alone(toy_program: Program) -> None:

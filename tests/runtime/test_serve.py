@@ -154,7 +154,7 @@ def test_a_stream_may_be_cancelled(own_model: Model, monkeypatch: pytest.MonkeyP
 
 
 def test_waiting_clients_are_informed_of_the_shutdown(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    responses = told_by_the_end(own_model, Gate(own_model.program, monkeypatch), {"prompt": "Once"}, sessions=1)
+    responses = told_by_the_end(own_model, Gate(own_model.program, monkeypatch), {"prompt": "Once"})
     assert [text.count("the server is shutting down") for text in responses] == [1, 1]
 
 

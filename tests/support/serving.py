@@ -41,7 +41,7 @@ class Server:
 
     def wait_until_left(self) -> None:
         """Waits until the scheduler has noticed that the clients of all active jobs have left."""
-        wait(lambda: all(active.job.cancelled for active in self.scheduler._active), lambda: "nobody noticed")
+        wait(lambda: all(job.cancelled for job in self.scheduler.active), lambda: "nobody noticed")
 
 
 def wait(done: Callable[[], bool], failure: Callable[[], str]) -> None:
@@ -53,7 +53,7 @@ def wait(done: Callable[[], bool], failure: Callable[[], str]) -> None:
 
 @contextmanager
 def serving(
-    model: Model, sessions: int = 2, max_queue: int = 100, key: str | None = None, origins: Sequence[str] = ()
+    model: Model, sessions: int | None = 2, max_queue: int = 100, key: str | None = None, origins: Sequence[str] = ()
 ) -> Iterator[Server]:
     """Runs a server at a free port."""
     scheduler = Scheduler(model.program, sessions, max_queue)
@@ -85,7 +85,7 @@ class Gate:
         monkeypatch.setattr(program, "step", gated)
 
 
-def told_by_the_end(model: Model, gate: Gate, body: dict[str, Any], **options: Any) -> list[str]:
+def told_by_the_end(model: Model, gate: Gate, body: dict[str, Any]) -> list[str]:
     """Returns the responses to two clients, one of them streaming, when the server shuts down while one request is
     active and the other waits.
     """
@@ -94,7 +94,7 @@ def told_by_the_end(model: Model, gate: Gate, body: dict[str, Any], **options: A
     def ask(stream: bool) -> None:
         responses.append(server.post("completions", **body, stream=stream).text)
 
-    with serving(model, **options) as server:
+    with serving(model, sessions=1) as server:
         threads = [threading.Thread(target=ask, args=[stream]) for stream in (False, True)]
         for thread in threads:
             thread.start()
