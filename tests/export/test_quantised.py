@@ -176,7 +176,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
         ({"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "version 'gemv' is unsupported"),
         ({"quantization_config": {"quant_method": "awq"}}, r"the zeros of .* have the shape \[3, 4\]"),
         ({"quantization_config": {"quant_method": "fp8"}}, "no tensors whose names end in .weight_scale_inv"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"\(bitsandbytes\), but only"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "no tensors whose names end in .SCB, .weight.abs"),
         ({"quantization": {"bits": 4, "group_size": 16}}, r"\(mlx\), but it lacks .*biases"),
         ({"quantization": {"mode": "nvfp4"}}, r"\(mlx\), but its mode 'nvfp4' is unsupported"),
     ],

@@ -6,6 +6,7 @@ from typing import Any
 
 from export.checkpoints.checkpoint import TensorSource
 from export.checkpoints.quantised.awq import AWQ
+from export.checkpoints.quantised.bitsandbytes import EIGHT_BITS, FOUR_BITS
 from export.checkpoints.quantised.compressed import PACKED, PLAIN
 from export.checkpoints.quantised.float8 import FLOAT8
 from export.checkpoints.quantised.gptq import GPTQ
@@ -19,6 +20,7 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "awq": (AWQ,),
     "fp8": (FLOAT8,),
     "compressed-tensors": (PACKED, PLAIN),
+    "bitsandbytes": (FOUR_BITS, EIGHT_BITS),
     "mxfp4": (MXFP4,),
     "mlx": (MLX,),
 }
