@@ -166,6 +166,8 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
     ("settings", "message"),
     [
         ({"quantization_config": {"quant_method": "aqlm"}}, r"\(aqlm\), but only awq, .* can be read"),
+        ({"quantization_config": {"quant_method": "hqq"}}, r"\(hqq\), but only awq, .* can be read"),
+        ({"quantization_config": {"quant_method": "torchao"}}, r"\(torchao\), but only awq, .* can be read"),
         ({"quantization_config": {"bits": 4}}, r"\(by an unnamed method\), but only"),
         ({"quantization_config": 4}, r"\(by an unnamed method\), but only"),
         ({"quantization_config": GPTQ | {"checkpoint_format": "marlin"}}, "its format 'marlin' is unsupported"),
