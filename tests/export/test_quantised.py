@@ -2,7 +2,6 @@
 format.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,58 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from export.checkpoints.checkpoint import TensorSource
 from export.checkpoints.layouts import open_checkpoint
 from export.checkpoints.quantised.method import unpacked
 from export.checkpoints.quantised.methods import METHODS, dequantised
 from export.planning.plan import ExportOptions, plan
 from model.errors import InputError
-from tests.support.families import CASES, hugging_face_model
-
-Random = np.random.Generator
-Packed = tuple[dict[str, Tensor], Tensor]
-"""The tensors of a quantised matrix, by what follows the module's name, and the matrix, [out, in]."""
-
-
-def write(folder: Path, settings: dict[str, Any], pack: Callable[[Random, Tensor], Packed]) -> dict[str, Tensor]:
-    """Writes a random model with quantised linear layers, and returns the weights that should be read."""
-    hugging_face_model(CASES["Llama 2"]).save_pretrained(folder)
-    rng, state = np.random.default_rng(0), load_file(folder / "model.safetensors")
-    expected = dict(state)
-    for name in [name for name in state if "_proj" in name]:
-        parts, matrix = pack(rng, state.pop(name))
-        state |= {name.removesuffix(".weight") + end: tensor.contiguous() for end, tensor in parts.items()}
-        expected[name] = matrix
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | settings))
-    (folder / "plain").mkdir()
-    save_file({name: t.float().contiguous() for name, t in expected.items()}, folder / "plain/model.safetensors")
-    (folder / "plain/config.json").write_text(json.dumps(config))
-    return open_checkpoint(folder / "plain").build().state_dict()
-
-
-def check(folder: Path, expected: dict[str, Tensor], note: str) -> None:
-    checkpoint = open_checkpoint(folder)
-    assert checkpoint.notes == (f"weights are dequantised from {note}",)
-    found = checkpoint.build().state_dict()
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=1e-7, rtol=1e-6)
-
-
-def words(codes: np.ndarray, bits: int) -> Tensor:
-    """Packs each row of numbers into 32-bit words, as one long number whose lowest bits come first."""
-    rows = []
-    for row in codes.tolist():
-        size = 4 * -(-len(row) * bits // 32)
-        number = sum(code << place * bits for place, code in enumerate(row))
-        rows.append(np.frombuffer(number.to_bytes(size, "little"), np.int32))
-    return torch.from_numpy(np.stack(rows))
+from tests.support.quantised import Packed, Random, check, sources, words, write
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -147,10 +103,6 @@ def test_float8_in_blocks(tmp_path: Path) -> None:
     check(tmp_path, expected, "8-bit floats in blocks of 20 by 24")
 
 
-def sources(tensors: dict[str, Tensor]) -> dict[str, TensorSource]:
-    return {name: TensorSource(tuple(t.shape), lambda index, t=t: t[index]) for name, t in tensors.items()}
-
-
 def test_mxfp4() -> None:
     rng = np.random.default_rng(0)
     blocks = torch.from_numpy(rng.integers(256, size=(3, 6, 2, 16), dtype=np.uint8))
@@ -214,6 +166,8 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
     ("settings", "message"),
     [
         ({"quantization_config": {"quant_method": "aqlm"}}, r"\(aqlm\), but only awq, .* can be read"),
+        ({"quantization_config": {"quant_method": "hqq"}}, r"\(hqq\), but only awq, .* can be read"),
+        ({"quantization_config": {"quant_method": "torchao"}}, r"\(torchao\), but only awq, .* can be read"),
         ({"quantization_config": {"bits": 4}}, r"\(by an unnamed method\), but only"),
         ({"quantization_config": 4}, r"\(by an unnamed method\), but only"),
         ({"quantization_config": GPTQ | {"checkpoint_format": "marlin"}}, "its format 'marlin' is unsupported"),
@@ -224,7 +178,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
         ({"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "version 'gemv' is unsupported"),
         ({"quantization_config": {"quant_method": "awq"}}, r"the zeros of .* have the shape \[3, 4\]"),
         ({"quantization_config": {"quant_method": "fp8"}}, "no tensors whose names end in .weight_scale_inv"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"\(bitsandbytes\), but only"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "no tensors whose names end in .SCB, .weight.abs"),
         ({"quantization": {"bits": 4, "group_size": 16}}, r"\(mlx\), but it lacks .*biases"),
         ({"quantization": {"mode": "nvfp4"}}, r"\(mlx\), but its mode 'nvfp4' is unsupported"),
     ],

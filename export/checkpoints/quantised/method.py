@@ -103,6 +103,11 @@ def spread(scales: Tensor, shape: tuple[int, ...], block: tuple[int, int] | None
     return scales
 
 
+def block_counts(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the number of blocks in each dimension of a matrix. The last blocks may be smaller."""
+    return tuple(math.ceil(size / times) for size, times in zip(shape, block, strict=True))
+
+
 def check_blocks(module: str, scales: tuple[int, ...], shape: tuple[int, ...], block: tuple[int, int] | None) -> None:
     """Checks that scales belong to blocks of a matrix, as `spread` takes them.
 
@@ -110,7 +115,7 @@ def check_blocks(module: str, scales: tuple[int, ...], shape: tuple[int, ...], b
         UnreadableError: their number is another.
     """
     if block:
-        fits = scales == tuple(math.ceil(size / times) for size, times in zip(shape, block, strict=True))
+        fits = scales == block_counts(shape, block)
     else:
         even = len(scales) == len(shape) and not any(size % have for size, have in zip(shape, scales, strict=True))
         fits = even or math.prod(scales) == 1

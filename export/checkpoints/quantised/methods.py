@@ -6,6 +6,8 @@ from typing import Any
 
 from export.checkpoints.checkpoint import TensorSource
 from export.checkpoints.quantised.awq import AWQ
+from export.checkpoints.quantised.bitsandbytes import EIGHT_BITS, FOUR_BITS
+from export.checkpoints.quantised.compressed import PACKED, PLAIN
 from export.checkpoints.quantised.float8 import FLOAT8
 from export.checkpoints.quantised.gptq import GPTQ
 from export.checkpoints.quantised.method import Method, UnreadableError
@@ -17,6 +19,8 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "gptq": (GPTQ,),
     "awq": (AWQ,),
     "fp8": (FLOAT8,),
+    "compressed-tensors": (PACKED, PLAIN),
+    "bitsandbytes": (FOUR_BITS, EIGHT_BITS),
     "mxfp4": (MXFP4,),
     "mlx": (MLX,),
 }
@@ -45,7 +49,7 @@ def dequantised(
         if name not in METHODS:
             raise UnreadableError(f"only {listed(METHODS, len(METHODS))} can be read")
         return _replaced(METHODS[name], said, sources)
-    except (UnreadableError, KeyError, TypeError, ValueError) as error:
+    except (UnreadableError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = str(error) if isinstance(error, UnreadableError) else f"its settings are damaged ({error!r})"
         raise InputError(f"{path} is quantised ({name}), but {reason}; give the unquantised checkpoint") from error
 
@@ -68,4 +72,4 @@ def _replaced(
     if not used:
         keys = listed(next(iter(method.endings.values())) for method in methods)
         raise UnreadableError(f"it has no tensors whose names end in {keys}")
-    return found, tuple(f"weights are dequantised from {title}" for title in used)
+    return found, tuple(f"weights are dequantised from {title}" for title in dict.fromkeys(used))
