@@ -1,7 +1,8 @@
-"""The inspect command: prints the contents of a .pte file and the memory required to run it.
+"""The inspect command: prints the contents of a .pte file, or of a checkpoint and what it would become.
 
 python -m export.inspect tiny.pte
 python -m export.inspect tiny.pte --format json
+python -m export.inspect path/to/Llama-3.2-1B --max-seq-len 4096
 """
 
 from runtime.cli import command
@@ -9,15 +10,23 @@ from runtime.cli import command
 if __name__ == "__main__":
     command.start("export.inspect")
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from export.checkpoints import hub
+from export.checkpoints.adapters import add_lora_flag
 from export.checkpoints.checkpoint import starred
+from export.checkpoints.layouts import LAYOUTS
+from export.planning.description import describe_checkpoint
 from export.planning.memory import cache_bytes, memory_use
+from export.planning.plan import DEFAULT_CONTEXT, ExportOptions
 from export.weights.scheme import Scheme, format_exceptions
+from model.config import ModelConfig
+from model.errors import InputError
 from runtime.engine.program import files, read_metadata
 from runtime.pte.metadata import Metadata
 
@@ -62,16 +71,95 @@ def _weights(metadata: Metadata) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command. Returns exit code 0, or 2 for bad input."""
-    description = "Prints the contents of a .pte file and the memory required to run it."
-    parser = command.parser("export.inspect", description, __doc__)
-    parser.add_argument("file", type=Path, help=".pte file, or folder of shards or slices")
-    parser.add_argument(
-        "--format", choices=("text", "json"), default="text", help="output format (default: %(default)s)"
-    )
-    options = parser.parse_args(arguments)
-    found = describe(read_metadata(options.file), sum(file.stat().st_size for file in files(options.file)))
-    print(json.dumps(found, indent=2) if options.format == "json" else _text(options.file, found))
+    flags = vars(_parser().parse_args(arguments))
+    path, as_json = flags.pop("path"), flags.pop("format") == "json"
+    if _is_checkpoint(path):
+        found = describe_checkpoint(ExportOptions(checkpoint=path, **flags))
+        text = _checkpoint_text(found)
+    else:
+        if given := [f"--{name.replace('_', '-')}" for name, value in flags.items() if value]:
+            raise InputError(f"{given[0]} is for checkpoints and has no effect on the file {path}; leave it out")
+        found = describe(read_metadata(path), sum(file.stat().st_size for file in files(path)))
+        text = _text(path, found)
+    print(json.dumps(found, indent=2) if as_json else text)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    description = "Prints the contents of a .pte file, or of a checkpoint and what it would become in each scheme."
+    parser = command.parser("export.inspect", description, __doc__)
+    add = parser.add_argument
+    add(
+        "path",
+        type=Path,
+        help=".pte file, folder of shards or slices, or checkpoint: Hugging Face or Meta folder, GGUF, llama2.c .bin, "
+        "or org/name on the Hugging Face hub",
+    )
+    add("--format", choices=("text", "json"), default="text", help="output format (default: %(default)s)")
+    add(
+        "--max-seq-len",
+        type=int,
+        metavar="N",
+        help="of a checkpoint: maximum length of prompt and answer together, for which memory is computed (default: "
+        f"the model's context, at most {DEFAULT_CONTEXT})",
+    )
+    add_lora_flag(parser)
+    hub.add_flags(parser)
+    return parser
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Returns whether a path is a checkpoint, and not a .pte or a folder of shards or slices."""
+    if path.is_dir():
+        return not any(path.glob("*.pte"))
+    return hub.is_hub_name(path) or any(layout.matches(path) for layout in LAYOUTS)
+
+
+def _checkpoint_text(found: dict[str, Any]) -> str:
+    parameters, tokenizer, stored = found["parameters"], found["tokenizer"], found["stored_bytes"]
+    config, total = ModelConfig.from_json(found["config"]), sum(found["stored_bytes"].values())
+    active = f", {parameters['active'] / 1e6:,.1f} for each token" if config.n_experts else ""
+    experts = f", {config.n_chosen_experts} of {config.n_experts} experts" if config.n_experts else ""
+    shares = ", ".join(f"{kind} {size / total:.1%}" for kind, size in stored.items())
+    found_beside = ", ".join(found["ignored_files"])
+    lines = [
+        f"{found['checkpoint']}: {found['layout']}, {found['architecture']}",
+        f"model        {parameters['total'] / 1e6:,.1f} million parameters{active}",
+        f"             {config.n_layers} layers, dim {config.dim}, feed-forward {config.hidden_dim}{experts}",
+        f"             {config.n_heads} heads, {config.n_kv_heads} KV heads, head_dim {config.head_dim}",
+        f"             vocabulary {config.vocab_size}, embedding and head {'tied' if config.tied else 'separate'}",
+        f"context      {config.context} positions, {_positions(config)}",
+        f"tokenizer    {tokenizer['kind']}; chat template: {'yes' if found['chat_template'] else 'no'}",
+        f"stored       {total / 1e6:.1f} MB of weights: {shares}",
+        *(f"             {note}" for note in found["notes"]),
+        *([f"not read     {found_beside}"] if found_beside else []),
+        "",
+        f"exported with --max-seq-len {found['max_seq_len']} and --quantize:",
+        f"  {'':12}{'file, mapped':>14}{'memory':>14}  quality",
+        *(f"  {_scheme_line(scheme, found['default'])}" for scheme in found["schemes"]),
+        "",
+        "memory is that of the process, without the runtime and the mapped file; quality: docs/quantisation.md",
+        *(f"problem: {each}" for each in found["problems"]),
+        f"next: {found['command']}",
+    ]
+    return "\n".join(lines)
+
+
+def _positions(config: ModelConfig) -> str:
+    """Returns how a model encodes positions, in words."""
+    if config.positions != "rope":
+        return {"learned": "learned embeddings", "alibi": "ALiBi"}[config.positions]
+    scaling = config.rope_scaling
+    scaled = f", {scaling.kind} scaling from {scaling.original_context}" if scaling else ""
+    window = f", window {config.sliding_window} in {len(config.local_layers)} layers" if config.local_layers else ""
+    return f"rope theta {config.rope_theta:g}{scaled}{window}"
+
+
+def _scheme_line(scheme: dict[str, Any], default: str) -> str:
+    unlike = "".join(f"; {count} matrices are {form}" for form, count in scheme["unlike"].items())
+    usual = " (default)" if scheme["quantize"] == default else ""
+    sizes = "".join(f"{size / 1e6:>11.1f} MB" for size in (scheme["file_bytes"], scheme["memory"]["total"]))
+    return f"{scheme['quantize']:12}{sizes}  {scheme['quality']}{unlike}{usual}"
 
 
 def _backend(provenance: dict[str, Any]) -> str:

@@ -278,9 +278,9 @@ class Embeddings(nn.Module):
         self.config = config
         self.span = range(config.n_layers) if span is None else span
         if self.begins:
-            self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+            self.tok_embeddings = _embedding(config.vocab_size, config.dim)
             if config.positions == "learned":
-                self.pos_embeddings = nn.Embedding(config.context, config.dim)
+                self.pos_embeddings = _embedding(config.context, config.dim)
             if config.embedding_norm:
                 self.embedding_norm = Norm(config)
 
@@ -302,6 +302,13 @@ class Embeddings(nn.Module):
         if self.config.embedding_norm:
             x = self.embedding_norm(x)
         return x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
+
+
+def _embedding(rows: int, dim: int) -> nn.Embedding:
+    """Returns an embedding without initial values, which on the meta device would take a second to import code for."""
+    weights = torch.empty(rows, dim)
+    found: nn.Embedding = nn.Embedding.from_pretrained(weights, freeze=False)  # type: ignore[no-untyped-call]
+    return found
 
 
 class Llama(Embeddings):

@@ -320,7 +320,7 @@ _KINDS: dict[str, Callable[[bytes], Tokenizer]] = {
 }
 
 
-def _kind_of(data: bytes) -> str:
+def kind_of(data: bytes) -> str:
     """Detects the kind of a tokenizer file: a JSON object, `base64 rank` lines, or SentencePiece's protobuf, whose
     first field has the tag 0x0A.
 
@@ -343,7 +343,7 @@ def from_bytes(data: bytes, kind: str | None = None) -> Tokenizer:
     Raises:
         InputError: the bytes are damaged or not a tokenizer of a known kind.
     """
-    kind = kind or _kind_of(data)
+    kind = kind or kind_of(data)
     try:
         return _KINDS[kind](data)
     except InputError:

@@ -67,6 +67,7 @@ class Checkpoint:
         weights: lazy state dict of `model.model.Llama`, in the dtype of the file.
         files: the files that make up the checkpoint, for `digest`.
         layout: name of the layout.
+        architecture: the model's kind, as the checkpoint names it.
         notes: what is done to the weights when they are read, in words.
         bos_id: id that starts a text, or None if the checkpoint does not say.
         adds_bos: whether a text starts with BOS, or None if the checkpoint does not say.
@@ -83,6 +84,7 @@ class Checkpoint:
     weights: Mapping[str, Tensor]
     files: tuple[Path, ...]
     layout: str
+    architecture: str = "llama"
     notes: tuple[str, ...] = ()
     bos_id: int | None = None
     adds_bos: bool | None = None

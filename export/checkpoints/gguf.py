@@ -99,6 +99,7 @@ def open_gguf(path: Path) -> Checkpoint:
         weights,
         (path,),
         "GGUF",
+        architecture=fields["general.architecture"],
         bos_id=bos[0] if bos and adds else None,
         adds_bos=adds,
         stop_ids=tuple(dict.fromkeys(eos + eot + eom)),

@@ -105,6 +105,7 @@ def open_folder(path: Path, adapters: Sequence[Adapter] = (), alone: Path | None
         weights,
         (path / "config.json", *files),
         "Hugging Face folder",
+        architecture=settings["architectures"][0],
         notes=(*notes, *(f"adapter {adapter.name} is merged, scale {adapter.scale:g}" for adapter in adapters)),
         bos_id=bos[0] if bos and not decides else None,
         adds_bos=None if decides else said.get("add_bos_token"),

@@ -1,5 +1,7 @@
 """Files of tensors by name, .safetensors or torch.save's, as sources that are read lazily."""
 
+import json
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -10,6 +12,8 @@ from torch import Tensor
 from export.checkpoints.checkpoint import Index, TensorSource, is_plain, read_head
 from export.checkpoints.pickled import is_torch_file, load_tensors
 from model.errors import InputError
+
+_SHORT = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def is_safetensors(path: Path) -> bool:
@@ -31,6 +35,27 @@ def tensor_sources(files: Iterable[Path]) -> dict[str, TensorSource]:
                 raise InputError(f"{name} is in both {found_in[name].name} and {file.name}; remove one")
             sources[name], found_in[name] = source, file
     return sources
+
+
+def bytes_by_dtype(file: Path) -> Counter[str]:
+    """Returns the bytes of a file's tensors by the name of their dtype in safetensors, such as BF16. Reads no values.
+
+    Raises:
+        InputError: a torch file is damaged.
+    """
+    found = Counter[str]()
+    if is_torch_file(file):
+        for tensor in load_tensors(file).values():
+            name = str(tensor.dtype).removeprefix("torch.")
+            found[_SHORT.get(name, name)] += tensor.nbytes
+        return found
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    header.pop("__metadata__", None)
+    for tensor in header.values():
+        start, end = tensor["data_offsets"]
+        found[tensor["dtype"]] += end - start
+    return found
 
 
 def _index_pickled(file: Path) -> dict[str, TensorSource]:

@@ -39,23 +39,21 @@ class MemoryUse:
 
 def memory_use(metadata: Metadata) -> MemoryUse:
     """Returns the memory computed from the file's dimensions."""
+    config, scheme, span = metadata.config, Scheme.of(metadata), metadata.span
     packs = any(row.packs and row.runtime in metadata.requirements.backends for row in BACKENDS.values())
+    packed = packed_bytes(config, scheme, span) if packs else 0
     return MemoryUse(
-        weights=_packed_bytes(metadata) if packs else 0,
+        weights=metadata.matrix_bytes * packed // matrix_bytes(config, scheme, span),  # in slices, an estimate
         caches=metadata.cache_bytes,
         activations=metadata.activation_bytes,
     )
 
 
-def _packed_bytes(metadata: Metadata) -> int:
-    """Returns the size of the matrices that a backend multiplies by, and not an operator. In slices, it is estimated by
-    their share of the whole matrices.
-    """
-    config, scheme = metadata.config, Scheme.of(metadata)
-    columns = {name: shape[1] for name, shape in matrices(config, metadata.span).items()}
-    sizes = matrix_sizes(config, scheme, metadata.span)
-    packed = sum(size for name, size in sizes.items() if not scheme.format(name, columns[name]).by_operator)
-    return metadata.matrix_bytes * packed // sum(sizes.values())
+def packed_bytes(config: ModelConfig, scheme: Scheme, span: range | None = None) -> int:
+    """Returns the size of the matrices that a backend multiplies by, and not an operator."""
+    columns = {name: shape[1] for name, shape in matrices(config, span).items()}
+    sizes = matrix_sizes(config, scheme, span)
+    return sum(size for name, size in sizes.items() if not scheme.format(name, columns[name]).by_operator)
 
 
 def cache_bytes(config: ModelConfig, positions: int, kv_dtype: str = "float32") -> int:

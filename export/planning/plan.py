@@ -8,13 +8,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from export.checkpoints.adapters import open_adapters
 from export.checkpoints.layouts import BUILT_IN, Checkpoint, open_checkpoint
-from export.lowering.assemble import Assembled
 from export.lowering.backends import BACKENDS, check
 from export.lowering.export_cache import source_digest, versions
 from export.lowering.slices import sliced
@@ -38,6 +37,9 @@ from preproc.tokenizer import HUGGING_FACE, Tokenizer, from_bytes, open_tokenize
 from runtime.engine.executorch import lacking
 from runtime.pte.metadata import FORMAT_VERSION, NO_TOKENIZER, Metadata, MethodSpec, export_identity
 from runtime.pte.parts import session_methods
+
+if TYPE_CHECKING:  # takes seconds to import, and plans that are only described do without it
+    from export.lowering.assemble import Assembled
 
 DEFAULT_CONTEXT = 2048
 """Maximum of the default max_seq_len, because the size of the caches grows with it."""
@@ -191,7 +193,7 @@ class Plan:
         """String that is equal for exports that are equal byte for byte."""
         return export_identity(self.provenance)
 
-    def metadata(self, assembled: Assembled, methods: tuple[MethodSpec, ...]) -> Metadata:
+    def metadata(self, assembled: "Assembled", methods: tuple[MethodSpec, ...]) -> Metadata:
         """Returns the metadata of a shard's or slice's file: everything it contains besides graph and weights."""
         config, max_seq_len = self.source.config, self.graph.max_seq_len
         part = sliced(config, methods[0].slices)
@@ -230,20 +232,8 @@ def plan(options: ExportOptions) -> Plan:
     adapters = open_adapters(options.lora, options.hub_token, options.cache_dir)
     checkpoint = open_checkpoint(options.checkpoint, options.hub_token, options.cache_dir, adapters)
     tokenizer = _tokenizer(checkpoint, options)
-    able = BACKENDS[options.backend].formats
-    quantize = options.quantize or ("fp32" if options.auto else default_scheme(checkpoint.types, able))
-    scheme = adjusted(
-        named_scheme(quantize, checkpoint.config, checkpoint.types),
-        options.group_size,
-        options.embedding_bits,
-        options.head_bits,
-        options.rounding,
-        one_table=checkpoint.config.tied and not options.sharding.has_shards,
-    )
-    scheme = replace(scheme, kv_dtype=KV_DTYPES[options.kv_dtype])
-    graph = _graph(checkpoint.config, options, scheme)
+    quantize, scheme, graph = decided(checkpoint, options)
     config = checkpoint.config.for_length(graph.max_seq_len)
-    graph = _with_rows(graph, config, scheme, options.sharding)
     text = CalibrationText.of(options.calibrate, scheme.rounding)
     if text and scheme.rounding != IMPORTANCE:
         scheme = replace(scheme, rounding=GPTQ)
@@ -275,6 +265,28 @@ def plan(options: ExportOptions) -> Plan:
         ),
         texts=text.windows(tokenizer, provenance["bos_id"], graph.max_seq_len) if text else (),
     )
+
+
+def decided(checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, Scheme, GraphOptions]:
+    """Returns the name of the scheme in QUANTIZE, the scheme, and the options of the methods. Reads no weights.
+
+    Raises:
+        InputError: the options cannot be used for this checkpoint.
+    """
+    able = BACKENDS[options.backend].formats
+    quantize = options.quantize or ("fp32" if options.auto else default_scheme(checkpoint.types, able))
+    scheme = adjusted(
+        named_scheme(quantize, checkpoint.config, checkpoint.types),
+        options.group_size,
+        options.embedding_bits,
+        options.head_bits,
+        options.rounding,
+        one_table=checkpoint.config.tied and not options.sharding.has_shards,
+    )
+    scheme = replace(scheme, kv_dtype=KV_DTYPES[options.kv_dtype])
+    graph = _graph(checkpoint.config, options, scheme)
+    config = checkpoint.config.for_length(graph.max_seq_len)
+    return quantize, scheme, _with_rows(graph, config, scheme, options.sharding)
 
 
 def _tokenizer(checkpoint: Checkpoint, options: ExportOptions) -> Tokenizer | None:

@@ -1,8 +1,10 @@
 """Scheme: the storage format of each matrix of a model."""
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -242,11 +244,12 @@ def format_exceptions(config: ModelConfig, scheme: Scheme) -> dict[str, Format]:
     return {name: form for name, form in found.items() if form != usual.get(name, scheme.linear)}
 
 
-def matrices(config: ModelConfig, span: range | None = None) -> dict[str, tuple[int, int]]:
+@functools.lru_cache
+def matrices(config: ModelConfig, span: range | None = None) -> MappingProxyType[str, tuple[int, int]]:
     """Returns names and shapes [out, in] of the matrices that a step multiplies by, in the whole model or in the shard
     of the blocks `span`.
     """
     with torch.device("meta"):
         layers = dict(Llama(config, span).named_modules()).items()
     found = {f"{name}.weight": layer.weight.shape for name, layer in layers if isinstance(layer, nn.Linear)}
-    return {name: (shape[0], shape[1]) for name, shape in found.items()}
+    return MappingProxyType({name: (shape[0], shape[1]) for name, shape in found.items()})

@@ -20,7 +20,7 @@ class SubCommand(NamedTuple):
 COMMANDS = {
     "export": SubCommand("export.llama", "export a checkpoint to one .pte file and verify it"),
     "verify": SubCommand("export.verify", "compare a .pte file with its checkpoint"),
-    "inspect": SubCommand("export.inspect", "print the contents of a .pte file and the memory it needs"),
+    "inspect": SubCommand("export.inspect", "print what a .pte file or a checkpoint contains and needs"),
     "generate": SubCommand("runtime.generate", "continue a prompt"),
     "chat": SubCommand("runtime.chat", "chat with a model in the terminal"),
     "batch": SubCommand("runtime.batch", "continue many prompts, several at once"),

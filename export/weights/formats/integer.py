@@ -1,19 +1,23 @@
-"""Integer, the format of torchao's low-bit integers with scales, which XNNPACK runs."""
+"""Integer, the format of torchao's low-bit integers with scales, which XNNPACK runs.
+
+torchao is imported in the functions that use it, because it takes seconds to load, and sizes are known without it.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
-from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_scale_only_hqq, choose_qparams_affine
 
 from export.weights.formats.block_rounding import fitted_scale
 from export.weights.formats.format import Format, Grid, Quantised, Share
 from export.weights.formats.integer_layers import QuantizedEmbedding, QuantizedLinear, as_8_bits
 from export.weights.rows import by_rows
 from model.block_linear import BLOCK_FORMS
+
+if TYPE_CHECKING:
+    from torchao.quantization import IntxUnpackedToInt8Tensor
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,10 @@ class Integer(Quantised):
     def rounded(self, x: Tensor) -> Tensor:
         return as_8_bits(x)
 
-    def from_codes(self, codes: Tensor, scale: Tensor) -> IntxUnpackedToInt8Tensor:
+    def from_codes(self, codes: Tensor, scale: Tensor) -> "IntxUnpackedToInt8Tensor":
         """Returns the stored matrix of int8 codes [rows, columns] and scales [rows, groups]."""
+        from torchao.quantization import IntxUnpackedToInt8Tensor
+
         scale = scale.to(self.scale_dtype)
         zero, block = torch.zeros(scale.shape, dtype=torch.int8), (1, self.group_size or codes.shape[1])
         dtype = getattr(torch, f"int{self.bits}")
@@ -133,7 +139,9 @@ class IntegerGrid:
         return codes.to(torch.int8), codes * self.scale.float()  # the inverse in the scale's dtype, as in torchao
 
 
-def _torchao(stored: Tensor) -> IntxUnpackedToInt8Tensor:
+def _torchao(stored: Tensor) -> "IntxUnpackedToInt8Tensor":
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
     assert isinstance(stored, IntxUnpackedToInt8Tensor), type(stored)
     return stored
 
@@ -148,6 +156,9 @@ def nearest(weight: Tensor, form: Integer) -> tuple[Tensor, Tensor]:
     """Returns codes and scales of float32 rows. The scale of a group covers its largest weight, and each weight is
     rounded to the nearest code.
     """
+    from torchao.quantization import MappingType
+    from torchao.quantization.quant_primitives import choose_qparams_affine
+
     block, most = (1, form.group_size or weight.shape[1]), form.largest
     scale, _ = choose_qparams_affine(
         weight, MappingType.SYMMETRIC, block, torch.int8, -most, most - 1, zero_point_dtype=torch.int8, keepdim=True
@@ -159,6 +170,8 @@ def hqq(weight: Tensor, form: Integer) -> tuple[Tensor, Tensor]:
     """Returns codes and scales with the least squared error of each group (half-quadratic quantisation,
     mobiusml.github.io/hqq_blog).
     """
+    from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_scale_only_hqq
+
     block, most = [1, form.group_size or weight.shape[1]], form.largest
     _, scale = _choose_qparams_and_quantize_scale_only_hqq(weight, block, -most, most - 1)
     return codes_for(weight, scale, form)
@@ -172,6 +185,8 @@ def codes_for(weight: Tensor, scale: Tensor, form: Integer) -> tuple[Tensor, Ten
     """Returns the nearest codes for given scales [rows, groups], and the scales in the dtype in which they are
     stored.
     """
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
     scale = scale.to(form.scale_dtype)
     found = IntxUnpackedToInt8Tensor.from_hp(
         weight,

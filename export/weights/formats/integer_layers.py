@@ -1,14 +1,15 @@
 """Layers with torchao's low-bit integers: an embedding, and a linear layer that rounds its inputs when it is run."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
-from executorch.exir.passes import (
-    _quant_patterns_and_replacements,  # noqa: F401  defines embedding_byte, embedding_4bit
-)
 from torch import Tensor, nn
-from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from export.weights.rows import by_rows, row_chunks
+
+if TYPE_CHECKING:
+    from torchao.quantization import IntxUnpackedToInt8Tensor
 
 
 class QuantizedEmbedding(nn.Module):
@@ -17,8 +18,10 @@ class QuantizedEmbedding(nn.Module):
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, weight: IntxUnpackedToInt8Tensor) -> None:
+    def __init__(self, weight: "IntxUnpackedToInt8Tensor") -> None:
         """Takes the quantised matrix, as returned by `stored`, [V, D]."""
+        from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  defines the operators
+
         super().__init__()
         self.four = str(weight.target_dtype) == "torch.int4"
         codes, scales = weight.qdata, weight.scale.float()
@@ -55,10 +58,10 @@ def _pack_nibbles(rows: Tensor) -> Tensor:
 class QuantizedLinear(nn.Module):
     """A linear layer with low-bit weights, whose inputs are quantised to 8 bits per token at run time."""
 
-    weight: IntxUnpackedToInt8Tensor
+    weight: "IntxUnpackedToInt8Tensor"
     bias: Tensor | None
 
-    def __init__(self, weight: IntxUnpackedToInt8Tensor, bias: Tensor | None, width: int | None = None) -> None:
+    def __init__(self, weight: "IntxUnpackedToInt8Tensor", bias: Tensor | None, width: int | None = None) -> None:
         """Takes a quantised matrix, and the number of consecutive inputs that share quantisation parameters; None for
         all inputs.
         """
