@@ -1,11 +1,13 @@
-"""Perplexity, size and speed of this project and of llama.cpp on the same GGUF files, as a table.
+"""Perplexity, size and speed of this project and of llama.cpp on the same GGUF files, as tables.
 
 python -m tests.bench.gguf_types wiki.test.raw --checkpoint SmolLM2-135M-Instruct.Q4_1.gguf
 python -m tests.bench.gguf_types wiki.test.raw --checkpoint model-f16.gguf --types q8_0 q4_k_m --windows 4
+python -m tests.bench.gguf_types wiki.test.raw --checkpoint model-f16.gguf --types --schemes 8da8w q4_0:gptq
 
 llama.cpp quantises the checkpoint to each type, and this project exports the result with the blocks as they are. The
 text's tokens without BOS are cut into windows of 512; each window starts anew, and its second half is scored. float32
-is the model that transformers reads from the checkpoint. Speeds are taken in turns, each in a process of its own.
+is the model that transformers reads from the checkpoint. Speeds are taken in turns, each in a process of its own. A
+scheme, with or without a rounding, is exported from the checkpoint itself, and has no row of llama.cpp's.
 """
 
 import argparse
@@ -45,6 +47,15 @@ def quantised(checkpoint: Path, kind: str) -> Path:
         if llama_cpp.llama_model_quantize(str(checkpoint).encode(), str(partial).encode(), options):
             raise SystemExit(f"error: llama.cpp cannot quantise {checkpoint} to {kind}")
         partial.rename(output)
+    return output
+
+
+def exported(checkpoint: Path, output: Path, *flags: str) -> Path:
+    """Returns this project's export of a checkpoint, which is made if it does not exist."""
+    if not output.exists():
+        flags = ("--max-seq-len", str(CONTEXT), "--max-ppl-increase", "10", *flags)
+        command = [sys.executable, "-m", "export.llama", "--checkpoint", checkpoint, "--output", output, *flags]
+        subprocess.run(command, check=True, cwd=ROOT)
     return output
 
 
@@ -90,7 +101,8 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("text", type=Path, help="text to measure on")
     parser.add_argument("--checkpoint", type=Path, required=True, help="GGUF file to quantise")
-    parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES), help="types (default: all)")
+    parser.add_argument("--types", nargs="*", choices=TYPES, default=list(TYPES), help="types (default: all)")
+    parser.add_argument("--schemes", nargs="+", default=[], metavar="NAME[:ROUNDING]", help="schemes of --quantize")
     parser.add_argument("--windows", type=int, default=16, help="windows of the text (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=0, help="times that speeds are measured (default: not at all)")
     options = parser.parse_args()
@@ -103,16 +115,23 @@ def main() -> None:
     print("".join(f" {row}, {name} |" for row, name in shown) + "\n" + "|---" * (8 + len(shown)) + "|", flush=True)
     for kind in options.types:
         gguf = quantised(options.checkpoint, kind)
-        pte = gguf.with_suffix(".pte")
-        if not pte.exists():
-            flags = ["--max-seq-len", str(CONTEXT), "--quantize", "gguf", "--max-ppl-increase", "10", "--output", pte]
-            subprocess.run([sys.executable, "-m", "export.llama", "--checkpoint", gguf, *flags], check=True, cwd=ROOT)
+        pte = exported(gguf, gguf.with_suffix(".pte"), "--quantize", "gguf")
         theirs = perplexity(map(LlamaCpp(gguf, WINDOW).second_half, windows), windows)
         ours = perplexity(map(Ours(pte, CONTEXT).second_half, windows), windows)
         sizes = (f"{file.stat().st_size / 1e6:.1f} MB" for file in (gguf, pte))
         found = [f"{theirs:.3f}", f"{theirs / exact - 1:+.2%}", f"{ours:.3f}", f"{ours / exact - 1:+.2%}"]
         cells = itertools.chain(*speeds(gguf, pte, options.rounds).values()) if options.rounds else ()
         print("|", " | ".join((kind, *sizes, *found, f"{ours / theirs - 1:+.2%}", *cells)), "|", flush=True)
+    if options.schemes:
+        print("\n| scheme | rounding | .pte | perplexity | over float32 |\n|---|---|---|---|---|", flush=True)
+    for scheme in options.schemes:
+        name, _, rounding = scheme.partition(":")
+        rounding = rounding or "nearest"
+        output = FOLDER / f"{options.checkpoint.stem}.{name}.{rounding}.pte"
+        pte = exported(options.checkpoint, output, "--quantize", name, "--rounding", rounding)
+        ours = perplexity(map(Ours(pte, CONTEXT).second_half, windows), windows)
+        row = (name, rounding, f"{pte.stat().st_size / 1e6:.1f} MB", f"{ours:.3f}", f"{ours / exact - 1:+.2%}")
+        print("|", " | ".join(row), "|", flush=True)
 
 
 if __name__ == "__main__":
