@@ -14,7 +14,7 @@ from runtime.engine.program import read_metadata
 from tests.conftest import MODELS, ROOT, TOY, exported, toy_model
 from tests.support.checkpoints import write_gguf, write_llama2c
 
-EXPERTS = replace(TOY, n_experts=4, n_chosen_experts=2)
+EXPERTS = replace(TOY, hidden_dim=64, n_experts=4, n_chosen_experts=2)
 
 
 def previewed(options: ExportOptions, text_bytes: int = 0) -> dict[str, Preview]:
@@ -45,7 +45,8 @@ def test_only_a_gguf_in_supported_types_can_be_kept(tmp_path: Path) -> None:
     checkpoint = write_llama2c(toy_model(), tmp_path / "toy.bin", version=1)
     assert list(previewed(ExportOptions(checkpoint=checkpoint))) == [name for name in QUANTIZE if name != AS_STORED]
     for kind, kept in (("F16", False), ("Q8_0", True)):
-        checkpoint = write_gguf(toy_model(), tmp_path / f"{kind}.gguf", kind)
+        types = {True: kind, False: "F16"}
+        checkpoint = write_gguf(toy_model(), tmp_path / f"{kind}.gguf", lambda name, types=types: types[".wq." in name])
         assert (AS_STORED in previewed(ExportOptions(checkpoint=checkpoint))) == kept
 
 
