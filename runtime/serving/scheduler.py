@@ -203,8 +203,7 @@ class Scheduler:
             for part in score(session, job.prompt, job.scores, self._program.tokenizer):
                 job.scored += part
                 yield None
-        while len(job.prompt) - session.position > session.chunk:
-            session.prefill(job.prompt[session.position : session.position + session.chunk])
+        for _ in session.begin(job.prompt):
             yield None
         yield from generate(session, job.prompt, job.options, job.rng, self._program.tokenizer, job.constraint)
 
