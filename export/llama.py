@@ -21,8 +21,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from export.atomic_file import replacing
 from export.checkpoints import hub
 from export.checkpoints.adapters import add_lora_flag
@@ -45,6 +43,7 @@ from model.errors import InputError
 from model.kv_row_format import KV_DTYPES
 from preproc.chat_template import NAMED
 from runtime import generate
+from runtime.cli import terminal
 from runtime.engine.program import files, read_metadata
 from runtime.pte.parts import session_methods
 
@@ -57,25 +56,28 @@ class Progress:
         """Encloses one stage. Strings appended to the yielded list describe its result."""
         yield []
 
+    def advance(self, done: int, total: int) -> None:
+        """Receives how much of the present stage is done, and how much there is, in stages that can tell."""
+
     def note(self, line: str) -> None:
         """Receives a message for the user."""
 
 
 class ConsoleProgress(Progress):
-    """Prints a line per stage: name, seconds, result. On a terminal, it shows a spinner while the stage runs."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+    """Prints a line per stage: name, seconds, result. On a terminal, it shows progress while the stage runs."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[list[str]]:
         start, result = time.monotonic(), list[str]()
-        with self._console.status(f"{name} ..."):
+        with terminal.progress(name) as self._advance:
             yield result
-        self._console.print(f"{name:10} {time.monotonic() - start:5.1f} s  {'; '.join(result)}", markup=False)
+        terminal.say(f"{name:10} {time.monotonic() - start:5.1f} s  {'; '.join(result)}")
+
+    def advance(self, done: int, total: int) -> None:
+        self._advance(done, total)
 
     def note(self, line: str) -> None:
-        self._console.print(line, markup=False)
+        terminal.say(line)
 
 
 def export_llama(options: ExportOptions, progress: Progress | None = None) -> Path:
@@ -132,7 +134,7 @@ def _calibrated(planned: Plan, progress: Progress) -> Iterator[Plan]:
     with tempfile.TemporaryDirectory(prefix="llama-pte-") as folder:
         with progress.stage("calibrate") as result:
             max_seq_len = planned.provenance["options"]["max_seq_len"]
-            source = calibrate(planned.source, planned.texts, max_seq_len, Path(folder))
+            source = calibrate(planned.source, planned.texts, max_seq_len, Path(folder), progress.advance)
             count = sum(map(source.is_calibrated, matrices(source.config)))
             result.append(f"{count} layers, {_tokens(sum(map(len, planned.texts)))}")
         gc.collect()
@@ -154,7 +156,7 @@ def _write(planned: Plan, options: ExportOptions, paths: Sequence[Path], progres
             result.append(f"{assembled.delegates} delegates; kernels outside: {outside}")
         gc.collect()
         with progress.stage(f"write{name}") as result:
-            write_program(assembled, planned.metadata(assembled, methods), path)
+            write_program(assembled, planned.metadata(assembled, methods), path, progress.advance)
             result.append(f"{path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -21,14 +21,19 @@ from types import FrameType
 from model.errors import InputError
 from preproc.chat_template import NAMED, named
 from runtime.cli.flags import add_generation_flags, add_program_flags, generation_options, open_program, valid
+from runtime.cli.terminal import say, until_first
 from runtime.text.conversation import Chat
 from runtime.text.sampler import Rng
 
 _HELP = """\
 /system TEXT  set the system message; without TEXT, remove it
+/undo         take back the last message and its answer
 /reset        start a new conversation with the same system message
+/save FILE    write the conversation to a file, as JSON in the form of OpenAI's messages
+/load FILE    continue the conversation in such a file
 /help         list the commands
 /exit         quit, as Ctrl-D does
+//TEXT        send /TEXT as a message
 Ctrl-C ends an answer, and quits at an empty prompt."""
 
 
@@ -53,13 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     for line in _lines():
         try:
-            if line.startswith("/"):
+            if line.startswith("/") and not line.startswith("//"):
                 if not _obey(chat, line):
                     break
             elif line.strip():
-                _talk(chat, line)
+                _talk(chat, line.removeprefix("/"))
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", "red")
     return 0
 
 
@@ -81,11 +86,14 @@ def _lines() -> Iterator[str]:
             yield line.removesuffix("\n").removesuffix("\r")
         return
     from prompt_toolkit import PromptSession  # only needed on a terminal
+    from prompt_toolkit.output import create_output
+    from prompt_toolkit.styles import Style
 
-    session = PromptSession[str]()
+    screen = create_output(always_prefer_tty=True)  # stderr, if stdout goes to a file
+    session = PromptSession[str]("> ", style=Style([("", "ansigreen")]), output=screen)
     while True:
         try:
-            yield session.prompt("> ")
+            yield valid(session.prompt())
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -97,17 +105,26 @@ def _obey(chat: Chat, line: str) -> bool:
     """Runs a command line that begins with a slash; returns whether the chat continues.
 
     Raises:
-        InputError: the command is unknown.
+        InputError: the command is unknown or cannot be run.
     """
     name, _, text = line.strip().partition(" ")
+    text = text.strip()
     if name == "/exit":
         return False
     if name == "/reset":
         chat.reset()
     elif name == "/system":
-        chat.instruct(text.strip() or None)
+        chat.instruct(text or None)
+    elif name == "/undo":
+        say(f"took back: {chat.undo()}", "dim")
+    elif name in ("/save", "/load") and not text:
+        raise InputError(f"{name} lacks the name of a file; give one, such as {name} chat.json")
+    elif name == "/save":
+        say(f"saved {chat.save(Path(text).expanduser())} messages to {text}", "dim")
+    elif name == "/load":
+        say(f"loaded {chat.load(Path(text).expanduser())} messages from {text}", "dim")
     elif name == "/help":
-        print(_HELP, file=sys.stderr)
+        say(_HELP)
     else:
         raise InputError(f"{name} is unknown; /help lists the commands")
     return True
@@ -118,18 +135,28 @@ def _talk(chat: Chat, line: str) -> None:
     steps = chat.send(line)
     if chat.forgotten:
         turns = "turn was" if chat.forgotten == 1 else f"{chat.forgotten} turns were"
-        print(f"the context of {chat.capacity} tokens is full: the oldest {turns} forgotten", file=sys.stderr)
-    reason = None
+        say(f"the context of {chat.capacity} tokens is full: the oldest {turns} forgotten", "dim")
+    step = None
     with _interrupts() as interrupts:
-        for step in steps:
+        for step in until_first("prefill", _prefill(chat, interrupts), steps):
             print(step.text, end="", flush=True)
-            reason = step.finish_reason
             if interrupts:
                 break
         chat.stop()
     print(flush=True)
-    if reason == "length" and chat.is_full:
-        print(f"the context of {chat.capacity} tokens is full: the answer ends here", file=sys.stderr)
+    if step is None:
+        say("the message is not kept, because its answer had not begun", "dim")
+    elif step.finish_reason == "length" and chat.is_full:
+        say(f"the context of {chat.capacity} tokens is full: the answer ends here", "dim")
+
+
+def _prefill(chat: Chat, interrupts: list[int]) -> Iterator[tuple[int, int]]:
+    """Prefills the message just sent, see `Chat.prefill`. Ctrl-C then ends the answer before it begins."""
+    for done in chat.prefill():
+        yield done
+        if interrupts:
+            chat.stop()
+            return
 
 
 @contextmanager

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import argparse
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from typing import Any
 
 from model.errors import InputError
 from runtime.cli.flags import add_generation_flags, add_program_flags, generation_options, open_program, valid
+from runtime.cli.terminal import until_first
 from runtime.engine.measure import peak_memory
 from runtime.engine.program import Program
 from runtime.engine.session import Session
@@ -65,10 +67,13 @@ def _timed(steps: Iterator[Step], statistics: Statistics) -> Iterator[Step]:
 
 
 def _print_text(steps: Iterator[Step]) -> None:
+    """Prints the text as it is generated. It ends with a line end where the statistics follow it, and not in a file."""
+    last = ""
     for step in steps:
         print(step.text, end="", flush=True)
-    if sys.stdout.isatty():
-        print()
+        last = step.text or last
+    if not last.endswith("\n") and (sys.stdout.isatty() or (sys.stderr and os.path.sameopenfile(1, 2))):
+        print(flush=True)
 
 
 def _print_json(prompt: list[int], steps: Iterator[Step], statistics: Statistics) -> None:
@@ -108,6 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.session and options.session.exists():
         session.load(options.session)
     steps = generate(session, prompt, generation, Rng(options.seed), program.tokenizer, constraint)
+    steps = until_first("prefill", session.begin(prompt), steps)
     if options.format == "json":
         _print_json(prompt, _timed(steps, statistics), statistics)
     else:

@@ -24,6 +24,7 @@ from model.errors import InputError
 from preproc.chat_template import NAMED, named
 from preproc.jinja_template import from_file
 from runtime.cli.flags import add_threads_flag
+from runtime.cli.terminal import progress
 from runtime.engine.program import Program
 from runtime.serving.running import SESSIONS
 from runtime.serving.scheduler import Scheduler
@@ -52,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.api_key == "":
         raise InputError("--api-key '' is invalid; give at least one character, or leave it out")
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns if a client disconnects during its answer
-    model = open_model(options.file, options.chat_template, options.threads)
+    with progress(f"load {options.file}"):
+        model = open_model(options.file, options.chat_template, options.threads)
     scheduler = Scheduler(model.program, options.sessions, options.max_queue)
     try:
         listener = _listener(options.host, options.port)

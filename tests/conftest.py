@@ -102,6 +102,12 @@ def tiny_pte() -> Path:
 
 
 @pytest.fixture(scope="session")
+def chat_pte() -> Path:
+    """Returns the built-in model with Llama 2's template."""
+    return exported(ExportOptions(max_seq_len=512, chat_template="llama2", output=MODELS / "chat.pte"))
+
+
+@pytest.fixture(scope="session")
 def toy_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a checkpoint of TOY with random weights, in llama2.c's layout."""
     return write_llama2c(toy_model(), tmp_path_factory.mktemp("toy") / "toy.bin", version=1)

@@ -18,10 +18,18 @@ from runtime.pte.metadata import Metadata, to_constants
 from runtime.pte.trailer import Trailer
 
 
-def write_program(assembled: Assembled, metadata: Metadata, path: Path) -> None:
+def write_program(
+    assembled: Assembled,
+    metadata: Metadata,
+    path: Path,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
     """Writes the program, its metadata and the trailer to `path`.
 
     Memory for the inputs and outputs of the methods is not planned, because the runtime provides its own buffers.
+
+    Args:
+        advance: receives the number of bytes of the program that are written, and of all its bytes.
     """
     edge = assembled.edge
     programs = {name: edge.exported_program(name) for name in edge.methods}
@@ -35,9 +43,10 @@ def write_program(assembled: Assembled, metadata: Metadata, path: Path) -> None:
     shared = {key: (constants.index(to_bytes(tensor)), tensor.nbytes) for key, tensor in assembled.shared.items()}
     shared |= {key.hex(): (constants.index(key), len(matrix)) for key, matrix in assembled.deferred.items()}
     with path.open("wb") as stream:
-        checked = _Checked(stream, lambda piece: _sharing(piece, shared))
         if assembled.deferred:
             _with_matrices(program, assembled.deferred, replace(config, constant_tensor_alignment=_ALIGNMENT))
+        total = len(program._pte_data)
+        checked = _Checked(stream, lambda piece: _sharing(piece, shared), lambda done: advance(done, total))
         program.write_to_file(checked)
         stream.write(checked.trailer.pack())
 
@@ -98,11 +107,11 @@ def _sharing(program: bytes, shared: Mapping[str, tuple[int, int]]) -> bytes:
 class _Checked:
     """A stream that computes the trailer from the data written to it."""
 
-    def __init__(self, stream: BinaryIO, program: Callable[[bytes], bytes]) -> None:
-        """Takes the output stream, and a function that is applied to the first piece written, which contains everything
-        but the data.
+    def __init__(self, stream: BinaryIO, program: Callable[[bytes], bytes], written: Callable[[int], None]) -> None:
+        """Takes the output stream; a function that is applied to the first piece written, which contains everything
+        but the data; and a function that receives the number of bytes written so far.
         """
-        self._stream = stream
+        self._stream, self._written = stream, written
         self._program: Callable[[bytes], bytes] | None = program
         self.trailer = Trailer()
 
@@ -110,4 +119,6 @@ class _Checked:
         if self._program:
             piece, self._program = self._program(piece), None
         self.trailer.add(piece)
-        return self._stream.write(piece)
+        count = self._stream.write(piece)
+        self._written(self._stream.tell())
+        return count

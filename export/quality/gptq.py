@@ -112,7 +112,13 @@ class CalibrationText:
 
 
 @torch.no_grad()
-def calibrate(source: WeightSource, texts: Sequence[Sequence[int]], max_seq_len: int, folder: Path) -> WeightSource:
+def calibrate(
+    source: WeightSource,
+    texts: Sequence[Sequence[int]],
+    max_seq_len: int,
+    folder: Path,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> WeightSource:
     """Rounds the matrices block by block. The inputs of each block are computed by the blocks before it, whose matrices
     are already rounded.
 
@@ -121,9 +127,10 @@ def calibrate(source: WeightSource, texts: Sequence[Sequence[int]], max_seq_len:
         texts: token ids of texts of equal length.
         max_seq_len: length for which the rotary tables are made.
         folder: folder for the matrices, which is needed as long as the returned source is used.
+        advance: receives the number of matrices rounded so far, and of all that are rounded.
     """
     assert source.scheme.is_calibrated, source.scheme
-    found = _Stored(folder, source)
+    found = _Stored(folder, source, advance)
     model = source.streamed()
     for name in piece_names(source.config):
         if name == "head" or name.startswith("layers."):
@@ -147,8 +154,9 @@ class _Stored(Mapping[str, Tensor]):
     access.
     """
 
-    def __init__(self, folder: Path, source: WeightSource) -> None:
+    def __init__(self, folder: Path, source: WeightSource, advance: Callable[[int, int], None]) -> None:
         self._folder, self._source, self._files = folder, source, dict[str, Path]()
+        self._advance, self._total = advance, sum(map(source.is_calibrated, source.matrices))
 
     def save(self, piece: str, matrices: Mapping[str, Sequence[Tensor]]) -> None:
         """Saves the data of a piece's matrices, by name, see `Quantised.gathered`."""
@@ -156,6 +164,7 @@ class _Stored(Mapping[str, Tensor]):
         parts = {f"{name}.{i}": part.contiguous() for name, found in matrices.items() for i, part in enumerate(found)}
         save_file(parts, path)
         self._files |= dict.fromkeys(matrices, path)
+        self._advance(len(self._files), self._total)
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], "pt") as tensors:

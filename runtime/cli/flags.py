@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from runtime.cli import command
+from runtime.cli.terminal import progress
 from runtime.engine.program import Program
 from runtime.text.generation import GenerationOptions
 from runtime.text.sampler import SamplingOptions
@@ -75,12 +76,13 @@ def add_program_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def open_program(flags: argparse.Namespace, file: Path) -> Program:
-    """Opens a file with the flags of `add_program_flags`.
+    """Opens a file with the flags of `add_program_flags`, and shows that on a terminal.
 
     Raises:
         InputError: see `Program`.
     """
-    return Program(file, threads=flags.threads, check=not flags.no_check, memory_budget=flags.memory_budget)
+    with progress(f"load {file}"):
+        return Program(file, threads=flags.threads, check=not flags.no_check, memory_budget=flags.memory_budget)
 
 
 def add_threads_flag(parser: argparse.ArgumentParser) -> None:

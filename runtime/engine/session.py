@@ -1,6 +1,6 @@
 """Session: one text, with its tokens and caches, which can be extended, shortened, copied and saved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -182,6 +182,23 @@ class Session:
         """
         self.shorten(common(self.tokens, prompt[:-1]))
         return self.prefill(prompt[self.position :])
+
+    def begin(self, prompt: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Replaces the text by all of a prompt but its last step, which `restart` then runs.
+
+        So a caller can show the progress of a long prompt, do something else in between, or stop.
+
+        Yields:
+            after each step, the number of tokens in the text, and in the prompt.
+
+        Raises:
+            InputError: as in `prefill`.
+        """
+        self.shorten(common(self.tokens, prompt[:-1]))
+        check_prompt(prompt[self.position :], self._program.metadata, self.position)
+        while len(prompt) - self.position > self.chunk:
+            self.prefill(prompt[self.position : self.position + self.chunk])
+            yield self.position, len(prompt)
 
     def fork(self) -> "Session":
         """Returns an independent session with the same text.

@@ -175,8 +175,7 @@ class SessionRunner(Runner):
             for part in score(session, job.prompt, job.scores, self._tokenizer):
                 job.scored += part
                 yield None
-        while len(job.prompt) - session.position > session.chunk:
-            session.prefill(job.prompt[session.position : session.position + session.chunk])
+        for _ in session.begin(job.prompt):
             yield None
         yield from generate(session, job.prompt, job.options, job.rng, self._tokenizer, job.constraint)
 

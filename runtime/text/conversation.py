@@ -1,13 +1,17 @@
 """A chat: messages and answers in turns, over one session."""
 
+import json
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
 
 from model.errors import InputError
 from preproc.chat_template import ASSISTANT, NAMED, SYSTEM, USER, Message
 from preproc.jinja_template import Carried, from_file
 from runtime.engine.program import Program
 from runtime.engine.session import Session
+from runtime.engine.session_file import replacing
 from runtime.text.generation import GenerationOptions, Step, generate
 from runtime.text.sampler import Rng
 
@@ -63,6 +67,7 @@ class Chat:
         self._session = Session(program)
         self.messages = list[Message]()
         self.forgotten = 0
+        self._prompt = list[int]()
         self._steps: Generator[Step, None, None] | None = None
         self.system: str | None = None
         self.instruct(system)
@@ -102,14 +107,63 @@ class Chat:
             InputError: the message does not fit even alone; the conversation is then unchanged.
         """
         self.stop()
-        self._steps = self._answer(message, self._fitting(message))
+        self._prompt = self._fitting(message)
+        self._steps = self._answer(message, self._prompt)
         return self._steps
+
+    def prefill(self) -> Iterator[tuple[int, int]]:
+        """Runs the conversation and the message just sent, but for the last step, with which the answer begins.
+
+        See `Session.begin`. An answer whose prefill was not run begins with all of it.
+        """
+        return self._session.begin(self._prompt)
 
     def stop(self) -> None:
         """Ends the answer; what was generated so far becomes the assistant's message."""
         if self._steps:
             self._steps.close()
         self._steps = None
+
+    def undo(self) -> str:
+        """Takes back the last message and its answer, and returns the message.
+
+        The text before them stays in the KV cache, so that the next message runs only what is new.
+
+        Raises:
+            InputError: there is no message.
+        """
+        self.stop()
+        if not self.messages:
+            raise InputError("there is no message to take back; send one first")
+        (_, message), _ = self.messages[-2:]
+        del self.messages[-2:]
+        return message
+
+    def save(self, path: Path) -> int:
+        """Writes the system message and the messages to a file, as OpenAI's API takes them, and returns their number.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        self.stop()
+        system = [] if self.system is None else [(SYSTEM, self.system)]
+        said = [{"role": role, "content": content} for role, content in [*system, *self.messages]]
+        with replacing(path) as stream:
+            stream.write(json.dumps(said, ensure_ascii=False, indent=1).encode() + b"\n")
+        return len(said)
+
+    def load(self, path: Path) -> int:
+        """Continues the conversation in a file that `save` wrote, with its system message, if any, and returns the
+        number of messages.
+
+        Raises:
+            InputError: the file cannot be read, or has no conversation that the template takes; this one then goes on.
+        """
+        system, messages = _read(path)
+        self.instruct(system)
+        self.reset()
+        self.messages = messages
+        return len(messages) + (system is not None)
 
     def _fitting(self, message: str) -> list[int]:
         """Removes as many of the oldest turns as necessary; returns the ids of the conversation and the message."""
@@ -138,3 +192,31 @@ class Chat:
         finally:
             if said:
                 self.messages += [(USER, message), (ASSISTANT, "".join(said))]
+
+
+def _read(path: Path) -> tuple[str | None, list[Message]]:
+    """Reads the system message, if any, and the messages of user and assistant in turns, from a JSON file.
+
+    Raises:
+        InputError: the file cannot be read or has something else.
+    """
+    try:
+        said = [(message["role"], message["content"]) for message in json.loads(path.read_bytes())]
+        "".join(text for message in said for text in message).encode()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give a file that a chat was saved to") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(
+            f'{path} is not a saved chat; give a JSON list of messages such as {{"role": "user", "content": "Hello"}}'
+        ) from error
+    system = said.pop(0)[1] if said and said[0][0] == SYSTEM else None
+    for number, ((role, _), expected) in enumerate(zip(said, cycle((USER, ASSISTANT)), strict=False)):
+        if role != expected:
+            number += 1 if system is None else 2
+            raise InputError(
+                f"message {number} of {path} is from {role}; give user and assistant in turns, and before them at most "
+                "one from system"
+            )
+    if len(said) % 2:
+        raise InputError(f"the last message of {path} has no answer; add one, or leave the message out")
+    return system, said

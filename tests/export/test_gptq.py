@@ -189,7 +189,12 @@ def test_texts_calibrated_together_equal_single_ones(
 
 
 def test_only_calibrated_matrices_are_read_from_the_folder(tmp_path: Path) -> None:
-    source = calibrate(source_of(FEW), random_tokens(FEW, 0), FEW.context, tmp_path)
+    done = list[tuple[int, int]]()
+    source = calibrate(
+        source_of(FEW), random_tokens(FEW, 0), FEW.context, tmp_path, lambda *progress: done.append(progress)
+    )
+    count = sum(map(source.is_calibrated, source.matrices))
+    assert (done, done[-1]) == (sorted(done), (count, count))
     for name in matrices(FEW):
         piece = name.rpartition(".")[0] if name.startswith("head") else ".".join(name.split(".")[:2])
         with safe_open(tmp_path / f"{piece.removesuffix('.output')}.safetensors", "pt") as tensors:

@@ -38,11 +38,15 @@ STAGES = ("open", "lower", "assemble", "write", "verify")
 
 
 class Recorder(Progress):
-    """Records the stages that ran and the messages."""
+    """Records the stages that ran, how much of them was done, and the messages."""
 
     def __init__(self) -> None:
         self.stages: list[str] = []
+        self.done: dict[str, list[tuple[int, int]]] = {}
         self.notes: list[str] = []
+
+    def advance(self, done: int, total: int) -> None:
+        self.done.setdefault(self.stages[-1], []).append((done, total))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[list[str]]:
@@ -150,6 +154,8 @@ def test_a_second_identical_export_is_skipped_and_a_different_one_is_not(
         redone = Recorder()
         export_llama(other, redone)
         assert redone.stages == list(STAGES)
+        assert redone.done["write"] == sorted(redone.done["write"])
+        assert redone.done["write"][-1] == (output.stat().st_size - 32,) * 2, "all but the trailer"
         assert output.stat().st_mtime_ns != before
     assert output.read_bytes() != content
 

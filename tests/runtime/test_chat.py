@@ -1,4 +1,4 @@
-"""Tests chats: Python against whole texts run from scratch, C++ against Python."""
+"""Tests the command `chat`, and C++ against it."""
 
 import io
 import json
@@ -7,199 +7,29 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from prompt_toolkit.application import create_app_session
-from prompt_toolkit.input import create_pipe_input
-from prompt_toolkit.output import DummyOutput
-from tokenizers import AddedToken, models
 
 from export.checkpoints.layouts import BUILT_IN
-from export.planning.plan import ExportOptions
 from model.errors import InputError
-from preproc.chat_template import NAMED, ChatTemplate, Message, SystemPlace
-from preproc.jinja_template import from_file, to_file
+from preproc.chat_template import NAMED, ChatTemplate
+from preproc.jinja_template import from_file
 from preproc.special_tokens import Part
-from preproc.tokenizer import HuggingFaceTokenizer, from_bytes, open_tokenizer
+from preproc.tokenizer import from_bytes, open_tokenizer
 from runtime import chat as command
 from runtime.engine.program import Program
 from runtime.engine.session import Session
 from runtime.text import conversation
 from runtime.text.conversation import Chat
 from runtime.text.generation import GenerationOptions, Step, generate
-from runtime.text.sampler import Rng, SamplingOptions
-from tests.conftest import MODELS, ROOT, exported
+from runtime.text.sampler import Rng
+from tests.conftest import ROOT
 from tests.integration.test_cpp_tokenizers import TOKENIZERS, TOOL, _fuzzed, _run, _unpack
-from tests.support.kinds import CONTEXT, KINDS, EagerSteps
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "chat.json"
-TEMPLATE = ChatTemplate("<s>", ">", "</s><s>", ">", system=SystemPlace("<s>", "|"))
-
-
-def _letters() -> HuggingFaceTokenizer:
-    """Returns a tokenizer with a token per letter, few enough for the models of tests.support.kinds."""
-    vocabulary = {char: i for i, char in enumerate("?abcdefghijklmnopqrstuvwxyz >|ABCDEFGHIJKLMNOPQRSTUVWXYZ")}
-    model = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="?"))
-    model.add_special_tokens([AddedToken(text, normalized=False) for text in ("<s>", "</s>")])
-    return HuggingFaceTokenizer(model.to_str().encode())
-
-
-class Talker(EagerSteps):
-    """A random model of a kind, with a tokenizer and a chat template."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__(KINDS[kind])
-        self.tokenizer = _letters()
-        self.metadata = replace(self.metadata, chat_template=json.dumps(to_file(None, TEMPLATE)))
-
-
-TALKERS = {kind: Talker(kind) for kind in ("fused", "window", "no cache")}
-OPTIONS = GenerationOptions(SamplingOptions(temperature=1.0), max_new_tokens=4)
-
-
-def fresh(talker: Talker, messages: list[Message], seed: int) -> list[Step]:
-    """Generates the answer to all messages in a new session."""
-    ids = TEMPLATE.encode(messages, talker.tokenizer)
-    options = replace(OPTIONS, stop_ids=(talker.tokenizer.specials["</s>"],))
-    return list(generate(Session(talker), ids, options, Rng(seed), talker.tokenizer))
-
-
-ACTIONS = st.lists(
-    st.one_of(
-        st.tuples(st.just("send"), st.text("abc XYZ", max_size=9), st.sampled_from([1, 3, 99])),
-        st.tuples(st.just("instruct"), st.one_of(st.none(), st.text("sys", max_size=3)), st.just(0)),
-        st.tuples(st.just("reset"), st.none(), st.just(0)),
-    ),
-    max_size=8,
-)
-
-
-@pytest.mark.parametrize("kind", TALKERS)
-@settings(max_examples=20)
-@given(actions=ACTIONS)
-def test_every_answer_equals_that_of_a_new_session(kind: str, actions: list[tuple[str, Any, int]]) -> None:
-    talker, rng = TALKERS[kind], Rng(5)
-    chat = Chat(talker, OPTIONS, rng)  # type: ignore[arg-type]
-    for action, text, count in actions:
-        if action == "reset":
-            chat.reset()
-            assert chat.messages == []
-        elif action == "instruct":
-            chat.instruct(text)
-        else:
-            before, seed = list(chat.messages), rng.state
-            steps = []
-            for step in chat.send(text):
-                steps.append(step)
-                if len(steps) == count:
-                    break
-            chat.stop()
-            *kept, asked, answer = chat.messages
-            assert kept == before[2 * chat.forgotten :]
-            assert asked == ("user", text)
-            assert answer == ("assistant", "".join(step.text for step in steps))
-            system = [] if chat.system is None else [("system", chat.system)]
-            assert steps == fresh(talker, [*system, *kept, asked], seed)[: len(steps)]
-            assert chat.forgotten == 0 or len(TEMPLATE.encode([*system, *before, asked], talker.tokenizer)) > 30
-
-
-def test_a_message_ends_the_answer_before_it() -> None:
-    chat = Chat(TALKERS["fused"], OPTIONS, Rng(0))  # type: ignore[arg-type]
-    steps = chat.send("abc")
-    kept_text = next(steps).text
-    assert len(list(chat.send("de"))) == 4
-    assert chat.messages[:3] == [("user", "abc"), ("assistant", kept_text), ("user", "de")]
-    chat.send("never looked at")
-    assert len(chat.messages) == 4
-    assert list(steps) == []
-    next(chat.send("f"))
-    chat.reset()
-    assert chat.messages == []
-
-
-def prefilled(chat: Chat) -> list[int]:
-    """Returns a list to which every later prefill appends its length; single tokens are not counted."""
-    lengths = list[int]()
-    prefill = chat._session.prefill
-
-    def spy(tokens: list[int]) -> Any:
-        if len(tokens) > 1:
-            lengths.append(len(tokens))
-        return prefill(tokens)
-
-    chat._session.prefill = spy  # type: ignore[method-assign,assignment]
-    return lengths
-
-
-def test_only_new_tokens_are_prefilled() -> None:
-    chat = Chat(TALKERS["fused"], GenerationOptions(max_new_tokens=3), Rng(0))  # type: ignore[arg-type]
-    lengths = prefilled(chat)
-    for message in ("abc", "de", "f"):
-        assert len(list(chat.send(message))) == 3
-    assert lengths[0] == len("<abc>")
-    answered = 1  # the last token of an answer is not in the cache yet
-    assert lengths[1:] == [answered + len("/<de>"), answered + len("/<f>")]
-    chat.instruct("s")
-    list(chat.send("g"))
-    assert lengths[3] == chat._session.position - 1 - 2, "only BOS is still right"
-
-
-def test_a_full_context_drops_the_oldest_turns_but_not_the_system_message() -> None:
-    talker = TALKERS["fused"]
-    chat = Chat(talker, OPTIONS, Rng(0), system="sys")  # type: ignore[arg-type]
-    forgotten = []
-    for turn in range(8):
-        list(chat.send(f"abcdef{'xyz'[turn % 3]}"))
-        forgotten.append(chat.forgotten)
-        assert talker.tokenizer.encode("sys") == chat._session.tokens[1:4]
-    assert forgotten[0] == 0
-    assert set(forgotten[3:]) == {1}
-    assert len(chat.messages) == 4
-    before = list(chat.messages)
-    with pytest.raises(InputError, match=rf"has \d+ tokens .* but the context only {CONTEXT}; shorten it"):
-        chat.send("a" * CONTEXT)
-    assert chat.messages == before
-    assert list(chat.send("a" * (CONTEXT - len("<sys|>"))))[-1].finish_reason == "length"
-    assert (len(chat.messages), chat.is_full) == (2, True)
-
-
-def test_a_stop_token_is_no_text_and_ends_the_answer() -> None:
-    talker = TALKERS["fused"]
-    first = list(Chat(talker, OPTIONS, Rng(0)).send("abc"))  # type: ignore[arg-type]
-    second = talker.tokenizer.piece(first[1].token, first=False).decode()
-    assert second
-    again = f"{second}<s>"
-    letters = _letters()
-    letters.specials = {**letters.specials, second: first[1].token}
-    stand_in = Talker("fused")
-    stand_in.tokenizer = letters
-    template = replace(TEMPLATE, again=again)
-    steps = list(Chat(stand_in, OPTIONS, Rng(0), template=template).send("abc"))  # type: ignore[arg-type]
-    assert [step.token for step in steps] == [step.token for step in first[:2]]
-    assert (steps[-1].finish_reason, steps[-1].text) == ("stop", "")
-
-
-def test_a_file_without_a_template_is_refused_with_the_flag(toy_program: Program) -> None:
-    with pytest.raises(InputError, match="no chat template; export it again with --chat-template llama2, llama3"):
-        Chat(toy_program, OPTIONS, Rng(0))
-    with pytest.raises(InputError, match="supports no system message"):
-        Chat(toy_program, OPTIONS, Rng(0), "sys", NAMED["gemma"])
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chat_pte() -> Path:
-    """The built-in model with Llama 2's template."""
-    return exported(ExportOptions(max_seq_len=512, chat_template="llama2", output=MODELS / "chat.pte"))
 
 
 def typed(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,14 +120,52 @@ def test_ctrl_c_ends_the_answer_but_not_the_chat(
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_lines_are_edited_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C discards the typed line; at an empty prompt, Ctrl-C and Ctrl-D end the chat."""
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    back = "\x7f"
-    for keys in ("\x03", "\x04"):
-        with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
-            pipe.send_text(f"hellx{back}o\rdropped\x03bye\r{keys}never\r")
-            assert list(command._lines()) == ["hello", "bye"]
+def test_a_conversation_is_saved_loaded_and_taken_back(
+    chat_pte: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    saved, again = tmp_path / "chat.json", tmp_path / "again.json"
+    begin = f"/undo\nOnce upon a time\n/save {saved}\n//The dog\n/undo\n"
+    typed(f"{begin}/save\n/load {tmp_path / 'absent'}\n/reset\n/load {saved}\n/save {again}\n", monkeypatch)
+    assert command.main([str(chat_pte), *FLAGS]) == 0
+    printed = capsys.readouterr()
+    chat = Chat(Program(chat_pte), GenerationOptions(max_new_tokens=20), Rng(0), "Be kind.")
+    first, second = ("".join(step.text for step in chat.send(text)) for text in ("Once upon a time", "/The dog"))
+    assert printed.out == f"{first}\n{second}\n"
+    texts = {"system": "Be kind.", "user": "Once upon a time", "assistant": first}
+    assert json.loads(saved.read_text()) == [{"role": role, "content": text} for role, text in texts.items()]
+    assert again.read_bytes() == saved.read_bytes()
+    assert printed.err.splitlines() == [
+        "error: there is no message to take back; send one first",
+        f"saved 3 messages to {saved}",
+        "took back: /The dog",
+        "error: /save lacks the name of a file; give one, such as /save chat.json",
+        f"error: {tmp_path}/absent cannot be read (No such file or directory); give a file that a chat was saved to",
+        f"loaded 3 messages from {saved}",
+        f"saved 3 messages to {again}",
+    ]
+
+
+def test_ctrl_c_ends_a_long_prefill(
+    chat_pte: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ordinary, positions = conversation.Chat.prefill, list[int]()
+
+    def interrupted(chat: Chat) -> Iterator[tuple[int, int]]:
+        for position, length in ordinary(chat):
+            positions.append(position)
+            signal.raise_signal(signal.SIGINT)
+            yield position, length
+
+    monkeypatch.setattr(conversation.Chat, "prefill", interrupted)
+    typed(f"{'word ' * 300}\nOnce\n", monkeypatch)
+    assert command.main([str(chat_pte), "--max-new-tokens", "9"]) == 0
+    printed = capsys.readouterr()
+    assert len(positions) == 1
+    assert printed.err == "the message is not kept, because its answer had not begun\n"
+    once = "".join(
+        step.text for step in Chat(Program(chat_pte), GenerationOptions(max_new_tokens=9), Rng(0)).send("Once")
+    )
+    assert printed.out == f"\n{once}\n"
 
 
 # --- C++ -------------------------------------------------------------------------------------------------------------
@@ -306,7 +174,7 @@ def test_lines_are_edited_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("talk", "flags"),
     [
-        (TALK, FLAGS),
+        (TALK.replace("/help\n", ""), FLAGS),  # C++ has fewer commands
         (
             "Once upon a time\nAnd then?\n<s>Why</s>\n",
             ["--temperature", "0.9", "--seed", "3", "--max-new-tokens", "40"],

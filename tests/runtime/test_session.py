@@ -262,6 +262,27 @@ def test_another_models_session_is_refused(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["session"]
 
 
+@pytest.mark.parametrize("kind", ["fused", "window", "fused, window of one", "no cache"])
+def test_begin_runs_all_steps_of_a_prompt_but_the_last(kind: str) -> None:
+    text = [1 + i % (VOCABULARY - 1) for i in range(2 * CHUNK + 3)]
+    steps = EagerSteps(KINDS[kind])
+    session, expected = Session(steps), Session(steps).prefill(text)
+    session.prefill([text[0], 0])
+    done = list(session.begin(text))
+    chunk = session.chunk
+    assert done == [(position, len(text)) for position in range(1 + chunk, len(text), chunk)]
+    assert session.tokens == text[: session.position]
+    assert 0 < len(text) - session.position <= chunk
+    torch.testing.assert_close(session.restart(text), expected, rtol=0, atol=KINDS[kind].tolerance)
+
+
+def test_begin_refuses_a_prompt_that_is_too_long_before_the_first_step() -> None:
+    session = Session(EagerSteps(KINDS["fused"]))
+    with pytest.raises(InputError, match=f"only {CONTEXT} of {CONTEXT} positions are free"):
+        next(session.begin([1] * (CONTEXT + 1)))
+    assert session.position == 0
+
+
 def test_restart_runs_only_tokens_that_differ() -> None:
     program = Watched(KINDS["fused"])
     session = Session(program)
