@@ -305,8 +305,12 @@ class Embeddings(nn.Module):
 
 
 def _embedding(rows: int, dim: int) -> nn.Embedding:
-    """Returns an embedding without initial values, which on the meta device would take a second to import code for."""
+    """Returns an embedding with PyTorch's initial values; without any on the meta device, where it would take a second
+    to import the code for them.
+    """
     weights = torch.empty(rows, dim)
+    if not weights.is_meta:
+        nn.init.normal_(weights)
     found: nn.Embedding = nn.Embedding.from_pretrained(weights, freeze=False)  # type: ignore[no-untyped-call]
     return found
 

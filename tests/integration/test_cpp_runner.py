@@ -295,7 +295,7 @@ def test_help_has_examples(runner: Path) -> None:
 def test_stripped_binary_is_small(runner: Path, tmp_path: Path) -> None:
     stripped = tmp_path / "llama_runner"
     subprocess.run(["strip", "-o", stripped, runner], check=True)
-    assert stripped.stat().st_size < 1_200_000
+    assert stripped.stat().st_size < 1_250_000  # the 1.2 MB of docs/cpp.md
 
 
 def test_deploy_folder_runs_by_itself(runner: Path, tiny_pte: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from preproc.jinja_template import JinjaTemplate
 from runtime import serve
-from runtime.serving import openai_request, scheduler
+from runtime.serving import openai_request, running
 from runtime.serving.openai_request import read_chat
 from runtime.serving.served_model import Model
 from runtime.text.generation import GenerationOptions, Step, StepBuilder
@@ -59,7 +59,7 @@ def saying(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             for token in [*tokenizer.encode(text)[1:], options.stop_ids[0]]:
                 yield replace(builder.build(token, False), logprob=-1.0)
 
-        monkeypatch.setattr(scheduler, "generate", generate)
+        monkeypatch.setattr(running, "generate", generate)
 
     return prescribe
 
