@@ -38,8 +38,10 @@ def test_a_chat_is_edited_stopped_and_ended_with_keys(chat_pte: Path, tmp_path: 
         assert answer(chat_pte, "The dog", "The dogs") in shown.wait_for("\n> ")
         shown.type("/undo\r")
         shown.wait_for("took back: The dogs\r\n")
+        shown.wait_for("> ")
         shown.type(f"/save {saved}\r")
         shown.wait_for(f"saved 2 messages to {saved}\r\n")
+        shown.wait_for("> ")
         shown.type("/nothing\r")
         shown.wait_for("error: /nothing is unknown; /help lists the commands\r\n")
         shown.wait_for("> ")
@@ -73,6 +75,7 @@ def test_no_color_takes_colours_away_and_a_file_gets_only_the_answers(chat_pte: 
         shown.wait_for("\r> ")
         shown.type("/nothing\r")
         shown.wait_for("error: /nothing is unknown")
+        shown.wait_for("> ")  # before, Ctrl-D would be a key of no prompt
         shown.type(CTRL_D)
         assert shown.wait() == 0
         assert not COLOUR.search(shown.screen)
