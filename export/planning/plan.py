@@ -25,7 +25,7 @@ from export.planning.warnings import warnings_of
 from export.quality.gptq import CalibrationText
 from export.weights.formats.integer import ROUNDINGS
 from export.weights.gguf_types import QUANTIZE, default_scheme, named_scheme, unkept
-from export.weights.scheme import GPTQ, IMPORTANCE, Scheme, adjusted, computes_all_experts, swaps_pairs
+from export.weights.scheme import CALIBRATIONS, GPTQ, IMPORTANCE, Scheme, adjusted, computes_all_experts, swaps_pairs
 from export.weights.source import WeightSource
 from model.alibi import alibi_slopes
 from model.config import ModelConfig
@@ -126,12 +126,12 @@ class ExportOptions:
             raise InputError(f"--batch-size {self.batch_size} is invalid; give 1 or more")
         for flag, value, known in (
             ("quantize", self.quantize, (None, *QUANTIZE)),
-            ("rounding", self.rounding, (*ROUNDINGS, IMPORTANCE, GPTQ)),
+            ("rounding", self.rounding, (*ROUNDINGS, *CALIBRATIONS)),
             ("kv-dtype", self.kv_dtype, KV_DTYPES),
         ):
             if value not in known:
                 raise InputError(f"--{flag} {value} is unknown; choose from {', '.join(filter(None, known))}")
-        if self.calibrate and self.rounding not in ("nearest", IMPORTANCE, GPTQ):
+        if self.calibrate and self.rounding not in ("nearest", *CALIBRATIONS):
             raise InputError(f"--rounding {self.rounding} has no effect with --calibrate; leave one of them out")
         check(self.backend)
         able = BACKENDS[self.backend].attention

@@ -23,7 +23,7 @@ from export.lowering.trace import step
 from export.quality.perplexity import read_text, windows
 from export.weights.formats.format import Grid, Quantised
 from export.weights.rows import by_rows
-from export.weights.scheme import GPTQ, IMPORTANCE
+from export.weights.scheme import CALIBRATIONS, GPTQ
 from export.weights.source import WeightSource, linear_layers, piece_names
 from model.config import ModelConfig
 from model.errors import InputError
@@ -75,7 +75,7 @@ class CalibrationText:
         """
         if path is not None:
             return CalibrationText(f"--calibrate {path}", read_text("--calibrate", path))
-        if rounding in (GPTQ, IMPORTANCE):
+        if rounding in CALIBRATIONS:
             return CalibrationText(f"--rounding {rounding}", TEXT.read_text(encoding="utf-8"))
         return None
 

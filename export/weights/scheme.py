@@ -23,6 +23,7 @@ from runtime.pte.metadata import Metadata
 
 GPTQ = "gptq"
 IMPORTANCE = "importance"
+CALIBRATIONS = (IMPORTANCE, GPTQ)
 """Roundings of a scheme whose matrices are calibrated by `export.quality.gptq`."""
 
 CACHE_MAX_PPL_INCREASE = {"int8": 0.05}
@@ -102,7 +103,7 @@ class Scheme:
     @property
     def is_calibrated(self) -> bool:
         """Whether matrices are rounded by means of their inputs on a text."""
-        return self.rounding in (GPTQ, IMPORTANCE)
+        return self.rounding in CALIBRATIONS
 
     @property
     def plain_rounding(self) -> str:

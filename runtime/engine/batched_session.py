@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.errors import InputError
 from runtime.engine.kv_cache import KVCache
 from runtime.engine.session import Binding, Steps, check_prompt
 
@@ -50,18 +49,13 @@ class BatchedSession:
         self.texts[lane].clear()
 
     def shorten(self, lane: int, position: int) -> None:
-        """Removes a lane's tokens from `position` on, or all if a ring buffer no longer holds the window before it."""
-        try:
-            self.caches[lane].rewind(position)
-        except InputError:
-            self.caches[lane].rewind(0)
+        """Removes a lane's tokens from `position` on, or all; see `KVCache.shorten`."""
+        self.caches[lane].shorten(position)
         del self.texts[lane][self.caches[lane].position :]
 
     def copy(self, source: int, target: int) -> None:
         """Replaces a lane's text by another's."""
-        filled = self.caches[source].filled()
-        for copied, original in zip(self.caches[target].restore(self.caches[source].state), filled, strict=True):
-            copied[...] = original
+        self.caches[target].copy_from(self.caches[source])
         self.texts[target] = list(self.texts[source])
 
     def is_full(self, lane: int) -> bool:

@@ -117,6 +117,13 @@ class KVCache:
         self.position, self._first = state
         return self.filled()
 
+    def copy_from(self, other: "KVCache") -> None:
+        """Takes the text of another cache of the same form. Only its filled part is copied; the rest of the memory is
+        not touched before it is used.
+        """
+        for mine, theirs in zip(self.restore(other.state), other.filled(), strict=True):
+            mine[...] = theirs
+
     def room(self, keep: int) -> int:
         """Returns the maximum number of positions after the first `keep` that `slide` can remove.
 
@@ -157,3 +164,10 @@ class KVCache:
                 f"cache has been overwritten; rewind to {self._first + self._ring - 1} or later, or to 0"
             )
         self.position = position
+
+    def shorten(self, position: int) -> None:
+        """Removes everything from `position` on, or all if a ring no longer holds the window before it."""
+        try:
+            self.rewind(position)
+        except InputError:
+            self.rewind(0)

@@ -88,11 +88,9 @@ class Session:
         del self.tokens[position:]
 
     def shorten(self, position: int) -> None:
-        """Removes the tokens from `position` on, or all if a ring buffer no longer holds the window before it."""
-        try:
-            self.rewind(position)
-        except InputError:
-            self.reset()
+        """Removes the tokens from `position` on, or all; see `KVCache.shorten`."""
+        self.cache.shorten(position)
+        del self.tokens[self.position :]
 
     def prefill(self, tokens: Sequence[int]) -> Tensor:
         """Appends a prompt, chunk by chunk, and returns the logits after its last token, [V] float32.
@@ -201,13 +199,9 @@ class Session:
             yield self.position, len(prompt)
 
     def fork(self) -> "Session":
-        """Returns an independent session with the same text.
-
-        Only the filled part of the caches is copied; the rest of their memory is not touched before it is used.
-        """
+        """Returns an independent session with the same text; see `KVCache.copy_from`."""
         other = Session(self._program)
-        for copy, original in zip(other.cache.restore(self.cache.state), self.cache.filled(), strict=True):
-            copy[...] = original
+        other.cache.copy_from(self.cache)
         other.tokens = list(self.tokens)
         return other
 

@@ -32,8 +32,8 @@ def read_embeddings(raw: bytes, model: Model) -> tuple[CompletionRequest, Embedd
     if not any(spec.name == "hidden" for spec in model.metadata.methods[0].outputs):
         refuse("model", "the file returns no hidden states, which embeddings need; export it with --hidden-states")
     if model.metadata.batch_size > 1:
-        refuse("model", "the file was exported for several texts at once, which gives no embeddings; export another "
-               "without --batch-size")  # fmt: skip
+        several = "the file was exported for several texts at once, which gives no embeddings"
+        refuse("model", f"{several}; export another without --batch-size")
     if body.dimensions not in (None, dim):
         refuse("dimensions", f"dimensions {body.dimensions} is unsupported; give {dim}, or leave it out")
     given = listed(body.input)

@@ -2,6 +2,7 @@
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model.errors import InputError
@@ -67,10 +68,10 @@ class Scheduler:
         self._thread.start()
 
     @property
-    def active(self) -> list[Job]:
+    def active(self) -> Sequence[Job]:
         """The active jobs."""
         with self._changed:
-            return list(self._runner.jobs)
+            return self._runner.jobs
 
     @property
     def counts(self) -> dict[str, int]:

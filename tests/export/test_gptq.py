@@ -20,7 +20,7 @@ from export.quality import gptq as calibrate_module
 from export.quality.eager import packed
 from export.quality.gptq import CalibrationText, calibrate, gptq, importance, inverse_root
 from export.quality.layer_errors import measure_layer_errors
-from export.quality.perplexity import TEXT, Comparison, Rows, windows
+from export.quality.perplexity import TEXT, windows
 from export.weights.formats.blocks import Blocks
 from export.weights.formats.float32 import FLOAT
 from export.weights.formats.format import Quantised
@@ -32,6 +32,7 @@ from model.config import ModelConfig
 from model.errors import InputError
 from preproc.tokenizer import open_tokenizer
 from runtime.engine.program import read_metadata
+from tests.bench.quantize import predicted
 from tests.conftest import SMOLLM2, TOY, random_model
 from tests.export.test_layer_errors import VARIANTS
 
@@ -366,21 +367,9 @@ def test_unseen_text_is_predicted_more_as_in_float32(
     ids = planned.tokenizer.encode((shared / texts[1]).read_text()[:40_000])
     parts = windows(ids, planned.provenance["bos_id"], 512, 2048)
 
-    def predicted(source: WeightSource) -> Comparison:
-        rows = list[Rows]()
-        for start in range(0, len(parts), 2):
-            texts = parts[start : start + 2]
-            targets = torch.tensor([token for text in texts for token in text[1:]])
-
-            def take(row: int, exact: Tensor, found: Tensor, targets: Tensor = targets) -> None:
-                rows.append(Rows.of(exact, found, targets[row : row + len(exact)]))
-
-            measure_layer_errors(source, packed(source.config, [text[:-1] for text in texts], 512), take)
-        return Rows.concatenate(rows).comparison(is_text=True)
-
-    ours = predicted(calibrate(planned.source, planned.texts, 512, tmp_path))
+    ours = predicted(calibrate(planned.source, planned.texts, 512, tmp_path), parts, 512)
     for rounding in ROUNDINGS:
-        theirs = predicted(plan(replace(options, calibrate=None, rounding=rounding)).source)
+        theirs = predicted(plan(replace(options, calibrate=None, rounding=rounding)).source, parts, 512)
         assert ours.mean_kl < 0.85 * theirs.mean_kl, rounding
         assert ours.top_1 > theirs.top_1, rounding
         if checkpoint == SMOLLM2:

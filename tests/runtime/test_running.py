@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from export.quality.eager import reference
 from model.errors import InputError
 from preproc.jinja_template import from_file
 from runtime.engine.program import Program
@@ -17,8 +16,8 @@ from runtime.serving.scheduler import Scheduler
 from runtime.serving.served_model import Model
 from runtime.text.generation import GenerationOptions, Step, generate
 from runtime.text.sampler import Rng, SamplingOptions
-from tests.conftest import TOY, toy_model
-from tests.support.jobs import Client, wait_for
+from tests.conftest import TOY
+from tests.support.jobs import Client, Failing, check_scores, wait_for
 from tests.support.serving import Gate, serving
 
 WARM = SamplingOptions(temperature=1.0)
@@ -110,28 +109,10 @@ def test_a_text_in_another_lane_is_copied(scheduler: Scheduler, gate: Gate) -> N
 
 @pytest.mark.parametrize("length", [1, 2, 30])
 def test_prompt_scores_are_those_of_the_eager_model(scheduler: Scheduler, length: int) -> None:
-    prompt = [(token * 37) % TOY.vocab_size for token in range(1, length + 1)]
-    clients = [Client(prompt, GenerationOptions(max_new_tokens=3)) for _ in range(2)]
-    clients[1].job.scores = 2
-    for client in clients:  # one after the other, so that the second could reuse the first one's lane
-        scheduler.submit(client.job)
-        client.steps()
-    scored = clients[1].job.scored
-    assert (clients[0].job.scored, clients[1].job.cached) == ([], 0)
-    assert [step.token for step in scored] == prompt
-    assert (scored[0].logprob, scored[0].top_logprobs) == (None, ())
-    (logits,) = reference(toy_model(), [prompt], max_seq_len=TOY.context)
-    logprobs = logits.double().log_softmax(-1)
-    for step, token, row in zip(scored[1:], prompt[1:], logprobs, strict=False):
-        assert step.logprob == pytest.approx(float(row[token]), abs=1e-4)
-        assert [value for _, value in step.top_logprobs] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
+    check_scores(scheduler, length)
 
 
 def test_a_failure_ends_one_job(scheduler: Scheduler) -> None:
-    class Failing(Rng):
-        def coin(self) -> float:
-            raise RuntimeError("no luck")
-
     failing, other = (Client([1, 2], GenerationOptions(WARM, 30), rng) for rng in (Failing(0), Rng(0)))
     wrong = Client([1, 2], GenerationOptions(SamplingOptions(logit_bias={TOY.vocab_size: 1.0})))
     for client in (failing, other, wrong):

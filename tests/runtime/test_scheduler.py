@@ -6,15 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from export.quality.eager import reference
 from model.errors import InputError
 from runtime.engine.program import Program
 from runtime.engine.session import Session
 from runtime.serving.scheduler import ClosedError, QueueFullError, Scheduler
 from runtime.text.generation import GenerationOptions, Step, generate
 from runtime.text.sampler import Rng, SamplingOptions
-from tests.conftest import TOY, toy_model
-from tests.support.jobs import Client, wait_for
+from tests.conftest import TOY
+from tests.support.jobs import Client, Failing, check_scores, wait_for
 from tests.support.serving import Gate
 
 WARM = SamplingOptions(temperature=1.0)
@@ -52,21 +51,7 @@ def test_interleaved_texts_equal_those_run_alone(toy_program: Program) -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 8, 30])
 def test_prompt_scores_are_those_of_the_eager_model(scheduler: Scheduler, length: int) -> None:
-    prompt = [(token * 37) % TOY.vocab_size for token in range(1, length + 1)]
-    clients = [Client(prompt, GenerationOptions(max_new_tokens=3)) for _ in range(2)]
-    clients[1].job.scores = 2
-    for client in clients:  # one after the other, so that the second could reuse the first one's session
-        scheduler.submit(client.job)
-        client.steps()
-    scored = clients[1].job.scored
-    assert (clients[0].job.scored, clients[1].job.cached) == ([], 0)
-    assert [step.token for step in scored] == prompt
-    assert (scored[0].logprob, scored[0].top_logprobs) == (None, ())
-    (logits,) = reference(toy_model(), [prompt], max_seq_len=TOY.context)
-    logprobs = logits.double().log_softmax(-1)
-    for step, token, row in zip(scored[1:], prompt[1:], logprobs, strict=False):
-        assert step.logprob == pytest.approx(float(row[token]), abs=1e-4)
-        assert [value for _, value in step.top_logprobs] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
+    check_scores(scheduler, length)
 
 
 def test_a_short_text_does_not_wait_for_a_long_one_or_a_long_prompt(scheduler: Scheduler, gate: Gate) -> None:
@@ -120,10 +105,6 @@ def test_a_cancelled_job_ends_whether_waiting_or_active(scheduler: Scheduler, ga
 
 
 def test_a_failure_ends_one_job_and_its_session(scheduler: Scheduler) -> None:
-    class Failing(Rng):
-        def coin(self) -> float:
-            raise RuntimeError("no luck")
-
     failing, other = (Client([1, 2], GenerationOptions(WARM, 30), rng) for rng in (Failing(0), Rng(0)))
     scheduler.submit(failing.job)
     scheduler.submit(other.job)
