@@ -180,6 +180,17 @@ def _unpacked(groups: Tensor, form: BlockForm) -> tuple[Tensor, Tensor, Tensor |
     return codes.permute(0, 4, 1, 2, 3, 5).flatten(2).flatten(0, 1).float(), by_row(d), None if m is None else by_row(m)
 
 
+def numbers(groups: Tensor, kind: str) -> Tensor:
+    """Returns the numbers that groups of rows [groups, group bytes] stand for, padding included: codes * d, and then
+    + m if the form has it, float32 [groups * 16, K].
+    """
+    codes, d, m = _unpacked(groups, BLOCK_FORMS[kind])
+    x = codes.view(*d.shape, -1) * d.unsqueeze(-1)
+    if m is not None:
+        x = x.view(*m.shape, -1) + m.unsqueeze(-1)
+    return x.view(codes.shape)
+
+
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rounds each 32 numbers of rows [L, K] to 8 bits.
 
@@ -319,18 +330,12 @@ def block_rows(weight: Tensor, tokens: Tensor, kind: str, columns: int) -> Tenso
         columns: K.
 
     Returns:
-        The rows [.., K] float32: codes * d, and then + m if the form has it.
+        The rows [.., K] float32, see `numbers`.
     """
     form, ids = BLOCK_FORMS[kind], tokens.flatten()
     groups = weight.view(-1, GROUP * columns // form.columns * form.block_bytes)
-    codes, d, m = _unpacked(groups[ids // GROUP], form)
-
-    def selected(x: Tensor) -> Tensor:
-        return torch.unflatten(x, 0, (-1, GROUP))[torch.arange(len(ids)), ids % GROUP]
-
-    x = selected(codes).view(len(ids), d.shape[1], -1) * selected(d).unsqueeze(-1)
-    x = x if m is None else x.view(len(ids), m.shape[1], -1) + selected(m).unsqueeze(-1)
-    return x.reshape(*tokens.shape, columns)
+    rows = torch.unflatten(numbers(groups[ids // GROUP], kind), 0, (-1, GROUP))
+    return rows[torch.arange(len(ids)), ids % GROUP].view(*tokens.shape, columns)
 
 
 @torch.library.register_fake("llama_pte::block_rows")  # type: ignore[untyped-decorator]

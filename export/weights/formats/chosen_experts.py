@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.weights.formats.blocks import BlockLinear
-from model.block_linear import relaid
 from model.model import Experts, FeedForward
 from model.norm import last_mean
 
@@ -42,8 +41,16 @@ class ChosenExperts(nn.Module):
         layers = [cast(BlockLinear, expert.get_submodule(role)) for expert in self.experts]
         weights, kind = [cast(Tensor, layer.weight) for layer in layers], layers[0].kind
         assert {(layer.kind, layer.bias) for layer in layers} == {(kind, None)}, f"{role} has several types, or a bias"
-        given = weights if torch.compiler.is_exporting() else [relaid(weight, kind).flatten() for weight in weights]
-        out: Tensor = torch.ops.llama_pte.expert_linear(x, given, chosen, kind, len(weights[0]))
+        rows = len(weights[0])
+        if torch.compiler.is_exporting():
+            out: Tensor = torch.ops.llama_pte.expert_linear(x, weights, chosen, kind, rows)
+            return out
+        if x.dim() == chosen.dim():
+            x = x.unsqueeze(2).expand(*chosen.shape, -1)
+        out = x.new_empty(*chosen.shape, rows)
+        for number, layer in enumerate(layers):
+            here = chosen == number
+            out[here] = layer(x[here])
         return out
 
 
