@@ -191,7 +191,7 @@ TEST_P(LinearOn, PassesOnWhatIsNotANumber) {
 }
 
 std::string name_of(const ::testing::TestParamInfo<IntegerSet>& set) {
-    constexpr const char* kNames[] = {"Portable", "Neon", "NeonDot", "NeonI8mm", "Avx2", "Avx512Vnni"};
+    constexpr const char* kNames[] = {"Portable", "Neon", "NeonDot", "NeonI8mm", "Avx2", "Avx512Vnni", "AmxInt8"};
     return kNames[static_cast<size_t>(set.param)];
 }
 

@@ -5,7 +5,10 @@
 #include <utility>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #include <sys/auxv.h>
@@ -17,10 +20,10 @@ namespace llama_runner {
 
 namespace {
 
-constexpr int64_t kTileTokens = 64;  // rows of x of a task
-constexpr int64_t kTasks = 128;      // at least, if there are as many groups of rows
-constexpr int64_t kMostGroups = 8;   // in a task
-constexpr int64_t kRoundTokens = 8;  // rows of x that a task rounds
+constexpr int64_t kTileTokens = 64;   // rows of x of a task
+constexpr int64_t kTasks = 128;       // at least, if there are as many groups of rows
+constexpr int64_t kMostGroups = 8;    // in a task
+constexpr int64_t kRoundTokens = 16;  // rows of x that a task rounds
 
 // Products of fewer bytes of weights, for each row of x, are computed sooner by one thread than a second one wakes up.
 constexpr size_t kAlone = size_t{1} << 17;
@@ -48,6 +51,13 @@ struct Task {
     int64_t end;  // after the last group
     int64_t token;
     int count;  // of rows of x
+};
+
+using BlockTypes = std::make_integer_sequence<int, static_cast<int>(kBlockForms.size())>;
+
+/// A function for each type. An array of the standard library would not do, see vector.inc.
+struct Functions {
+    void (*of[kBlockForms.size()])(const Task& task);
 };
 
 /// The functions for one instruction set.
@@ -121,6 +131,10 @@ LLAMA_RUNNER_BEGIN("avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512v
 #include "linear/kernel.inc"
 #undef LLAMA_RUNNER_AVX512
 LLAMA_RUNNER_END
+
+LLAMA_RUNNER_BEGIN("avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8")
+#include "linear/amx.inc"
+LLAMA_RUNNER_END
 #endif
 
 namespace llama_runner {
@@ -136,6 +150,7 @@ constexpr Kernel kKernels[] = {
 #elif defined(__x86_64__)
     kAvx2::kKernel,
     kAvx512Vnni::kKernel,
+    kAvx512Vnni::kTileKernel,
 #endif
 };
 
@@ -147,12 +162,30 @@ constexpr std::array<RowReader, sizeof...(I)> row_readers(std::integer_sequence<
 }
 
 /// Reads a row, for each type. One instruction set is enough for the few rows that an embedding reads.
-constexpr auto kRowReaders = row_readers(std::make_integer_sequence<int, static_cast<int>(kBlockForms.size())>());
+constexpr auto kRowReaders = row_readers(BlockTypes());
+
+#if defined(__x86_64__)
+/// Whether the CPU has tiles of bytes. If so, asks Linux for the memory that they need when it switches between
+/// threads, for all threads of this process.
+bool may_use_tiles() {
+#if defined(__linux__)
+    constexpr unsigned kTilesOfBytes = 3U << 24;  // AMX-TILE and AMX-INT8
+    constexpr int kRequestPermission = 0x1023;    // ARCH_REQ_XCOMP_PERM
+    constexpr int kTileData = 18;                 // XFEATURE_XTILEDATA
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kTilesOfBytes) == kTilesOfBytes &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+#endif
 
 bool supports([[maybe_unused]] IntegerSet set) {
 #if defined(__x86_64__)
     if (set == IntegerSet::kAvx2) return has_avx2();
     if (set == IntegerSet::kAvx512Vnni) return has_avx512() && __builtin_cpu_supports("avx512vnni");
+    if (set == IntegerSet::kAmxInt8) return may_use_tiles();
 #elif defined(__aarch64__)
     if (set == IntegerSet::kNeonDot) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
     if (set == IntegerSet::kNeonI8mm) return (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;

@@ -32,7 +32,7 @@ struct Linear {
 };
 
 /// Ways to multiply bytes. A CPU that has one has all that stand before it for the same architecture.
-enum class IntegerSet : uint8_t { kPortable, kNeon, kNeonDot, kNeonI8mm, kAvx2, kAvx512Vnni };
+enum class IntegerSet : uint8_t { kPortable, kNeon, kNeonDot, kNeonI8mm, kAvx2, kAvx512Vnni, kAmxInt8 };
 
 /// Returns the instruction sets that both this CPU and this build support; the fastest is last.
 std::span<const IntegerSet> integer_sets();
