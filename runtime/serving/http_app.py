@@ -151,7 +151,7 @@ class _Service:
     def _described(self) -> dict[str, Any]:
         model = self._model
         described = {"id": model.name, "object": "model", "created": model.created, "owned_by": "llama-pte"}
-        return described | {"sampling": dict(model.metadata.sampling)}
+        return described | {"sampling": model.sampling, "max_model_len": model.metadata.max_seq_len}
 
     async def _answer(
         self,

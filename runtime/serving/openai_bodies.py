@@ -46,6 +46,7 @@ class GenerationBody(Body):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    timings_per_token: bool = False
     n: int = Field(1, ge=1, le=MOST_CHOICES, description=f"1 to {MOST_CHOICES}")
     seed: int | None = None
     max_tokens: int | None = Field(None, ge=-1, description=_LIMIT)

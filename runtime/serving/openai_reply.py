@@ -77,7 +77,9 @@ class Reply:
         for content, logprobs, finish_reason in text.latest(self._jobs.scored(text.prompt)):
             self._ended += finish_reason is not None
             is_last = self._ended == len(self._texts) and not self._request.include_usage
-            yield self._chunk(number, content, logprobs, finish_reason) | (self._extras() if is_last else {})
+            timings = {"timings": self._jobs.timings} if self._request.timings_per_token else {}
+            extras = self._extras() if is_last else timings
+            yield self._chunk(number, content, logprobs, finish_reason) | extras
 
     def closing(self) -> Iterator[dict[str, Any]]:
         """Yields the last chunks of a stream."""

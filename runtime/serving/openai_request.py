@@ -58,6 +58,7 @@ class CompletionRequest:
         logprobs: number of likeliest tokens whose probability the answer reports; None for no probabilities at all.
         stream: whether the answer is streamed.
         include_usage: whether a stream ends with the numbers of tokens.
+        timings_per_token: whether each chunk of a stream has the numbers and times of tokens so far.
         echoes: the prompts as texts, if each answer begins with its prompt; empty otherwise.
         is_silent: whether the answer has only the prompt; one token is generated but not output.
         warnings: a sentence for each thing in the request that was ignored.
@@ -79,6 +80,7 @@ class CompletionRequest:
     names: Sequence[str] = ()
     warnings: Sequence[str] = ()
     embeds: bool = False
+    timings_per_token: bool = False
 
     @property
     def tries(self) -> int:
@@ -197,7 +199,7 @@ class _Reader:
     ) -> GenerationOptions:
         """Returns the options for choosing tokens and ending a text; defaults are the checkpoint's recommendations."""
         body = self._body
-        given: dict[str, Any] = {"temperature": 1.0, **self._model.metadata.sampling, **self._sampling()}
+        given: dict[str, Any] = {**self._model.sampling, **self._sampling()}
         for name, value in given.items():
             with blamed_on(name):
                 SamplingOptions(**{name: value})
@@ -253,9 +255,8 @@ class _Reader:
             refuse("stream_options", "stream_options needs stream; add stream: true, or leave it out")
         usage = stream_options is not None and stream_options.include_usage
         warnings = body.warnings + self._model.warnings(body.model)
-        return CompletionRequest(
-            is_chat, prompts, texts, body.n, options, options.logprobs, body.stream, usage, warnings=warnings
-        )
+        asked = CompletionRequest(is_chat, prompts, texts, body.n, options, options.logprobs, body.stream, usage)
+        return replace(asked, warnings=warnings, timings_per_token=body.timings_per_token)
 
     def _sampling(self) -> dict[str, Any]:
         """Returns the given values for SamplingOptions."""

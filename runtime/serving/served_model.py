@@ -8,6 +8,7 @@ from preproc.jinja_template import Carried
 from preproc.tokenizer import Tokenizer
 from runtime.engine.program import Program
 from runtime.pte.metadata import Metadata
+from runtime.text.sampler import SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,13 @@ class Model:
     def metadata(self) -> Metadata:
         """The contents of the file other than graph and weights."""
         return self.program.metadata
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """The sampling options of a request that gives none: the checkpoint's recommendations, or no restriction."""
+        plain = SamplingOptions(temperature=1.0)
+        names = ("temperature", "top_k", "top_p", "min_p")
+        return {name: getattr(plain, name) for name in names} | dict(self.metadata.sampling)
 
     def warnings(self, asked: str | None) -> list[str]:
         """Returns a sentence if a request asked for another model."""

@@ -165,6 +165,18 @@ def test_timings_are_those_of_llama_cpps_server(server: Server) -> None:
         assert timings[f"{name}_per_second"] == pytest.approx(1e3 * count / milliseconds)
 
 
+def test_a_stream_tells_the_timings_of_each_token_if_wanted_as_llama_cpps_server(server: Server) -> None:
+    for endpoint, body in (("completions", {"prompt": STORY}), ("chat/completions", {"messages": MESSAGES})):
+        stream = server.post(endpoint, **body, max_tokens=4, stream=True, timings_per_token=True).text
+        chunks = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+        told = [chunk["timings"] for chunk in chunks if "timings" in chunk]
+        assert len(told) >= 4
+        assert told[-1]["predicted_n"] == 4
+        numbers = [timings["predicted_n"] for timings in told]
+        assert numbers == sorted(numbers)
+        assert len({timings["cache_n"] + timings["prompt_n"] for timings in told}) == 1
+
+
 def test_a_parameter_may_have_the_name_that_other_servers_give_it(server: Server) -> None:
     def text(**how: Any) -> str:
         answer = server.post("completions", prompt=STORY, seed=1, **how)

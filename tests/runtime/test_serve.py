@@ -48,6 +48,9 @@ def test_the_model_is_listed(server: Server) -> None:
     (only,) = client.models.list().data
     assert only.id == "tiny"
     assert client.models.retrieve("tiny") == only
+    assert only.model_extra
+    assert only.model_extra["max_model_len"] == 512  # as vLLM names it
+    assert only.model_extra["sampling"] == {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     with pytest.raises(openai.NotFoundError, match="'other' is not served"):
         client.models.retrieve("other")
 
