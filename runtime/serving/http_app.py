@@ -5,7 +5,6 @@ import hmac
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -14,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -24,6 +23,7 @@ from runtime.serving.jobs import RESTARTED, Jobs
 from runtime.serving.metrics import CONTENT_TYPE, metrics
 from runtime.serving.openai_reply import Reply
 from runtime.serving.openai_request import CompletionRequest, read_chat, read_completion
+from runtime.serving.page import FILES, page_routes
 from runtime.serving.request_body import RequestError
 from runtime.serving.responses import ResponseReply, read_response
 from runtime.serving.scheduler import ClosedError, Scheduler
@@ -36,17 +36,8 @@ AnyRequest = TypeVar("AnyRequest", bound=CompletionRequest)
 RETRY_AFTER = "1"
 """Value of the Retry-After header, in seconds, if the queue is full."""
 
-OPEN = ("/", "/health")
+OPEN = frozenset({"/health", *FILES})
 """Paths that need no key."""
-
-PAGE = Path(__file__).with_name("chat.html")
-
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-}
-
 
 _PAGES: dict[str, Any] = {
     "allow_origin_regex": r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?",
@@ -62,7 +53,7 @@ def create_app(model: Model, scheduler: Scheduler, access: Access) -> Starlette:
     """Returns the application. The caller must close the scheduler."""
     service = _Service(model, scheduler, access)
     routes = [
-        Route("/", service.page),
+        *page_routes(),
         Route("/health", service.health),
         Route("/metrics", service.metrics),
         Route("/tokenize", service.tokenize, methods=["POST"]),
@@ -106,10 +97,6 @@ class _Service:
 
     def __init__(self, model: Model, scheduler: Scheduler, access: Access) -> None:
         self._model, self._scheduler, self._access = model, scheduler, access
-        self._page = PAGE.read_text(encoding="utf-8")
-
-    async def page(self, request: Request) -> Response:
-        return HTMLResponse(self._page, headers=_PAGE_HEADERS)
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", **self._scheduler.counts})

@@ -1,9 +1,7 @@
 import asyncio
 import json
-import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +15,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from playwright.sync_api import expect, sync_playwright
 
 from model.errors import InputError
 from runtime import serve
@@ -280,50 +277,3 @@ def test_missing_libraries_are_reported_with_the_install_command(
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs pydantic, starlette, uvicorn.*pip install 'llama-pte\[serve\]'"):
         serve.main([str(toy_pte)])
-
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
-
-
-@pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="needs Chromium")
-def test_the_page_streams_an_answer(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(own_model.program, monkeypatch)
-    gate.open.set()
-    step, slow = own_model.program.step, threading.Event()
-
-    def slowly(*arguments: Any) -> Any:
-        slow.wait(0.02)
-        return step(*arguments)
-
-    monkeypatch.setattr(own_model.program, "step", slowly)
-    with serving(own_model, key="secret") as server, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page, complaints = browser.new_page(), list[str]()
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: complaints.append(request.url) if server.url not in request.url else None)
-        page.goto(server.url)
-        page.get_by_label("Message", exact=True).fill("Tell me of a dog.")
-        page.get_by_role("button", name="Send").click()
-        expect(page.locator(".error")).to_contain_text("the API key is missing or wrong")
-        expect(page.get_by_label("Message", exact=True)).to_have_value("Tell me of a dog.")
-        page.get_by_text("Settings").click()
-        page.get_by_label("API key").fill("secret")
-        page.get_by_label("Temperature").fill("0")
-        page.get_by_label("Longest answer").fill("60")
-        page.get_by_label("Message", exact=True).press("Enter")
-        answer = page.locator(".assistant")
-        expect(answer).to_have_text(re.compile(r"\w+"))
-        part = answer.inner_text()
-        gate.open.clear()
-        expect(page.get_by_role("button", name="Stop")).to_be_visible()
-        gate.open.set()
-        expect(page.get_by_role("button", name="Send")).to_be_visible(timeout=30000)
-        whole = server.client("secret").chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": "Tell me of a dog."}], temperature=0, max_tokens=60
-        )
-        said = whole.choices[0].message.content or ""
-        assert answer.evaluate("line => line.textContent") == said
-        assert said.startswith(part)
-        assert len(part) < len(said)
-        browser.close()
-    assert complaints == []

@@ -1,5 +1,6 @@
-"""A server in a thread of the test process, and a gate that pauses its model."""
+"""A server in a thread of the test process, a gate that pauses its model, and a script that it says."""
 
+import re
 import socket
 import threading
 import time
@@ -14,8 +15,10 @@ import pytest
 
 from runtime import serve
 from runtime.engine.program import Program
+from runtime.serving import running
 from runtime.serving.scheduler import Scheduler
 from runtime.serving.served_model import Access, Model
+from runtime.text.generation import Step
 
 MESSAGES: Any = [{"role": "system", "content": "Tell stories."}, {"role": "user", "content": "Of a dog, please."}]
 LIMIT = 20000
@@ -83,6 +86,28 @@ class Gate:
             return step(*arguments)
 
         monkeypatch.setattr(program, "step", gated)
+
+
+class Script:
+    """Has the model say given texts in place of its own tokens, one after the other, each word a token.
+
+    Attributes:
+        texts: the texts that are still to be said.
+        go: the words after the third of a text wait for it.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.texts = list[str]()
+        self.go = threading.Event()
+        self.go.set()
+        monkeypatch.setattr(running, "generate", self._generate)
+
+    def _generate(self, *_: Any) -> Iterator[Step]:
+        words = re.findall(r"\S*\s*", self.texts.pop(0))
+        for number, word in enumerate(words):
+            while number > 2 and not self.go.wait(0.05):
+                yield Step(0, "")
+            yield Step(0, word, "stop" if number == len(words) - 1 else None)
 
 
 def told_by_the_end(model: Model, gate: Gate, body: dict[str, Any]) -> list[str]:
