@@ -15,6 +15,16 @@ function of all keys.
 """
 
 
+def value_of(settings: Settings, key: Key) -> Any:
+    """Returns the value of a ModelConfig field."""
+    if isinstance(key, str):
+        return settings[key]
+    if callable(key):
+        return key(settings)
+    name, convert = key
+    return convert(settings[name])
+
+
 def no_layer(settings: Settings, layer: int) -> bool:
     """Returns that a block sees the whole text."""
     return False

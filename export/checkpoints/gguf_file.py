@@ -70,7 +70,9 @@ class GGUFTensor:
         return data.reshape(*self.shape[:-1], -1)
 
     def read(self, rows: tuple[slice, ...] = ()) -> np.ndarray:
-        """Returns the values as float32, or those of some rows."""
+        """Returns the values as float32, or some rows of a matrix, or some values of a vector."""
+        if len(self.shape) == 1:  # its values are not rows of blocks
+            return np.ascontiguousarray(dequantize(self.blocks(), self.kind)[rows], dtype=np.float32)
         return np.ascontiguousarray(dequantize(self.blocks()[rows], self.kind), dtype=np.float32)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from export.checkpoints.families import FAMILIES
-from export.checkpoints.family import ACTIVATIONS, Family, Key, Settings
+from export.checkpoints.family import ACTIVATIONS, Family, Settings, value_of
 from model.config import ModelConfig, RopeScaling
 from model.errors import InputError, listed
 
@@ -45,7 +45,7 @@ def config_of(settings: Settings, path: Path) -> ModelConfig:
     family = family_of(settings, path)
     settings = _completed(settings, family, path)
     try:
-        found = dict(family.features) | {field: _value(settings, key) for field, key in family.keys.items()}
+        found = dict(family.features) | {field: value_of(settings, key) for field, key in family.keys.items()}
         found = {field: _whole(value) if field in _WHOLE else value for field, value in found.items()}
         found["n_kv_heads"] = found.get("n_kv_heads") or found["n_heads"]
         found["head_dim"] = found.get("head_dim") or found["dim"] // found["n_heads"]
@@ -87,15 +87,6 @@ def _completed(settings: Settings, family: Family, path: Path) -> dict[str, Any]
             only = " or ".join(repr(value) for value in known)
             raise InputError(f"{path} sets {key} to {found[key]!r}, which is unsupported; only {only} can be exported")
     return {**family.defaults, **found}
-
-
-def _value(settings: Settings, key: Key) -> Any:
-    if isinstance(key, str):
-        return settings[key]
-    if callable(key):
-        return key(settings)
-    name, convert = key
-    return convert(settings[name])
 
 
 def _whole(value: Any) -> Any:

@@ -211,3 +211,37 @@ OPT_NAMES = {
     **both("head.norm", "model.decoder.final_layer_norm"),
     "head.output.weight": "lm_head.weight",
 }
+
+GGUF_NAMES = {
+    "tok_embeddings.weight": "token_embd.weight",
+    "pos_embeddings.weight": "position_embd.weight",
+    **both("embedding_norm", "token_embd_norm"),
+    **both("layers.*.attention_norm", "blk.*.attn_norm"),
+    **both("layers.*.attention.wq", "blk.*.attn_q"),
+    **both("layers.*.attention.wk", "blk.*.attn_k"),
+    **both("layers.*.attention.wv", "blk.*.attn_v"),
+    **both("layers.*.attention.wo", "blk.*.attn_output"),
+    "layers.*.attention.q_norm.weight": "blk.*.attn_q_norm.weight",
+    "layers.*.attention.k_norm.weight": "blk.*.attn_k_norm.weight",
+    "layers.*.attention_post_norm.weight": "blk.*.post_attention_norm.weight",
+    **both("layers.*.ffn_norm", "blk.*.ffn_norm"),
+    **both("layers.*.feed_forward.w1", "blk.*.ffn_gate"),
+    **both("layers.*.feed_forward.w2", "blk.*.ffn_down"),
+    **both("layers.*.feed_forward.w3", "blk.*.ffn_up"),
+    "layers.*.feed_forward.router.weight": "blk.*.ffn_gate_inp.weight",
+    "layers.*.feed_forward.experts.*.w1.weight": "blk.*.ffn_gate_exps.weight",
+    "layers.*.feed_forward.experts.*.w2.weight": "blk.*.ffn_down_exps.weight",
+    "layers.*.feed_forward.experts.*.w3.weight": "blk.*.ffn_up_exps.weight",
+    "layers.*.ffn_post_norm.weight": "blk.*.post_ffw_norm.weight",
+    **both("head.norm", "output_norm"),
+    **both("head.output", "output"),
+}
+"""Maps our weight names to GGUF's. One tensor has the matrices of all experts."""
+
+GGUF_FUSED_QKV = {
+    **both("layers.*.attention.wq", "blk.*.attn_qkv"),
+    **both("layers.*.attention.wk", "blk.*.attn_qkv"),
+    **both("layers.*.attention.wv", "blk.*.attn_qkv"),
+}
+GGUF_GATE_UP_NAMES = GGUF_NAMES | both("layers.*.feed_forward.w1", "blk.*.ffn_up")
+"""For a gate in the same tensor as the other matrix, or none."""

@@ -97,6 +97,8 @@ class LlamaCpp:
     """llama.cpp, run through llama-cpp-python."""
 
     flash = 0
+    cache = 1
+    """GGML's number of the caches' type: 0 is float32, 1 is float16."""
 
     def __init__(self, file: Path, context: int) -> None:
         import llama_cpp
@@ -110,6 +112,7 @@ class LlamaCpp:
         options.n_ctx, options.n_batch, options.n_ubatch = context, PROMPT, PROMPT
         options.n_threads = options.n_threads_batch = len(os.sched_getaffinity(0))
         options.flash_attn_type = self.flash
+        options.type_k = options.type_v = self.cache
         self._context = llama_cpp.llama_init_from_model(model, options)
 
     def prefill(self, length: int) -> None:
@@ -128,18 +131,22 @@ class LlamaCpp:
 
     def second_half(self, window: Sequence[int]) -> torch.Tensor:
         """Returns the logits after each token of a window from the one before its second half on, but for the last."""
-        library, first = self._library, len(window) // 2 - 1
+        return self.logits(window, len(window) // 2 - 1)[:-1]
+
+    def logits(self, tokens: Sequence[int], first: int) -> torch.Tensor:
+        """Returns the logits after each token of a text from the one at `first` on."""
+        library = self._library
         library.llama_memory_clear(library.llama_get_memory(self._context), True)
-        batch = library.llama_batch_init(len(window), 0, 1)
-        batch.n_tokens = len(window)
-        for i, token in enumerate(window):
+        batch = library.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, i >= first
             batch.seq_id[i][0] = 0
         assert library.llama_decode(self._context, batch) == 0
         width = library.llama_vocab_n_tokens(self._vocabulary)
         rows = [
             np.ctypeslib.as_array(library.llama_get_logits_ith(self._context, i), (width,)).copy()
-            for i in range(first, len(window) - 1)
+            for i in range(first, len(tokens))
         ]
         library.llama_batch_free(batch)
         return torch.from_numpy(np.stack(rows))

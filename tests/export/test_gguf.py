@@ -62,6 +62,32 @@ def test_a_gguf_files_rotary_divisors_are_read_as_llama_31s_scaling(tmp_path: Pa
         open_checkpoint(path)
 
 
+def test_all_parts_of_a_split_gguf_are_read(tmp_path: Path) -> None:
+    model = random_model(WIDE)
+    write_gguf(model, tmp_path / "model.gguf", "Q8_0", most_tensors=9)
+    whole = open_checkpoint(write_gguf(model, tmp_path / "whole.gguf", "Q8_0"))
+    parts = sorted(tmp_path.glob("model-*.gguf"))
+    assert [part.name for part in parts] == [f"model-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    for given in parts:
+        checkpoint = open_checkpoint(given)
+        assert checkpoint.files == tuple(parts)
+        assert (checkpoint.config, checkpoint.stop_ids) == (whole.config, whole.stop_ids)
+        assert (checkpoint.weights.keys(), checkpoint.blocks.keys()) == (whole.weights.keys(), whole.blocks.keys())
+        assert all(torch.equal(weight, whole.weights[name]) for name, weight in checkpoint.weights.items())
+    last = parts[2].read_bytes()
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(InputError, match=r"model-00003-of-00003\.gguf is not part 3 of 3, as its name says"):
+        open_checkpoint(parts[0])
+    parts[2].write_bytes(last[:-1])
+    with pytest.raises(InputError, match=r"model-00003-of-00003\.gguf is truncated"):
+        open_checkpoint(parts[0])
+    parts[2].unlink()
+    with pytest.raises(InputError, match=r"lacks model-00003-of-00003\.gguf, of 3 parts; download all parts"):
+        open_checkpoint(parts[1])
+    with pytest.raises(InputError, match="is one of 3 parts, but not named as such; rename all parts to NAME-00001-of"):
+        open_checkpoint(parts[0].rename(tmp_path / "first.gguf"))
+
+
 def test_a_cut_gguf_file_and_another_architecture_are_refused(tmp_path: Path) -> None:
     path = write_gguf(random_model(WIDE), tmp_path / "model.gguf", "F16")
     whole = path.read_bytes()

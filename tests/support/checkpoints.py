@@ -11,9 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from export.checkpoints.checkpoint import renamed
-from export.checkpoints.gguf import GGUF_NAMES
 from export.checkpoints.meta import META_NAMES
-from export.checkpoints.weight_names import HUGGING_FACE_NAMES
+from export.checkpoints.weight_names import GGUF_NAMES, HUGGING_FACE_NAMES
 from export.weights.formats.block_rounding import blocks_of
 from model.model import Llama
 from preproc import rope
@@ -120,10 +119,13 @@ def write_gguf(
     kind: str | Callable[[str], str],
     rope_factors: Tensor | None = None,
     add_tokenizer: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    most_tensors: int = 0,
 ) -> Path:
-    """A GGUF file; `kind` is the type of its matrices, or gives it for a name: F32, F16, BF16, or one in blocks."""
+    """A GGUF file; `kind` is the type of its matrices, or gives it for a name: F32, F16, BF16, or one in blocks. With
+    a largest number of tensors, it is split into parts of so many.
+    """
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=most_tensors)
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)
