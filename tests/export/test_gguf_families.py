@@ -2,6 +2,7 @@
 llama.cpp's greedy ids on the same file.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
+from export.checkpoints.checkpoint import content_digest
 from export.checkpoints.gguf_families import ARCHITECTURES
 from export.checkpoints.layouts import open_checkpoint
 from export.llama import export_llama
@@ -18,6 +20,7 @@ from export.planning.plan import ExportOptions
 from model.errors import InputError
 from runtime.engine.program import read_metadata
 from tests.export.test_families import eager, full_forward
+from tests.golden.gguf import GOLDEN, PROMPT
 from tests.support.families import hugging_face_model
 from tests.support.gguf_files import GGUF_CASES, write
 
@@ -32,6 +35,20 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     expected = full_forward(theirs, tokens)
     assert 1 < expected.abs().max() < 100
     torch.testing.assert_close(eager(checkpoint.build(), tokens), expected, atol=3e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in GGUF_CASES if name != "Phi-3"])
+def test_greedy_ids_are_those_of_llama_cpp_on_the_same_file(name: str, tmp_path: Path) -> None:
+    """llama.cpp leaves out Phi-3's window."""
+    golden = json.loads(GOLDEN.read_text())["greedy"][name]
+    path = write(GGUF_CASES[name], tmp_path / "model.gguf")
+    if content_digest([path]) != golden["file"]:
+        pytest.skip("this version of PyTorch makes other random weights; run tests.golden.gguf")
+    tokens = PROMPT + golden["ids"]
+    found = eager(open_checkpoint(path).build(), tokens)[len(PROMPT) - 1 : -1].argmax(-1).tolist()
+    steps = set(range(len(golden["ids"]))) - set(golden["close"])
+    assert len(steps) > 12
+    assert [found[step] for step in steps] == [golden["ids"][step] for step in steps]
 
 
 @pytest.mark.parametrize("name", ["Llama", "Phi-3", "Falcon, two norms", "GPT-NeoX", "GLM-4"])

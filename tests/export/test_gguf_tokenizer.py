@@ -12,8 +12,10 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from export.checkpoints.gguf_tokenizer import SPLITTINGS, TOKENIZER, tokenizer_bytes
 from export.checkpoints.layouts import BUILT_IN, Checkpoint, open_checkpoint
 from export.llama import ExportOptions, export_llama
+from export.planning.cpp_tokenizer import unsupported_in_cpp
 from model.errors import InputError
 from preproc.tokenizer import (
     LLAMA3_PATTERN,
@@ -26,6 +28,7 @@ from preproc.tokenizer import (
 )
 from runtime.engine.program import Program
 from tests.conftest import TOY, random_model
+from tests.golden.gguf import GOLDEN
 from tests.support.checkpoints import write_gguf
 from tests.support.gguf_files import Add, adds_byte_level
 
@@ -184,7 +187,7 @@ def test_an_embedded_tokenizer_json_is_used_unchanged(tmp_path: Path) -> None:
             "gpt2",
             "default",
             ["a", "b"],
-            "splits text as 'default', which is unsupported .supported: bloom, chatglm-bpe, ",
+            "splits text as 'default', which is unsupported .supported: bloom, chatglm",
         ),
         ("gpt2", "gpt-2", ["a", "a"], "its tokenizer of 2 tokens is damaged"),
         ("llama", "default", ["a", "b"], "has 2 tokens but 0 scores"),
@@ -203,3 +206,30 @@ def test_an_invalid_tokenizer_is_refused_on_use(
     with pytest.raises(InputError, match=f"model.gguf: .*{message}.*; give --tokenizer FILE") as caught:
         carried(checkpoint)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pre", SPLITTINGS)
+def test_every_rule_splits_text_as_in_llama_cpp(pre: str) -> None:
+    golden = json.loads(GOLDEN.read_text())["splitting"]
+    named = {"model": "gpt2", "pre": pre, "tokens": golden["tokens"], "merges": golden["merges"]}
+    data = tokenizer_bytes({f"{TOKENIZER}{name}": value for name, value in named.items()})
+    tokenizer = from_bytes(data)
+    assert [tokenizer.encode(text, False) for text in golden["texts"]] == golden["ids"][pre]
+    assert unsupported_in_cpp(data) is None
+
+
+def test_padding_of_the_unknown_type_is_unused(tmp_path: Path) -> None:
+    """llama.cpp's converter writes Phi-3's vocabulary so: <unk> is a control token, and padding is unknown."""
+    file = BUILT_IN / "tokenizer.model"
+    expected = SentencePieceTokenizer(file.read_bytes())
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        adds_sentencepiece(file)(writer)
+        (fields,) = writer.kv_data
+        for key, more in {"tokens": "[PAD0]", "scores": -1000.0, "token_type": 2}.items():
+            fields[f"{TOKENIZER}{key}"].value.append(more)
+        fields[f"{TOKENIZER}token_type"].value[SentencePieceProcessor(model_file=str(file)).unk_id()] = 3
+
+    found = carried(opened(tmp_path, expected.vocab_size + 1, add))
+    for text in (*TEXTS, "[PAD0]"):
+        assert found.encode(text, False) == expected.encode(text, False)
