@@ -132,13 +132,16 @@ _GEMMA2_KEYS = _EMBEDDING_SCALE | {
     "logit_softcap": ("final_logit_softcapping", _UNLESS_ZERO),
 }
 _GEMMA2_DEFAULTS = {WINDOW: 4096, PATTERN: 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-_GRANITE_KEYS: dict[str, Key] = {
+_MINICPM_KEYS: dict[str, Key] = {
+    "embedding_scale": "embedding_scale",
+    "residual_scale": "residual_scale",
+    "logit_scale": ("logit_scale", lambda divisor: 1 / divisor),
+}
+_GRANITE_KEYS: dict[str, Key] = _MINICPM_KEYS | {
     "embedding_scale": ("embedding_scale", lambda scale: scale or 1.0),
     "residual_scale": ("residual_scale", lambda scale: scale or 1.0),
     "attention_scale": ("attention.scale", _UNLESS_ZERO),
-    "logit_scale": ("logit_scale", lambda divisor: 1 / divisor),
 }
-_GRANITE_DEFAULTS = {"embedding_scale": 0.0, "residual_scale": 0.0, "attention.scale": 0.0}
 
 ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM", interleaved=True),
@@ -162,10 +165,10 @@ ARCHITECTURES = {
         "GraniteForCausalLM",
         interleaved=True,
         keys=_GRANITE_KEYS,
-        defaults=_GRANITE_DEFAULTS,
+        defaults={"embedding_scale": 0.0, "residual_scale": 0.0, "attention.scale": 0.0},
         only={"rope.scaling.finetuned": (True,)},
     ),
-    "minicpm": Architecture("MiniCPMForCausalLM", interleaved=True, keys=_GRANITE_KEYS, defaults=_GRANITE_DEFAULTS),
+    "minicpm": Architecture("MiniCPMForCausalLM", interleaved=True, keys=_MINICPM_KEYS),
     "olmo2": Architecture("Olmo3ForCausalLM", keys={"local_rope_theta": _unscaled}, defaults={PATTERN: 4}),
     "exaone4": Architecture("Exaone4ForCausalLM", defaults={PATTERN: 4}, rotates=_unless_whole),
     "chatglm": Architecture("GlmForCausalLM", GGUF_GATE_UP_NAMES, interleaved=True),

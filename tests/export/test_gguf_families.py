@@ -22,7 +22,7 @@ from runtime.engine.program import read_metadata
 from tests.export.test_families import eager, full_forward
 from tests.golden.gguf import GOLDEN, PROMPT
 from tests.support.families import hugging_face_model
-from tests.support.gguf_files import GGUF_CASES, write
+from tests.support.gguf_files import COMPARED, GGUF_CASES, write
 
 
 @pytest.mark.parametrize("name", GGUF_CASES)
@@ -37,9 +37,8 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(eager(checkpoint.build(), tokens), expected, atol=3e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in GGUF_CASES if name != "Phi-3"])
+@pytest.mark.parametrize("name", COMPARED)
 def test_greedy_ids_are_those_of_llama_cpp_on_the_same_file(name: str, tmp_path: Path) -> None:
-    """llama.cpp leaves out Phi-3's window."""
     golden = json.loads(GOLDEN.read_text())["greedy"][name]
     path = write(GGUF_CASES[name], tmp_path / "model.gguf")
     if content_digest([path]) != golden["file"]:

@@ -23,7 +23,7 @@ from export.checkpoints.layouts import open_checkpoint
 from preproc.tokenizer import Tokenizer, from_bytes
 from tests.conftest import TOY, random_model
 from tests.support.checkpoints import write_gguf
-from tests.support.gguf_files import GGUF_CASES, adds_byte_level, write
+from tests.support.gguf_files import COMPARED, GGUF_CASES, adds_byte_level, write
 
 GOLDEN = Path(__file__).parent / "gguf.json"
 PROMPT = [1, 17, 42, 99, 5, 6, 120, 64, 33, 7, 150, 88, 2, 71, 14, 9, 101, 56, 12, 140]
@@ -98,7 +98,7 @@ def main() -> None:
     golden: dict[str, Any] = {"greedy": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for case in GGUF_CASES:
+        for case in COMPARED:
             path = write(GGUF_CASES[case], folder / "model.gguf")
             golden["greedy"][case] = {"file": content_digest([path]), **greedy(Exact(path, 64))}
         tokens, merges = vocabulary()

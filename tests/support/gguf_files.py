@@ -12,6 +12,7 @@ import gguf
 import torch
 from torch import Tensor
 
+from export.checkpoints.gguf_families import WINDOW
 from tests.support.checkpoints import interleaved
 from tests.support.families import CASES, DIVISORS, Case, hugging_face_model, layered_rope, rope
 
@@ -76,6 +77,7 @@ _OLMO3_ROPE = layered_rope(
 )
 _YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
 _GRANITE = {"embedding_scale": 6.0, "residual_scale": 0.4, "attention.scale": 0.2, "logit_scale": 4.0}
+_MINICPM = {"embedding_scale": 6.0, "residual_scale": 0.7 / math.sqrt(3), "logit_scale": 4.0}
 _LONGROPE = {"rope.scaling.attn_factor": math.sqrt(1 + math.log(256 / 16) / math.log(16))}
 _LONGROPE |= {"rope.scaling.original_context_length": 16}
 _PARTIAL = rope("default", partial_rotary_factor=0.5)
@@ -92,9 +94,9 @@ GGUF_CASES = {
         fields=_YARN,
     ),
     "Qwen 3": GGUFCase("qwen3", Case("Qwen3ForCausalLM", _GROUPED | {"head_dim": 12}, norms=1.5)),
-    "Phi-3": GGUFCase("phi3", CASES["Phi-3"], fields={"attention.sliding_window": 8}),
+    "Phi-3": GGUFCase("phi3", CASES["Phi-3"], fields={WINDOW: 8}),
     "Phi-3, no window": GGUFCase(
-        "phi3", Case("Phi3ForCausalLM", _PARTIAL), fields={"attention.sliding_window": 0, "rope.dimension_count": 4}
+        "phi3", Case("Phi3ForCausalLM", _PARTIAL), fields={WINDOW: 0, "rope.dimension_count": 4}
     ),
     "Phi-3, LongRoPE": GGUFCase("phi3", CASES["Phi-3, LongRoPE beyond"], fields=_LONGROPE),
     "Gemma": GGUFCase("gemma", CASES["Gemma"], plus_one),
@@ -106,13 +108,13 @@ GGUF_CASES = {
             norms=2.0,
         ),
         plus_one,
-        {"attention.sliding_window": 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 6.0},
+        {WINDOW: 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 6.0},
     ),
     "Gemma 2, 27B": GGUFCase(
         "gemma2",
         Case("Gemma2ForCausalLM", _GEMMA | {"num_hidden_layers": 46, "query_pre_attn_scalar": 8}),
         plus_one,
-        {"attention.sliding_window": 8},
+        {WINDOW: 8},
     ),
     "Gemma 3": GGUFCase(
         "gemma3",
@@ -120,22 +122,22 @@ GGUF_CASES = {
             "Gemma3ForCausalLM", _GEMMA | {"num_hidden_layers": 7, "sliding_window_pattern": 6} | _GEMMA3_ROPE, norms=2
         ),
         plus_one,
-        {"attention.sliding_window": 8, "rope.freq_base_swa": 1000.0, "rope.scaling.factor": 4.0},
+        {WINDOW: 8, "rope.freq_base_swa": 1000.0, "rope.scaling.factor": 4.0},
     ),
     "SmolLM 3": GGUFCase("smollm3", Case("SmolLM3ForCausalLM", _GROUPED | {"num_hidden_layers": 5}), permuted),
     "Granite": GGUFCase("granite", CASES["Granite"], permuted, _GRANITE),
-    "MiniCPM": GGUFCase("minicpm", CASES["Granite"], permuted, _GRANITE),
+    "MiniCPM": GGUFCase("minicpm", CASES["MiniCPM"], permuted, _MINICPM),
     "OLMo 2": GGUFCase("olmo2", CASES["OLMo 2"]),
     "OLMo 3": GGUFCase(
         "olmo2",
         Case("Olmo3ForCausalLM", _GROUPED | _LOCAL_OF_THREE | _OLMO3_ROPE, norms=1.5),
-        fields=_YARN | {"attention.sliding_window": 8, "attention.sliding_window_pattern": [True, True, False]},
+        fields=_YARN | {WINDOW: 8, "attention.sliding_window_pattern": [True, True, False]},
     ),
     "EXAONE 4": GGUFCase("exaone4", CASES["EXAONE 4 without windows"]),
     "EXAONE 4, 32B": GGUFCase(
         "exaone4",
         Case("Exaone4ForCausalLM", _GROUPED | {"num_hidden_layers": 64, "sliding_window": 8}),
-        fields={"attention.sliding_window": 8},
+        fields={WINDOW: 8},
     ),
     "GLM": GGUFCase(
         "chatglm",
@@ -172,7 +174,7 @@ GGUF_CASES = {
     "Cohere 2": GGUFCase(
         "cohere2",
         Case("Cohere2ForCausalLM", {"logit_scale": 0.5, "num_hidden_layers": 5, "sliding_window": 8} | _GROUPED),
-        fields={"logit_scale": 0.5, "attention.sliding_window": 8},
+        fields={"logit_scale": 0.5, WINDOW: 8},
     ),
     "MPT": GGUFCase("mpt", CASES["MPT"], fields={"attention.max_alibi_bias": 8.0}),
 }
@@ -229,6 +231,10 @@ def write(case: GGUFCase, path: Path, kind: str = "F32", model: Any = None) -> P
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+COMPARED = [name for name, case in GGUF_CASES.items() if not case.fields.get(WINDOW) or case.architecture != "phi3"]
+"""The cases that llama.cpp computes as transformers does: it leaves out Phi-3's window."""
 
 
 def adds_byte_level(tokens: list[str], merges: list[tuple[str, str]], specials: set[str], pre: str) -> Add:
