@@ -5,7 +5,7 @@ fixed for an architecture because no field says it, are those of llama.cpp (ggml
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,12 +43,12 @@ class Architecture:
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     rotates: Callable[[Settings, int, bool], bool] = always_rotates
 
-    def storage(self, settings: Settings) -> Storage:
-        """Returns how a file stores its weights: some have queries, keys and values in one tensor, and Falcon's large
-        models have two norms, of which the second is that of attention.
+    def storage(self, tensors: Collection[str]) -> Storage:
+        """Returns how a file with these tensors stores its weights. Some have queries, keys and values in one tensor,
+        and Falcon's large models have two norms, of which the second is that of attention.
         """
-        fused = GGUF_FUSED_QKV if "blk.0.attn_qkv.weight" in settings else {}
-        two_norms = _TWO_NORMS if _SECOND_NORM in settings else {}
+        fused = GGUF_FUSED_QKV if "blk.0.attn_qkv.weight" in tensors else {}
+        two_norms = _TWO_NORMS if _SECOND_NORM in tensors else {}
         return Storage({**self.names, **fused, **two_norms}, interleaved=self.interleaved)
 
 
@@ -98,6 +98,10 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+def _unless_zero(value: float) -> float | None:
+    return value or None
+
+
 def _unless_whole(settings: Settings, layer: int, local: bool) -> bool:
     return local or not settings[WINDOW]
 
@@ -123,13 +127,12 @@ def _unscaled(settings: Settings) -> Any:
     return settings[LOCAL_BASE] or settings[BASE]
 
 
-_UNLESS_ZERO: Callable[[Any], Any] = lambda value: value or None  # noqa: E731
 _GELU, _GELU_TANH = {"activation": "gelu"}, {"activation": "gelu_tanh"}
 _EMBEDDING_SCALE: dict[str, Key] = {"embedding_scale": ("embedding_length", math.sqrt)}
 _GEMMA2_KEYS = _EMBEDDING_SCALE | {
     "attention_scale": _gemma_scale(46),
-    "attention_softcap": ("attn_logit_softcapping", _UNLESS_ZERO),
-    "logit_softcap": ("final_logit_softcapping", _UNLESS_ZERO),
+    "attention_softcap": ("attn_logit_softcapping", _unless_zero),
+    "logit_softcap": ("final_logit_softcapping", _unless_zero),
 }
 _GEMMA2_DEFAULTS = {WINDOW: 4096, PATTERN: 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 _MINICPM_KEYS: dict[str, Key] = {
@@ -140,7 +143,7 @@ _MINICPM_KEYS: dict[str, Key] = {
 _GRANITE_KEYS: dict[str, Key] = _MINICPM_KEYS | {
     "embedding_scale": ("embedding_scale", lambda scale: scale or 1.0),
     "residual_scale": ("residual_scale", lambda scale: scale or 1.0),
-    "attention_scale": ("attention.scale", _UNLESS_ZERO),
+    "attention_scale": ("attention.scale", _unless_zero),
 }
 
 ARCHITECTURES = {
@@ -157,7 +160,7 @@ ARCHITECTURES = {
         "Gemma3ForCausalLM",
         features=_GELU_TANH,
         keys=_EMBEDDING_SCALE
-        | {"attention_scale": _gemma_scale(62), "logit_softcap": ("final_logit_softcapping", _UNLESS_ZERO)},
+        | {"attention_scale": _gemma_scale(62), "logit_softcap": ("final_logit_softcapping", _unless_zero)},
         defaults={PATTERN: 6, LOCAL_BASE: 10000.0, "final_logit_softcapping": 0.0},
     ),
     "smollm3": Architecture("SmolLM3ForCausalLM", interleaved=True, rotates=_three_of_four),

@@ -1,4 +1,6 @@
-"""Names of the weights in Hugging Face checkpoints: each table maps our names to those of some families."""
+"""Names of the weights in Hugging Face checkpoints, of which each table maps our names to those of some families, and
+in GGUF.
+"""
 
 
 def both(ours: str, theirs: str) -> dict[str, str]:
