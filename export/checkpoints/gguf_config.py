@@ -116,7 +116,9 @@ def _rope(settings: Settings, tensors: Mapping[str, GGUFTensor], head_dim: int, 
     found = {"rope_theta": theta, "rotary_dim": None if rotated == head_dim else rotated}
     if _ROPE_FACTORS in tensors:
         return found | {"rope_scaling": _llama3(path, _values(tensors[_ROPE_FACTORS]), theta)}
-    return found | {"rope_scaling": _longrope(settings, tensors) if _SHORT in tensors else _scaling(path, settings)}
+    if _SHORT in tensors or settings.get("rope.scaling.type") == "longrope":
+        return found | {"rope_scaling": _longrope(settings, tensors)}
+    return found | {"rope_scaling": _scaling(path, settings)}
 
 
 def _scaling(path: Path, settings: Settings) -> RopeScaling | None:

@@ -140,10 +140,13 @@ def test_a_gguf_may_rotate_a_part_of_each_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"split__count": 3, "split__no": 1}, "is part 2 of 3; merge the parts first: llama-gguf-split --merge"),
         (
-            {"llama__rope__scaling__type": "yarn", "llama__rope__scaling__factor": 4.0},
-            "unsupported rope scaling 'yarn'; give a file with linear",
+            {"split__count": 3, "split__no": 1},
+            "is one of 3 parts, but not named as such; rename all parts to NAME-00001",
+        ),
+        (
+            {"llama__rope__scaling__type": "dynamic", "llama__rope__scaling__factor": 4.0},
+            "unsupported rope scaling 'dynamic'; give a file with linear",
         ),
     ],
 )
