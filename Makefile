@@ -50,7 +50,7 @@ runner-aarch64: .venv/.ready
 
 # torch comes first and by itself: on Linux the newest build drags in gigabytes of CUDA, and a pinned one need not. Then
 # what our own build needs, which is thereby not fetched a second time for an environment of its own.
-.venv/.ready: pyproject.toml setup.py $(wildcard $(addprefix cpp_runner/src/,attention/* linear/* python_api.*))
+.venv/.ready: pyproject.toml setup.py $(wildcard $(addprefix cpp_runner/src/,attention/* linear/* pte/* python_api.*))
 	$(call need,g++)
 	@$(PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $(PYTHON) must be 3.10 or newer, with venv (Debian: apt-get install python3-venv)"; exit 2; }

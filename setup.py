@@ -11,26 +11,27 @@ found = find_spec("executorch")
 assert found, "executorch is needed for its headers: pip install executorch==1.5.*"
 assert found.submodule_search_locations
 EXECUTORCH = Path(found.submodule_search_locations[0])
-SOURCES = Path("cpp_runner/src")
-KERNELS = {
+FOLDER = Path("cpp_runner/src")
+SOURCES = {
     "attention": ("attention.cpp", "bandwidth.cpp", "operator.cpp"),
     "linear": ("blocks.cpp", "experts.cpp", "linear.cpp", "operator.cpp"),
+    "pte": ("program_check.cpp", "xnnpack_check.cpp"),
 }
-FILES = (*(f"{folder}/{name}" for folder, names in KERNELS.items() for name in names), "python_api.cpp")
+FILES = (*(f"{folder}/{name}" for folder, names in SOURCES.items() for name in names), "python_api.cpp")
 
 setup(
     ext_modules=[
         Extension(
             "runtime._operators",
-            [str(SOURCES / name) for name in FILES],
+            [str(FOLDER / name) for name in FILES],
             depends=[
-                *(str(path) for folder in KERNELS for path in SOURCES.glob(f"{folder}/*")),
-                str(SOURCES / "python_api.h"),
+                *(str(path) for folder in SOURCES for path in FOLDER.glob(f"{folder}/*")),
+                str(FOLDER / "python_api.h"),
                 "cpp_runner/include/llama_runner/measure.h",
             ],
             include_dirs=[
                 "cpp_runner/include",
-                str(SOURCES),
+                str(FOLDER),
                 str(EXECUTORCH / "include"),
                 str(EXECUTORCH / "include/executorch/runtime/core/portable_type/c10"),
             ],

@@ -7,11 +7,13 @@ import ctypes
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch  # noqa: F401  first, because ExecuTorch's bindings need its libraries
 from executorch.extension.pybindings import _C  # not portable_lib, which imports all of exir: 140 MB and 2 s
 from torch import Tensor
@@ -28,7 +30,7 @@ _NOT_COMPILED = "llama-pte's own kernels were not compiled; install a C++ compil
 _OPERATORS = find_spec("runtime._operators")
 _OURS = ctypes.CDLL(str(_OPERATORS.origin)) if _OPERATORS else None
 """The functions of cpp_runner/src/python_api.h. Without them, files exported with `--attention aten` run too, but each
-of their methods holds all weights, and small models are slower.
+of their methods holds all weights, small models are slower, and files are checked less.
 """
 
 if _OURS:
@@ -36,6 +38,8 @@ if _OURS:
     _OURS.llama_pte_read_bandwidth.restype = ctypes.c_double
     _OURS.llama_pte_set_threads_off.argtypes = [ctypes.c_bool]
     _OURS.llama_pte_set_threads_off.restype = None
+    _OURS.llama_pte_malformed.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    _OURS.llama_pte_malformed.restype = ctypes.c_char_p
     _refused = _OURS.llama_pte_share_packed_weights()
     assert _refused == 0, f"ExecuTorch refuses to share packed weights: {_refused}"
 
@@ -60,7 +64,8 @@ class Shard:
 
     def load(self) -> None:
         """Loads the methods, which allocates the memory for the weights."""
-        self._methods = {name: self._program.load_method(name) for name in self._specs}
+        with _named(self.path):
+            self._methods = {name: self._program.load_method(name) for name in self._specs}
 
     def read_ahead(self) -> None:
         """Asks the operating system to read the file into the page cache in the background."""
@@ -80,21 +85,34 @@ class Shard:
     def run(self, method: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Runs one method, as `Program.step` does; inputs that it does not take are ignored."""
         spec = self._specs[method]
-        outputs = self._methods[method].call([inputs[each.name] for each in spec.inputs], clone_outputs=False)
+        with _named(self.path):
+            outputs = self._methods[method].call([inputs[each.name] for each in spec.inputs], clone_outputs=False)
         return {each.name: tensor for each, tensor in zip(spec.outputs, outputs, strict=True)}
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turns errors of ExecuTorch into an InputError with the file's path."""
+    try:
+        yield
+    except (RuntimeError, UnicodeEncodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"ExecuTorch cannot run {path} ({reason}); export it again") from error
 
 
 def _open(path: Path) -> tuple[Any, Metadata]:
     """Opens a file in ExecuTorch and reads its metadata.
 
     Raises:
-        InputError: ExecuTorch cannot open the file, or a metadata field is missing.
+        InputError: ExecuTorch cannot open the file, it is malformed, or a metadata field is missing.
     """
-    try:
-        program = _C._load_program(str(path))
-    except (RuntimeError, UnicodeEncodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"ExecuTorch cannot open {path} ({reason}); export it again") from error
+    _throw_at_abort()
+    with _named(path):
+        program = _C._load_program(str(path), program_verification=_C.Verification.InternalConsistency)
+    if _OURS:
+        whole = np.memmap(path, mode="r")
+        if problem := _OURS.llama_pte_malformed(whole.ctypes.data, whole.size):
+            raise InputError(f"{path} is malformed ({problem.decode()}); export it again")
 
     def constant(name: str) -> list[Any]:
         try:
@@ -103,6 +121,14 @@ def _open(path: Path) -> tuple[Any, Metadata]:
             raise InputError(f"{path} has no {name}; export it again") from error
 
     return program, from_constants(constant)
+
+
+@cache
+def _throw_at_abort() -> None:
+    """Makes ExecuTorch raise RuntimeError where it would end the process."""
+    if _OURS:
+        with stderr_closed():  # ExecuTorch logs that its bindings did the like before
+            _OURS.llama_pte_throw_at_abort()
 
 
 def start_threads(threads: int | None) -> None:

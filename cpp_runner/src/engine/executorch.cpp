@@ -19,7 +19,9 @@
 #include <array>
 #include <cstring>
 #include <set>
+#include <stdexcept>
 
+#include "pte/program_check.h"
 #include "support/checksum.h"
 
 namespace et = executorch::runtime;
@@ -52,9 +54,14 @@ void keep_complaint(et_timestamp_t, et_pal_log_level_t level, const char*, const
     last_complaint[count] = '\0';
 }
 
+/// Takes the place of ExecuTorch's abort, which ends the process when a program is not what a kernel expects.
+[[noreturn]] void refuse() { throw std::runtime_error(last_complaint.data()); }
+
 void start_runtime() {
     static const bool started = [] {
-        et::register_pal(et::PalImpl::create(keep_complaint, "llama_runner"));
+        et::PalImpl platform = et::PalImpl::create(keep_complaint, "llama_runner");
+        platform.abort = refuse;
+        et::register_pal(platform);
         et::runtime_init();
         return true;
     }();
@@ -307,8 +314,13 @@ Result<Shard> Shard::open(const std::string& path) {
     auto file = MmapDataLoader::from(path.c_str(), MmapDataLoader::MlockConfig::NoMlock);
     if (!file.ok()) return failure("opening " + path, file.error());
     Shard shard(std::make_unique<State>(path, std::move(*file)));
-    auto program = et::Program::load(&shard.state_->loader);
+    auto program = et::Program::load(&shard.state_->loader, et::Program::Verification::InternalConsistency);
     if (!program.ok()) return failure("opening " + path, program.error());
+    auto bytes = shard.state_->loader.load(0, *shard.state_->loader.size(), {});
+    if (!bytes.ok()) return failure("opening " + path, bytes.error());
+    if (const auto problem = malformed({static_cast<const std::byte*>(bytes->data()), bytes->size()})) {
+        return Error{path + " is malformed (" + *problem + "); export it again"};
+    }
     shard.state_->program.emplace(std::move(*program));
     auto metadata = from_constants(
         [&](const char* name, const auto& take) { return call_constant(*shard.state_->program, name, take); });
