@@ -21,7 +21,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from export.atomic_file import replacing
 from export.checkpoints import hub
 from export.checkpoints.adapters import add_lora_flag
 from export.checkpoints.layouts import BUILT_IN
@@ -43,6 +42,7 @@ from model.errors import InputError
 from model.kv_row_format import KV_DTYPES
 from preproc.chat_template import NAMED
 from runtime import generate
+from runtime.atomic_file import replacing
 from runtime.cli import terminal
 from runtime.engine.program import files, read_metadata
 from runtime.pte.parts import session_methods
@@ -170,7 +170,7 @@ def _replacing(planned: Plan) -> Iterator[list[Path]]:
     deleted, including those packed from them by the C++ runner.
     """
     with ExitStack() as stack:
-        yield [stack.enter_context(replacing(output)) for output in planned.outputs]
+        yield [stack.enter_context(replacing(output, "--output")) for output in planned.outputs]
     if not planned.sharding.is_whole:
         earlier = (*planned.output.glob("*-of-*.pte"), *planned.output.glob("*-of-*.pte.*.packed"))
         for path in set(earlier) - set(planned.outputs):

@@ -14,10 +14,10 @@ from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.extension.pybindings import _C
 from torch import Tensor, nn
 
-from export.atomic_file import replacing
 from export.lowering.backends import BACKENDS, check, partitioners, quietly
 from export.quality.verification import VerificationError
 from model.errors import InputError, listed
+from runtime.atomic_file import replacing
 from runtime.engine.executorch import lacking
 
 LIMIT = 1e-4

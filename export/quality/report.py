@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from export.atomic_file import replacing
+from runtime.atomic_file import replacing
 
 FIELDS = {
     "passed": "whether the file passed, and so was written",

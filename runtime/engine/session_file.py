@@ -7,43 +7,22 @@ each), the filled rows of every cache in the order of the method's inputs, and X
 
 import os
 import struct
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
 
 from model.errors import InputError
+from runtime.atomic_file import replacing
 from runtime.pte.trailer import checksum_of
 
 VERSION = 1
 _MAGIC = b"llamakvs"
 _HEADER = struct.Struct("<8sII16sqq")
 _CHECKSUM = struct.Struct("<Q")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Yields a temporary file beside `path`, which replaces `path` if the block succeeds and is deleted otherwise.
-
-    Raises:
-        InputError: no file can be written at `path`.
-    """
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
-            try:
-                yield stream
-                stream.close()
-                os.replace(stream.name, path)
-            except BaseException:
-                os.unlink(stream.name)
-                raise
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); give another path") from error
 
 
 def write(
@@ -56,7 +35,7 @@ def write(
     """
     header, heads = _HEADER.pack(_MAGIC, VERSION, 0, identity, *state), (head for each in rows for head in each)
     checksum = xxhash.xxh3_64()
-    with replacing(path) as stream:
+    with replacing(path) as temporary, temporary.open("wb") as stream:
         for piece in chain((header, np.asarray(tokens, "<i8").tobytes()), (head.tobytes() for head in heads)):
             checksum.update(piece)
             stream.write(piece)

@@ -9,9 +9,9 @@ from pathlib import Path
 from model.errors import InputError
 from preproc.chat_template import ASSISTANT, NAMED, SYSTEM, USER, Message
 from preproc.jinja_template import Carried, from_file
+from runtime.atomic_file import replacing
 from runtime.engine.program import Program
 from runtime.engine.session import Session
-from runtime.engine.session_file import replacing
 from runtime.text.generation import GenerationOptions, Step, generate
 from runtime.text.sampler import Rng
 
@@ -148,8 +148,8 @@ class Chat:
         self.stop()
         system = [] if self.system is None else [(SYSTEM, self.system)]
         said = [{"role": role, "content": content} for role, content in [*system, *self.messages]]
-        with replacing(path) as stream:
-            stream.write(json.dumps(said, ensure_ascii=False, indent=1).encode() + b"\n")
+        with replacing(path) as temporary:
+            temporary.write_bytes(json.dumps(said, ensure_ascii=False, indent=1).encode() + b"\n")
         return len(said)
 
     def load(self, path: Path) -> int:

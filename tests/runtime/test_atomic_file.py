@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from export.atomic_file import replacing
 from export.lowering.trace import GraphOptions
 from export.quality.verification import verify
 from export.weights.formats.integer import BYTE, Integer
 from export.weights.scheme import Scheme
 from model.errors import InputError
+from runtime.atomic_file import replacing
 from tests.conftest import TOY, planned, random_model, write_pte
 
 FOUR = Integer(4, 32)
@@ -86,7 +86,7 @@ def test_concurrent_writers_do_not_interfere(tmp_path: Path) -> None:
     script = f"""
         import os
         from pathlib import Path
-        from export.atomic_file import replacing
+        from runtime.atomic_file import replacing
         for i in range(100):
             with replacing(Path({str(tmp_path / "a[1].pte")!r})) as temporary:
                 temporary.write_bytes(bytes([os.getpid() % 256]) * 1000)
@@ -102,7 +102,7 @@ def test_only_dead_processes_temporary_files_are_removed(tmp_path: Path) -> None
     script = f"""
         import sys, time
         from pathlib import Path
-        from export.atomic_file import replacing
+        from runtime.atomic_file import replacing
         with replacing(Path({str(tmp_path / "a.pte")!r})) as temporary:
             temporary.write_bytes(b"half")
             print(temporary.name, flush=True)

@@ -13,21 +13,25 @@ from model.errors import InputError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, flag: str = "") -> Iterator[Path]:
     """Yields the path of a temporary file beside `path`, which replaces `path` if the block succeeds and is deleted
     otherwise.
 
     A temporary file left by a killed process is deleted by the next call for the same path: it is recognised by its
     lock, which no process holds.
 
+    Args:
+        flag: the flag that gave the path, which messages then name.
+
     Raises:
         InputError: no file can be written at `path`.
     """
+    name = f"{flag} {path}".lstrip()
     if path.is_dir():
-        raise InputError(f"--output {path} is a folder; give a file name")
+        raise InputError(f"{name} is a folder; give a file name")
     if path.exists() and not path.is_file():
-        raise InputError(f"--output {path} is not a regular file; give another file name")
-    with _temporary_beside(path) as owner:
+        raise InputError(f"{name} is not a regular file; give another file name")
+    with _temporary_beside(path, name) as owner:
         temporary = Path(owner.name)
         try:
             yield temporary
@@ -37,13 +41,13 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         except OSError as error:
             raise InputError(
-                f"--output {path} cannot be written ({error.strerror}); free some space or give another folder"
+                f"{name} cannot be written ({error.strerror}); free some space or give another folder"
             ) from error
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _temporary_beside(path: Path) -> "tempfile._TemporaryFileWrapper[bytes]":
+def _temporary_beside(path: Path, name: str) -> "tempfile._TemporaryFileWrapper[bytes]":
     """Creates and locks a temporary file beside `path`. The folder is locked meanwhile, so that no other process
     deletes the new file as a leftover before it is locked.
     """
@@ -62,9 +66,7 @@ def _temporary_beside(path: Path) -> "tempfile._TemporaryFileWrapper[bytes]":
         finally:
             os.close(folder)
     except OSError as error:
-        raise InputError(
-            f"--output {path} cannot be written ({error.strerror}); give a path that can be written"
-        ) from error
+        raise InputError(f"{name} cannot be written ({error.strerror}); give another path") from error
     return owner
 
 
