@@ -66,7 +66,8 @@ class Tables {
 
     size_t size() const { return offsets_.size(); }
 
-    Table operator[](int64_t index) const;
+    /// Returns a table. A negative index becomes one that is too large.
+    Table operator[](uint64_t index) const;
 
   private:
     Bytes buffer_;
@@ -132,10 +133,9 @@ class Table {
     uint16_t size_;
 };
 
-inline Table Tables::operator[](int64_t index) const {
-    require(index >= 0 && static_cast<uint64_t>(index) < size(), "an index is out of range");
-    const auto item = static_cast<uint64_t>(index);
-    return {buffer_, start_ + item * sizeof(uint32_t) + offsets_[item]};
+inline Table Tables::operator[](uint64_t index) const {
+    require(index < size(), "an index is out of range");
+    return {buffer_, start_ + index * sizeof(uint32_t) + offsets_[index]};
 }
 
 }  // namespace llama_runner

@@ -33,7 +33,7 @@ class ProgramCheck {
     explicit ProgramCheck(Bytes file) : file_(file), base_(base_of(file)), program_(root_of(file)) {
         const Tables segments = program_.tables(4);
         for (size_t i = 0; i < segments.size(); ++i) {
-            const Table segment = segments[static_cast<int64_t>(i)];
+            const Table segment = segments[i];
             segments_.push_back(
                 part(part(file, base_, file.size() - base_), segment.scalar<uint64_t>(0), segment.scalar<uint64_t>(1)));
         }
@@ -43,12 +43,12 @@ class ProgramCheck {
         std::map<std::string_view, uint64_t> named;
         const Tables data = program_.tables(7);
         for (size_t i = 0; i < data.size(); ++i) {
-            const Table item = data[static_cast<int64_t>(i)];
+            const Table item = data[i];
             named.emplace(item.text(0), segment(item.scalar<uint32_t>(1)).size());
         }
         xnnpack_.emplace(std::move(named));
         const Tables plans = program_.tables(1);
-        for (size_t i = 0; i < plans.size(); ++i) check_plan(plans[static_cast<int64_t>(i)]);
+        for (size_t i = 0; i < plans.size(); ++i) check_plan(plans[i]);
     }
 
   private:
@@ -73,7 +73,7 @@ class ProgramCheck {
         require(plan.vector<int64_t>(8).size() > 0, "a method has no memory plan");
         values_.clear();
         const Tables values = plan.tables(2);
-        for (size_t i = 0; i < values.size(); ++i) add_value(values[static_cast<int64_t>(i)]);
+        for (size_t i = 0; i < values.size(); ++i) add_value(values[i]);
         for (const int32_t index : indices(plan, 3)) {
             Value& input = value(index);
             require(input.kind != kTensor || input.memory != Memory::kConstant, "an input of a method is a constant");
@@ -84,12 +84,11 @@ class ProgramCheck {
         }
         delegates_.clear();
         const Tables delegates = plan.tables(7);
-        for (size_t i = 0; i < delegates.size(); ++i) add_delegate(delegates[static_cast<int64_t>(i)]);
+        for (size_t i = 0; i < delegates.size(); ++i) add_delegate(delegates[i]);
         const Tables chains = plan.tables(5);
         for (size_t i = 0; i < chains.size(); ++i) {
-            const Tables instructions = chains[static_cast<int64_t>(i)].tables(2);
-            for (size_t j = 0; j < instructions.size(); ++j)
-                check_instruction(plan, instructions[static_cast<int64_t>(j)]);
+            const Tables instructions = chains[i].tables(2);
+            for (size_t j = 0; j < instructions.size(); ++j) check_instruction(plan, instructions[j]);
         }
     }
 
@@ -101,9 +100,10 @@ class ProgramCheck {
         return result;
     }
 
-    Value& value(int64_t index) {
-        require(index >= 0 && static_cast<size_t>(index) < values_.size(), "a value is out of range");
-        return values_[static_cast<size_t>(index)];
+    /// Returns a value. A negative index becomes one that is too large.
+    Value& value(uint64_t index) {
+        require(index < values_.size(), "a value is out of range");
+        return values_[index];
     }
 
     void add_value(const Table& item) {
@@ -140,8 +140,8 @@ class ProgramCheck {
         const Bytes payload = location == 1 ? segment(index) : program_.tables(3)[index].bytes(0);
         const Tables options = item.tables(2);
         for (size_t i = 0; i < options.size(); ++i) {
-            options[static_cast<int64_t>(i)].text(0);
-            options[static_cast<int64_t>(i)].bytes(1);
+            options[i].text(0);
+            options[i].bytes(1);
         }
         const bool is_xnnpack = item.text(0) == "XnnpackBackend";
         delegates_.push_back({is_xnnpack, is_xnnpack ? xnnpack_->check(payload) : std::vector<External>()});
@@ -155,7 +155,7 @@ class ProgramCheck {
         const std::vector<int32_t> arguments = indices(call, 1);
         for (const int32_t index : arguments) value(index);
         if (kind == kKernelCall) return check_kernel(plan.tables(6)[called], arguments);
-        require(called >= 0 && static_cast<size_t>(called) < delegates_.size(), "it calls an unknown delegate");
+        require(static_cast<size_t>(called) < delegates_.size(), "it calls an unknown delegate");
         check_delegate(delegates_[static_cast<size_t>(called)], arguments);
     }
 

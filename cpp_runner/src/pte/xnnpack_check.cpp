@@ -141,9 +141,9 @@ class XnnpackGraph {
 
     std::vector<External> check() {
         const Tables values = graph_.tables(2);
-        for (size_t i = 0; i < values.size(); ++i) check_value(values[static_cast<int64_t>(i)]);
+        for (size_t i = 0; i < values.size(); ++i) check_value(values[i]);
         const Tables nodes = graph_.tables(1);
-        for (size_t i = 0; i < nodes.size(); ++i) check_node(nodes[static_cast<int64_t>(i)]);
+        for (size_t i = 0; i < nodes.size(); ++i) check_node(nodes[i]);
         return found_;
     }
 
