@@ -133,30 +133,37 @@ def _taken_apart(blocks: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
 
 
 def _codes(planes: Tensor, form: BlockForm) -> Tensor:
-    """Returns the int8 codes [.., 8 vectors, 64] of planes [.., bytes]: signed, or looked up."""
+    """Returns the codes [.., 8 vectors, 64] of planes [.., bytes], uint8."""
     planes = torch.unflatten(planes, -1, (-1, 64))
     if form.bits == 8:
-        return planes.view(torch.int8)
+        return planes
     codes = torch.cat((planes[..., :4, :] & 15, planes[..., :4, :] >> 4), dim=-2)
     if form.bits == 5:
         codes = codes | (planes[..., 4:, :] >> _along(0, range(8), 2) & 1) << 4
     if form.bits == 6:
         pairs = planes[..., 4:, None, :] >> _along(1, (0, 2, 4, 6), 3) & 3
         codes = codes | pairs.flatten(-3, -2) << 4
+    return codes
+
+
+def _signed(codes: Tensor, form: BlockForm) -> Tensor:
+    """Returns the numbers that codes stand for, int8."""
     if form.table:
         return torch.tensor(form.table, dtype=torch.int8)[codes.long()]
     return codes.view(torch.int8) - form.zero
 
 
-def _scales(head: Tensor, form: BlockForm) -> tuple[Tensor, Tensor | None]:
-    """Returns d and, if the format has it, m of heads [groups, blocks, ..]: float32 [groups, blocks, parts, 16]."""
-    halves, singles = head[..., : form.halves * GROUP], head[..., form.halves * GROUP :]
-    first = torch.unflatten(halves.contiguous().view(torch.float16).float(), -1, (-1, GROUP))
-    singles = torch.unflatten(singles, -1, (-1, GROUP)) if singles.shape[-1] else singles
+def _scales(head: Tensor, form: BlockForm, rows: int = GROUP) -> tuple[Tensor, Tensor | None]:
+    """Returns d and, if the format has it, m of heads of so many rows, [groups, blocks, ..]: float32 [groups, blocks,
+    parts, rows].
+    """
     if form.head == "exponent":
-        e = singles.int()
+        e = torch.unflatten(head, -1, (-1, rows)).int()
         power = torch.where(e < 2, e + 1 << 21, e - 1 << 23).view(torch.float32)  # 2^(e - 128)
         return power * 2 ** (1 - form.fraction_bits), None
+    halves, singles = head[..., : form.halves * rows], head[..., form.halves * rows :]
+    first = torch.unflatten(halves.contiguous().view(torch.float16).float(), -1, (-1, rows))
+    singles = torch.unflatten(singles, -1, (-1, rows)) if singles.shape[-1] else singles
     if form.head == "bytes":
         return first * singles.view(torch.int8).float(), None
     if form.head == "six_bits":
@@ -171,7 +178,8 @@ def _unpacked(groups: Tensor, form: BlockForm) -> tuple[Tensor, Tensor, Tensor |
     """Returns the codes [N, K], d [N, K / 32 or K / 16] and m [N, K / 32], as float32."""
     blocks = torch.unflatten(groups, 1, (-1, GROUP * form.block_bytes))
     head, planes = blocks[..., : GROUP * form.head_bytes], blocks[..., GROUP * form.head_bytes :]
-    codes = torch.unflatten(_codes(torch.unflatten(planes, -1, (form.columns // _COLUMNS, -1)), form), -1, (GROUP, 4))
+    codes = _signed(_codes(torch.unflatten(planes, -1, (form.columns // _COLUMNS, -1)), form), form)
+    codes = torch.unflatten(codes, -1, (GROUP, 4))
     d, m = _scales(head, form)
 
     def by_row(x: Tensor) -> Tensor:
@@ -180,15 +188,21 @@ def _unpacked(groups: Tensor, form: BlockForm) -> tuple[Tensor, Tensor, Tensor |
     return codes.permute(0, 4, 1, 2, 3, 5).flatten(2).flatten(0, 1).float(), by_row(d), None if m is None else by_row(m)
 
 
-def numbers(groups: Tensor, kind: str) -> Tensor:
-    """Returns the numbers that groups of rows [groups, group bytes] stand for, padding included: codes * d, and then
-    + m if the form has it, float32 [groups * 16, K].
-    """
-    codes, d, m = _unpacked(groups, BLOCK_FORMS[kind])
-    x = codes.view(*d.shape, -1) * d.unsqueeze(-1)
+def _numbers(codes: Tensor, d: Tensor, m: Tensor | None) -> Tensor:
+    """Returns codes * d, and then + m if there is one: [N, K], like the codes."""
+    x = codes.view(len(codes), d.shape[1], -1) * d.unsqueeze(-1)
     if m is not None:
-        x = x.view(*m.shape, -1) + m.unsqueeze(-1)
+        x = x.view(len(codes), m.shape[1], -1) + m.unsqueeze(-1)
     return x.view(codes.shape)
+
+
+def numbers(blocks: Tensor, kind: str) -> Tensor:
+    """Returns the numbers that GGUF's blocks of a matrix stand for, uint8 [N, row bytes] to float32 [N, K]."""
+    form = BLOCK_FORMS[kind]
+    head, codes = _taken_apart(blocks.view(len(blocks), -1, form.block_bytes), form)
+    d, m = _scales(head, form, rows=1)
+    codes = _signed(codes.contiguous(), form).float()
+    return _numbers(codes.flatten(1), d.flatten(1), None if m is None else m.flatten(1))
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -330,11 +344,11 @@ def block_rows(weight: Tensor, tokens: Tensor, kind: str, columns: int) -> Tenso
         columns: K.
 
     Returns:
-        The rows [.., K] float32, see `numbers`.
+        The rows [.., K] float32: codes * d, and then + m if the form has it.
     """
     form, ids = BLOCK_FORMS[kind], tokens.flatten()
     groups = weight.view(-1, GROUP * columns // form.columns * form.block_bytes)
-    rows = torch.unflatten(numbers(groups[ids // GROUP], kind), 0, (-1, GROUP))
+    rows = torch.unflatten(_numbers(*_unpacked(groups[ids // GROUP], form)), 0, (-1, GROUP))
     return rows[torch.arange(len(ids)), ids % GROUP].view(*tokens.shape, columns)
 
 

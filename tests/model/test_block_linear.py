@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 from torch import Tensor, nn
 
+from model import block_linear
 from model.block_linear import BLOCK_FORMS, relaid, rounded
 from runtime.engine.executorch import _C  # importing it loads the operators
 from tests.support.blocks import MICROSCALING, numbers, sizes
@@ -74,6 +75,12 @@ def test_groups_hold_ggufs_numbers_in_as_many_bytes(kind: str) -> None:
     assert weight.numel() == 48 * 512 // BLOCK_FORMS[kind].columns * sizes(kind)[1]
     for tokens in (torch.arange(37), torch.tensor([[36, 0], [5, 36]])):
         assert torch.equal(torch.ops.llama_pte.block_rows(weight, tokens, kind, 512), expected[tokens])
+
+
+@pytest.mark.parametrize("kind", BLOCK_FORMS)
+def test_blocks_stand_for_ggufs_numbers(kind: str) -> None:
+    blocks = torch.from_numpy(blocks_of(kind, (37, 512)))
+    assert torch.equal(block_linear.numbers(blocks, kind), numbers(blocks, kind))
 
 
 @pytest.mark.parametrize("kind", BLOCK_FORMS)

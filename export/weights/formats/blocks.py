@@ -117,7 +117,7 @@ class BlockLinear(nn.Module):
             out: Tensor = torch.ops.llama_pte.linear(x, self.weight, self.bias, self.kind, self.weight.shape[0])
             return out
         x = Blocks.of(self.kind).rounded(x)
-        products = [x @ _numbers(part, self.kind).T for part in torch.split(self.weight, _ROWS_AT_ONCE)]
+        products = [x @ numbers(part, self.kind).T for part in torch.split(self.weight, _ROWS_AT_ONCE)]
         out = torch.cat(products, dim=-1)
         return out if self.bias is None else out + self.bias
 
@@ -137,11 +137,6 @@ class BlockEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Maps tokens [B, L], int64, to rows [B, L, D]. In eager mode, only these rows are unpacked."""
         if not torch.compiler.is_exporting():
-            return _numbers(self.weight[tokens.flatten()], self.kind).view(*tokens.shape, self.columns)
+            return numbers(self.weight[tokens.flatten()], self.kind).view(*tokens.shape, self.columns)
         out: Tensor = torch.ops.llama_pte.block_rows(self.weight, tokens, self.kind, self.columns)
         return out
-
-
-def _numbers(blocks: Tensor, kind: str) -> Tensor:
-    """Returns the numbers [N, K] of rows in GGUF's blocks."""
-    return numbers(relaid(blocks, kind), kind)[: len(blocks)]
