@@ -14,6 +14,7 @@ import pytest
 import torch
 import xxhash
 from hypothesis import settings
+from playwright.sync_api import Browser
 
 from export.checkpoints.layouts import BUILT_IN
 from export.llama import export_llama
@@ -29,6 +30,7 @@ from export.weights.source import WeightSource
 from model.config import ModelConfig
 from model.model import Llama
 from runtime.engine.program import Program
+from tests.support.browser import chromium
 from tests.support.checkpoints import write_llama2c
 
 torch.set_num_threads(1)  # test processes share the cores, and a second thread does not speed up such small matrices
@@ -93,6 +95,13 @@ def runner() -> Path:
     if not path.exists():
         pytest.fail(f"{path} does not exist; build it first (make runner)")
     return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Runs Chromium."""
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")

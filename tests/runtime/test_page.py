@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Error, Locator, Page, expect
 from export.planning.plan import ExportOptions
 from runtime import serve
 from tests.conftest import MODELS, SMOLLM2, exported
-from tests.support.browser import chromium, needs_chromium, opened
+from tests.support.browser import needs_chromium, opened
 from tests.support.serving import Script, Server, serving
 
 pytestmark = needs_chromium
@@ -36,12 +36,6 @@ Some *are* **short**, and `others` [are not](https://example.com/).
 1. one
    - [x] and a half
 """
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -230,12 +224,16 @@ def test_a_stopped_answer_keeps_what_was_said(page: Page, script: Script, server
     finish(page)
 
 
-def test_an_answer_is_regenerated_in_its_place(page: Page, script: Script) -> None:
+def ask_twice(page: Page, script: Script) -> None:
+    """Asks A and B, which are answered by one and two. A third answer would be three."""
     script.texts = ["one", "two", "three"]
-    ask(page, "A")
-    finish(page)
-    ask(page, "B")
-    finish(page)
+    for question in ("A", "B"):
+        ask(page, question)
+        finish(page)
+
+
+def test_an_answer_is_regenerated_in_its_place(page: Page, script: Script) -> None:
+    ask_twice(page, script)
     expect(page.get_by_role("button", name="Regenerate answer")).to_have_count(1)  # of the last answer alone
     body = sent(page, lambda: press(page, "Regenerate answer"))
     assert [each["content"] for each in body["messages"]] == ["A", "one", "B"]
@@ -244,11 +242,7 @@ def test_an_answer_is_regenerated_in_its_place(page: Page, script: Script) -> No
 
 
 def test_an_edited_message_is_sent_again_without_what_followed(page: Page, script: Script) -> None:
-    script.texts = ["one", "two", "three"]
-    ask(page, "A")
-    finish(page)
-    ask(page, "B")
-    finish(page)
+    ask_twice(page, script)
     edit = page.get_by_role("button", name="Edit message").first
     edit.click()
     field = page.get_by_label("Edited message", exact=True)

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from runtime import serve
-from tests.support.browser import chromium, needs_chromium, opened
+from tests.support.browser import needs_chromium, opened
 from tests.support.serving import Server, serving
 
 pytestmark = needs_chromium
@@ -97,12 +97,6 @@ FOCUSED = f"""() => {{
   const {{ outlineStyle, outlineWidth }} = getComputedStyle(document.activeElement);
   return [({NAME})(document.activeElement), outlineStyle !== "none" && parseFloat(outlineWidth) >= 2];
 }}"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
