@@ -201,7 +201,15 @@ class ProgramCheck {
         for (const int32_t index : arguments) require_memory(index);
         require(!name.ends_with('_') && name != "executorch_prim::et_copy_index",
                 "it calls an operator that no language model has");
+        if (name == "aten::sym_size") return check_size(arguments);
         if (!name.starts_with("executorch_prim::")) check_results(name, arguments);
+    }
+
+    /// A size of a tensor is a number, which no operator computes but ExecuTorch itself.
+    void check_size(const std::vector<int32_t>& arguments) {
+        require(arguments.size() == 3 && value(arguments[0]).kind == kTensor && value(arguments[1]).kind == kInt &&
+                    value(arguments[2]).kind == kInt,
+                "a size of a tensor is wrong");
     }
 
     /// A view gives its result the memory of its first argument.
