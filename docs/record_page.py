@@ -3,13 +3,13 @@
 python -m docs.record_page SmolLM2-135M-Instruct.pte
 """
 
-import shutil
 import sys
 from pathlib import Path
 
-from playwright.sync_api import Browser, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 
 from runtime.serve import open_model
+from tests.support.browser import chromium
 from tests.support.serving import serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,12 +40,9 @@ def record(browser: Browser, url: str, name: str) -> None:
 
 def main() -> None:
     """Serves the file and records the pictures."""
-    chromium = shutil.which("chromium-headless-shell") or shutil.which("chromium")
-    with serving(open_model(Path(sys.argv[1]))) as server, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with serving(open_model(Path(sys.argv[1]))) as server, chromium() as browser:
         for name in PICTURES:
             record(browser, server.url, name)
-        browser.close()
 
 
 if __name__ == "__main__":

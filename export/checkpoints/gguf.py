@@ -101,7 +101,7 @@ def _whole(path: Path) -> tuple[tuple[Path, ...], GGUFFile]:
     files = tuple(path.with_name(f"{name[1]}{number:05}{name[2]}") for number in range(1, count + 1))
     if missing := [file.name for file in files if not file.exists()]:
         raise InputError(f"{path.parent} lacks {listed(missing)}, of {count} parts; download all parts")
-    parts = [_opened(file) for file in files]
+    parts = [given if file == path else _opened(file) for file in files]
     tensors = dict[str, GGUFTensor]()
     for number, (file, part) in enumerate(zip(files, parts, strict=True)):
         if (part.fields.get("split.no"), part.fields.get("split.count")) != (number, count):

@@ -55,10 +55,13 @@ struct Task {
 
 using BlockTypes = std::make_integer_sequence<int, static_cast<int>(kBlockForms.size())>;
 
-/// A function for each type. An array of the standard library would not do, see vector.inc.
-struct Functions {
-    void (*of[kBlockForms.size()])(const Task& task);
+/// One of each type. An array of the standard library would not do, see vector.inc.
+template <class T>
+struct ByType {
+    T of[kBlockForms.size()];
 };
+
+using Functions = ByType<void (*)(const Task& task)>;
 
 /// The functions for one instruction set.
 struct Kernel {
